@@ -1,0 +1,65 @@
+"""The device mesh, and the one table that maps logical axis names to mesh axes.
+
+Parameters and activations name their axes by meaning ('embed', 'mlp', 'batch'); this file alone knows the mesh.
+"""
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ('data', 'fsdp', 'tensor')
+
+# Logical axis → mesh axis or axes. A logical axis that is not listed here is an error, not a replicated axis.
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    None: None,
+    'batch': ('data', 'fsdp'),
+    'length': None,
+    'layers': None,
+    'embed': 'fsdp',
+    'vocab': 'tensor',
+    'heads': 'tensor',
+    'kv_heads': 'tensor',
+    'head_dim': None,
+    'mlp': 'tensor',
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
+    """Arranges all devices in a mesh of `data` × `fsdp` × `tensor`. At most one size is −1: whatever is left.
+
+    Raises:
+      ValueError: the sizes do not multiply to the number of devices.
+    """
+    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    devices = jax.device_count()
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f'mesh sizes must be positive, at most one of them -1 (what is left); got {sizes}')
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and devices % fixed == 0:
+        sizes[free[0]] = devices // fixed
+    if math.prod(sizes.values()) != devices:
+        raise ValueError(
+            f'mesh {sizes} needs {fixed if not free else f"a multiple of {fixed}"} devices, but {devices} '
+            f'({jax.default_backend()}) are there; change make_mesh.data, make_mesh.fsdp or make_mesh.tensor'
+        )
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
+    """The mesh axes of an array whose axes have these logical names."""
+    return PartitionSpec(*(RULES[axis] for axis in axes))
+
+
+def named_sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
+    return NamedSharding(mesh, partition_spec(axes))
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks the compiler to lay `x` out by its logical axes. Without a mesh in context (`jax.set_mesh`): nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes)))

@@ -1,0 +1,69 @@
+"""The frozen pytrees that the stages hand to each other, and the axis letters used everywhere.
+
+Axis glossary:
+
+    B   prompts in a rollout batch
+    G   samples per prompt
+    R   responses, R = B·G, the samples of one prompt next to each other
+    P   prompt positions, T response positions, S = P + T sequence positions
+    N   tokens, any of the above flattened
+    K   kept tokens of a sparse distribution
+    V   vocabulary, D model width
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+
+
+class SparseLogProbs(NamedTuple):
+    """A distribution over the vocabulary that lists only some of its tokens.
+
+    Entries with token −1 and log-probability −inf are padding. Log-probabilities are those of the whole vocabulary
+    (their sum is one minus the mass left out) unless a function says that it renormalises.
+    """
+
+    tokens: jax.Array  # [..., K] int32, distinct except for the padding
+    log_probs: jax.Array  # [..., K] float32
+
+
+class Prompts(NamedTuple):
+    """Prompts, padded on the right."""
+
+    tokens: jax.Array  # [B, P] int32
+    lengths: jax.Array  # [B] int32, between 1 and P
+
+
+class Rollout(NamedTuple):
+    """Responses and what the policy that sampled them knew of each of their tokens.
+
+    A row of `tokens` is prompt, response, padding, without a gap. The other arrays start at the response's first
+    token; what they hold past `response_lengths` is meaningless. An end-of-sequence token belongs to its response.
+    """
+
+    tokens: jax.Array  # [R, S] int32
+    prompt_lengths: jax.Array  # [R] int32
+    response_lengths: jax.Array  # [R] int32, between 1 and T
+    stopped: jax.Array  # [R] bool: ended with an end-of-sequence token (false: the length limit cut it)
+    log_probs: jax.Array  # [R, T] float32, of the sampled tokens, at the sampling temperature
+    entropy: jax.Array  # [R, T] float32, nats
+    support: SparseLogProbs  # [R, T, K] what was sampled from
+
+
+class Batch(NamedTuple):
+    """What one update learns from."""
+
+    tokens: jax.Array  # [R, S] int32, as in Rollout
+    prompt_lengths: jax.Array  # [R] int32
+    response_lengths: jax.Array  # [R] int32
+    advantages: jax.Array  # [R] float32
+    old_log_probs: jax.Array  # [R, T] float32
+    old: SparseLogProbs  # [R, T, K]
+
+
+class TrainState(NamedTuple):
+    """All that a run needs to go on. Data order and random keys are functions of (seed, step)."""
+
+    step: jax.Array  # [] int32, rollout batches learnt from so far
+    params: Any  # nested dict of arrays, float32
+    opt_state: Any  # as optax returns it
