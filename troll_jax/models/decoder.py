@@ -79,8 +79,7 @@ CACHE_AXES = ('layers', 'batch', 'length', 'kv_heads', 'head_dim')
 def init_cache(config: DecoderConfig, batch: int, length: int) -> KVCache:
     """An empty cache for `batch` rows of at most `length` tokens."""
     shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
-    zeros = jnp.zeros(shape, config.compute_dtype)
-    return KVCache(k=constrain(zeros, *CACHE_AXES), v=constrain(zeros, *CACHE_AXES))
+    return KVCache(*(constrain(jnp.zeros(shape, config.compute_dtype), *CACHE_AXES) for _ in KVCache._fields))
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
@@ -289,8 +288,10 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         with jax.named_scope('embed'):
-            x = self.embedding[...][tokens].astype(self.config.compute_dtype)
-            x = constrain(x, 'batch', 'length', None)
+            # The table is gathered over 'embed' first: its rows cannot be split over the mesh axes of the batch and
+            # of 'embed' at once, and the compiler's way out would be to replicate all hidden states.
+            table = constrain(self.embedding[...], 'vocab', None)
+            x = constrain(table[tokens].astype(self.config.compute_dtype), 'batch', 'length', None)
             return x, rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
 
     def _final_norm(self, x: jax.Array) -> jax.Array:
