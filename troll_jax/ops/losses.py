@@ -1,0 +1,123 @@
+"""Policy objectives on the tokens of one response, and the weights that aggregate them over a batch.
+
+An objective sees log-probabilities of the current and the old policy, never a model. It returns a loss per token; which
+mean is taken of those is the aggregation's business. Swapping one objective for another is one line of gin.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from troll_jax.ops.projection import kl_divergence, project_sparse
+from troll_jax.ops.support import at_token
+from troll_jax.types import SparseLogProbs
+
+# log π/π_old beyond which a ratio is held, so that one absurd token gives a large number and not an infinite one.
+_LOG_RATIO_LIMIT = 20.0
+
+
+class ResponseLogProbs(NamedTuple):
+    """What an objective sees of one response. `new` is the current policy, the only part with a gradient."""
+
+    tokens: jax.Array  # [T] int32, sampled from the old policy
+    new_log_probs: jax.Array  # [T] of those tokens
+    old_log_probs: jax.Array  # [T]
+    new: SparseLogProbs  # [T, K]
+    old: SparseLogProbs  # [T, K], on the same tokens as `new`
+
+
+class TokenLosses(NamedTuple):
+    """The loss of every token and what the log shows of it. Only `loss` carries a gradient."""
+
+    loss: jax.Array  # [T]
+    projected: jax.Array  # [T] bool: TROLL found the token outside its trust region
+    clipped: jax.Array  # [T] bool: the clip took the token's gradient away
+    regression: jax.Array  # [T] α KL(π̃ ‖ ⌊π⌋), nats; zero for the clip
+    evaluations: jax.Array  # [T] int32, of κ by the projection's solver; zero for the clip
+    converged: jax.Array  # [T] bool
+
+
+def troll(response: ResponseLogProbs, advantages: jax.Array, *, bound=0.05, alpha: float = 1.0) -> TokenLosses:
+    """TROLL (arXiv 2510.03817, equations 4 to 6): the ratio of the projected policy, and a pull towards it.
+
+        loss = − π(o_t)/π_old(o_t) · A_t + α KL(π̃ ‖ ⌊π⌋),     π = project(π̃, π_old, ε)
+
+    Args:
+      response: T tokens; `old` holds the sampled token at every position.
+      advantages: [T]
+      bound: ε, nats per token.
+      alpha: α ≥ 0.
+    """
+
+    def token_loss(token, new, old, advantage):
+        projection = project_sparse(new, old, bound=bound)
+        log_ratio = at_token(SparseLogProbs(new.tokens, projection.log_probs), token) - at_token(old, token)
+        # Both distributions give the same mass to the tail, so this is the KL over the whole vocabulary. Its terms
+        # −p + q do not change the value; without them the gradient would push mass out of the support.
+        regression = alpha * kl_divergence(new.log_probs, jax.lax.stop_gradient(projection.log_probs))
+        return TokenLosses(
+            regression - _bounded_exp(log_ratio) * advantage,
+            projection.violated,
+            jnp.zeros_like(projection.violated),
+            regression,
+            projection.evaluations,
+            projection.converged,
+        )
+
+    return jax.vmap(token_loss)(response.tokens, response.new, response.old, advantages)
+
+
+def ppo_clip(
+    response: ResponseLogProbs,
+    advantages: jax.Array,
+    *,
+    lower: float = 0.2,
+    upper: float = 0.2,
+    dual: float = 10.0,
+) -> TokenLosses:
+    """PPO's clipped surrogate (arXiv 1707.06347) with its own bound on each side and dual clip (arXiv 1912.09729).
+
+        loss = − min( r A, clip(r, 1 − lower, 1 + upper) A ),   for A < 0 at most  − dual · A
+
+    Args:
+      response: T tokens; only the log-probabilities of the sampled tokens are used.
+      advantages: [T]
+      lower, upper: the ratio is clipped to [1 − lower, 1 + upper].
+      dual: the ratio at which the loss of a token with a negative advantage stops growing, more than 1 + upper; inf
+        turns this off.
+    """
+    ratio = _bounded_exp(response.new_log_probs - response.old_log_probs)
+    plain = -ratio * advantages
+    clipped = -jnp.clip(ratio, 1 - lower, 1 + upper) * advantages
+    loss = jnp.maximum(plain, clipped)
+    ceiling = jnp.where(advantages < 0, -dual * advantages, jnp.inf)
+    zeros = jnp.zeros_like(loss)
+    return TokenLosses(
+        jnp.minimum(loss, ceiling),
+        zeros.astype(bool),
+        (clipped > plain) | (loss > ceiling),
+        zeros,
+        zeros.astype(jnp.int32),
+        jnp.ones_like(loss, bool),
+    )
+
+
+def token_mean(mask: jax.Array) -> jax.Array:
+    """Weights [R, T] of a mean over all tokens (GRPO and PPO in the paper). `mask` [R, T] marks the responses' tokens."""
+    return mask / jnp.maximum(jnp.sum(mask), 1)
+
+
+def sequence_mean(mask: jax.Array) -> jax.Array:
+    """Weights [R, T] of a mean over responses of the mean over their tokens (GRPO as published, GSPO)."""
+    lengths = jnp.sum(mask, axis=1, keepdims=True)
+    return mask / jnp.maximum(lengths, 1) / jnp.maximum(jnp.sum(lengths > 0), 1)
+
+
+def constant_length(mask: jax.Array) -> jax.Array:
+    """Weights [R, T] of a mean over responses of the sum over their tokens, divided by T (Dr.GRPO, arXiv 2503.20783)."""
+    return mask / mask.shape[1] / jnp.maximum(jnp.sum(jnp.any(mask, axis=1)), 1)
+
+
+def _bounded_exp(log_ratio: jax.Array) -> jax.Array:
+    return jnp.exp(jnp.clip(log_ratio, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT))

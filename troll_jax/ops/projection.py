@@ -1,0 +1,271 @@
+"""The trust-region projection of one token's distribution (TROLL, arXiv 2510.03817, section 3).
+
+    π = argmin_π KL(π ‖ π̃)   subject to   KL(π ‖ π_old) ≤ ε
+
+Write d = log π̃ − log π_old. The solutions for all ε form a one-parameter exponential family with w = 1/(1+η) in (0, 1]:
+
+    π_w ∝ π_old · exp(w d),     κ(w) = KL(π_w ‖ π_old),     κ'(w) = w · Var_{π_w}[d] ≥ 0,
+
+so the projection is one monotone root: w = 1 if κ(1) ≤ ε, and κ(w) = ε otherwise.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from troll_jax.types import SparseLogProbs
+
+# What log π̃ − log π_old counts as where π̃ is zero and π_old is not. Finite, so that the family stays defined when the
+# trust region does not let the projection give up all of that mass; large, so that otherwise nothing of it is left.
+_ZERO_PROBABILITY = -1e6
+# Steps of more than this in log w are taken only between two points that bracket the root.
+_LARGEST_STEP = 2.0
+
+
+class Projection(NamedTuple):
+    """The projected distribution, and how it was found."""
+
+    log_probs: jax.Array  # [V] log π
+    weight: jax.Array  # [] w in [0, 1]; η = 1/w − 1
+    kl: jax.Array  # [] KL(π ‖ π_old), nats
+    violated: jax.Array  # [] bool: KL(π̃ ‖ π_old) > ε, so that π differs from π̃
+    evaluations: jax.Array  # [] int32, of κ
+    converged: jax.Array  # [] bool; if false, π is feasible but need not be the closest
+
+
+class _Point(NamedTuple):
+    """The family at one w."""
+
+    probs: jax.Array  # [V] π_w
+    log_partition: jax.Array  # [] ψ = log Σ π_old exp(w d)
+    kl: jax.Array  # [] κ
+    mean: jax.Array  # [] E[d]
+    variance: jax.Array  # [] Var[d]
+    skew: jax.Array  # [] E[(d − E[d])³]
+
+
+class _Search(NamedTuple):
+    """The solver's state: the last point, in x = log w, and the bracket around the root."""
+
+    x: jax.Array
+    point: _Point
+    low: jax.Array  # −inf until a feasible point was seen
+    high: jax.Array
+    evaluations: jax.Array
+
+
+def project(log_probs: jax.Array, old_log_probs: jax.Array, *, bound, max_evaluations: int = 32) -> Projection:
+    """Projects a categorical distribution onto the KL trust region around another one.
+
+        argmin_π KL(π ‖ π̃)   subject to   KL(π ‖ π_old) ≤ bound
+
+    Inside the region the result is `log_probs`, to the bit. Outside, KL(π ‖ π_old) ends a little under the bound: by at
+    most 0.1 % of it in float32, 1e-11 of it in float64. Differentiable in both distributions and in the bound, in forward
+    and reverse mode, by the implicit function theorem; nothing is differentiated through the solver.
+
+    Args:
+      log_probs: [V] log π̃, normalised; −inf is allowed.
+      old_log_probs: [V] log π_old, normalised, of the same dtype; −inf is allowed. Where it is −inf, so is log π.
+      bound: ε > 0 in nats, a float or a scalar array.
+      max_evaluations: after so many evaluations of κ the best feasible point is returned, with `converged` false. None
+        of the inputs tried needed more than 10.
+
+    Returns:
+      A Projection. If π̃ and π_old share no support, π is π_old.
+
+    Raises:
+      ValueError: shapes or dtypes do not fit, or a bound known at trace time is not positive.
+    """
+    if log_probs.ndim != 1 or log_probs.shape != old_log_probs.shape:
+        raise ValueError(
+            f'project takes one distribution, [V] and [V]; got {log_probs.shape} and {old_log_probs.shape}. Batch it '
+            'with jax.vmap.'
+        )
+    if log_probs.dtype != old_log_probs.dtype or log_probs.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f'both must be float32 or both float64; got {log_probs.dtype} and {old_log_probs.dtype}')
+    if isinstance(bound, int | float) and not bound > 0:
+        raise ValueError(f'bound is a KL divergence in nats and must be positive; got {bound}')
+    bound = jnp.asarray(bound, log_probs.dtype)
+    weight, violated, evaluations, converged = _solve(
+        *jax.lax.stop_gradient((log_probs, old_log_probs, bound)), max_evaluations
+    )
+    projected, weight, kl = _interpolate(log_probs, old_log_probs, bound, weight, violated)
+    return Projection(projected, weight, kl, violated, evaluations, converged)
+
+
+def project_sparse(new: SparseLogProbs, old: SparseLogProbs, *, bound, max_evaluations: int = 32) -> Projection:
+    """Projects one sparse distribution onto the trust region around another one on the same tokens.
+
+    What lies on the support is projected as a distribution of its own, and keeps the mass that π̃ gives to the support:
+
+        log π(i) = log π̃(S) + log project( π̃(· | S), π_old(· | S) )(i)
+
+    so that the result is π̃ to the bit inside the region, and a gradient reaches the tokens that were not kept through
+    log π̃(S). (The paper renormalises, π̃(S) = 1; such inputs give its form.)
+
+    Args:
+      new: π̃ on the support [K].
+      old: π_old on the support [K], with the tokens of `new` in the same order. Padding (−inf in both) is left alone.
+      bound: ε in nats.
+
+    Returns:
+      A Projection whose `log_probs` [K] belong to the tokens of `new`; `kl` is that of the conditional distributions.
+    """
+    log_mass = jax.nn.logsumexp(new.log_probs)
+    result = project(
+        new.log_probs - log_mass,
+        jax.nn.log_softmax(old.log_probs),
+        bound=bound,
+        max_evaluations=max_evaluations,
+    )
+    return result._replace(
+        log_probs=jnp.where(result.violated, result.log_probs + log_mass, new.log_probs)
+    )
+
+
+def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """KL(p ‖ q) of two distributions [V], or of unnormalised measures: Σ p log(p/q) − p + q, whose terms are all ≥ 0.
+
+    Where p is zero a term is q. Infinite if q is zero where p is not.
+    """
+    support = log_p > -jnp.inf
+    log_ratio = jnp.where(support, log_p, 0.0) - jnp.where(support, log_q, 0.0)
+    p, q = jnp.exp(log_p), jnp.exp(log_q)
+    # Near p = q the difference q − p would lose its digits.
+    difference = jnp.where(jnp.abs(log_ratio) < 1, p * jnp.expm1(-jnp.clip(log_ratio, -1, 1)), q - p)
+    return jnp.sum(jnp.where(support, p * log_ratio + difference, q))
+
+
+def _log_ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
+    """d, with the two kinds of zero-probability entries set to where they do no harm."""
+    old_support = old_log_probs > -jnp.inf
+    d = jnp.where(log_probs > -jnp.inf, log_probs - jnp.where(old_support, old_log_probs, 0.0), _ZERO_PROBABILITY)
+    return jnp.where(old_support, d, 0.0)
+
+
+def _evaluate(old_log_probs: jax.Array, old_probs: jax.Array, d: jax.Array, w: jax.Array) -> _Point:
+    """κ(w) and the first three central moments of d under π_w, in one pass over the entries.
+
+    κ is summed as Σ π_old h(y) with y = log(π_w/π_old) = w d − ψ and h(y) = y eʸ − eʸ + 1. Its terms are not negative, so
+    nothing cancels between them, and an error δ in ψ changes the sum by κ δ alone; that keeps small κ exact in float32.
+    """
+    log_weights = old_log_probs + w * d
+    largest = jnp.max(log_weights)
+    weights = jnp.exp(log_weights - largest)
+    total = jnp.sum(weights)
+    probs = weights / total
+    log_partition = largest + jnp.log(total)
+    y = jnp.where(old_log_probs > -jnp.inf, w * d - log_partition, 0.0)
+    difference = jnp.where(jnp.abs(y) < 1, old_probs * jnp.expm1(jnp.clip(y, -1, 1)), probs - old_probs)
+    kl = jnp.maximum(jnp.sum(probs * y - difference), 0.0)
+    mean = jnp.sum(probs * d)
+    centred = d - mean
+    variance = jnp.sum(probs * centred**2)
+    return _Point(probs, log_partition, kl, mean, variance, jnp.sum(probs * centred**3))
+
+
+def _solve(log_probs, old_log_probs, bound, max_evaluations):
+    """Finds w. A safeguarded third-order Newton method on log κ.
+
+    Where d is small against its spread, κ ~ w²; for peaked distributions κ ~ exp(c w). Both are straight lines in log κ
+    against wᵠ, with q → 0 and q = 1. The slope s = d log κ / d log w = w² σ²/κ and its own growth
+    q = d log s / d log w = 2 + w γ/σ² − s (γ the third central moment) say which power fits at the last point, and the
+    next point is where that line meets log ε.
+    """
+    old_probs = jnp.exp(old_log_probs)
+    d = _log_ratio(log_probs, old_log_probs)
+    evaluate = partial(_evaluate, old_log_probs, old_probs, d)
+    tolerance = 2e-4 if log_probs.dtype == jnp.float32 else 2e-12
+    # Aiming under the bound keeps every point within the tolerance feasible, after rounding too.
+    target = bound * (1 - 2.5 * tolerance)
+    tiny = jnp.finfo(log_probs.dtype).tiny
+
+    def done(point):
+        return jnp.abs(point.kl - target) <= tolerance * bound
+
+    def unfinished(search):
+        return ~done(search.point) & (search.evaluations < max_evaluations)
+
+    def step(search):
+        x, point = search.x, search.point
+        w, kl = jnp.exp(x), jnp.maximum(point.kl, tiny)
+        gap = jnp.log(kl) - jnp.log(target)
+        low = jnp.where(gap > 0, search.low, x)
+        high = jnp.where(gap > 0, x, search.high)
+        slope = jnp.maximum(w * w * point.variance / kl, 1e-3)
+        power = 2 + w * point.skew / jnp.maximum(point.variance, tiny) - slope
+        power = jnp.clip(jnp.where(jnp.isfinite(power), power, 0.0), -1.0, 2.0)
+        power = jnp.where(jnp.abs(power) < 1e-3, 1e-3, power)
+        # (w_next / w)ᵠ = 1 − q gap / s; where that has no solution the step leaves the bracket and is replaced.
+        root = 1 - power * gap / slope
+        newton = x + jnp.where(root > tiny, jnp.log(jnp.maximum(root, tiny)) / power, -jnp.sign(gap) * jnp.inf)
+        bracketed = low > -jnp.inf
+        fallback = jnp.where(bracketed, 0.5 * (low + high), x - _LARGEST_STEP)
+        floor = jnp.where(bracketed, low, x - _LARGEST_STEP - jnp.abs(x))
+        x = jnp.where((newton > floor) & (newton < high), newton, fallback)
+        return _Search(x, evaluate(jnp.exp(x)), low, high, search.evaluations + 1)
+
+    zero = jnp.zeros_like(bound)
+    first = evaluate(jnp.ones_like(bound))
+    # Mass of π̃ where π_old has none makes the KL infinite; the family above has already dropped it.
+    escapes = jnp.any((old_log_probs == -jnp.inf) & (jnp.exp(log_probs) > 0))
+    outside = first.kl > bound
+    # A token inside the region starts as done: one evaluation.
+    start = _Search(zero, first._replace(kl=jnp.where(outside, first.kl, target)), zero - jnp.inf, zero, jnp.int32(1))
+    end = jax.lax.while_loop(unfinished, step, start)
+    converged = done(end.point)
+    weight = jnp.exp(jnp.where(converged, end.x, end.low))
+    return weight, outside | escapes, end.evaluations, converged
+
+
+@jax.custom_jvp
+def _interpolate(log_probs, old_log_probs, bound, weight, violated):
+    """(log π_w, w, κ(w)) for the w that `_solve` found; π̃ itself where the bound is not violated."""
+    del bound
+    point, d = _at_solution(log_probs, old_log_probs, weight)
+    tilted = old_log_probs + weight * d - point.log_partition
+    tilted = jnp.where((log_probs == -jnp.inf) & (point.probs == 0), -jnp.inf, tilted)
+    return jnp.where(violated, tilted, log_probs), weight, point.kl
+
+
+@_interpolate.defjvp
+def _interpolate_jvp(primals, tangents):
+    """The implicit function theorem, with every moment under π = π_w and δ for tangents.
+
+    For a fixed w,           δ log π = centred[ u ],   u = (1 − w) δ log π_old + w δ log π̃
+    and in w,                  log π changes by (d − E d) δw.
+    κ = E[log π − log π_old] has  δκ = w Cov(d, u) + w σ² δw − E[δ log π_old], and κ(w) = ε asks for δκ = δε, hence
+
+        δw = (δε + E[δ log π_old] − w Cov(d, u)) / (w σ²).
+
+    With π_old and ε fixed this is w times what is left of the centred δ log π̃ after regressing it on d.
+    A normalised π_old moves in directions with E_old[δ log π_old] = 0; the part of a tangent that changes its
+    normaliser says nothing about the distribution and is taken out first.
+    """
+    log_probs, old_log_probs, bound, weight, violated = primals
+    d_new, d_old, d_bound, _, _ = tangents
+    out = _interpolate(log_probs, old_log_probs, bound, weight, violated)
+    point, d = _at_solution(log_probs, old_log_probs, weight)
+    probs = point.probs
+    d_old = d_old - jnp.sum(jnp.exp(old_log_probs) * d_old)
+    centred = d - point.mean
+
+    u = (1 - weight) * d_old + weight * d_new
+    covariance = jnp.sum(probs * centred * u)
+    curvature = weight * point.variance
+    solvable = curvature > jnp.finfo(curvature.dtype).tiny
+    d_weight = (d_bound + jnp.sum(probs * d_old) - weight * covariance) / jnp.where(solvable, curvature, 1.0)
+    # w = 1 is held there by its own limit, not by the bound: π_old has no mass on a part of π̃, the rest is inside.
+    d_weight = jnp.where(violated & solvable & (weight < 1), d_weight, 0.0)
+    d_tilted = u - jnp.sum(probs * u) + centred * d_weight
+    d_projected = jnp.where(violated, jnp.where(out[0] == -jnp.inf, 0.0, d_tilted), d_new)
+
+    d_kl = weight * covariance + curvature * d_weight - jnp.sum(probs * d_old)
+    return out, (d_projected, d_weight, d_kl)
+
+
+def _at_solution(log_probs, old_log_probs, weight):
+    d = _log_ratio(log_probs, old_log_probs)
+    return _evaluate(old_log_probs, jnp.exp(old_log_probs), d, weight), d
