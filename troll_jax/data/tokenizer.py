@@ -1,0 +1,108 @@
+"""Tokenizers: loading one with the checks that sampling needs, every id that ends a response, one token per character.
+
+Masks are made from lengths, never from token ids, so the padding token may be the end-of-sequence token.
+"""
+
+import json
+import os
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+PAD, EOS = '<pad>', '<eos>'  # of the character tokenizer
+
+
+def load_tokenizer(model: str, *, chat_template_from: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a chat template, an end-of-sequence token and a padding token.
+
+    Args:
+        model: a folder in Hugging Face format or an id on the hub. Code that comes with a model is never run.
+        chat_template_from: another one whose chat template to use, for a base model that has none. The token that ends
+            a turn comes with it and becomes the tokenizer's end-of-sequence token; `stop_token_ids` still finds the
+            base model's own.
+
+    Raises:
+        ValueError: no chat template, no end-of-sequence token, or the borrowed one is not in the vocabulary.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    if chat_template_from is not None:
+        donor = AutoTokenizer.from_pretrained(chat_template_from, trust_remote_code=False)
+        if donor.chat_template is None:
+            raise ValueError(
+                f'{chat_template_from!r} has no chat template to lend; set chat_template_from to one that has.'
+            )
+        if donor.eos_token not in tokenizer.get_vocab():
+            raise ValueError(
+                f'The chat template of {chat_template_from!r} ends a turn with {donor.eos_token!r}, which {model!r} '
+                'does not know; expected a model with the same special tokens. Change chat_template_from.'
+            )
+        tokenizer.chat_template, tokenizer.eos_token = donor.chat_template, donor.eos_token
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f'The tokenizer of {model!r} has no chat template; expected one. Set chat_template_from to a model of the '
+            'same family that has (usually its Instruct version).'
+        )
+    stops = stop_token_ids(tokenizer, model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(stops[0])
+    return tokenizer
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: str) -> tuple[int, ...]:
+    """Every id that ends a response, ascending: of generation_config.json, config.json and the tokenizer.
+
+    The three often differ: a chat model stops at the end of a turn and at the end of a text. A sampler that knows only
+    one of them runs on to the length limit.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = {tokenizer.eos_token_id}
+    for name in ('generation_config.json', 'config.json'):
+        ids = _read_json(model, name).get('eos_token_id')
+        found.update(ids if isinstance(ids, list) else [ids])
+    found.discard(None)
+    if not found:
+        raise ValueError(
+            f'{model!r} names no end-of-sequence token in generation_config.json, config.json or its tokenizer; '
+            'expected at least one, or no response would end. Set eos_token in tokenizer_config.json.'
+        )
+    return tuple(sorted(found))
+
+
+def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
+    """A tokenizer in Hugging Face format with one token per character, for a tiny model's own language.
+
+    Ids: padding 0, end of sequence 1, then `characters` in their order. Its chat template renders the contents of the
+    messages and not one token more. Text with any other character is an error, not an unknown token.
+
+    Raises:
+        ValueError: no characters, or one of them twice.
+    """
+    if not characters or len(set(characters)) < len(characters):
+        raise ValueError(f'Got the characters {characters!r}; expected at least one, and each once.')
+    vocabulary = {token: i for i, token in enumerate([PAD, EOS, *characters])}
+    backend = Tokenizer(models.WordLevel(vocabulary))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r'[\s\S]'), 'isolated')
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        eos_token=EOS,
+        clean_up_tokenization_spaces=False,
+        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+    )
+
+
+def _read_json(model: str, name: str) -> dict:
+    """A file of a model as a dictionary; an empty one if the model lacks it."""
+    if os.path.isdir(model):
+        path = os.path.join(model, name)
+        path = path if os.path.exists(path) else None
+    else:
+        path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        return {}
+    with open(path, encoding='utf-8') as file:
+        return json.load(file)

@@ -1,0 +1,318 @@
+"""Grading in worker processes that can be killed: a verifier that hangs costs one reward, not the run.
+
+One socket joins the caller to each worker, and a worker holds one grading at a time. So a deadline belongs to exactly
+one grading, a kill loses exactly that one, and sending never blocks, because the other end is always reading.
+
+Workers are fresh interpreters, neither forks (JAX's threads and locks must not be forked) nor `multiprocessing`
+children (which import the caller's main script again, with JAX and the model in it). They import what the grading
+function needs and no more.
+"""
+
+import logging
+import math
+import numbers
+import os
+import pickle
+import selectors
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection, Pipe
+from typing import NamedTuple
+
+import numpy as np
+
+_logger = logging.getLogger(__name__)
+
+_START_LIMIT = 120.0  # seconds for a worker to import the grading function; generous, as file systems may be slow
+_ORPHAN_GRACE = 5.0  # seconds past the deadline after which a worker whose caller has died ends by itself
+_STARTS_IN_A_ROW = 3  # workers that may die before they are ready until the pool gives up
+_PROGRAM = 'import sys; sys.path[:] = sys.argv[2:]; from troll_jax.rewards.pool import _serve; _serve(int(sys.argv[1]))'
+
+
+class Grades(NamedTuple):
+    """Rewards of a batch, and how many of its gradings went wrong. Each of those has reward 0."""
+
+    rewards: np.ndarray  # [R] float32
+    timeouts: int  # killed at the deadline
+    crashes: int  # the worker died
+    errors: int  # the grading function raised
+
+
+class Grader:
+    """Grades batches of responses with one function, each grading under a deadline.
+
+    A context manager: leaving it ends the workers, and so does the end of the calling process. Workers start at the
+    first call, or earlier in the background with `start()`, and serve until the end; one that was killed is replaced.
+
+    Args:
+        grade: `(response, answer) -> reward`, a finite number. With a deadline it is pickled, so it must be importable
+            by name: a function of a module, or a method of a picklable object.
+        deadline: seconds of wall clock that one grading may take. None grades in the calling process, for plain string
+            work that cannot hang.
+        workers: number of processes; by default one per CPU that this process may use, at most 16.
+        memory_limit_gb: address space of a worker, in GB, where the platform can limit it (not on macOS).
+
+    Raises:
+        ValueError: a deadline or a number of workers that is not positive, or a function that cannot be pickled.
+    """
+
+    def __init__(
+        self,
+        grade: Callable[[str, str], float],
+        *,
+        deadline: float | None,
+        workers: int | None = None,
+        memory_limit_gb: float = 4.0,
+    ):
+        if deadline is not None and not deadline > 0:
+            raise ValueError(f'deadline is {deadline}; expected seconds > 0, or None to grade in this process.')
+        if workers is None:
+            workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
+        if workers < 1:
+            raise ValueError(f'workers is {workers}; expected at least 1.')
+        self._grade = grade
+        self._deadline = deadline
+        self._size = workers
+        self._workers: list[_Worker] = []
+        self._selector = selectors.DefaultSelector()
+        self._failed_starts = 0
+        self._logged_error = False
+        if deadline is not None:
+            self._setup = (_pickle_by_name(grade), deadline, int(memory_limit_gb * 2**30))
+
+    def __enter__(self) -> 'Grader':
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Starts the workers that are missing, without waiting for them to be ready."""
+        if self._deadline is None:
+            return
+        while len(self._workers) < self._size:
+            worker = _Worker(self._setup)
+            self._workers.append(worker)
+            self._selector.register(worker.connection, selectors.EVENT_READ, worker)
+
+    def close(self) -> None:
+        """Ends the workers."""
+        for worker in list(self._workers):
+            self._remove(worker)
+
+    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> Grades:
+        """Rewards of `responses[i]` against `answers[i]`, in order.
+
+        Raises:
+            ValueError: the two differ in length, or a reward is not a finite number (names the sample).
+            RuntimeError: workers cannot start, with the reason.
+        """
+        if len(responses) != len(answers):
+            raise ValueError(
+                f'Got {len(responses)} responses and {len(answers)} answers; expected one answer for each.'
+            )
+        if self._deadline is None:
+            outcomes = [_outcome(self._grade, *pair) for pair in zip(responses, answers, strict=True)]
+        else:
+            outcomes = self._grade_in_workers(list(zip(responses, answers, strict=True)))
+
+        rewards = np.zeros(len(outcomes), np.float32)
+        counts = {'timeout': 0, 'crash': 0, 'error': 0}
+        for i, (kind, value) in enumerate(outcomes):
+            if kind == 'reward':
+                rewards[i] = value
+            elif kind == 'invalid':
+                raise ValueError(
+                    f'The reward of sample {i} is {value}; expected a finite number from {self._grade!r}. '
+                    f'The response begins {responses[i][:80]!r}, the answer is {answers[i][:80]!r}.'
+                )
+            else:
+                counts[kind] += 1
+                if kind == 'error' and not self._logged_error:
+                    self._logged_error = True
+                    _logger.warning(
+                        'Grading sample %d raised, which counts as reward 0; further ones are only counted.\n%s',
+                        i,
+                        value,
+                    )
+        return Grades(rewards, counts['timeout'], counts['crash'], counts['error'])
+
+    def _grade_in_workers(self, pairs: list[tuple[str, str]]) -> list[tuple[str, object]]:
+        outcomes: list[tuple[str, object]] = [('crash', None)] * len(pairs)
+        waiting = deque(range(len(pairs)))
+        unfinished = len(pairs)
+        timeout = 0.0  # first see which workers became ready, or died, since the last batch
+        try:
+            while unfinished:
+                self.start()
+                for key, _ in self._selector.select(timeout):
+                    unfinished -= self._receive(key.data, outcomes)
+                for worker in list(self._workers):
+                    if time.monotonic() >= worker.limit and not worker.connection.poll():
+                        unfinished -= self._give_up(worker, outcomes)
+                for worker in self._workers:
+                    if waiting and worker.idle:
+                        worker.send(waiting.popleft(), pairs)
+                timeout = max(0.0, min((w.limit for w in self._workers), default=0.0) - time.monotonic())
+            self.start()  # replacements of killed workers load while the caller does other things
+        finally:
+            # After an interrupt or an error, a worker at work would answer into the next batch.
+            for worker in list(self._workers):
+                if worker.sample is not None:
+                    self._remove(worker)
+        return outcomes
+
+    def _give_up(self, worker: '_Worker', outcomes: list[tuple[str, object]]) -> int:
+        """Kills a worker that is past its limit. Returns how many gradings that finishes, which is 1."""
+        if worker.sample is None:
+            raise RuntimeError(
+                f'A grading worker was not ready after {_START_LIMIT:.0f} s of importing {self._grade!r}; make that '
+                'import lighter.'
+            )
+        outcomes[worker.sample] = ('timeout', None)
+        self._remove(worker)
+        return 1
+
+    def _receive(self, worker: '_Worker', outcomes: list[tuple[str, object]]) -> int:
+        """Takes one message of a worker, or its end. Returns how many gradings that finishes, 0 or 1."""
+        sample = worker.sample
+        try:
+            kind, value = worker.connection.recv()
+        except (EOFError, OSError):
+            exit_code = self._remove(worker)
+            if sample is not None:
+                outcomes[sample] = ('crash', None)
+                return 1
+            if not worker.ready:
+                self._failed_starts += 1
+                if self._failed_starts >= _STARTS_IN_A_ROW:
+                    raise RuntimeError(
+                        f'{self._failed_starts} grading workers in a row died while starting (last exit code '
+                        f'{exit_code}); what they printed is above. Check that {self._grade!r} can be imported by '
+                        f'`{sys.executable}`, and the memory limit.'
+                    ) from None
+            return 0
+        if kind == 'ready':
+            worker.ready, worker.limit = True, math.inf
+            self._failed_starts = 0
+            return 0
+        if kind == 'cannot start':
+            raise RuntimeError(f'A grading worker could not load {self._grade!r}:\n{value}')
+        outcomes[sample] = (kind, value)
+        worker.sample, worker.limit = None, math.inf
+        return 1
+
+    def _remove(self, worker: '_Worker') -> int:
+        self._workers.remove(worker)
+        self._selector.unregister(worker.connection)
+        return worker.kill()
+
+
+class _Worker:
+    """The caller's side of one worker process."""
+
+    def __init__(self, setup: tuple[bytes, float, int]):
+        self.connection, theirs = Pipe()
+        self.process = subprocess.Popen(
+            [sys.executable, '-c', _PROGRAM, str(theirs.fileno()), *sys.path],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            # Workers are as many as cores; threads of a numerical library in each would only fight.
+            env={**os.environ, 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'},
+        )
+        theirs.close()
+        self.deadline = setup[1]
+        self.ready = False
+        self.sample: int | None = None  # index of the grading at work
+        self.limit = time.monotonic() + _START_LIMIT  # when to give up on what it does now
+        try:
+            self.connection.send(setup)
+        except OSError:
+            pass  # it died at once; the closed connection tells
+
+    @property
+    def idle(self) -> bool:
+        return self.ready and self.sample is None
+
+    def send(self, sample: int, pairs: list[tuple[str, str]]) -> None:
+        self.sample = sample
+        self.limit = time.monotonic() + self.deadline
+        try:
+            self.connection.send(pairs[sample])
+        except OSError:
+            pass
+
+    def kill(self) -> int:
+        self.connection.close()
+        self.process.kill()
+        return self.process.wait()
+
+
+def _serve(descriptor: int) -> None:
+    """A worker's life: load the grading function, then answer until the caller closes the connection."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends the workers
+    logging.disable(logging.CRITICAL)  # verifiers warn about every odd answer
+    connection = Connection(descriptor)
+    try:
+        pickled, deadline, memory_limit = connection.recv()
+        try:
+            _limit_memory(memory_limit)
+            grade = pickle.loads(pickled)
+        except Exception as error:
+            connection.send(('cannot start', _describe(error)))
+            return
+        connection.send(('ready', None))
+        while True:
+            response, answer = connection.recv()
+            # The caller kills at the deadline. Should the caller be dead, the kernel does it: a signal with its default
+            # action ends even a loop in C that never lets Python run a handler.
+            signal.setitimer(signal.ITIMER_REAL, deadline + _ORPHAN_GRACE)
+            outcome = _outcome(grade, response, answer)
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            connection.send(outcome)
+    except (EOFError, OSError):
+        pass  # the caller closed the connection or died
+
+
+def _outcome(grade: Callable[[str, str], float], response: str, answer: str) -> tuple[str, object]:
+    """('reward', float), ('invalid', its repr) or ('error', a description)."""
+    try:
+        reward = grade(response, answer)
+    except Exception as error:
+        return 'error', _describe(error)
+    if isinstance(reward, numbers.Real) and math.isfinite(reward):
+        return 'reward', float(reward)
+    return 'invalid', repr(reward)[:200]
+
+
+def _describe(error: Exception) -> str:
+    return f'{type(error).__name__}: {error}'[:2000]
+
+
+def _limit_memory(limit: int) -> None:
+    if sys.platform == 'linux':
+        import resource
+
+        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+        soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _pickle_by_name(grade: Callable[[str, str], float]) -> bytes:
+    try:
+        pickled = pickle.dumps(grade)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(
+            f'{grade!r} cannot be sent to a worker ({error}); expected a function of a module or a method of a '
+            'picklable object. Move it to a module, or set deadline=None if it cannot hang.'
+        ) from None
+    if b'__main__' in pickled:
+        raise ValueError(
+            f'{grade!r} is defined in the main script or a notebook, which workers do not import; move it to a module, '
+            'or set deadline=None if it cannot hang.'
+        )
+    return pickled
