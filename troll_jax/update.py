@@ -1,0 +1,154 @@
+"""One optimizer step on one minibatch: update(loss ∘ projection ∘ model)."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from troll_jax.models import decoder as decoders
+from troll_jax.models.head import sparse_head
+from troll_jax.ops.losses import ResponseLogProbs, TokenLosses
+from troll_jax.ops.projection import kl_divergence
+from troll_jax.sharding import constrain
+from troll_jax.types import Batch, TrainState
+
+Objective = Callable[[ResponseLogProbs, jax.Array], TokenLosses]
+Aggregation = Callable[[jax.Array], jax.Array]
+
+
+def response_mask(batch: Batch) -> jax.Array:
+    """[R, T] bool, true at the tokens of the responses. From lengths, never from token ids."""
+    room = batch.old_log_probs.shape[1]
+    return jnp.arange(room)[None, :] < batch.response_lengths[:, None]
+
+
+def make_update(
+    config: decoders.DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    *,
+    objective: Objective,
+    aggregation: Aggregation,
+    temperature: float,
+    max_tokens: int,
+    micro_batches: int = 1,
+    head_chunk: int = 1024,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """Builds the jitted update(state, batch) → (state, metrics). The state that is passed in is consumed.
+
+    The weight of every token in the loss is fixed by the aggregation over the whole batch before it is split, so the
+    gradient does not depend on the number of micro-batches. A gradient that is not finite changes nothing: the step is
+    skipped and `skipped` is 1.
+
+    Args:
+      config: of the decoder.
+      optimizer: from optax.
+      objective: the loss of one response's tokens, see `troll_jax.ops.losses`.
+      aggregation: weights of the tokens in the loss.
+      temperature: at which the responses were sampled.
+      max_tokens: how many of the current policy's most probable tokens join the old policy's support.
+      micro_batches: how many parts the batch is worked through in, to save memory. Divides R.
+      head_chunk: tokens per chunk of the head.
+
+    Returns:
+      update, whose metrics are scalars: means over the batch's tokens, except where the name says p99 or max.
+    """
+    graphdef, _ = decoders.abstract(config)
+
+    def loss_and_logs(params, batch: Batch, weights):
+        decoder = decoders.bind(graphdef, params)
+        mask = response_mask(batch)
+        response, entropy, tail_mass = _evaluate_policy(
+            decoder, batch, temperature=temperature, max_tokens=max_tokens, head_chunk=head_chunk
+        )
+        with jax.named_scope('objective'):
+            advantages = jnp.broadcast_to(batch.advantages[:, None], mask.shape)
+            losses = jax.vmap(objective)(response, advantages)
+            # Where there is no token, there is no loss, whatever was computed: not even NaN · 0.
+            loss = jnp.sum(jnp.where(mask, losses.loss * weights, 0.0))
+        kl = jax.vmap(jax.vmap(kl_divergence))(response.new, response.old)
+        log_ratio = response.new_log_probs - response.old_log_probs
+        logs = jax.lax.stop_gradient((losses, kl, entropy, tail_mass, log_ratio, mask))
+        return loss, logs
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        weights = aggregation(response_mask(batch))
+        parts = jax.tree.map(partial(_split, parts=micro_batches), (batch, weights))
+
+        def accumulate(gradients, part):
+            (loss, logs), new = jax.value_and_grad(loss_and_logs, has_aux=True)(state.params, *part)
+            return jax.tree.map(jnp.add, gradients, new), (loss, logs)
+
+        zeros = jax.tree.map(jnp.zeros_like, state.params)
+        gradients, (losses, logs) = jax.lax.scan(accumulate, zeros, parts)
+        norm = optax.global_norm(gradients)
+        finite = jnp.isfinite(norm)
+        with jax.named_scope('optimizer'):
+            changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, changes)
+        keep = lambda new, old: jnp.where(finite, new, old)
+        params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
+        metrics = {
+            'loss': jnp.sum(losses),
+            'gradient_norm': norm,
+            'skipped': 1.0 - finite,
+            **_summarise(*logs),
+        }
+        return TrainState(state.step, params, opt_state), metrics
+
+    return update
+
+
+def _evaluate_policy(decoder, batch: Batch, *, temperature, max_tokens, head_chunk):
+    """The current policy on the batch's responses: ResponseLogProbs [R, T], entropy [R, T], tail mass [R, T]."""
+    rows, length = batch.tokens.shape
+    room = batch.old_log_probs.shape[1]
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
+    valid = index < (batch.prompt_lengths + batch.response_lengths)[:, None]
+    hidden = decoder(batch.tokens, index, valid.astype(jnp.int32))
+    # The hidden state before a token predicts it. Past the response's end anything will do.
+    at = jnp.minimum(batch.prompt_lengths[:, None] + jnp.arange(room)[None, :], length - 1)
+    tokens = jnp.take_along_axis(batch.tokens, at, axis=1)
+    before = jnp.take_along_axis(hidden, at[:, :, None] - 1, axis=1)
+    flatten = lambda x: constrain(x.reshape(rows * room, *x.shape[2:]), 'batch', *[None] * (x.ndim - 2))
+    head = sparse_head(
+        flatten(before),
+        decoder.unembedding,
+        flatten(tokens),
+        jax.tree.map(flatten, batch.old),
+        temperature=temperature,
+        max_tokens=max_tokens,
+        chunk=min(head_chunk, rows * room),
+        dtype=decoder.config.compute_dtype,
+    )
+    head = jax.tree.map(lambda x: x.reshape(rows, room, *x.shape[1:]), head)
+    response = ResponseLogProbs(tokens, head.log_probs, batch.old_log_probs, head.new, head.old)
+    return response, head.entropy, head.tail_mass
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    """[R, ...] → [parts, R / parts, ...], in strides, so that a sharded axis stays where it is."""
+    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _summarise(losses: TokenLosses, kl, entropy, tail_mass, log_ratio, mask) -> dict[str, jax.Array]:
+    count = jnp.maximum(jnp.sum(mask), 1)
+    mean = lambda x: jnp.sum(jnp.where(mask, x, 0)) / count
+    kl_tokens = jnp.where(mask, kl, jnp.nan)
+    solved = jnp.sum(jnp.where(mask & losses.projected, 1, 0))
+    return {
+        'entropy': mean(entropy),
+        'kl_mean': mean(kl),
+        'kl_p99': jnp.nan_to_num(jnp.nanquantile(kl_tokens, 0.99)),
+        'kl_max': jnp.max(jnp.where(mask, kl, 0)),
+        'ratio_max': jnp.exp(jnp.max(jnp.where(mask, log_ratio, -jnp.inf))),
+        'projected_share': mean(losses.projected),
+        'clipped_share': mean(losses.clipped),
+        'regression': mean(losses.regression),
+        'tail_mass': mean(tail_mass),
+        'solver_evaluations': jnp.sum(jnp.where(mask & losses.projected, losses.evaluations, 0))
+        / jnp.maximum(solved, 1),
+        'unconverged_share': mean(~losses.converged),
+    }
