@@ -124,9 +124,7 @@ def make_sampler(
             hidden, cache = decoder.extend(record.tokens[:, None], positions[:, None], state.cache)
             return _Decoding(state.t + 1, hidden[:, 0], cache, records, lengths, stopped)
 
-        start = _Decoding(
-            jnp.int32(0), hidden, cache, records, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool)
-        )
+        start = _Decoding(jnp.int32(0), hidden, cache, records, jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
         with jax.named_scope('decode'):
             end = jax.lax.while_loop(unfinished, step, start)
         records = jax.tree.map(lambda x: constrain(x.swapaxes(0, 1), 'batch', *[None] * (x.ndim - 1)), end.records)

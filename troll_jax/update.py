@@ -32,6 +32,7 @@ def make_update(
     aggregation: Aggregation,
     temperature: float,
     max_tokens: int,
+    mass: float,
     micro_batches: int = 1,
     head_chunk: int = 1024,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
@@ -47,7 +48,7 @@ def make_update(
       objective: the loss of one response's tokens, see `troll_jax.ops.losses`.
       aggregation: weights of the tokens in the loss.
       temperature: at which the responses were sampled.
-      max_tokens: how many of the current policy's most probable tokens join the old policy's support.
+      max_tokens, mass: of the sparse distributions, as the responses were sampled with, see `troll_jax.sparsify`.
       micro_batches: how many parts the batch is worked through in, to save memory. Divides R.
       head_chunk: tokens per chunk of the head.
 
@@ -60,14 +61,14 @@ def make_update(
         decoder = decoders.bind(graphdef, params)
         mask = response_mask(batch)
         response, entropy, tail_mass = _evaluate_policy(
-            decoder, batch, temperature=temperature, max_tokens=max_tokens, head_chunk=head_chunk
+            decoder, batch, temperature=temperature, max_tokens=max_tokens, mass=mass, head_chunk=head_chunk
         )
         with jax.named_scope('objective'):
             advantages = jnp.broadcast_to(batch.advantages[:, None], mask.shape)
             losses = jax.vmap(objective)(response, advantages)
             # Where there is no token, there is no loss, whatever was computed: not even NaN · 0.
             loss = jnp.sum(jnp.where(mask, losses.loss * weights, 0.0))
-        kl = jax.vmap(jax.vmap(kl_divergence))(response.new, response.old)
+        kl = jax.vmap(jax.vmap(kl_divergence))(response.new.log_probs, response.old.log_probs)
         log_ratio = response.new_log_probs - response.old_log_probs
         logs = jax.lax.stop_gradient((losses, kl, entropy, tail_mass, log_ratio, mask))
         return loss, logs
@@ -101,7 +102,7 @@ def make_update(
     return update
 
 
-def _evaluate_policy(decoder, batch: Batch, *, temperature, max_tokens, head_chunk):
+def _evaluate_policy(decoder, batch: Batch, *, temperature, max_tokens, mass, head_chunk):
     """The current policy on the batch's responses: ResponseLogProbs [R, T], entropy [R, T], tail mass [R, T]."""
     rows, length = batch.tokens.shape
     room = batch.old_log_probs.shape[1]
@@ -120,6 +121,7 @@ def _evaluate_policy(decoder, batch: Batch, *, temperature, max_tokens, head_chu
         jax.tree.map(flatten, batch.old),
         temperature=temperature,
         max_tokens=max_tokens,
+        mass=mass,
         chunk=min(head_chunk, rows * room),
         dtype=decoder.config.compute_dtype,
     )

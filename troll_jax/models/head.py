@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from troll_jax.ops.categorical import entropy
-from troll_jax.ops.support import log_mass, union_with_default
+from troll_jax.ops.support import log_mass, sparsify, union_with_default
 from troll_jax.types import SparseLogProbs
 
 
@@ -36,6 +36,7 @@ def sparse_head(
     *,
     temperature: float,
     max_tokens: int,
+    mass: float,
     chunk: int,
     dtype,
 ) -> HeadOutput:
@@ -49,14 +50,15 @@ def sparse_head(
       tokens: [N] int32
       old: [N, K] what the tokens were sampled from.
       temperature: of the sampling; the policy is the one that sampled.
-      max_tokens: how many of the current policy's most probable tokens join the support.
+      max_tokens, mass: of the current policy's own support, see `troll_jax.sparsify`; those that `old` was made with.
       chunk: tokens per chunk, a multiple of the number of devices that hold tokens.
       dtype: of the matrix product.
     """
 
     def one_token(token_logits, token, old):
         all_log_probs = jax.nn.log_softmax(token_logits)
-        new, united_old = union_with_default(all_log_probs, old, max_tokens=max_tokens)
+        own = sparsify(jax.lax.stop_gradient(all_log_probs), token, max_tokens=max_tokens, mass=mass)
+        new, united_old = union_with_default(all_log_probs, own, old)
         tail_mass = -jnp.expm1(jnp.minimum(log_mass(new), 0.0))
         return HeadOutput(all_log_probs[token], entropy(all_log_probs), new, united_old, tail_mass)
 

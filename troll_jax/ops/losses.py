@@ -104,7 +104,7 @@ def ppo_clip(
 
 
 def token_mean(mask: jax.Array) -> jax.Array:
-    """Weights [R, T] of a mean over all tokens (GRPO and PPO in the paper). `mask` [R, T] marks the responses' tokens."""
+    """Weights [R, T] of a mean over all tokens (GRPO and PPO in the paper), from the mask [R, T] of the responses."""
     return mask / jnp.maximum(jnp.sum(mask), 1)
 
 
@@ -115,7 +115,7 @@ def sequence_mean(mask: jax.Array) -> jax.Array:
 
 
 def constant_length(mask: jax.Array) -> jax.Array:
-    """Weights [R, T] of a mean over responses of the sum over their tokens, divided by T (Dr.GRPO, arXiv 2503.20783)."""
+    """Weights [R, T] of a mean over responses of the sum over their tokens / T (Dr.GRPO, arXiv 2503.20783)."""
     return mask / mask.shape[1] / jnp.maximum(jnp.sum(jnp.any(mask, axis=1)), 1)
 
 

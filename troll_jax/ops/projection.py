@@ -62,8 +62,8 @@ def project(log_probs: jax.Array, old_log_probs: jax.Array, *, bound, max_evalua
         argmin_π KL(π ‖ π̃)   subject to   KL(π ‖ π_old) ≤ bound
 
     Inside the region the result is `log_probs`, to the bit. Outside, KL(π ‖ π_old) ends a little under the bound: by at
-    most 0.1 % of it in float32, 1e-11 of it in float64. Differentiable in both distributions and in the bound, in forward
-    and reverse mode, by the implicit function theorem; nothing is differentiated through the solver.
+    most 0.1 % of it in float32, 1e-11 of it in float64. Differentiable in both distributions and in the bound, in
+    forward and reverse mode, by the implicit function theorem; nothing is differentiated through the solver.
 
     Args:
       log_probs: [V] log π̃, normalised; −inf is allowed.
@@ -120,9 +120,7 @@ def project_sparse(new: SparseLogProbs, old: SparseLogProbs, *, bound, max_evalu
         bound=bound,
         max_evaluations=max_evaluations,
     )
-    return result._replace(
-        log_probs=jnp.where(result.violated, result.log_probs + log_mass, new.log_probs)
-    )
+    return result._replace(log_probs=jnp.where(result.violated, result.log_probs + log_mass, new.log_probs))
 
 
 def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
@@ -148,8 +146,9 @@ def _log_ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
 def _evaluate(old_log_probs: jax.Array, old_probs: jax.Array, d: jax.Array, w: jax.Array) -> _Point:
     """κ(w) and the first three central moments of d under π_w, in one pass over the entries.
 
-    κ is summed as Σ π_old h(y) with y = log(π_w/π_old) = w d − ψ and h(y) = y eʸ − eʸ + 1. Its terms are not negative, so
-    nothing cancels between them, and an error δ in ψ changes the sum by κ δ alone; that keeps small κ exact in float32.
+    κ is summed as Σ π_old h(y) with y = log(π_w/π_old) = w d − ψ and h(y) = y eʸ − eʸ + 1. Its terms are not negative,
+    so nothing cancels between them, and an error δ in ψ changes the sum by κ δ alone; that keeps small κ exact in
+    float32.
     """
     log_weights = old_log_probs + w * d
     largest = jnp.max(log_weights)

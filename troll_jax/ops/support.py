@@ -56,27 +56,28 @@ def log_mass(distribution: SparseLogProbs) -> jax.Array:
 
 
 def union_with_default(
-    log_probs: jax.Array, old: SparseLogProbs, *, max_tokens: int, default: float = 1e-12
+    log_probs: jax.Array, new: SparseLogProbs, old: SparseLogProbs, *, default: float = 1e-12
 ) -> tuple[SparseLogProbs, SparseLogProbs]:
     """Puts π̃ and π_old on the union of their supports (tail rule `default`, TROLL, section 3.3).
 
     π̃ is known everywhere, so its values at π_old's tokens are exact. π_old is known on its own support alone: at the
-    tokens that only π̃ finds probable it gets a default probability.
+    tokens that only π̃ lists it gets a default probability. Both must be listed by the same rule, sampled token
+    included: only then do equal policies have equal supports and a divergence of zero.
 
     Args:
       log_probs: [V] log π̃.
+      new: π̃ on its own support [K'].
       old: π_old on its support [K].
-      max_tokens: how many of π̃'s most probable tokens join.
       default: probability of a token that π_old's support leaves out.
 
     Returns:
-      π̃ and π_old as SparseLogProbs on the same tokens [K + max_tokens]: those of `old`, then what π̃ adds. Not
-      renormalised.
+      π̃ and π_old as SparseLogProbs on the same tokens [K + K']: those of `old`, then what π̃ adds. Not renormalised.
     """
-    top_log_probs, top_tokens = jax.lax.top_k(log_probs, max_tokens)
-    known = jnp.any(top_tokens[:, None] == old.tokens[None, :], axis=1)
-    added = jnp.where(known, -1, top_tokens)
+    known = (new.tokens < 0) | jnp.any(new.tokens[:, None] == old.tokens[None, :], axis=1)
+    added = jnp.where(known, -1, new.tokens)
     tokens = jnp.concatenate([old.tokens, added])
-    new_log_probs = jnp.concatenate([at_tokens(log_probs, old.tokens), jnp.where(known, -jnp.inf, top_log_probs)])
-    old_log_probs = jnp.concatenate([old.log_probs, jnp.where(known, -jnp.inf, jnp.log(default).astype(log_probs.dtype))])
-    return SparseLogProbs(tokens, new_log_probs), SparseLogProbs(tokens, old_log_probs)
+    at_added = jnp.where(known, -jnp.inf, jnp.log(jnp.asarray(default, log_probs.dtype)))
+    return (
+        SparseLogProbs(tokens, at_tokens(log_probs, tokens)),
+        SparseLogProbs(tokens, jnp.concatenate([old.log_probs, at_added])),
+    )
