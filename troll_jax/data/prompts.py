@@ -83,11 +83,11 @@ def encode_prompts(
     tokens = np.full((len(kept), max_length), tokenizer.pad_token_id, np.int32)
     for i, row in enumerate(kept):
         tokens[i, : lengths[row]] = encoded[row]
-    answers = dataset['answer']
+    answers = list(dataset['answer'])
     return PromptSet(
         tokens=tokens,
         lengths=lengths[kept],
-        answers=[answers[int(row)] for row in kept],
+        answers=[answers[row] for row in kept],
         texts=[texts[row] for row in kept],
         rows=kept.astype(np.int32),
     )

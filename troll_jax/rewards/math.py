@@ -10,19 +10,26 @@ from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, veri
 
 _LATEX = LatexExtractionConfig(boxed_match_priority=0)
 
-_BOX = re.compile(r'\\f?boxed\s*\{')
+# 1\,234 and 1{,}234: LaTeX's ways to group digits; math-verify takes the first for a sum.
+_DIGIT_GROUP = re.compile(r'(?<=\d)(?:\\[,!; ]|\{,\})(?=\d{3}(?!\d))')
+# An escaped character (so that \{ and \} are no braces), the start of a box, or a brace.
+_BRACES = re.compile(r'(?P<box>\\f?boxed\s*\{)|\\.|[{}]', re.DOTALL)
 
 
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last closed `\boxed{...}` of a text, with nested braces; None if there is none."""
-    for match in reversed(list(_BOX.finditer(text))):
-        depth = 1
-        for position in range(match.end(), len(text)):
-            if text[position] in '{}' and text[position - 1] != '\\':
-                depth += 1 if text[position] == '{' else -1
-                if depth == 0:
-                    return text[match.end() : position]
-    return None
+    found, content = -1, None
+    opened: list[int | None] = []  # per open brace: where the content of its box starts, None if it is no box's
+    for match in _BRACES.finditer(text):
+        if match['box']:
+            opened.append(match.end())
+        elif match[0] == '{':
+            opened.append(None)
+        elif match[0] == '}' and opened:
+            start = opened.pop()
+            if start is not None and start > found:
+                found, content = start, text[start : match.start()]
+    return content
 
 
 def grade_math(response: str, answer: str) -> float:
@@ -46,12 +53,15 @@ def grade_math(response: str, answer: str) -> float:
         raise ValueError('The reference answer is empty; expected LaTeX or a number. Drop such rows from the data.')
     content = last_boxed(response)
     if content is not None:
-        predicted = parse(rf'\boxed{{{content}}}', [_LATEX], parsing_timeout=None)
-    elif _BOX.search(response):
+        predicted = _parse_latex(content)
+    elif '\\boxed' in response:
         return 0.0
     else:
         predicted = parse(response, [_LATEX, ExprExtractionConfig()], parsing_timeout=None)
     boxed_answer = last_boxed(answer)
-    reference = answer if boxed_answer is None else boxed_answer
-    expected = parse(rf'\boxed{{{reference}}}', [_LATEX], parsing_timeout=None)
+    expected = _parse_latex(answer if boxed_answer is None else boxed_answer)
     return float(verify(expected, predicted, timeout_seconds=None))
+
+
+def _parse_latex(text: str) -> list:
+    return parse(rf'\boxed{{{_DIGIT_GROUP.sub("", text)}}}', [_LATEX], parsing_timeout=None)

@@ -10,27 +10,26 @@ function needs and no more.
 
 import logging
 import math
-import numbers
 import os
 import pickle
 import selectors
-import signal
 import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Pipe
 from typing import NamedTuple
 
 import numpy as np
 
+from troll_jax.rewards.worker import grade_one
+
 _logger = logging.getLogger(__name__)
 
 _START_LIMIT = 120.0  # seconds for a worker to import the grading function; generous, as file systems may be slow
-_ORPHAN_GRACE = 5.0  # seconds past the deadline after which a worker whose caller has died ends by itself
 _STARTS_IN_A_ROW = 3  # workers that may die before they are ready until the pool gives up
-_PROGRAM = 'import sys; sys.path[:] = sys.argv[2:]; from troll_jax.rewards.pool import _serve; _serve(int(sys.argv[1]))'
+_PROGRAM = 'import sys; sys.path[:] = sys.argv[2:]; from troll_jax.rewards.worker import serve; serve(int(sys.argv[1]))'
 
 
 class Grades(NamedTuple):
@@ -116,7 +115,7 @@ class Grader:
                 f'Got {len(responses)} responses and {len(answers)} answers; expected one answer for each.'
             )
         if self._deadline is None:
-            outcomes = [_outcome(self._grade, *pair) for pair in zip(responses, answers, strict=True)]
+            outcomes = [grade_one(self._grade, *pair) for pair in zip(responses, answers, strict=True)]
         else:
             outcomes = self._grade_in_workers(list(zip(responses, answers, strict=True)))
 
@@ -250,56 +249,6 @@ class _Worker:
         self.connection.close()
         self.process.kill()
         return self.process.wait()
-
-
-def _serve(descriptor: int) -> None:
-    """A worker's life: load the grading function, then answer until the caller closes the connection."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends the workers
-    logging.disable(logging.CRITICAL)  # verifiers warn about every odd answer
-    connection = Connection(descriptor)
-    try:
-        pickled, deadline, memory_limit = connection.recv()
-        try:
-            _limit_memory(memory_limit)
-            grade = pickle.loads(pickled)
-        except Exception as error:
-            connection.send(('cannot start', _describe(error)))
-            return
-        connection.send(('ready', None))
-        while True:
-            response, answer = connection.recv()
-            # The caller kills at the deadline. Should the caller be dead, the kernel does it: a signal with its default
-            # action ends even a loop in C that never lets Python run a handler.
-            signal.setitimer(signal.ITIMER_REAL, deadline + _ORPHAN_GRACE)
-            outcome = _outcome(grade, response, answer)
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            connection.send(outcome)
-    except (EOFError, OSError):
-        pass  # the caller closed the connection or died
-
-
-def _outcome(grade: Callable[[str, str], float], response: str, answer: str) -> tuple[str, object]:
-    """('reward', float), ('invalid', its repr) or ('error', a description)."""
-    try:
-        reward = grade(response, answer)
-    except Exception as error:
-        return 'error', _describe(error)
-    if isinstance(reward, numbers.Real) and math.isfinite(reward):
-        return 'reward', float(reward)
-    return 'invalid', repr(reward)[:200]
-
-
-def _describe(error: Exception) -> str:
-    return f'{type(error).__name__}: {error}'[:2000]
-
-
-def _limit_memory(limit: int) -> None:
-    if sys.platform == 'linux':
-        import resource
-
-        hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-        soft = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _pickle_by_name(grade: Callable[[str, str], float]) -> bytes:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 INSTRUCTION = 'Reason step by step, and write the final answer, a number, in \\boxed{}.'
 
-_NUMBER = r'-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?'
-_FIRST_NUMBER = re.compile(rf'[-\s$€£]*?({_NUMBER})')
+_NUMBER = r'(?:-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+)'
+_FIRST_NUMBER = re.compile(rf'[\s$€£]*({_NUMBER})')
 _LAST_NUMBER = re.compile(rf'(?<![\d.])({_NUMBER})(?!\d)')
 # "$1,234.00", "18 dollars.": a number with a currency sign or a unit in words, which LaTeX reads as a product.
 _NUMBER_WITH_UNIT = re.compile(

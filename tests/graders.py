@@ -1,0 +1,51 @@
+"""Grading functions for test_rewards.py that misbehave on command. Workers import this file, so it stays light."""
+
+import os
+import re
+import signal
+import time
+
+
+def obey(response: str, answer: str) -> float:
+    """Does what the response says; otherwise 1.0 if it equals the answer."""
+    match response.split():
+        case ['spin']:
+            while True:
+                pass
+        case ['regex']:  # exponential backtracking inside C: no signal handler and no other thread ever runs
+            re.fullmatch('(a+)+b', 'a' * 64)
+        case ['sleep', seconds]:
+            time.sleep(float(seconds))
+        case ['exit']:
+            os._exit(3)
+        case ['killed']:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case ['raise']:
+            raise KeyError('no such thing')
+        case ['nan']:
+            return float('nan')
+        case ['infinity']:
+            return float('inf')
+        case ['text']:
+            return 'correct'
+        case ['nothing']:
+            return None
+        case ['memory']:
+            return float(len(bytearray(64 * 2**30)))
+        case ['pid']:
+            return float(os.getpid())
+        case ['main']:
+            import __main__
+
+            return float(hasattr(__main__, '__file__'))
+    return float(response == answer)
+
+
+class Unloadable:
+    """Pickles well and cannot be loaded, as a task whose package is missing on the worker's side."""
+
+    def __reduce__(self):
+        return int, ('not a number',)
+
+    def grade(self, response: str, answer: str) -> float:
+        return 1.0
