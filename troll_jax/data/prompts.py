@@ -49,9 +49,11 @@ def encode_prompts(
         template_arguments: passed to the chat template, e.g. {'enable_thinking': False}.
 
     Raises:
-        ValueError: a template argument that the template does not mention, an empty prompt, a doubled BOS, or every
-            prompt is too long.
+        ValueError: no rows, a template argument that the template does not mention, an empty prompt, a doubled BOS, or
+            every prompt is too long.
     """
+    if len(dataset) == 0:
+        raise ValueError('The data set has no rows; expected at least one prompt. Check its source and split.')
     template_arguments = dict(template_arguments or {})
     unused = [name for name in template_arguments if name not in str(tokenizer.chat_template)]
     if unused:

@@ -58,11 +58,12 @@ def load_rows(source: str, split: str, *, columns: tuple[str, ...], config: str 
             rows = datasets.load_dataset(builder, data_files={split: files}, split=split)
         else:
             rows = datasets.load_dataset(source, config, split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # of many kinds: no network, no such id, damaged, no rows
         where = f'the files {files}' if files else f'{source!r}, which is no folder here (looked in {os.getcwd()}),'
         raise ValueError(
-            f'Cannot read split {split!r} of {where}: {error} Expected a folder with {split}*.parquet or '
-            f'{split}*.jsonl files, a path with {{split}} in it, or an id on the Hugging Face hub.'
+            f'Split {split!r} of {where} cannot be read or is empty ({type(error).__name__}: {error}). Expected a '
+            f'folder with {split}*.parquet or {split}*.jsonl files, a path with {{split}} in it, or an id on the '
+            'Hugging Face hub.'
         ) from error
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
@@ -70,8 +71,6 @@ def load_rows(source: str, split: str, *, columns: tuple[str, ...], config: str 
             f'Split {split!r} of {source!r} has no column {missing}; got {rows.column_names}, expected {list(columns)}.'
             ' Rename the columns, or point to the data set in its original form.'
         )
-    if len(rows) == 0:
-        raise ValueError(f'Split {split!r} of {source!r} is empty; expected at least one row.')
     return rows
 
 
