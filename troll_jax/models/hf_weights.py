@@ -1,0 +1,301 @@
+"""Reading and writing Hugging Face checkpoints: safetensors only, one tensor at a time, straight onto the mesh."""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import snapshot_download
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from transformers import AutoConfig, PretrainedConfig
+
+from troll_jax.models.decoder import DecoderConfig, abstract
+from troll_jax.models.families import Tensor, decoder_config, family, tensors
+
+CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
+TOKENIZER_FILES = ('tokenizer.model', '*.txt', '*.jinja')  # besides the *.json ones
+DTYPES = {
+    'float32': np.dtype(np.float32),
+    'bfloat16': np.dtype(ml_dtypes.bfloat16),
+    'float16': np.dtype(np.float16),
+}
+STORED_DTYPES = ('F32', 'BF16', 'F16')  # the same, as safetensors names them
+
+
+def load_config(model: str) -> PretrainedConfig:
+    """The Hugging Face config of a model, with a supported architecture.
+
+    Args:
+      model: a folder, or the id of a model on the hub.
+
+    Raises:
+      FileNotFoundError: no such folder or model, or no config.json in it.
+      ValueError: config.json is damaged, or its architecture not supported.
+    """
+    return _read_config(_local_folder(model, ['*.json']))
+
+
+def load_pretrained(
+    model: str, *, mesh: Mesh | None = None, compute_dtype: str = 'bfloat16', remat: str | None = None
+) -> tuple[DecoderConfig, dict[str, Any]]:
+    """The model's config and float32 parameters, laid out over `mesh` as `abstract` says.
+
+    A process reads what its own devices hold, shard by shard, and never has more than one shard in host memory.
+
+    Args:
+      model: a folder, or the id of a model on the hub.
+
+    Raises:
+      FileNotFoundError: no such folder or model, no config.json, no safetensors in it.
+      ValueError: the architecture is not supported, a file is damaged, tensors are missing, unknown or of a wrong
+        shape, or the mesh does not divide the model.
+    """
+    folder = _local_folder(model, ['*.safetensors', '*.json', *TOKENIZER_FILES])
+    hf_config = _read_config(folder)
+    config = decoder_config(hf_config, compute_dtype=compute_dtype, remat=remat)
+    shapes = flatten_dict(abstract(config, mesh)[1])
+    stored = _open_tensors(folder)
+    table = tensors(hf_config)
+    _check_stored(folder, stored, table, shapes, config)
+    return config, unflatten_dict({tensor.path: _read(stored, tensor, shapes[tensor.path]) for tensor in table})
+
+
+def save_pretrained(
+    folder: str | Path,
+    params: dict[str, Any],
+    hf_config: PretrainedConfig,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes config.json and weights that transformers opens unchanged.
+
+    Everything is written beside its final place first, so that a run that dies leaves no half-written file; weights
+    of an earlier export are replaced. With several processes each must call this, and the first one writes.
+
+    Args:
+      folder: is created if it is not there; other files in it (a tokenizer) stay.
+      dtype: of the weights; by default that of `hf_config`, float32 if it names none.
+      max_shard_bytes: weights larger than this are split into files of at most this size (or one tensor).
+
+    Raises:
+      ValueError: `params` are not those of `hf_config`, or an unknown dtype.
+    """
+    dtype = dtype or str(hf_config.dtype or 'float32').removeprefix('torch.')
+    if dtype not in DTYPES:
+        raise ValueError(f'dtype must be one of {tuple(DTYPES)}; got {dtype!r}')
+    flat = flatten_dict(params)
+    config = decoder_config(hf_config)
+    _check_params(flat, flatten_dict(abstract(config)[1]))
+    shards = _plan_shards(tensors(hf_config), flat, config.layers, DTYPES[dtype].itemsize, max_shard_bytes)
+    files = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+
+    first = jax.process_index() == 0
+    folder = Path(folder)
+    staging = folder / '.export'
+    if first:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    for file, shard in zip(files, shards, strict=True):
+        arrays = {name: _fetch(flat[tensor.path], tensor, layer, DTYPES[dtype]) for name, tensor, layer in shard}
+        if first:
+            save_file(arrays, staging / file, metadata={'format': 'pt'})
+        del arrays  # before the next shard is fetched
+    if not first:
+        return
+
+    saved_config = copy.deepcopy(hf_config)
+    saved_config.dtype = dtype
+    saved_config.to_json_file(staging / CONFIG)
+    if len(files) > 1:
+        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, _, _ in shard}
+        total = sum(param.size for param in flat.values()) * DTYPES[dtype].itemsize
+        index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+        (staging / INDEX).write_text(json.dumps(index, indent=2))
+    # Old weights go first: a run that dies between these lines leaves a folder that does not open, not a mixture.
+    for old in [folder / INDEX, *folder.glob('model*.safetensors')]:
+        old.unlink(missing_ok=True)
+    for file in [*files, *([INDEX] if len(files) > 1 else []), CONFIG]:
+        os.replace(staging / file, folder / file)
+    staging.rmdir()
+
+
+def _local_folder(model: str, patterns: list[str]) -> Path:
+    """The folder itself, or what the hub has of these files (never a pickle, never code)."""
+    if Path(model).is_dir():
+        return Path(model)
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
+    except (hub_errors.HFValidationError, hub_errors.HfHubHTTPError, OSError) as error:
+        raise FileNotFoundError(f'{str(model)!r} is not a folder, and not on the hub either: {error}') from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f'{file} is damaged: {error}') from error
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    if not (folder / CONFIG).is_file():
+        raise FileNotFoundError(f'no {CONFIG} in {folder}; got {sorted(file.name for file in folder.iterdir())}')
+    family(_read_json(folder / CONFIG).get('architectures'))  # before transformers meets a model that it may not know
+    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+
+
+def _open_tensors(folder: Path) -> dict[str, Any]:
+    """Tensor name → a slice of it that has not been read yet."""
+    if (folder / WEIGHTS).is_file():
+        files = [folder / WEIGHTS]
+    elif (folder / INDEX).is_file():
+        files = [folder / name for name in sorted(set(_read_json(folder / INDEX)['weight_map'].values()))]
+    else:
+        there = sorted(file.name for file in folder.iterdir())
+        hint = '; only safetensors are read, convert the .bin files' if any(n.endswith('.bin') for n in there) else ''
+        raise FileNotFoundError(f'neither {WEIGHTS} nor {INDEX} in {folder}; got {there}{hint}')
+    stored = {}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f'{file} is named in {INDEX}, but is not there')
+        try:
+            handle = safe_open(file, framework='numpy')
+        except SafetensorError as error:
+            raise ValueError(f'{file} is damaged: {error}; copy or download it again') from error
+        stored |= {name: handle.get_slice(name) for name in handle.keys()}
+    return stored
+
+
+def _names(tensor: Tensor, layers: int) -> list[str]:
+    """The checkpoint's names for one of our parameters: one, or one per layer."""
+    return [tensor.name.format(layer=i) for i in range(layers)] if '{layer}' in tensor.name else [tensor.name]
+
+
+def _check_stored(
+    folder: Path,
+    stored: dict[str, Any],
+    table: tuple[Tensor, ...],
+    shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct],
+    config: DecoderConfig,
+) -> None:
+    """Compares the names, shapes and dtypes in the files' headers with what the config asks for."""
+    expected = {}
+    for tensor in table:
+        shape = list(shapes[tensor.path].shape)
+        shape = shape[1:] if '{layer}' in tensor.name else shape
+        expected |= dict.fromkeys(_names(tensor, config.layers), shape[::-1] if tensor.transposed else shape)
+    found = dict(stored)
+    problems = []
+    # A tied head may be stored all the same (Qwen3-0.6B does it). It is of no use, unless it is another one.
+    if config.tied_embeddings and 'lm_head.weight' in found:
+        head, embedding = found.pop('lm_head.weight'), found.get('model.embed_tokens.weight')
+        if embedding is not None and not _equal(head, embedding):
+            problems.append('lm_head.weight: got other values than model.embed_tokens.weight, expected tied embeddings')
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            problems.append(f'{name}: missing, expected {expected[name]}')
+        elif name not in expected:
+            problems.append(f'{name}: got {found[name].get_shape()}, expected no such tensor')
+        elif found[name].get_shape() != expected[name]:
+            problems.append(f'{name}: got shape {found[name].get_shape()}, expected {expected[name]}')
+        elif found[name].get_dtype() not in STORED_DTYPES:
+            problems.append(f'{name}: got {found[name].get_dtype()}, expected one of {STORED_DTYPES}')
+    if problems:
+        raise ValueError(f'the weights in {folder} are not those of its {CONFIG}:\n  ' + '\n  '.join(problems))
+
+
+def _equal(one: Any, other: Any, rows: int = 4096) -> bool:
+    if one.get_shape() != other.get_shape():
+        return False
+    return all(np.array_equal(one[i : i + rows], other[i : i + rows]) for i in range(0, one.get_shape()[0], rows))
+
+
+def _read(stored: dict[str, Any], tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """One of our parameters, each shard of it read from the files by itself and put where it belongs."""
+    stacked = '{layer}' in tensor.name
+
+    def part(name: str, index: tuple[slice, ...]) -> np.ndarray:
+        return stored[name][index[::-1]].T if tensor.transposed else stored[name][index]
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        sizes = [len(range(size)[along]) for size, along in zip(leaf.shape, index, strict=True)]
+        values = np.empty(sizes, np.float32)
+        if stacked:
+            for i, layer in enumerate(range(leaf.shape[0])[index[0]]):
+                values[i] = part(tensor.name.format(layer=layer), index[1:])
+        else:
+            values[:] = part(tensor.name, index)
+        return values
+
+    if leaf.sharding is None:
+        return jax.device_put(read((slice(None),) * len(leaf.shape)))
+    # Devices that hold the same shard (replicas) share one reading of it.
+    holders: dict[str, list[tuple[jax.Device, tuple[slice, ...]]]] = {}
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items():
+        holders.setdefault(str(index), []).append((device, index))
+    shards = []
+    for group in holders.values():
+        values = read(group[0][1])
+        shards += [jax.device_put(values, device) for device, _ in group]
+    return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, shards)
+
+
+def _check_params(flat: dict[tuple[str, ...], jax.Array], shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct]) -> None:
+    got = {path: param.shape for path, param in flat.items()}
+    expected = {path: leaf.shape for path, leaf in shapes.items()}
+    problems = [
+        f'{"/".join(path)}: got {got.get(path, "nothing")}, expected {expected.get(path, "nothing")}'
+        for path in sorted(got.keys() | expected.keys())
+        if got.get(path) != expected.get(path)
+    ]
+    if problems:
+        raise ValueError('the parameters are not those of the config:\n  ' + '\n  '.join(problems))
+
+
+def _plan_shards(
+    table: tuple[Tensor, ...],
+    flat: dict[tuple[str, ...], jax.Array],
+    layers: int,
+    itemsize: int,
+    max_shard_bytes: int,
+) -> list[list[tuple[str, Tensor, int]]]:
+    """Fills one file after the other: lists of (name, tensor, layer), where layer is 0 for what is not stacked."""
+    shards, room = [[]], max_shard_bytes
+    for tensor in table:
+        names = _names(tensor, layers)
+        size = flat[tensor.path].size // len(names) * itemsize
+        for layer, name in enumerate(names):
+            if shards[-1] and size > room:
+                shards.append([])
+                room = max_shard_bytes
+            shards[-1].append((name, tensor, layer))
+            room -= size
+    return shards
+
+
+def _shard_name(i: int, count: int) -> str:
+    return f'model-{i + 1:05}-of-{count:05}.safetensors'
+
+
+@jax.jit
+def _take_layer(stacked: jax.Array, layer: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False)
+
+
+def _fetch(param: jax.Array, tensor: Tensor, layer: int, dtype: np.dtype) -> np.ndarray:
+    """One tensor as the checkpoint has it, in this host's memory."""
+    if '{layer}' in tensor.name:
+        param = _take_layer(param, layer)
+    here = param.is_fully_addressable
+    values = np.asarray(param) if here else multihost_utils.process_allgather(param, tiled=True)
+    return np.asarray(values.T if tensor.transposed else values, dtype=dtype, order='C')
