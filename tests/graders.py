@@ -26,6 +26,8 @@ def obey(response: str, answer: str) -> float:
             return float('nan')
         case ['infinity']:
             return float('inf')
+        case ['huge']:
+            return 10**400
         case ['text']:
             return 'correct'
         case ['nothing']:
@@ -39,6 +41,16 @@ def obey(response: str, answer: str) -> float:
 
             return float(hasattr(__main__, '__file__'))
     return float(response == answer)
+
+
+class Deadly:
+    """Ends the process that loads it, as a package with a broken native library does."""
+
+    def __reduce__(self):
+        return os._exit, (5,)
+
+    def grade(self, response: str, answer: str) -> float:
+        return 1.0
 
 
 class Unloadable:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graders import Unloadable, obey
+from graders import Deadly, Unloadable, obey
 
 from troll_jax.data.tasks.gsm8k import GSM8K
 from troll_jax.rewards.math import grade_math, last_boxed
@@ -187,7 +187,7 @@ def test_memory_is_limited(grader):
 
 
 @pytest.mark.parametrize('deadline', [None, DEADLINE])
-@pytest.mark.parametrize('bad', ['nan', 'infinity', 'text', 'nothing'])
+@pytest.mark.parametrize('bad', ['nan', 'infinity', 'huge', 'text', 'nothing'])
 def test_a_reward_that_is_no_number_names_its_sample(deadline, bad):
     """Guards against one NaN that reaches the advantages of its whole group and then the parameters."""
     with Grader(obey, deadline=deadline, workers=1) as pool:
@@ -275,6 +275,12 @@ def test_a_worker_that_cannot_start_is_an_error():
         Grader(Unloadable().grade, deadline=5.0, workers=1) as pool,
         pytest.raises(RuntimeError, match='could not load'),
     ):
+        pool(['1'], ['1'])
+
+
+def test_workers_that_die_at_once_are_an_error():
+    """Guards against a pool that replaces its workers for ever and never says why."""
+    with Grader(Deadly().grade, deadline=5.0, workers=1) as pool, pytest.raises(RuntimeError, match='exit code 5'):
         pool(['1'], ['1'])
 
 

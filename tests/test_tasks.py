@@ -85,6 +85,7 @@ def test_gsm8k_prompt_arguments_change_the_prompt(folder):
         ([{'question': 'a', 'answer': '#### many'}], "row 0 .*'#### many'"),
         ([], 'cannot be read or is empty'),
         ([{'question': 'a', 'answer': ''}], 'row 0'),
+        ([{'question': 'a', 'answer': 7}], "row 0 .*'7'"),
     ],
 )
 def test_gsm8k_says_what_is_wrong_with_the_data(folder, rows, message):

@@ -46,6 +46,7 @@ class Grader:
 
     A context manager: leaving it ends the workers, and so does the end of the calling process. Workers start at the
     first call, or earlier in the background with `start()`, and serve until the end; one that was killed is replaced.
+    Linux and macOS: a worker inherits its end of the connection as a file descriptor.
 
     Args:
         grade: `(response, answer) -> reward`, a finite number. With a deadline it is pickled, so it must be importable
@@ -182,7 +183,7 @@ class Grader:
         try:
             kind, value = worker.connection.recv()
         except (EOFError, OSError):
-            exit_code = self._remove(worker)
+            exit_code = self._remove(worker, patience=1.0)
             if sample is not None:
                 outcomes[sample] = ('crash', None)
                 return 1
@@ -205,10 +206,10 @@ class Grader:
         worker.sample, worker.limit = None, math.inf
         return 1
 
-    def _remove(self, worker: '_Worker') -> int:
+    def _remove(self, worker: '_Worker', *, patience: float = 0.0) -> int:
         self._workers.remove(worker)
         self._selector.unregister(worker.connection)
-        return worker.kill()
+        return worker.end(patience)
 
 
 class _Worker:
@@ -245,10 +246,14 @@ class _Worker:
         except OSError:
             pass
 
-    def kill(self) -> int:
+    def end(self, patience: float) -> int:
+        """Lets the process end by itself for `patience` seconds, then kills it. Returns its exit code."""
         self.connection.close()
-        self.process.kill()
-        return self.process.wait()
+        try:
+            return self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
 
 
 def _pickle_by_name(grade: Callable[[str, str], float]) -> bytes:

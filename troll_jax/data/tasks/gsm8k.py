@@ -76,11 +76,12 @@ class GSM8K:
         return [*system, {'role': 'user', 'content': content}]
 
 
-def _final_number(answer: str, where: str) -> str:
-    _, mark, tail = answer.rpartition('####')
+def _final_number(answer: object, where: str) -> str:
+    _, mark, tail = str(answer).rpartition('####')
     number = _FIRST_NUMBER.match(tail) if mark else None
     if number is None:
         raise ValueError(
-            f'The answer in {where} ends {answer[-60:]!r}; expected it to end in "#### number". Fix or drop that row.'
+            f'The answer in {where} ends {str(answer)[-60:]!r}; expected it to end in "#### number". Fix or '
+            'drop that row.'
         )
     return number[1].replace(',', '')

@@ -49,6 +49,7 @@ def load_rows(source: str, split: str, *, columns: tuple[str, ...], config: str 
         ValueError: the source does not exist or cannot be read, a column is missing, or the split is empty.
     """
     check_split(split)
+    source = os.path.expanduser(source)
     files = _local_files(source, split)
     import datasets
 
@@ -86,7 +87,7 @@ def _local_files(source: str, split: str) -> list[str]:
             f'{source!r} names the same files for training and testing; write {{split}} where their names differ, '
             'e.g. data/gsm8k_{split}.jsonl, or give the folder.'
         )
-    elif source.startswith(('/', './', '../', '~')):
+    elif source.startswith(('/', './', '../')):
         raise ValueError(f'The folder {source!r} does not exist; expected one with {split}* files ({suffixes}).')
     else:
         return []
