@@ -1,0 +1,289 @@
+"""The decoder against PyTorch's, against itself with a cache, packed, sharded and recomputed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from troll_jax.models.decoder import KVCache, abstract, attention, bind, init, init_cache
+from troll_jax.models.families import decoder_config
+from troll_jax.models.hf_weights import load_pretrained
+from troll_jax.sharding import make_mesh
+
+VOCAB = 61
+
+
+def tiny_hf_config(tied: bool = True, **changes) -> Qwen3Config:
+    """Grouped queries, heads · head_dim ≠ width, no two sizes alike."""
+    sizes = dict(
+        vocab_size=VOCAB,
+        hidden_size=34,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=10,
+        intermediate_size=47,
+        tie_word_embeddings=tied,
+        architectures=['Qwen3ForCausalLM'],
+        dtype='float32',
+        rope_parameters={'rope_type': 'default', 'rope_theta': 1e4},
+    )
+    return Qwen3Config(**sizes | changes)
+
+
+def tiny_torch_model(hf_config: Qwen3Config) -> Qwen3ForCausalLM:
+    """Weights large enough, and norms far enough from one, that every one of them shows in the logits."""
+    torch.manual_seed(7)
+    model = Qwen3ForCausalLM(hf_config).eval()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.copy_(1 + 0.3 * torch.randn_like(param) if param.ndim == 1 else 0.3 * torch.randn_like(param))
+    return model
+
+
+def tiny(compute_dtype: str = 'float32', **changes):
+    """Config, graphdef and params of a decoder whose weights are ten times larger than new ones."""
+    config = decoder_config(tiny_hf_config(**changes), compute_dtype=compute_dtype)
+    params = jax.tree.map(lambda p: 10 * p if p.ndim > 1 else p, init(config, jax.random.key(3)))
+    return config, abstract(config)[0], params
+
+
+def some_tokens(batch: int, length: int) -> jax.Array:
+    return jax.random.randint(jax.random.key(5), (batch, length), 0, VOCAB)
+
+
+def from_zero(batch: int, length: int) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_logits_equal_those_of_pytorch(tied, tmp_path):
+    """Guards the layout of heads, the rotary convention, the scope of the q/k norms and the transposes on import."""
+    model = tiny_torch_model(tiny_hf_config(tied))
+    model.save_pretrained(tmp_path)
+    tokens = np.asarray(some_tokens(2, 13))
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    config, params = load_pretrained(str(tmp_path), compute_dtype='float32')
+    decoder = bind(abstract(config)[0], params)
+    logits = decoder(tokens, from_zero(2, 13), jnp.ones((2, 13), jnp.int32)) @ decoder.unembedding.T
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+
+
+def test_bfloat16_stays_near_float32():
+    """Guards norms, rotary angles and probabilities against being computed in bfloat16: positions past 256 would do."""
+    config, graphdef, params = tiny()
+    tokens, positions, segments = some_tokens(2, 11), 1000 + from_zero(2, 11), jnp.ones((2, 11), jnp.int32)
+    exact = bind(graphdef, params)(tokens, positions, segments)
+    graphdef16, _ = abstract(dataclasses.replace(config, compute_dtype='bfloat16'))
+    rough = bind(graphdef16, params)(tokens, positions, segments)
+    assert rough.dtype == jnp.bfloat16
+    error = jnp.linalg.norm(rough.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
+    assert error < 0.05
+
+
+def test_prefill_and_decoding_equal_the_whole_sequence():
+    """Guards the cache: rows of different lengths, right padding that must never be seen, slots past the end."""
+    config, graphdef, params = tiny()
+    lengths, total = jnp.array([1, 3, 5]), 11
+    tokens = some_tokens(3, total)
+    whole = bind(graphdef, params)(tokens, from_zero(3, total), jnp.ones((3, total), jnp.int32))
+
+    extend = jax.jit(lambda *args: bind(graphdef, params).extend(*args))
+    padded = jnp.where(from_zero(3, 5) < lengths[:, None], tokens[:, :5], 60)
+    hidden, cache = extend(padded, from_zero(3, 5), init_cache(config, 3, total))
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=1e-5, rtol=0)
+    for step in range(10):  # the longest row runs past the end of the cache
+        positions = lengths[:, None] + step
+        at = jnp.minimum(positions, total - 1)
+        hidden, cache = extend(jnp.take_along_axis(tokens, at, axis=1), positions, cache)
+        for row, position in enumerate(positions[:, 0]):
+            if position < total:
+                np.testing.assert_allclose(hidden[row, 0], whole[row, position], atol=1e-5, rtol=0)
+
+
+def test_extending_past_the_cache_leaves_it_alone():
+    """Guards against a clamped write, which would spoil the last slot of a row that has finished."""
+    config, graphdef, params = tiny()
+    decoder = bind(graphdef, params)
+    _, before = decoder.extend(some_tokens(2, 5), from_zero(2, 5), init_cache(config, 2, 5))
+    _, after = decoder.extend(some_tokens(2, 1), jnp.array([[5], [7]]), before)
+    np.testing.assert_array_equal(before.k, after.k)
+    np.testing.assert_array_equal(before.v, after.v)
+
+
+def test_packed_sequences_do_not_see_each_other():
+    """Guards the segment mask, and positions that restart inside a row."""
+    _, graphdef, params = tiny()
+    decoder = bind(graphdef, params)
+    one, two = some_tokens(1, 5), some_tokens(1, 7)[:, ::-1]
+    packed = decoder(
+        jnp.concatenate([one, two, jnp.full((1, 3), 60)], axis=1),
+        jnp.concatenate([from_zero(1, 5), from_zero(1, 7), from_zero(1, 3)], axis=1),
+        jnp.array([[1] * 5 + [2] * 7 + [0] * 3]),
+    )
+    alone = [decoder(row, from_zero(*row.shape), jnp.ones(row.shape, jnp.int32)) for row in (one, two)]
+    np.testing.assert_allclose(packed[:, :12], jnp.concatenate(alone, axis=1), atol=1e-5, rtol=0)
+
+
+def test_padding_has_finite_values_and_no_influence_on_gradients():
+    """Guards against the NaN of a softmax over nothing, in a row that is padding altogether too."""
+    _, graphdef, params = tiny()
+    segments = jnp.array([[1] * 5 + [0] * 2, [0] * 7])
+
+    def loss(params, tokens):
+        hidden = bind(graphdef, params)(tokens, from_zero(2, 7), segments)
+        return jnp.sum(jnp.where(segments[..., None] > 0, hidden, 0) ** 2), hidden
+
+    grads, hidden = jax.grad(loss, has_aux=True)(params, some_tokens(2, 7))
+    assert jnp.isfinite(hidden).all()
+    assert all(jnp.isfinite(grad).all() and jnp.any(grad != 0) for grad in jax.tree.leaves(grads))
+    others, _ = jax.grad(loss, has_aux=True)(params, jnp.where(segments > 0, some_tokens(2, 7), 59))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5), grads, others)
+
+
+def test_a_query_that_may_look_nowhere_is_finite():
+    """Guards the choice of a finite mask value."""
+    q, k = jnp.ones((1, 1, 2, 4)), jnp.ones((1, 3, 1, 4))
+    out = attention(q, k, 5 * k, jnp.zeros((1, 1, 3), bool))
+    np.testing.assert_allclose(out, 5 * jnp.ones((1, 1, 2, 4)))
+
+
+@pytest.mark.parametrize('remat', ['full', 'dots'])
+def test_recomputation_does_not_change_gradients(remat):
+    """Guards a policy that is accepted and not applied: the gradient is the same, the saved residuals are fewer."""
+    config, plain, params = tiny()
+    recomputed, _ = abstract(dataclasses.replace(config, remat=remat))
+
+    def loss(graphdef):
+        tokens = some_tokens(2, 7)
+        return lambda p: jnp.sum(bind(graphdef, p)(tokens, from_zero(2, 7), jnp.ones((2, 7), jnp.int32)) ** 2)
+
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-5),
+        jax.grad(loss(plain))(params),
+        jax.grad(loss(recomputed))(params),
+    )
+    assert saved_bytes(loss(recomputed), params) < saved_bytes(loss(plain), params)
+
+
+def saved_bytes(function, params) -> int:
+    """Bytes that the forward pass hands to the backward pass."""
+    residuals = jax.eval_shape(lambda p: jax.vjp(function, p)[1], params)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(residuals))
+
+
+def test_compiled_program_does_not_grow_with_depth():
+    """Guards the scan over layers, in the forward pass, its gradient and with a cache."""
+
+    def lines(layers):
+        config = decoder_config(tiny_hf_config(num_hidden_layers=layers), compute_dtype='float32')
+        graphdef, shapes = abstract(config)
+        tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
+        cache = jax.eval_shape(lambda: init_cache(config, 2, 7))
+        forward = jax.grad(lambda p, t: bind(graphdef, p)(t, t, t).sum())
+        extend = jax.jit(lambda p, t, c: bind(graphdef, p).extend(t, t, c))
+        texts = jax.jit(forward).lower(shapes, tokens).as_text(), extend.lower(shapes, tokens, cache).as_text()
+        return [len(text.splitlines()) for text in texts]
+
+    assert lines(3) == lines(11)
+
+
+def divisible_config():
+    changes = dict(vocab_size=62, num_attention_heads=4, intermediate_size=46)
+    return decoder_config(tiny_hf_config(tied=False, **changes), compute_dtype='float32')
+
+
+def test_sharded_forward_and_decoding_equal_one_device(capfd):
+    """Guards the axes that parameters declare, and that the partitioner never falls back to replicating."""
+    config, mesh = divisible_config(), make_mesh(2, 2, 2)
+    graphdef, shapes = abstract(config, mesh)
+    params = init(config, jax.random.key(3))
+    tokens, positions = some_tokens(8, 5), from_zero(8, 5)
+
+    @jax.jit
+    def run(params, tokens):
+        decoder = bind(graphdef, params)
+        hidden = decoder(tokens, positions, jnp.ones((8, 5), jnp.int32))
+        return hidden, *decoder.extend(tokens, positions, init_cache(config, 8, 7))
+
+    expected = run(params, tokens)
+    with jax.set_mesh(mesh):
+        got = run(jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shapes)), tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=0), expected, got)
+    assert got[2].k.sharding.shard_shape(got[2].k.shape) == (3, 2, 7, 1, 10)
+    assert 'rematerialization' not in capfd.readouterr().err
+
+
+def test_init_does_not_depend_on_the_mesh():
+    """Guards against a run that starts elsewhere on another machine, and against unsharded starting values."""
+    config, mesh = divisible_config(), make_mesh(2, 2, 2)
+    one, many = init(config, jax.random.key(3)), init(config, jax.random.key(3), mesh)
+    jax.tree.map(np.testing.assert_array_equal, one, many)
+    jax.tree.map(lambda param, leaf: param.sharding.is_equivalent_to(leaf.sharding, param.ndim) or pytest.fail(), many,
+                 abstract(config, mesh)[1])  # fmt: skip
+
+
+def test_layers_start_different_from_each_other():
+    """Guards against one random key for all layers."""
+    query = init(decoder_config(tiny_hf_config()), jax.random.key(3))['layers']['attention']['query']
+    assert jnp.std(query) == pytest.approx(0.02, rel=0.1)
+    assert not jnp.any(query[0] == query[1])
+
+
+def test_structure_is_static():
+    """Guards jit caches: the graphdef is hashable, equal for equal configs, and the same with a mesh."""
+    config = divisible_config()
+    one, other = abstract(config)[0], abstract(config, make_mesh(2, 2, 2))[0]
+    assert one == other and hash(one) == hash(other) and hash(config) == hash(divisible_config())
+    assert one != abstract(dataclasses.replace(config, remat='full'))[0]
+
+
+def test_greedy_decoding_equals_transformers(tmp_path):
+    """Guards prefill and decoding end to end, with the positions that a sampler would use."""
+    model = tiny_torch_model(tiny_hf_config())
+    model.save_pretrained(tmp_path)
+    prompt = some_tokens(2, 3)
+    with torch.no_grad():
+        expected = model.generate(torch.tensor(np.asarray(prompt)), max_new_tokens=7, do_sample=False, pad_token_id=0)
+
+    config, params = load_pretrained(str(tmp_path), compute_dtype='float32')
+    decoder = bind(abstract(config)[0], params)
+    hidden, cache = decoder.extend(prompt, from_zero(2, 3), init_cache(config, 2, 10))
+    tokens = prompt
+    for position in range(3, 10):
+        best = jnp.argmax(hidden[:, -1] @ decoder.unembedding.T, axis=-1)[:, None]
+        tokens = jnp.concatenate([tokens, best], axis=1)
+        hidden, cache = decoder.extend(best, jnp.full((2, 1), position), cache)
+    np.testing.assert_array_equal(tokens, expected.numpy())
+
+
+def test_cache_is_two_buffers_of_the_compute_dtype():
+    """Guards donation: a buffer that stood for keys and values could not be given away twice."""
+    config, _, _ = tiny('bfloat16')
+    cache = init_cache(config, 2, 5)
+    assert isinstance(cache, KVCache) and cache.k.shape == (3, 2, 5, 2, 10) and cache.k.dtype == jnp.bfloat16
+    jax.jit(lambda c: c, donate_argnums=0)(cache)
+
+
+def test_bad_configs_are_refused_with_numbers():
+    """Guards messages that name what was got and what would do."""
+    config = divisible_config()
+    with pytest.raises(ValueError, match=r"'full', 'dots'.*'all'"):
+        dataclasses.replace(config, remat='all')
+    with pytest.raises(ValueError, match='float16'):
+        dataclasses.replace(config, compute_dtype='float16')
+    with pytest.raises(ValueError, match='got 4 and 3'):
+        dataclasses.replace(config, kv_heads=3)
+    with pytest.raises(ValueError, match='got 5'):
+        dataclasses.replace(config, head_dim=5)
+    with pytest.raises(ValueError, match=r"kv_heads = 2 .*'tensor' = 4; mlp_width = 46 .*; vocab_size = 62 "):
+        abstract(config, make_mesh(1, 2, 4))
+    with pytest.raises(ValueError, match=r"width = 34 is not a multiple of mesh axis 'fsdp' = 4"):
+        init(config, jax.random.key(0), make_mesh(1, 4, 2))
