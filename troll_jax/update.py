@@ -1,6 +1,6 @@
 """One optimizer step on one minibatch: update(loss ∘ projection ∘ model)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -12,7 +12,7 @@ from troll_jax.models.head import sparse_head
 from troll_jax.ops.losses import ResponseLogProbs, TokenLosses
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.sharding import constrain
-from troll_jax.types import Batch, TrainState
+from troll_jax.types import Batch, Rollout, TrainState
 
 Objective = Callable[[ResponseLogProbs, jax.Array], TokenLosses]
 Aggregation = Callable[[jax.Array], jax.Array]
@@ -22,6 +22,34 @@ def response_mask(batch: Batch) -> jax.Array:
     """[R, T] bool, true at the tokens of the responses. From lengths, never from token ids."""
     room = batch.old_log_probs.shape[1]
     return jnp.arange(room)[None, :] < batch.response_lengths[:, None]
+
+
+def make_batch(rollout: Rollout, advantages: jax.Array) -> Batch:
+    """The batch that a rollout and the advantages [R] of its responses make."""
+    return Batch(
+        tokens=rollout.tokens,
+        prompt_lengths=rollout.prompt_lengths,
+        response_lengths=rollout.response_lengths,
+        advantages=advantages,
+        old_log_probs=rollout.log_probs,
+        old=rollout.support,
+    )
+
+
+def minibatches(batch: Batch, count: int, samples_per_prompt: int) -> Iterator[Batch]:
+    """Splits a batch of B prompts into `count` of B / count prompts, each with all of its samples."""
+    for i in range(count):
+        yield _minibatch(batch, i, count, samples_per_prompt)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _minibatch(batch: Batch, i: int, count: int, samples_per_prompt: int) -> Batch:
+    def select(x):
+        # Every count-th prompt, so that a sharded axis stays where it is.
+        groups = x.reshape(-1, count, samples_per_prompt, *x.shape[1:])
+        return jax.lax.dynamic_index_in_dim(groups, i, 1, keepdims=False).reshape(-1, *x.shape[1:])
+
+    return jax.tree.map(select, batch)
 
 
 def make_update(

@@ -1,0 +1,155 @@
+"""What a gin file can name, and how the files of an experiment are read.
+
+The library does not know gin. Every function and class that a configuration may use or bind is registered here.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gin
+import jax
+from transformers import PreTrainedTokenizerBase
+
+from troll_jax.data.prompts import PromptSet, encode_prompts
+from troll_jax.data.tasks import Task
+from troll_jax.data.tasks.arithmetic import Arithmetic
+from troll_jax.data.tasks.gsm8k import GSM8K
+from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
+from troll_jax.models.decoder import DecoderConfig
+from troll_jax.models.families import decoder_config
+from troll_jax.models.hf_weights import load_config
+from troll_jax.ops import advantages, losses
+from troll_jax.optimizer import adamw
+from troll_jax.sharding import make_mesh
+
+_REPOSITORY = Path(__file__).parent.parent
+_registered: dict[str, Callable[..., Any]] = {}
+
+
+def register(target):
+    """Makes a function or class known to gin under its own name."""
+    _registered[target.__name__] = target
+    return gin.external_configurable(target, name=target.__name__, module='troll_jax')
+
+
+for _target in (
+    losses.troll,
+    losses.ppo_clip,
+    losses.token_mean,
+    losses.sequence_mean,
+    losses.constant_length,
+    advantages.group_normalised,
+    adamw,
+    make_mesh,
+    Arithmetic,
+    GSM8K,
+):
+    register(_target)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """What is to be learnt, and by which model: all that training and evaluation share.
+
+    Args:
+      model: a folder in Hugging Face format or an id on the hub, which the run starts from.
+      task: data, prompts and reward.
+      max_prompt_length: tokens; longer prompts are dropped.
+      max_response_length: tokens; longer responses are cut.
+      compute_dtype: of activations and matrix products, 'bfloat16' or 'float32'. Parameters and probabilities are
+        float32.
+      remat: what the backward pass computes again to save memory: None, 'dots' or 'full'.
+      chat_template_from: a model whose chat template to borrow.
+      template_arguments: for the chat template.
+      mesh: of devices, by `make_mesh`; all of them in `fsdp` if None.
+    """
+
+    model: str
+    task: Task
+    max_prompt_length: int
+    max_response_length: int
+    compute_dtype: str = 'bfloat16'
+    remat: str | None = None
+    chat_template_from: str | None = None
+    template_arguments: dict[str, Any] | None = None
+    mesh: jax.sharding.Mesh | None = None
+
+    def __post_init__(self):
+        if self.mesh is None:
+            object.__setattr__(self, 'mesh', make_mesh())
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.model, chat_template_from=self.chat_template_from)
+
+    def stop_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+        return stop_token_ids(tokenizer, self.model)
+
+    def load_prompts(self, split: str, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+        return encode_prompts(
+            self.task.load(split),
+            tokenizer,
+            max_length=self.max_prompt_length,
+            template_arguments=self.template_arguments,
+        )
+
+    def decoder_config(self, tokenizer: PreTrainedTokenizerBase) -> DecoderConfig:
+        """The sizes of the model.
+
+        Raises:
+          ValueError: it has fewer tokens than the tokenizer, or a shorter context than the lengths ask for.
+        """
+        hf_config = load_config(self.model)
+        config = decoder_config(hf_config, compute_dtype=self.compute_dtype, remat=self.remat)
+        if config.vocab_size < len(tokenizer):
+            raise ValueError(
+                f'the tokenizer of {self.model!r} has {len(tokenizer)} tokens, its model {config.vocab_size}; expected '
+                'at least as many in the model. Use the tokenizer that belongs to it, or resize the embeddings.'
+            )
+        length = self.max_prompt_length + self.max_response_length
+        if length > hf_config.max_position_embeddings:
+            raise ValueError(
+                f'max_prompt_length + max_response_length = {self.max_prompt_length} + {self.max_response_length} = '
+                f'{length} tokens, but {self.model!r} has positions for {hf_config.max_position_embeddings}'
+            )
+        return config
+
+
+Experiment = register(Experiment)
+
+
+def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
+    """Reads gin files, then bindings, which win.
+
+    Files that are included are looked for in the working folder and in the repository.
+
+    Raises:
+      ValueError: a file, name or parameter that does not exist, with the nearest that does.
+    """
+    for file in files:
+        if not Path(file).is_file():
+            raise ValueError(f'no configuration file {str(file)!r}')
+    gin.add_config_file_search_path(_REPOSITORY)
+    try:
+        gin.parse_config_files_and_bindings([str(file) for file in files], list(bindings))
+    except (ValueError, SyntaxError, OSError) as error:
+        raise ValueError(f'{str(error).strip()}{_nearest(str(error))}') from None
+
+
+def _nearest(message: str) -> str:
+    """What the writer of a mistyped name may have meant."""
+    parameter = re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", message)
+    unknown = re.search(r"No configurable matching (?:reference )?'@?([^']+)'", message)
+    if parameter:
+        owner, name = parameter.groups()
+        known = list(inspect.signature(_registered[owner.split('.')[-1]]).parameters)
+    elif unknown:
+        name, known = unknown[1].split('/')[-1].split('.')[-1].removesuffix('()'), list(_registered)
+    else:
+        return ''
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f'\nDid you mean {near!r}? Known: {", ".join(sorted(known))}.'

@@ -1,0 +1,280 @@
+"""Trains a language model from verifiable rewards. Start here: this file is the whole loop.
+
+    python -m experiments.train configs/quickstart_troll.gin ['train.steps = 20' 'troll.bound = 0.1' …]
+
+A run's folder holds `config.gin` (all that is needed to repeat or evaluate it), `model` (tokenizer and sizes),
+`checkpoints`, `metrics.jsonl` and `tensorboard`. Started again, a run goes on from its latest checkpoint.
+"""
+
+import argparse
+import logging
+import signal
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from experiments.config import Experiment, parse, register
+from troll_jax.checkpoint import Checkpoints
+from troll_jax.data.prompts import batch_indices
+from troll_jax.evaluate import decode_responses, evaluate, rollouts
+from troll_jax.metrics import MetricsWriter
+from troll_jax.models import decoder as decoders
+from troll_jax.models.hf_weights import load_config, load_pretrained
+from troll_jax.optimizer import state_shapes
+from troll_jax.rewards.pool import Grader
+from troll_jax.rollout import make_sampler
+from troll_jax.types import TrainState
+from troll_jax.update import Aggregation, Objective, make_batch, make_update, minibatches
+
+logger = logging.getLogger(__name__)
+
+
+@register
+def train(
+    run_dir: str = gin.REQUIRED,
+    objective: Objective = gin.REQUIRED,
+    aggregation: Aggregation = gin.REQUIRED,
+    estimator: Callable[[jax.Array], jax.Array] = gin.REQUIRED,
+    optimizer: optax.GradientTransformation = gin.REQUIRED,
+    steps: int = gin.REQUIRED,
+    prompts_per_step: int = gin.REQUIRED,
+    samples_per_prompt: int = gin.REQUIRED,
+    minibatch_prompts: int = gin.REQUIRED,
+    temperature: float = 1.0,
+    max_tokens: int = 64,
+    mass: float = 1 - 1e-5,
+    prompts_per_rollout: int | None = None,
+    micro_batches: int = 1,
+    head_chunk: int = 1024,
+    evaluate_every: int = 10,
+    checkpoint_every: int = 10,
+    keep_checkpoints: int = 2,
+    seed: int = 0,
+) -> None:
+    """Samples a batch of responses, grades them, learns from them in minibatches; again and again.
+
+    Args:
+      run_dir: folder of the run.
+      objective: the policy loss, `@troll` or `@ppo_clip`.
+      aggregation: the mean that is taken of token losses, e.g. `@token_mean`.
+      estimator: from the rewards of a prompt's samples to their advantages, e.g. `@group_normalised`.
+      optimizer: e.g. `@adamw()`.
+      steps: rollout batches.
+      prompts_per_step: B, prompts in a rollout batch.
+      samples_per_prompt: G.
+      minibatch_prompts: prompts in an optimizer update. B / minibatch_prompts updates are made per rollout batch; all
+        but the first of them are off-policy.
+      temperature: of the sampling.
+      max_tokens, mass: K and 1 − δ of the sparse distributions, see `troll_jax.sparsify`.
+      prompts_per_rollout: sampled at a time, to save memory; None is all B.
+      micro_batches: parts in which the gradient of a minibatch is computed, to save memory.
+      head_chunk: tokens whose logits are in memory at a time in an update.
+      evaluate_every: steps between greedy evaluations on the test split; 0 turns them off.
+      checkpoint_every: steps between checkpoints. The last step is saved in any case.
+      keep_checkpoints: how many of the latest to keep.
+      seed: of the order of the data and of the sampling.
+    """
+    experiment = Experiment()
+    mesh, prompts_per_rollout = experiment.mesh, prompts_per_rollout or prompts_per_step
+    check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, prompts_per_rollout, micro_batches)
+    tokenizer = experiment.load_tokenizer()
+    config = experiment.decoder_config(tokenizer)
+    prompts, held_out = (experiment.load_prompts(split, tokenizer) for split in ('train', 'test'))
+    batch_indices(len(prompts), prompts_per_step, seed=seed, step=0)  # an error now if there are too few
+
+    new_sampler = lambda samples, temperature: make_sampler(
+        config,
+        samples_per_prompt=samples,
+        max_response_length=experiment.max_response_length,
+        temperature=temperature,
+        stop_tokens=experiment.stop_tokens(tokenizer),
+        max_tokens=max_tokens,
+        mass=mass,
+    )
+    sampler, greedy_sampler = new_sampler(samples_per_prompt, temperature), new_sampler(1, 0.0)
+    update = make_update(
+        config,
+        optimizer,
+        objective=objective,
+        aggregation=aggregation,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        mass=mass,
+        micro_batches=micro_batches,
+        head_chunk=head_chunk,
+    )
+    save_setup(Path(run_dir), experiment, tokenizer)
+
+    with (
+        jax.set_mesh(mesh),
+        Checkpoints(run_dir, keep=keep_checkpoints) as checkpoints,
+        Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader,
+        stop_on_signal() as stop,
+    ):
+        grader.start()
+        state = restore_or_start(checkpoints, experiment, config, optimizer)
+        first = int(state.step)
+        key = jax.random.key(seed)
+
+        def evaluate_now() -> dict[str, float]:
+            result = evaluate(
+                greedy_sampler, state.params, held_out, grader, tokenizer, key, batch=prompts_per_rollout, mesh=mesh
+            )
+            return {'eval/success': result.rewards.mean(), 'eval/response_length': result.lengths.mean()}
+
+        with MetricsWriter(run_dir, resume_after=first) as metrics:
+            if first == 0 and evaluate_every:
+                metrics.write(0, evaluate_now())
+            progress = tqdm(range(first, steps), initial=first, total=steps, unit='step', disable=None)
+            for step in progress:
+                times = {'start': time.perf_counter()}
+                indices = batch_indices(len(prompts), prompts_per_step, seed=seed, step=step)
+                parts = rollouts(
+                    sampler,
+                    state.params,
+                    prompts,
+                    indices,
+                    jax.random.fold_in(key, step),
+                    batch=prompts_per_rollout,
+                    mesh=mesh,
+                )
+                rollout = jax.block_until_ready(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
+                times['rollout'] = time.perf_counter()
+
+                answers = [prompts.answers[i] for i in indices for _ in range(samples_per_prompt)]
+                grades = grader(decode_responses(rollout, tokenizer), answers)
+                times['reward'] = time.perf_counter()
+
+                groups = jnp.asarray(grades.rewards.reshape(prompts_per_step, samples_per_prompt))
+                batch = make_batch(rollout, jax.vmap(estimator)(groups).reshape(-1))
+                logs = []
+                for minibatch in minibatches(batch, prompts_per_step // minibatch_prompts, samples_per_prompt):
+                    state, log = update(state, minibatch)
+                    logs.append(log)
+                logs = jax.device_get(logs)
+                times['update'] = time.perf_counter()
+
+                state = state._replace(step=state.step + 1)
+                row = summarise(rollout, grades, logs, times)
+                if evaluate_every and (step + 1) % evaluate_every == 0:
+                    row |= evaluate_now()
+                metrics.write(step + 1, row)
+                progress.set_postfix(success=f'{row["reward/mean"]:.3f}', kl=f'{row["update/kl_mean"]:.4f}')
+                if (step + 1) % checkpoint_every == 0 or step + 1 == steps or stop:
+                    checkpoints.save(state)
+                if stop:
+                    logger.warning('stopped after step %d, which is saved; start again to go on', step + 1)
+                    break
+
+
+def check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, prompts_per_rollout, micro_batches):
+    """Raises a ValueError with both numbers if one of the run's sizes does not divide another."""
+    devices = mesh.shape['data'] * mesh.shape['fsdp']
+    rows = minibatch_prompts * samples_per_prompt
+    for name, size, divisor_name, divisor in [
+        ('prompts_per_step', prompts_per_step, 'minibatch_prompts', minibatch_prompts),
+        ('prompts_per_step', prompts_per_step, 'prompts_per_rollout', prompts_per_rollout),
+        ('prompts_per_rollout', prompts_per_rollout, 'data × fsdp devices of the mesh', devices),
+        (
+            'minibatch_prompts × samples_per_prompt',
+            rows,
+            'micro_batches × data × fsdp devices',
+            micro_batches * devices,
+        ),
+    ]:
+        if divisor < 1 or size < 1 or size % divisor:
+            raise ValueError(f'{name} = {size} must be a positive multiple of {divisor_name} = {divisor}')
+    if samples_per_prompt < 2:
+        raise ValueError(f'samples_per_prompt = {samples_per_prompt}: a group needs at least 2 to compare')
+
+
+def restore_or_start(checkpoints, experiment, config, optimizer) -> TrainState:
+    """The latest checkpoint, or the model that the run starts from with a fresh optimizer."""
+    _, params = decoders.abstract(config, experiment.mesh)
+    opt_state = state_shapes(optimizer, params)
+    replicated = jax.sharding.NamedSharding(experiment.mesh, jax.sharding.PartitionSpec())
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, opt_state)
+    if checkpoints.steps:
+        logger.info('going on from step %d', checkpoints.steps[-1])
+        return checkpoints.restore(shapes, checkpoints.steps[-1])
+    _, params = load_pretrained(experiment.model, mesh=experiment.mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, opt_state)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
+    return TrainState(jax.device_put(np.int32(0), replicated), params, opt_state)
+
+
+def save_setup(run_dir: Path, experiment, tokenizer) -> None:
+    """Writes what evaluation and export need besides the parameters."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / 'config.gin').write_text(gin.config_str())
+    load_config(experiment.model).save_pretrained(run_dir / 'model')
+    tokenizer.save_pretrained(run_dir / 'model')
+    stop_tokens = list(experiment.stop_tokens(tokenizer))
+    GenerationConfig(eos_token_id=stop_tokens, pad_token_id=tokenizer.pad_token_id).save_pretrained(run_dir / 'model')
+
+
+def summarise(rollout, grades, logs, times) -> dict[str, float]:
+    """One step's metrics. Those of its updates are averaged; a maximum stays one."""
+    room = rollout.log_probs.shape[1]
+    mask = jnp.arange(room)[None, :] < rollout.response_lengths[:, None]
+    tokens = int(rollout.response_lengths.sum())
+    seconds = dict(zip(list(times)[1:], np.diff(list(times.values())), strict=True))
+    over_updates = lambda name: (np.max if name.endswith('_max') else np.mean)([log[name] for log in logs])
+    return {
+        'reward/mean': grades.rewards.mean(),
+        'reward/timeouts': grades.timeouts,
+        'reward/crashes': grades.crashes,
+        'reward/errors': grades.errors,
+        'rollout/response_length': tokens / len(grades.rewards),
+        'rollout/truncated_share': 1 - rollout.stopped.mean(),
+        'rollout/entropy': jnp.sum(rollout.entropy * mask) / tokens,
+        'rollout/kept_tokens': jnp.sum((rollout.support.tokens >= 0) * mask[:, :, None]) / tokens,
+        'rollout/tokens_per_second': tokens / seconds['rollout'],
+        'update/tokens_per_second': tokens / seconds['update'],
+        # Before the first update the policy is the one that sampled: what is left is the noise between the two.
+        'update/kl_noise': logs[0]['kl_mean'],
+        **{f'update/{name}': over_updates(name) for name in logs[0]},
+        **{f'seconds/{name}': value for name, value in seconds.items()},
+    }
+
+
+@contextmanager
+def stop_on_signal():
+    """Yields a list that is empty until Ctrl-C or SIGTERM; the loop then ends its step and saves. Twice ends at once."""
+    received = []
+
+    def handle(number, _):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        logger.warning('%s: finishing this step and saving; once more to stop at once', signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='a gin file')
+    parser.add_argument('bindings', nargs='*', help="gin bindings that win over the file's, such as 'train.steps = 20'")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format='%(levelname)s %(name)s: %(message)s')
+    parse([arguments.config], arguments.bindings)
+    train()
+
+
+if __name__ == '__main__':
+    main()

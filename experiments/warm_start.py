@@ -1,0 +1,172 @@
+"""Builds the small model of the quickstart and teaches it, by supervised learning, to answer some problems.
+
+    python -m experiments.warm_start configs/arithmetic_model.gin ['warm_start.seed = 1' …]
+
+The result is a folder in Hugging Face format like any other model: config, safetensors, tokenizer with chat template.
+"""
+
+import argparse
+import logging
+from functools import partial
+from pathlib import Path
+
+import gin
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+from transformers import GenerationConfig, Qwen3Config
+
+from experiments.config import parse, register
+from troll_jax.data.prompts import PromptSet, batch_indices, encode_prompts
+from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic, demonstration
+from troll_jax.data.tokenizer import character_tokenizer
+from troll_jax.evaluate import evaluate
+from troll_jax.models import decoder as decoders
+from troll_jax.models.families import decoder_config
+from troll_jax.models.head import logits
+from troll_jax.models.hf_weights import save_pretrained
+from troll_jax.rewards.pool import Grader
+from troll_jax.rollout import make_sampler
+from troll_jax.sharding import make_mesh
+
+logger = logging.getLogger(__name__)
+
+
+@register
+def warm_start(
+    folder: str = gin.REQUIRED,
+    task: Arithmetic = gin.REQUIRED,
+    width: int = 64,
+    layers: int = 3,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    mlp_width: int = 192,
+    worked_share: float = 0.25,
+    learning_rate: float = 3e-3,
+    batch: int = 256,
+    steps: int = 600,
+    seed: int = 0,
+) -> None:
+    """Trains a new model on demonstrations and saves it.
+
+    Args:
+      folder: for the model.
+      task: whose training problems are demonstrated.
+      width, layers, heads, kv_heads, head_dim, mlp_width: sizes of the model.
+      worked_share: of the demonstrations that show the running values before the answer; the others only answer. Only
+        worked answers can be right most of the time, so reinforcement learning has something to find out.
+      learning_rate: peak, after a linear warm-up of 5 % of the steps; then down to zero along a cosine.
+      batch: demonstrations per step.
+      steps: of the optimizer.
+      seed: of weights, data order and demonstrations.
+    """
+    tokenizer = character_tokenizer(CHARACTERS)
+    prompt_room, response_room = 2 * task.operands, task.operands + 2
+    hf_config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=mlp_width,
+        max_position_embeddings=prompt_room + response_room,
+        rope_parameters={'rope_type': 'default', 'rope_theta': 1000.0},
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        architectures=['Qwen3ForCausalLM'],
+        dtype='float32',
+    )
+    config = decoder_config(hf_config, compute_dtype='float32')
+    graphdef, _ = decoders.abstract(config)
+    params = decoders.init(config, jax.random.key(seed))
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update(params, opt_state, tokens, mask):
+        def loss(params):
+            rows, length = tokens.shape
+            positions = jnp.broadcast_to(jnp.arange(length - 1, dtype=jnp.int32), (rows, length - 1))
+            decoder = decoders.bind(graphdef, params)
+            hidden = decoder(tokens[:, :-1], positions, jnp.ones_like(positions))
+            scores = logits(hidden, decoder.unembedding, temperature=1.0, dtype=config.compute_dtype)
+            losses = optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:])
+            return jnp.sum(losses * mask[:, 1:]) / jnp.sum(mask[:, 1:])
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        changes, opt_state = optimizer.update(gradients, opt_state, params)
+        return optax.apply_updates(params, changes), opt_state, value
+
+    sequences = {worked: _demonstrations(task, tokenizer, worked) for worked in (True, False)}
+    count = len(sequences[True][0])
+    opt_state = optimizer.init(params)
+    progress = tqdm(range(steps), unit='step', desc='warm start', disable=None)
+    for step in progress:
+        rows = batch_indices(count, batch, seed=seed, step=step)
+        worked = np.random.default_rng([seed, step]).random(batch)[:, None] < worked_share
+        tokens, mask = (np.where(worked, sequences[True][i][rows], sequences[False][i][rows]) for i in range(2))
+        params, opt_state, value = update(params, opt_state, tokens, mask)
+        if step % 50 == 0:
+            progress.set_postfix(loss=f'{float(value):.3f}')
+
+    held_out = encode_prompts(task.load('test'), tokenizer, max_length=prompt_room)
+    _report(config, params, held_out, tokenizer, task, response_room)
+    save_pretrained(folder, params, hf_config)
+    tokenizer.save_pretrained(folder)
+    GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+
+
+def _demonstrations(task: Arithmetic, tokenizer, worked: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [n, S] of problem, demonstration and end of sequence; and which of them are to be learnt."""
+    problems = task.problems('train')
+    texts = [problem + demonstration(problem, worked) + tokenizer.eos_token for problem in problems]
+    encoded = tokenizer(texts, padding='max_length', max_length=3 * task.operands + 2, return_tensors='np')
+    tokens = encoded['input_ids'].astype(np.int32)
+    positions = np.arange(tokens.shape[1])
+    return tokens, encoded['attention_mask'].astype(bool) & (positions >= 2 * task.operands)
+
+
+def _report(config, params, held_out: PromptSet, tokenizer, task: Arithmetic, response_room: int) -> None:
+    sampler = make_sampler(
+        config,
+        samples_per_prompt=1,
+        max_response_length=response_room,
+        temperature=1.0,
+        stop_tokens=[tokenizer.eos_token_id],
+        max_tokens=1,
+        mass=1.0,
+    )
+    with Grader(task.grade, deadline=task.deadline) as grader:
+        result = evaluate(
+            sampler, params, held_out, grader, tokenizer, jax.random.key(0), batch=len(held_out), mesh=make_mesh()
+        )
+    rewards = result.rewards[:, 0]
+    worked = np.array([len(responses[0]) > 2 for responses in result.responses])
+    logger.info(
+        'success %.3f on held-out problems; %.0f %% of the answers are worked, %.3f of those and %.3f of the bare ones '
+        'are right',
+        rewards.mean(),
+        100 * worked.mean(),
+        rewards[worked].mean() if worked.any() else 0.0,
+        rewards[~worked].mean() if not worked.all() else 0.0,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='a gin file')
+    parser.add_argument('bindings', nargs='*', help="gin bindings that win over the file's")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format='%(levelname)s %(name)s: %(message)s')
+    parse([arguments.config], arguments.bindings)
+    warm_start()
+    logger.info('saved %s', Path(gin.query_parameter('warm_start.folder')))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,106 @@
+"""Checkpoints of a run, by Orbax: saved in the background, restored straight onto the mesh in use."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from troll_jax.types import TrainState
+
+
+class Checkpoints:
+    """The checkpoints in a run's folder. A context manager; leaving it waits until the last one is on disk.
+
+    Args:
+      folder: of the run; checkpoints lie in `checkpoints/<step>` below it.
+      keep: how many of the latest to keep.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
+        self.path = Path(folder).absolute() / 'checkpoints'
+        self._manager = ocp.CheckpointManager(
+            self.path,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            item_handlers={name: ocp.StandardCheckpointHandler() for name in ('params', 'opt_state')},
+        )
+
+    def __enter__(self) -> 'Checkpoints':
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all whole checkpoints, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState) -> None:
+        """Starts saving. Returns once the arrays are copied; a step that is already there is left alone."""
+        step = int(state.step)
+        if step in self.steps:
+            return
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params), opt_state=ocp.args.StandardSave(state.opt_state)
+        )
+        self._manager.save(step, args=items)
+
+    def restore(self, shapes: TrainState, step: int) -> TrainState:
+        """Restores a whole state.
+
+        Args:
+          shapes: a state of `jax.ShapeDtypeStruct` with shardings; they need not be those it was saved from.
+          step: one of `steps`.
+
+        Raises:
+          ValueError: the checkpoint cannot be read, or holds other arrays than `shapes`.
+        """
+        restored = self._restore(step, {'params': shapes.params, 'opt_state': shapes.opt_state})
+        return TrainState(jax.device_put(np.int32(step), shapes.step.sharding), **restored)
+
+    def restore_params(self, shapes: Any, step: int) -> Any:
+        """Restores the parameters alone. Arguments and errors as in `restore`."""
+        return self._restore(step, {'params': shapes})['params']
+
+    def _restore(self, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
+        where = self.path / str(step)
+        if step not in self.steps:
+            raise ValueError(f'no checkpoint of step {step} in {self.path}; there are {self.steps}')
+        try:
+            self._check_shapes(step, shapes)
+            items = {name: ocp.args.StandardRestore(value) for name, value in shapes.items()}
+            return dict(self._manager.restore(step, args=ocp.args.Composite(**items)))
+        except _Mismatch as error:
+            raise ValueError(
+                f'{where} is a checkpoint of another model or optimizer: {error}. Use the configuration that it was '
+                'saved with, or another run folder.'
+            ) from None
+        except Exception as error:  # whatever Orbax and its storage raise on a damaged file
+            older = [other for other in self.steps if other < step]
+            raise ValueError(
+                f'{where} cannot be read, it is damaged or incomplete ({type(error).__name__}: '
+                f'{str(error).splitlines()[0] if str(error) else ""}). Move that folder away to go on from '
+                + (f'step {older[-1]}.' if older else 'the start.')
+            ) from error
+
+    def _check_shapes(self, step: int, shapes: dict[str, Any]) -> None:
+        saved = self._manager.item_metadata(step)
+        for item, expected in shapes.items():
+            got = _shapes_by_name(saved[item])
+            want = _shapes_by_name(expected)
+            for name in sorted(got.keys() | want.keys()):
+                if got.get(name) != want.get(name):
+                    raise _Mismatch(f'{item}/{name} is {got.get(name)}, expected {want.get(name)}')
+
+
+class _Mismatch(Exception):
+    """A checkpoint holds other arrays than were asked for."""
+
+
+def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
+    flat, _ = jax.tree.flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape) for path, leaf in flat}

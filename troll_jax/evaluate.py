@@ -1,0 +1,122 @@
+"""Sampling responses to held-out prompts, grading them, and what the grades say."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from troll_jax.data.prompts import PromptSet
+from troll_jax.rewards.pool import Grader
+from troll_jax.sharding import named_sharding
+from troll_jax.types import Prompts, Rollout
+
+
+class Evaluation(NamedTuple):
+    """Graded responses, n prompts with G samples each."""
+
+    rewards: np.ndarray  # [n, G] float32
+    lengths: np.ndarray  # [n, G] int32, tokens
+    stopped: np.ndarray  # [n, G] bool: ended by itself
+    responses: list[list[str]]  # n lists of G
+
+
+class Estimate(NamedTuple):
+    """A mean over problems and its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def rollouts(
+    sampler: Callable[..., Rollout],
+    params,
+    prompts: PromptSet,
+    indices: np.ndarray,
+    key: jax.Array,
+    *,
+    batch: int,
+    mesh: Mesh,
+) -> Iterator[Rollout]:
+    """Samples responses to `prompts[indices]`, `batch` prompts at a time.
+
+    The key of a prompt depends on its place in `indices` and not on the batch, so `batch` changes memory and speed but
+    no response. The last batch is filled up with the first prompts.
+    """
+    sharding = named_sharding(mesh, ('batch',))
+    for start in range(0, len(indices), batch):
+        places = np.arange(start, start + batch)
+        rows = indices[places % len(indices)]
+        on_device = Prompts(*jax.device_put((prompts.tokens[rows], prompts.lengths[rows]), sharding))
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jax.device_put(places, sharding))
+        yield sampler(params, on_device, keys)
+
+
+def decode_responses(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each response [R], without special tokens."""
+    tokens, starts, lengths = jax.device_get((rollout.tokens, rollout.prompt_lengths, rollout.response_lengths))
+    rows = [row[start : start + length] for row, start, length in zip(tokens, starts, lengths, strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
+def evaluate(
+    sampler: Callable[..., Rollout],
+    params,
+    prompts: PromptSet,
+    grader: Grader,
+    tokenizer: PreTrainedTokenizerBase,
+    key: jax.Array,
+    *,
+    batch: int,
+    mesh: Mesh,
+) -> Evaluation:
+    """Samples and grades responses to all prompts, `batch` of them at a time."""
+    count = len(prompts)
+    lengths, stopped, responses = [], [], []
+    for rollout in rollouts(sampler, params, prompts, np.arange(count), key, batch=batch, mesh=mesh):
+        lengths.append(np.asarray(rollout.response_lengths))
+        stopped.append(np.asarray(rollout.stopped))
+        responses.extend(decode_responses(rollout, tokenizer))
+    samples = len(responses) // (batch * len(lengths))
+    responses = responses[: count * samples]
+    grades = grader(responses, [answer for answer in prompts.answers for _ in range(samples)])
+    by_prompt = lambda x: np.concatenate(x)[: count * samples].reshape(count, samples)
+    return Evaluation(
+        rewards=grades.rewards.reshape(count, samples),
+        lengths=by_prompt(lengths),
+        stopped=by_prompt(stopped),
+        responses=[responses[i : i + samples] for i in range(0, len(responses), samples)],
+    )
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """The unbiased estimate of the chance that at least one of k samples is correct (arXiv 2107.03374, section 2.1).
+
+        1 − C(n − c, k) / C(n, k)
+
+    Args:
+      samples: n, drawn for the problem.
+      correct: c of them.
+      k: at most n.
+
+    Raises:
+      ValueError: k or c is not within its limits.
+    """
+    if not 1 <= k <= samples or not 0 <= correct <= samples:
+        raise ValueError(f'expected 1 <= k <= samples and 0 <= correct <= samples; got {k=}, {samples=}, {correct=}')
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
+
+
+def estimate(per_problem: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> Estimate:
+    """The mean of values [n] over problems, with a 95 % interval by the percentile bootstrap over problems."""
+    generator = np.random.default_rng(seed)
+    n = len(per_problem)
+    means = np.empty(draws)
+    for start in range(0, draws, 100):
+        means[start : start + 100] = per_problem[generator.integers(n, size=(min(100, draws - start), n))].mean(axis=1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(float(per_problem.mean()), float(low), float(high))

@@ -1,0 +1,65 @@
+"""Where numbers of a run go: one JSON line per step, and TensorBoard. One writer, steps only ever grow."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from tensorboardX import SummaryWriter
+
+
+class MetricsWriter:
+    """Writes `metrics.jsonl` and a `tensorboard` folder into a run's folder. A context manager.
+
+    Args:
+      folder: of the run.
+      resume_after: the last step that counts. Lines of later steps, and a line that was torn by a crash, are removed, so
+        that a resumed run has every step once.
+    """
+
+    def __init__(self, folder: str | os.PathLike, *, resume_after: int = 0):
+        folder = Path(folder)
+        path = folder / 'metrics.jsonl'
+        kept = [row for row in read_metrics(path) if row['step'] <= resume_after] if path.exists() else []
+        self._last_step = kept[-1]['step'] if kept else -1
+        temporary = path.with_suffix('.tmp')
+        temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept))
+        temporary.replace(path)
+        self._file = path.open('a')
+        self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=resume_after + 1)
+
+    def __enter__(self) -> 'MetricsWriter':
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._file.close()
+        self._board.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the metrics of a step. A number that is not finite becomes null in the file, so that it stays JSON.
+
+        Raises:
+          ValueError: the step does not come after the last one.
+        """
+        if step <= self._last_step:
+            raise ValueError(f'metrics of step {step} come after those of step {self._last_step}; steps must grow')
+        self._last_step = step
+        values = {name: float(value) for name, value in values.items()}
+        row = {'step': step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps(row) + '\n')
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict]:
+    """The rows of a `metrics.jsonl`, up to the first line that a crash left incomplete."""
+    rows = []
+    with Path(path).open() as file:
+        for line in file:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
