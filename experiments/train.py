@@ -249,7 +249,7 @@ def summarise(rollout, grades, logs, times) -> dict[str, float]:
 
 @contextmanager
 def stop_on_signal():
-    """Yields a list that is empty until Ctrl-C or SIGTERM; the loop then ends its step and saves. Twice ends at once."""
+    """Yields a list, empty until Ctrl-C or SIGTERM; the loop then ends its step and saves. Twice ends at once."""
     received = []
 
     def handle(number, _):

@@ -14,8 +14,8 @@ class MetricsWriter:
 
     Args:
       folder: of the run.
-      resume_after: the last step that counts. Lines of later steps, and a line that was torn by a crash, are removed, so
-        that a resumed run has every step once.
+      resume_after: the last step that counts. Lines of later steps, and a line that was torn by a crash, are removed,
+        so that a resumed run has every step once.
     """
 
     def __init__(self, folder: str | os.PathLike, *, resume_after: int = 0):

@@ -1,0 +1,32 @@
+# Everything lives in .venv. `make quickstart` runs the main job, `make test` the tests; both install what they need.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin/python
+
+# glibc's malloc hands large blocks back to the kernel after every operation and faults them in again at the next one.
+# XLA's buffers on a CPU come from malloc: keeping them cuts the time of an update by a third. No effect elsewhere.
+export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=4000000000:glibc.malloc.trim_threshold=8000000000:glibc.malloc.arena_max=1
+
+.PHONY: quickstart test lint clean
+
+quickstart: $(VENV)/installed
+	$(BIN) -m experiments.quickstart
+
+test: $(VENV)/installed-test
+	$(BIN) -m pytest
+
+lint: $(VENV)/installed-test
+	$(BIN) -m ruff check . && $(BIN) -m ruff format --check .
+
+$(VENV)/installed: requirements.txt
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN) -m pip install --quiet --upgrade pip
+	$(BIN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed requirements-test.txt
+	$(BIN) -m pip install --quiet -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs

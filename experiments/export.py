@@ -1,0 +1,47 @@
+"""Writes a checkpoint of a run in Hugging Face format, for transformers, vLLM or another run to start from.
+
+python -m experiments.export RUN_DIR FOLDER [--step N]
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+from troll_jax.checkpoint import Checkpoints
+from troll_jax.models import decoder as decoders
+from troll_jax.models.families import decoder_config
+from troll_jax.models.hf_weights import load_config, save_pretrained
+from troll_jax.sharding import make_mesh
+
+
+def export(run_dir: str, folder: str, step: int | None = None) -> int:
+    """Exports a checkpoint, the latest by default, and returns its step.
+
+    Raises:
+      ValueError: no such checkpoint.
+      FileNotFoundError: not a run's folder.
+    """
+    hf_config = load_config(str(Path(run_dir) / 'model'))
+    shapes = decoders.abstract(decoder_config(hf_config), make_mesh())[1]
+    with Checkpoints(run_dir) as checkpoints:
+        if not checkpoints.steps:
+            raise ValueError(f'no whole checkpoint in {checkpoints.path}')
+        step = checkpoints.steps[-1] if step is None else step
+        params = checkpoints.restore_params(shapes, step)
+    shutil.copytree(Path(run_dir) / 'model', folder, dirs_exist_ok=True)  # tokenizer and generation config
+    save_pretrained(folder, params, hf_config)
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('run_dir', help='folder of a run')
+    parser.add_argument('folder', help='to write to')
+    parser.add_argument('--step', type=int, help='of the checkpoint; the latest by default')
+    arguments = parser.parse_args()
+    step = export(arguments.run_dir, arguments.folder, arguments.step)
+    print(f'wrote step {step} of {arguments.run_dir} to {arguments.folder}')
+
+
+if __name__ == '__main__':
+    main()

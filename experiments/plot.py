@@ -1,0 +1,62 @@
+"""Draws the curves of one or several runs.
+
+python -m experiments.plot RUN_DIR [RUN_DIR …] --output curves.png
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+from troll_jax.metrics import read_metrics  # noqa: E402
+
+# Per panel: title, whether its axis is logarithmic, and metric → style of its line.
+PANELS = [
+    ('success', False, {'reward/mean': '-', 'eval/success': 'o'}),
+    ('entropy of the sampled tokens (nats)', False, {'rollout/entropy': '-'}),
+    (
+        'KL to the old policy (nats per token)',
+        True,
+        {'update/kl_mean': '-', 'update/kl_p99': '--', 'update/kl_max': ':'},
+    ),
+    ('share of tokens', False, {'update/projected_share': '-', 'update/clipped_share': '--'}),
+]
+
+
+def plot_runs(runs: Mapping[str, Sequence[dict]], output: str | Path) -> None:
+    """Writes a PNG with the curves of runs, given as name → rows of `metrics.jsonl`."""
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(4.2 * len(PANELS), 3.4), layout='constrained')
+    for axis, (title, logarithmic, metrics) in zip(axes, PANELS, strict=True):
+        for colour, (name, rows) in enumerate(runs.items()):
+            for metric, style in metrics.items():
+                points = [(row['step'], row[metric]) for row in rows if row.get(metric) is not None]
+                # A share that is zero throughout belongs to the other objective.
+                if not any(value for _, value in points):
+                    continue
+                label = f'{name}: {metric.split("/")[-1].replace("_", " ")}' if len(metrics) > 1 else name
+                axis.plot(*zip(*points, strict=True), style, color=f'C{colour}', label=label, markersize=4)
+        axis.set(title=title, xlabel='step', yscale='log' if logarithmic else 'linear')
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=7)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('run_dirs', nargs='+', help='folders of runs')
+    parser.add_argument('--output', default='curves.png')
+    arguments = parser.parse_args()
+    plot_runs(
+        {Path(run).name: read_metrics(Path(run) / 'metrics.jsonl') for run in arguments.run_dirs}, arguments.output
+    )
+    print(f'wrote {arguments.output}')
+
+
+if __name__ == '__main__':
+    main()
