@@ -1,6 +1,7 @@
 """The decoder against PyTorch's, against itself with a cache, packed, sharded and recomputed."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -45,15 +46,26 @@ def tiny_torch_model(hf_config: Qwen3Config) -> Qwen3ForCausalLM:
     return model
 
 
-def tiny(compute_dtype: str = 'float32', **changes):
-    """Config, graphdef and params of a decoder whose weights are ten times larger than new ones."""
-    config = decoder_config(tiny_hf_config(**changes), compute_dtype=compute_dtype)
+@functools.cache
+def tiny():
+    """Config, graphdef and params of a float32 decoder whose weights are ten times larger than new ones."""
+    config = decoder_config(tiny_hf_config(), compute_dtype='float32')
     params = jax.tree.map(lambda p: 10 * p if p.ndim > 1 else p, init(config, jax.random.key(3)))
     return config, abstract(config)[0], params
 
 
 def some_tokens(batch: int, length: int) -> jax.Array:
     return jax.random.randint(jax.random.key(5), (batch, length), 0, VOCAB)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def forward(graphdef, params, tokens, positions, segment_ids):
+    return bind(graphdef, params)(tokens, positions, segment_ids)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def extend(graphdef, params, tokens, positions, cache):
+    return bind(graphdef, params).extend(tokens, positions, cache)
 
 
 def from_zero(batch: int, length: int) -> jax.Array:
@@ -69,8 +81,9 @@ def test_logits_equal_those_of_pytorch(tied, tmp_path):
     with torch.no_grad():
         expected = model(torch.tensor(tokens)).logits.numpy()
     config, params = load_pretrained(str(tmp_path), compute_dtype='float32')
-    decoder = bind(abstract(config)[0], params)
-    logits = decoder(tokens, from_zero(2, 13), jnp.ones((2, 13), jnp.int32)) @ decoder.unembedding.T
+    graphdef, _ = abstract(config)
+    hidden = forward(graphdef, params, tokens, from_zero(2, 13), jnp.ones((2, 13), jnp.int32))
+    logits = hidden @ bind(graphdef, params).unembedding.T
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
 
@@ -79,9 +92,9 @@ def test_bfloat16_stays_near_float32():
     """Guards norms, rotary angles and probabilities against being computed in bfloat16: positions past 256 would do."""
     config, graphdef, params = tiny()
     tokens, positions, segments = some_tokens(2, 11), 1000 + from_zero(2, 11), jnp.ones((2, 11), jnp.int32)
-    exact = bind(graphdef, params)(tokens, positions, segments)
+    exact = forward(graphdef, params, tokens, positions, segments)
     graphdef16, _ = abstract(dataclasses.replace(config, compute_dtype='bfloat16'))
-    rough = bind(graphdef16, params)(tokens, positions, segments)
+    rough = forward(graphdef16, params, tokens, positions, segments)
     assert rough.dtype == jnp.bfloat16
     error = jnp.linalg.norm(rough.astype(jnp.float32) - exact) / jnp.linalg.norm(exact)
     assert error < 0.05
@@ -92,17 +105,16 @@ def test_prefill_and_decoding_equal_the_whole_sequence():
     config, graphdef, params = tiny()
     lengths, total = jnp.array([1, 3, 5]), 11
     tokens = some_tokens(3, total)
-    whole = bind(graphdef, params)(tokens, from_zero(3, total), jnp.ones((3, total), jnp.int32))
+    whole = forward(graphdef, params, tokens, from_zero(3, total), jnp.ones((3, total), jnp.int32))
 
-    extend = jax.jit(lambda *args: bind(graphdef, params).extend(*args))
     padded = jnp.where(from_zero(3, 5) < lengths[:, None], tokens[:, :5], 60)
-    hidden, cache = extend(padded, from_zero(3, 5), init_cache(config, 3, total))
+    hidden, cache = extend(graphdef, params, padded, from_zero(3, 5), init_cache(config, 3, total))
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=1e-5, rtol=0)
     for step in range(10):  # the longest row runs past the end of the cache
         positions = lengths[:, None] + step
         at = jnp.minimum(positions, total - 1)
-        hidden, cache = extend(jnp.take_along_axis(tokens, at, axis=1), positions, cache)
+        hidden, cache = extend(graphdef, params, jnp.take_along_axis(tokens, at, axis=1), positions, cache)
         for row, position in enumerate(positions[:, 0]):
             if position < total:
                 np.testing.assert_allclose(hidden[row, 0], whole[row, position], atol=1e-5, rtol=0)
@@ -111,9 +123,8 @@ def test_prefill_and_decoding_equal_the_whole_sequence():
 def test_extending_past_the_cache_leaves_it_alone():
     """Guards against a clamped write, which would spoil the last slot of a row that has finished."""
     config, graphdef, params = tiny()
-    decoder = bind(graphdef, params)
-    _, before = decoder.extend(some_tokens(2, 5), from_zero(2, 5), init_cache(config, 2, 5))
-    _, after = decoder.extend(some_tokens(2, 1), jnp.array([[5], [7]]), before)
+    _, before = extend(graphdef, params, some_tokens(2, 5), from_zero(2, 5), init_cache(config, 2, 5))
+    _, after = extend(graphdef, params, some_tokens(2, 1), jnp.array([[5], [7]]), before)
     np.testing.assert_array_equal(before.k, after.k)
     np.testing.assert_array_equal(before.v, after.v)
 
@@ -121,15 +132,13 @@ def test_extending_past_the_cache_leaves_it_alone():
 def test_packed_sequences_do_not_see_each_other():
     """Guards the segment mask, and positions that restart inside a row."""
     _, graphdef, params = tiny()
-    decoder = bind(graphdef, params)
-    one, two = some_tokens(1, 5), some_tokens(1, 7)[:, ::-1]
-    packed = decoder(
-        jnp.concatenate([one, two, jnp.full((1, 3), 60)], axis=1),
-        jnp.concatenate([from_zero(1, 5), from_zero(1, 7), from_zero(1, 3)], axis=1),
-        jnp.array([[1] * 5 + [2] * 7 + [0] * 3]),
-    )
-    alone = [decoder(row, from_zero(*row.shape), jnp.ones(row.shape, jnp.int32)) for row in (one, two)]
-    np.testing.assert_allclose(packed[:, :12], jnp.concatenate(alone, axis=1), atol=1e-5, rtol=0)
+    tokens = some_tokens(1, 12)[0]
+    pad = jnp.full(12, 60)
+    rows = [jnp.concatenate(row) for row in ([tokens, pad[:3]], [tokens[:5], pad[:10]], [tokens[5:], pad[:8]])]
+    positions = [[*range(5), *range(7), *range(3)], [*range(15)], [*range(15)]]
+    segments = [[1] * 5 + [2] * 7 + [0] * 3, [1] * 5 + [0] * 10, [1] * 7 + [0] * 8]
+    packed, one, two = forward(graphdef, params, jnp.stack(rows), jnp.array(positions), jnp.array(segments))
+    np.testing.assert_allclose(packed[:12], jnp.concatenate([one[:5], two[:7]]), atol=1e-5, rtol=0)
 
 
 def test_padding_has_finite_values_and_no_influence_on_gradients():
@@ -137,14 +146,16 @@ def test_padding_has_finite_values_and_no_influence_on_gradients():
     _, graphdef, params = tiny()
     segments = jnp.array([[1] * 5 + [0] * 2, [0] * 7])
 
-    def loss(params, tokens):
-        hidden = bind(graphdef, params)(tokens, from_zero(2, 7), segments)
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def gradient(params, tokens):
+        hidden = forward(graphdef, params, tokens, from_zero(2, 7), segments)
         return jnp.sum(jnp.where(segments[..., None] > 0, hidden, 0) ** 2), hidden
 
-    grads, hidden = jax.grad(loss, has_aux=True)(params, some_tokens(2, 7))
+    grads, hidden = gradient(params, some_tokens(2, 7))
     assert jnp.isfinite(hidden).all()
     assert all(jnp.isfinite(grad).all() and jnp.any(grad != 0) for grad in jax.tree.leaves(grads))
-    others, _ = jax.grad(loss, has_aux=True)(params, jnp.where(segments > 0, some_tokens(2, 7), 59))
+    others, _ = gradient(params, jnp.where(segments > 0, some_tokens(2, 7), 59))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-5), grads, others)
 
 
@@ -155,22 +166,20 @@ def test_a_query_that_may_look_nowhere_is_finite():
     np.testing.assert_allclose(out, 5 * jnp.ones((1, 1, 2, 4)))
 
 
-@pytest.mark.parametrize('remat', ['full', 'dots'])
-def test_recomputation_does_not_change_gradients(remat):
-    """Guards a policy that is accepted and not applied: the gradient is the same, the saved residuals are fewer."""
-    config, plain, params = tiny()
-    recomputed, _ = abstract(dataclasses.replace(config, remat=remat))
+def test_recomputation_does_not_change_gradients():
+    """Guards a policy that is accepted and not applied: same gradients, but less is kept for them."""
+    config, _, params = tiny()
+    losses = [squared_norm(abstract(dataclasses.replace(config, remat=remat))[0]) for remat in (None, 'dots', 'full')]
+    plain, dots, full = (jax.jit(jax.grad(loss))(params) for loss in losses)
+    for other in (dots, full):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-5), plain, other)
+    kept = [saved_bytes(loss, params) for loss in losses]
+    assert kept[0] > kept[1] > kept[2], kept
 
-    def loss(graphdef):
-        tokens = some_tokens(2, 7)
-        return lambda p: jnp.sum(bind(graphdef, p)(tokens, from_zero(2, 7), jnp.ones((2, 7), jnp.int32)) ** 2)
 
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-5),
-        jax.grad(loss(plain))(params),
-        jax.grad(loss(recomputed))(params),
-    )
-    assert saved_bytes(loss(recomputed), params) < saved_bytes(loss(plain), params)
+def squared_norm(graphdef):
+    ones = jnp.ones((2, 7), jnp.int32)
+    return lambda params: jnp.sum(forward(graphdef, params, some_tokens(2, 7), from_zero(2, 7), ones) ** 2)
 
 
 def saved_bytes(function, params) -> int:
@@ -200,11 +209,16 @@ def divisible_config():
     return decoder_config(tiny_hf_config(tied=False, **changes), compute_dtype='float32')
 
 
+@functools.cache
+def divisible_params():
+    return init(divisible_config(), jax.random.key(3))
+
+
 def test_sharded_forward_and_decoding_equal_one_device(capfd):
     """Guards the axes that parameters declare, and that the partitioner never falls back to replicating."""
     config, mesh = divisible_config(), make_mesh(2, 2, 2)
     graphdef, shapes = abstract(config, mesh)
-    params = init(config, jax.random.key(3))
+    params = divisible_params()
     tokens, positions = some_tokens(8, 5), from_zero(8, 5)
 
     @jax.jit
@@ -224,15 +238,15 @@ def test_sharded_forward_and_decoding_equal_one_device(capfd):
 def test_init_does_not_depend_on_the_mesh():
     """Guards against a run that starts elsewhere on another machine, and against unsharded starting values."""
     config, mesh = divisible_config(), make_mesh(2, 2, 2)
-    one, many = init(config, jax.random.key(3)), init(config, jax.random.key(3), mesh)
-    jax.tree.map(np.testing.assert_array_equal, one, many)
-    jax.tree.map(lambda param, leaf: param.sharding.is_equivalent_to(leaf.sharding, param.ndim) or pytest.fail(), many,
-                 abstract(config, mesh)[1])  # fmt: skip
+    params = init(config, jax.random.key(3), mesh)
+    jax.tree.map(np.testing.assert_array_equal, divisible_params(), params)
+    for param, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(abstract(config, mesh)[1]), strict=True):
+        assert param.sharding.is_equivalent_to(leaf.sharding, param.ndim)
 
 
 def test_layers_start_different_from_each_other():
     """Guards against one random key for all layers."""
-    query = init(decoder_config(tiny_hf_config()), jax.random.key(3))['layers']['attention']['query']
+    query = divisible_params()['layers']['attention']['query']
     assert jnp.std(query) == pytest.approx(0.02, rel=0.1)
     assert not jnp.any(query[0] == query[1])
 
@@ -254,20 +268,20 @@ def test_greedy_decoding_equals_transformers(tmp_path):
         expected = model.generate(torch.tensor(np.asarray(prompt)), max_new_tokens=7, do_sample=False, pad_token_id=0)
 
     config, params = load_pretrained(str(tmp_path), compute_dtype='float32')
-    decoder = bind(abstract(config)[0], params)
-    hidden, cache = decoder.extend(prompt, from_zero(2, 3), init_cache(config, 2, 10))
+    graphdef, _ = abstract(config)
+    unembedding = bind(graphdef, params).unembedding
+    hidden, cache = extend(graphdef, params, prompt, from_zero(2, 3), init_cache(config, 2, 10))
     tokens = prompt
     for position in range(3, 10):
-        best = jnp.argmax(hidden[:, -1] @ decoder.unembedding.T, axis=-1)[:, None]
+        best = jnp.argmax(hidden[:, -1] @ unembedding.T, axis=-1)[:, None]
         tokens = jnp.concatenate([tokens, best], axis=1)
-        hidden, cache = decoder.extend(best, jnp.full((2, 1), position), cache)
+        hidden, cache = extend(graphdef, params, best, jnp.full((2, 1), position), cache)
     np.testing.assert_array_equal(tokens, expected.numpy())
 
 
 def test_cache_is_two_buffers_of_the_compute_dtype():
     """Guards donation: a buffer that stood for keys and values could not be given away twice."""
-    config, _, _ = tiny('bfloat16')
-    cache = init_cache(config, 2, 5)
+    cache = init_cache(decoder_config(tiny_hf_config(), compute_dtype='bfloat16'), 2, 5)
     assert isinstance(cache, KVCache) and cache.k.shape == (3, 2, 5, 2, 10) and cache.k.dtype == jnp.bfloat16
     jax.jit(lambda c: c, donate_argnums=0)(cache)
 

@@ -32,7 +32,7 @@ DTYPES = {
 STORED_DTYPES = ('F32', 'BF16', 'F16')  # the same, as safetensors names them
 
 
-def load_config(model: str) -> PretrainedConfig:
+def load_config(model: str | Path) -> PretrainedConfig:
     """The Hugging Face config of a model, with a supported architecture.
 
     Args:
@@ -46,7 +46,7 @@ def load_config(model: str) -> PretrainedConfig:
 
 
 def load_pretrained(
-    model: str, *, mesh: Mesh | None = None, compute_dtype: str = 'bfloat16', remat: str | None = None
+    model: str | Path, *, mesh: Mesh | None = None, compute_dtype: str = 'bfloat16', remat: str | None = None
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """The model's config and float32 parameters, laid out over `mesh` as `abstract` says.
 
@@ -130,7 +130,7 @@ def save_pretrained(
     staging.rmdir()
 
 
-def _local_folder(model: str, patterns: list[str]) -> Path:
+def _local_folder(model: str | Path, patterns: list[str]) -> Path:
     """The folder itself, or what the hub has of these files (never a pickle, never code)."""
     if Path(model).is_dir():
         return Path(model)
@@ -215,9 +215,12 @@ def _check_stored(
 
 
 def _equal(one: Any, other: Any, rows: int = 4096) -> bool:
+    """Whether two stored tensors are the same, comparing a few rows at a time."""
     if one.get_shape() != other.get_shape():
         return False
-    return all(np.array_equal(one[i : i + rows], other[i : i + rows]) for i in range(0, one.get_shape()[0], rows))
+    count = one.get_shape()[0]
+    blocks = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
+    return all(np.array_equal(one[block], other[block]) for block in blocks)
 
 
 def _read(stored: dict[str, Any], tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
