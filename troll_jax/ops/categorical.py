@@ -19,8 +19,11 @@ def sample(uniform: jax.Array, log_probs: jax.Array) -> jax.Array:
     Returns:
       [] int32, never a token of probability zero.
     """
-    cumulative = jnp.cumsum(jnp.exp(log_probs))
-    # Scaling by the sum as it was rounded keeps the target within it. The first entry above the target has p > 0.
-    above = cumulative > uniform * cumulative[-1]
+    probs = jnp.exp(log_probs)
+    possible = probs > 0
+    cumulative = jnp.cumsum(probs)
+    # The entries of a parallel sum are rounded apart from each other: where p = 0 the sum may yet rise a little.
+    above = possible & (cumulative > uniform * cumulative[-1])
     # Rounding may lift the target to the sum itself; the last token of any probability is then the one meant.
-    return jnp.where(above[-1], jnp.argmax(above), jnp.argmax(cumulative == cumulative[-1])).astype(jnp.int32)
+    last = possible.size - 1 - jnp.argmax(possible[::-1])
+    return jnp.where(jnp.any(above), jnp.argmax(above), last).astype(jnp.int32)
