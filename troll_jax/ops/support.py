@@ -30,11 +30,12 @@ def sparsify(log_probs: jax.Array, token: jax.Array, *, max_tokens: int, mass: f
     if not 0 < mass <= 1:
         raise ValueError(f'mass is the probability to keep, in (0, 1]; got {mass}')
     top_log_probs, top_tokens = jax.lax.top_k(log_probs, max_tokens)
-    probs = jnp.exp(top_log_probs)
-    kept = (jnp.cumsum(probs) - probs < mass) | (mass == 1)
+    # Counted, because rounding may let the sum fall below the mass again.
+    count = 1 + jnp.sum(jnp.cumsum(jnp.exp(top_log_probs))[:-1] < mass) if mass < 1 else max_tokens
+    index = jnp.arange(max_tokens)
+    kept = index < count
     missing = ~jnp.any(kept & (top_tokens == token))
-    place = jnp.minimum(jnp.sum(kept), max_tokens - 1)
-    here = missing & (jnp.arange(max_tokens) == place)
+    here = missing & (index == jnp.minimum(count, max_tokens - 1))
     tokens = jnp.where(here, token, jnp.where(kept, top_tokens, -1)).astype(jnp.int32)
     return SparseLogProbs(tokens, at_tokens(log_probs, tokens))
 
