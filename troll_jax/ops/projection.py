@@ -139,7 +139,10 @@ def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 def _log_ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
     """d, with the two kinds of zero-probability entries set to where they do no harm."""
     old_support = old_log_probs > -jnp.inf
-    d = jnp.where(log_probs > -jnp.inf, log_probs - jnp.where(old_support, old_log_probs, 0.0), _ZERO_PROBABILITY)
+    shared = old_support & (log_probs > -jnp.inf)
+    # Without common ground all entries would be this large, and differences between them lost to rounding.
+    zero_probability = jnp.where(jnp.any(shared), _ZERO_PROBABILITY, 0.0)
+    d = jnp.where(shared, log_probs - jnp.where(old_support, old_log_probs, 0.0), zero_probability)
     return jnp.where(old_support, d, 0.0)
 
 
@@ -251,7 +254,8 @@ def _interpolate_jvp(primals, tangents):
     d_old = d_old - jnp.sum(jnp.exp(old_log_probs) * d_old)
     centred = d - point.mean
 
-    u = (1 - weight) * d_old + weight * d_new
+    # Where π̃ is zero, d is a constant.
+    u = d_old + weight * jnp.where(log_probs > -jnp.inf, d_new - d_old, 0.0)
     covariance = jnp.sum(probs * centred * u)
     curvature = weight * point.variance
     solvable = curvature > jnp.finfo(curvature.dtype).tiny
