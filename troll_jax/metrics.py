@@ -13,21 +13,23 @@ class MetricsWriter:
     """Writes `metrics.jsonl` and a `tensorboard` folder into a run's folder. A context manager.
 
     Args:
-      folder: of the run.
+      folder: of the run; is created if it is not there.
       resume_after: the last step that counts. Lines of later steps, and a line that was torn by a crash, are removed,
-        so that a resumed run has every step once.
+        so that a resumed run has every step once. 0 is a fresh start, of which nothing counts, not even step 0.
     """
 
     def __init__(self, folder: str | os.PathLike, *, resume_after: int = 0):
         folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
         path = folder / 'metrics.jsonl'
-        kept = [row for row in read_metrics(path) if row['step'] <= resume_after] if path.exists() else []
-        self._last_step = kept[-1]['step'] if kept else -1
+        first = resume_after + 1 if resume_after else 0
+        kept = [row for row in read_metrics(path) if row['step'] < first] if path.exists() else []
+        self._last_step = first - 1
         temporary = path.with_suffix('.tmp')
         temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept))
         temporary.replace(path)
         self._file = path.open('a')
-        self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=resume_after + 1)
+        self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=first)
 
     def __enter__(self) -> 'MetricsWriter':
         return self
