@@ -90,6 +90,8 @@ class Checkpoints:
     def _check_shapes(self, step: int, shapes: dict[str, Any]) -> None:
         saved = self._manager.item_metadata(step)
         for item, expected in shapes.items():
+            if saved[item] is None:
+                raise FileNotFoundError(f'no metadata of {item}')
             got = _shapes_by_name(saved[item])
             want = _shapes_by_name(expected)
             for name in sorted(got.keys() | want.keys()):
