@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib.figure import Figure
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -29,13 +30,21 @@ PANELS = [
 
 def plot_runs(runs: Mapping[str, Sequence[dict]], output: str | Path) -> None:
     """Writes a PNG with the curves of runs, given as name → rows of `metrics.jsonl`."""
+    figure = draw_runs(runs)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def draw_runs(runs: Mapping[str, Sequence[dict]]) -> Figure:
+    """One panel for each of `PANELS`, and in it one line for each metric of each run that has something to show."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4.2 * len(PANELS), 3.4), layout='constrained')
     for axis, (title, logarithmic, metrics) in zip(axes, PANELS, strict=True):
         for colour, (name, rows) in enumerate(runs.items()):
             for metric, style in metrics.items():
                 points = [(row['step'], row[metric]) for row in rows if row.get(metric) is not None]
-                # A share that is zero throughout belongs to the other objective.
-                if not any(value for _, value in points):
+                # A share that is zero throughout belongs to the other objective, and a logarithmic axis has no zero.
+                hidden = logarithmic or metric.endswith('_share')
+                if not points or (hidden and not any(value for _, value in points)):
                     continue
                 label = f'{name}: {metric.split("/")[-1].replace("_", " ")}' if len(metrics) > 1 else name
                 axis.plot(*zip(*points, strict=True), style, color=f'C{colour}', label=label, markersize=4)
@@ -43,8 +52,7 @@ def plot_runs(runs: Mapping[str, Sequence[dict]], output: str | Path) -> None:
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=7)
-    figure.savefig(output, dpi=110)
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:
