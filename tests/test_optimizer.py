@@ -1,0 +1,88 @@
+"""The optimizer: sizes of its first steps, what is clipped, and when the learning rate counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from troll_jax.optimizer import adamw
+
+RATE = 3e-3
+
+
+def steps(optimizer, params, gradients) -> list:
+    """The change that each gradient makes to fixed parameters."""
+    update, state, changes = jax.jit(optimizer.update), optimizer.init(params), []
+    for gradient in gradients:
+        change, state = update(gradient, state, params)
+        changes.append(change)
+    return changes
+
+
+def test_the_first_step_is_the_learning_rate_against_the_sign():
+    """Guards against a missing bias correction, a wrong sign, and a scale that depends on the gradient's."""
+    params = {'a': jnp.ones(3), 'b': jnp.ones((2, 2))}
+    gradient = {'a': jnp.array([1e-2, -3.0, 50.0]), 'b': -jnp.ones((2, 2))}
+    (change,) = steps(adamw(RATE), params, [gradient])
+    expected = jax.tree.map(lambda g: -RATE * jnp.sign(g), gradient)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), change, expected)
+
+
+def test_the_learning_rate_rises_along_a_line_and_stays():
+    """Guards against a schedule that counts something other than updates, jumps, or decays. Adam's step under a
+    gradient that does not change is its learning rate."""
+    params, gradient = {'a': jnp.ones(2)}, {'a': jnp.full(2, 0.5)}
+    changes = steps(adamw(RATE, warmup_updates=4), params, [gradient] * 7)
+    rates = [-float(change['a'][0]) for change in changes]
+    np.testing.assert_allclose(rates, RATE * np.array([0, 0.25, 0.5, 0.75, 1, 1, 1]), rtol=1e-4)
+    constant = [-float(change['a'][0]) for change in steps(adamw(RATE), params, [gradient] * 3)]
+    np.testing.assert_allclose(constant, RATE, rtol=1e-4)
+
+
+def first_moment(optimizer, gradient) -> dict:
+    """What Adam sees of a gradient: (1 − b1) times it after one update."""
+    _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
+    (mu,) = [s.mu for s in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, 'mu')) if hasattr(s, 'mu')]
+    return mu
+
+
+@pytest.mark.parametrize('scale, clipped', [(0.1, False), (0.199, False), (0.201, True), (1e4, True)])
+def test_gradients_are_clipped_by_their_global_norm(scale, clipped):
+    """Guards against clipping by element or by array, and against clipping after the moments."""
+    gradient = {'a': scale * jnp.array([3.0, 0.0]), 'b': scale * jnp.array([[4.0]])}  # of norm 5 · scale
+    seen = first_moment(adamw(RATE, b1=0.0), gradient)
+    factor = 1 / (5 * scale) if clipped else 1.0
+    jax.tree.map(lambda got, g: np.testing.assert_allclose(got, factor * g, rtol=1e-6), seen, gradient)
+    looser = first_moment(adamw(RATE, b1=0.0, clip_norm=1e6), gradient)
+    jax.tree.map(lambda got, g: np.testing.assert_allclose(got, g, rtol=1e-6), looser, gradient)
+
+
+def test_weights_decay_only_if_asked():
+    """Guards against optax's default of 1e-4, which the paper does not use."""
+    params, gradient = {'a': jnp.array([2.0, -4.0])}, {'a': jnp.zeros(2)}
+    (change,) = steps(adamw(RATE), params, [gradient])
+    np.testing.assert_array_equal(change['a'], [0, 0])
+    (change,) = steps(adamw(RATE, weight_decay=0.1), params, [gradient])
+    np.testing.assert_allclose(change['a'], -RATE * 0.1 * params['a'], rtol=1e-6)
+
+
+@pytest.mark.parametrize('knob', [{'b1': 0.5}, {'b2': 0.5}])
+def test_each_decay_reaches_its_moment(knob):
+    """Guards against a knob that nothing reads: the second of two unlike gradients moves differently."""
+    params, gradients = {'a': jnp.ones(1)}, [{'a': jnp.array([0.9])}, {'a': jnp.array([0.1])}]
+    b1, b2 = knob.get('b1', 0.9), knob.get('b2', 0.999)
+    mu = (b1 * (1 - b1) * 0.9 + (1 - b1) * 0.1) / (1 - b1**2)
+    nu = (b2 * (1 - b2) * 0.81 + (1 - b2) * 0.01) / (1 - b2**2)
+    change = steps(adamw(RATE, **knob), params, gradients)[1]
+    np.testing.assert_allclose(change['a'], [-RATE * mu / np.sqrt(nu)], rtol=1e-3)
+
+
+def test_updates_do_not_recompile():
+    """Guards against a count or a learning rate that is a Python number, new in every update."""
+    optimizer = adamw(RATE, warmup_updates=3)
+    update = jax.jit(optimizer.update)
+    params = {'a': jnp.ones(3)}
+    state = jax.jit(optimizer.init)(params)
+    for i in range(5):
+        _, state = update({'a': jnp.full(3, float(i))}, state, params)
+    assert update._cache_size() == 1
