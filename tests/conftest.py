@@ -1,8 +1,18 @@
 """Eight CPU devices for every test, so that what is sharded is tested as it is used."""
 
 import os
+from pathlib import Path
 
-os.environ['XLA_FLAGS'] = os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+# Most of the time of these tests is compilation: cheap code generation is as good, and a cache serves repeated programs.
+os.environ['XLA_FLAGS'] = ' '.join(
+    [
+        os.environ.get('XLA_FLAGS', ''),
+        '--xla_force_host_platform_device_count=8',
+        '--xla_backend_optimization_level=0',
+    ]
+)
+os.environ['JAX_COMPILATION_CACHE_DIR'] = str(Path(__file__).parent.parent / '.jax_cache')
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['HF_HUB_OFFLINE'] = '1'
 

@@ -1,0 +1,320 @@
+"""The whole loop, as a user starts it, on models that are made here."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gin
+import jax
+import numpy as np
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from experiments.config import parse, register
+from experiments.evaluate import evaluation
+from experiments.export import export
+from experiments.train import train
+from experiments.warm_start import warm_start
+from troll_jax.checkpoint import Checkpoints
+from troll_jax.data.tasks.arithmetic import Arithmetic
+from troll_jax.data.tokenizer import character_tokenizer
+from troll_jax.metrics import read_metrics
+from troll_jax.models import decoder as decoders
+from troll_jax.models.families import decoder_config
+from troll_jax.models.hf_weights import load_config
+from troll_jax.sharding import make_mesh
+
+REPOSITORY = Path(__file__).parent.parent
+
+SMALL = [
+    'Arithmetic.operands = 2',
+    'Arithmetic.train_size = 60',
+    'Arithmetic.test_size = 10',
+    'Experiment.max_prompt_length = 4',
+    'Experiment.max_response_length = 3',
+    'train.steps = 4',
+    'train.prompts_per_step = 16',
+    'train.samples_per_prompt = 4',
+    'train.minibatch_prompts = 8',
+    'train.evaluate_every = 2',
+    'train.checkpoint_every = 2',
+    'train.head_chunk = 40',
+]
+
+
+@register
+class StartsWithHash(Arithmetic):
+    """Rewards a response that begins with '#': something that a policy without any knowledge can find out."""
+
+    def grade(self, response: str, answer: str) -> float:
+        return float(response.startswith('#'))
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    gin.clear_config()
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture(scope='session')
+def model(tmp_path_factory) -> str:
+    """A model of the quickstart's kind, after two steps of its warm start."""
+    folder = str(tmp_path_factory.mktemp('model'))
+    task = Arithmetic(operands=2, train_size=60, test_size=16)
+    warm_start(folder, task, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_width=24, batch=8, steps=2)
+    return folder
+
+
+def run(folder, model: str, *bindings: str, method: str = 'troll') -> list[dict]:
+    """Trains with a quickstart configuration and returns the metrics."""
+    gin.clear_config()
+    names = [f"train.run_dir = '{folder}'", f"Experiment.model = '{model}'"]
+    parse([REPOSITORY / f'configs/quickstart_{method}.gin'], [*SMALL, *names, *bindings])
+    train()
+    return read_metrics(Path(folder) / 'metrics.jsonl')
+
+
+def saved(folder, step: int):
+    """The parameters of a checkpoint."""
+    config = decoder_config(load_config(str(Path(folder) / 'model')))
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.restore_params(decoders.abstract(config, make_mesh())[1], step)
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    timed = ('seconds/', 'rollout/tokens_per_second', 'update/tokens_per_second')
+    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_resuming_equals_not_stopping(tmp_path, model):
+    """Guards against data that is skipped, keys or optimizer state that start anew, and doubled metrics after a resume."""
+    whole = run(tmp_path / 'whole', model)
+    run(tmp_path / 'parts', model, 'train.steps = 2')
+    parts = run(tmp_path / 'parts', model)
+    assert [row['step'] for row in parts] == [0, 1, 2, 3, 4]
+    assert without_times(parts) == without_times(whole)
+    assert_same(saved(tmp_path / 'parts', 4), saved(tmp_path / 'whole', 4))
+
+
+def test_a_lost_checkpoint_repeats_its_steps(tmp_path, model):
+    """Guards against metrics of steps that were lost with a crash staying in the file beside those of their repetition."""
+    whole = run(tmp_path / 'whole', model)
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'crashed')
+    shutil.rmtree(tmp_path / 'crashed/checkpoints/4')
+    again = run(tmp_path / 'crashed', model)
+    assert without_times(again) == without_times(whole)
+    assert_same(saved(tmp_path / 'crashed', 4), saved(tmp_path / 'whole', 4))
+
+
+@pytest.mark.parametrize('mesh', ['make_mesh.fsdp = 8', 'make_mesh.data = 2\nmake_mesh.fsdp = 2\nmake_mesh.tensor = 2'])
+def test_one_update_does_not_depend_on_the_mesh(tmp_path, model, mesh):
+    """Guards against sums over devices that count a token twice or not at all."""
+    tied = ['train.steps = 1', 'train.minibatch_prompts = 16', 'train.evaluate_every = 0']
+    if 'tensor' in mesh:
+        model = two_kv_heads(tmp_path / 'model')
+        tied += ['Experiment.max_prompt_length = 4']
+    reference = run(tmp_path / 'reference', model, *tied, 'make_mesh.data = 8', 'make_mesh.fsdp = 1')
+    rows = run(tmp_path / 'other', model, *tied, *mesh.split('\n'))
+    for name, value in without_times(reference)[0].items():
+        assert rows[0][name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
+
+
+def two_kv_heads(folder) -> str:
+    """A model that a mesh with tensor = 2 divides: a vocabulary of even size and two key-value heads."""
+    tokenizer = character_tokenizer('0123456789+-*=#?')
+    write_qwen3(folder, tokenizer, num_attention_heads=4, num_key_value_heads=2, hidden_size=16, intermediate_size=24)
+    return str(folder)
+
+
+def write_qwen3(folder, tokenizer, **sizes) -> None:
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        eos_token_id=tokenizer.eos_token_id,
+        **sizes,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize('method', ['troll', 'clip'])
+def test_a_rewarded_response_is_learnt(tmp_path, model, method):
+    """Guards against everything that makes a run go through without learning: signs, shifts by one, lost gradients."""
+    rows = run(
+        tmp_path,
+        model,
+        'Experiment.task = @StartsWithHash()',
+        'StartsWithHash.operands = 2',
+        'StartsWithHash.train_size = 60',
+        'StartsWithHash.test_size = 10',
+        'train.steps = 12',
+        'train.evaluate_every = 0',
+        'adamw.learning_rate = 1e-2',
+        method=method,
+    )
+    assert rows[0]['reward/mean'] < 0.5 < 0.9 < rows[-1]['reward/mean']
+
+
+def test_without_learning_the_sampler_is_the_trainer(tmp_path, model):
+    """Guards against the sampler's and the trainer's log-probabilities drifting apart, which no error would show."""
+    rows = run(tmp_path, model, 'adamw.learning_rate = 0.0', 'train.evaluate_every = 0')
+    for row in rows:
+        assert row['update/kl_max'] < 1e-5
+        assert row['update/ratio_max'] == pytest.approx(1, abs=1e-3)
+        assert row['update/projected_share'] == row['update/clipped_share'] == 0
+
+
+def test_nothing_compiles_after_the_first_step(tmp_path, model):
+    """Guards against shapes or types that change between steps, each of which would compile the model again."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if 'backend_compile' in name else None
+    )
+    run(tmp_path / 'short', model, 'train.steps = 2', 'train.evaluate_every = 1')
+    two = len(compiled)
+    run(tmp_path / 'long', model, 'train.steps = 5', 'train.evaluate_every = 1')
+    assert two > 0
+    assert len(compiled) - two <= two
+
+
+def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
+    """Guards against evaluation that wants the original command line, and exports that transformers cannot open."""
+    start = shutil.copytree(model, tmp_path / 'start')
+    run(tmp_path / 'run', str(start))
+    shutil.rmtree(start)
+    gin.clear_config()
+    parse([tmp_path / 'run/config.gin'], ['evaluation.samples_per_prompt = 4', 'evaluation.prompts_per_rollout = 8'])
+    summary = evaluation(str(tmp_path / 'run'))
+    assert summary['step'] == 4 and summary['problems'] == 10
+    assert summary['success']['low'] <= summary['success']['mean'] <= summary['success']['high']
+    assert summary['pass@4']['mean'] >= summary['pass@1']['mean'] == pytest.approx(summary['success']['mean'])
+    rows = [json.loads(line) for line in (tmp_path / 'run/responses_4.jsonl').read_text().splitlines()]
+    assert len(rows) == 10 and all(len(row['responses']) == 4 for row in rows)
+    task = Arithmetic(operands=2)
+    for row in rows:
+        assert row['rewards'] == [task.grade(response, row['answer']) for response in row['responses']]
+
+    export(str(tmp_path / 'run'), str(tmp_path / 'exported'))
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / 'exported')
+    embedding = np.asarray(saved(tmp_path / 'run', 4)['embedding'])
+    np.testing.assert_array_equal(exported.model.embed_tokens.weight.detach().numpy(), embedding)
+    assert AutoTokenizer.from_pretrained(tmp_path / 'exported').decode([12, 3]) == '-1'
+
+
+@pytest.mark.parametrize(
+    ('binding', 'message'),
+    [
+        ('train.minibatch_prompts = 5', 'prompts_per_step = 16 .* minibatch_prompts = 5'),
+        ('train.prompts_per_rollout = 12', 'prompts_per_step = 16 .* prompts_per_rollout = 12'),
+        ('train.micro_batches = 3', '= 32 .* = 24'),
+        ('train.samples_per_prompt = 1', 'at least 2'),
+        ('train.prompts_per_step = 64', '64 and there are 60 prompts'),
+        ('train.max_tokens = 18', 'vocabulary size 17; got 18'),
+        ('make_mesh.data = 3', '8 \\(cpu\\)'),
+        ('Experiment.max_prompt_length = 3', '60 of 60 prompts'),
+        ('Experiment.max_response_length = 5', '9 tokens, but .* 8'),
+        ("Experiment.model = '/nowhere'", '/nowhere'),
+        ('Experiment.compute_dtype = "float64"', 'float64'),
+        ('train.temperature = -1.0', 'temperature'),
+    ],
+)
+def test_bad_sizes_are_errors_before_anything_starts(tmp_path, model, binding, message):
+    """Guards against sizes that are silently rounded, and against errors that come after an hour."""
+    with pytest.raises((ValueError, OSError), match=message):
+        run(tmp_path / 'run', model, binding)
+    assert not (tmp_path / 'run/metrics.jsonl').exists()
+
+
+def test_another_model_in_the_run_folder_is_an_error(tmp_path, model):
+    """Guards against a run that goes on from the checkpoint of another model."""
+    run(tmp_path / 'run', model, 'train.steps = 2')
+    with pytest.raises(ValueError, match=r'another model or optimizer: .*embedding is \(17, 16\), expected \(18, 16\)'):
+        run(tmp_path / 'run', two_kv_heads(tmp_path / 'other'))
+
+
+CHAT_TEMPLATE = (
+    '{% for message in messages %}{{ message.content }}{% endfor %}'
+    '{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}={% endif %}'
+)
+
+
+@pytest.mark.parametrize('method', ['troll', 'clip'])
+def test_the_papers_configs_run_with_small_stand_ins(tmp_path, method):
+    """Guards against configuration files that rot: both run as they are, but for a model and data that fit in here."""
+    tokenizer = character_tokenizer(''.join(sorted(set('What is plus?0123456789#boxed{}\\ =\n'))))
+    tokenizer.chat_template = CHAT_TEMPLATE
+    write_qwen3(
+        tmp_path / 'model',
+        tokenizer,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        hidden_size=16,
+        intermediate_size=24,
+    )
+    for split in ('train', 'test'):
+        rows = [{'question': f'What is {i} plus {i}?', 'answer': f'It is {2 * i}\n#### {2 * i}'} for i in range(40)]
+        (tmp_path / f'{split}.jsonl').write_text('\n'.join(json.dumps(row) for row in rows))
+    parse(
+        [REPOSITORY / f'configs/qwen3_0_6b_gsm8k_{method}.gin'],
+        [
+            f"Experiment.model = '{tmp_path}/model'",
+            f"GSM8K.source = '{tmp_path}'",
+            'GSM8K.instruction = None',
+            'Experiment.max_prompt_length = 40',
+            'Experiment.max_response_length = 16',
+            f"train.run_dir = '{tmp_path}/run'",
+            'train.steps = 2',
+            'train.prompts_per_step = 16',
+            'train.samples_per_prompt = 4',
+            'train.minibatch_prompts = 8',
+            'train.prompts_per_rollout = 8',
+            'train.micro_batches = 2',
+            'train.max_tokens = 16',
+            'train.evaluate_every = 1',
+        ],
+    )
+    train()
+    rows = read_metrics(tmp_path / 'run/metrics.jsonl')
+    assert [row['step'] for row in rows] == [0, 1, 2]
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+    assert rows[-1]['reward/timeouts'] == rows[-1]['reward/crashes'] == rows[-1]['reward/errors'] == 0
+    assert (tmp_path / 'run/checkpoints/2').is_dir()
+
+
+def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path, model):
+    """Guards against losing what was learnt since the last checkpoint to Ctrl-C, with the command that users type."""
+    bindings = [
+        *SMALL,
+        f"train.run_dir = '{tmp_path}'",
+        f"Experiment.model = '{model}'",
+        'train.checkpoint_every = 1000',
+    ]
+    command = [sys.executable, '-m', 'experiments.train', 'configs/quickstart_troll.gin', *bindings]
+    process = subprocess.Popen([*command, 'train.steps = 100000'], cwd=REPOSITORY, env=dict(os.environ))
+    try:
+        deadline = time.monotonic() + 300
+        path = tmp_path / 'metrics.jsonl'
+        while not (path.exists() and len(read_metrics(path)) > 2):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=120) == 0
+    finally:
+        process.kill()
+    last = read_metrics(path)[-1]['step']
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [last]
+    rows = run(tmp_path, model, f'train.steps = {last + 1}')
+    assert [row['step'] for row in rows] == list(range(last + 2))
