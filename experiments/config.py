@@ -27,7 +27,6 @@ from troll_jax.ops import advantages, losses
 from troll_jax.optimizer import adamw
 from troll_jax.sharding import make_mesh
 
-_REPOSITORY = Path(__file__).parent.parent
 _registered: dict[str, Callable[..., Any]] = {}
 
 
@@ -125,28 +124,41 @@ Experiment = register(Experiment)
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
     """Reads gin files, then bindings, which win.
 
-    Files that are included are looked for in the working folder and in the repository.
+    Files that are included are looked for in the working folder and next to this package.
 
     Raises:
-      ValueError: a file, name or parameter that does not exist, with the nearest that does.
+      ValueError: a file, name or parameter that does not exist, with the nearest that does; a macro that nothing uses.
     """
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f'no configuration file {str(file)!r}')
-    gin.add_config_file_search_path(_REPOSITORY)
     try:
         gin.parse_config_files_and_bindings([str(file) for file in files], list(bindings))
     except (ValueError, SyntaxError, OSError) as error:
         raise ValueError(f'{str(error).strip()}{_nearest(str(error))}') from None
+    _check_macros(gin.config_str())
+
+
+def _parameters(target: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(target).parameters)
+
+
+def _check_macros(config: str) -> None:
+    """Raises a ValueError for `steps = 3`, which gin takes for the definition of a macro and not for `train.steps`."""
+    for macro in re.findall(r'^(\w+) = ', config, re.MULTILINE):
+        if not re.search(rf'%{macro}\b', config):
+            known = [(name, f'{owner}.{name}') for owner, target in _registered.items() for name in _parameters(target)]
+            near = difflib.get_close_matches(macro, [name for name, _ in known], n=1, cutoff=0.0)[0]
+            meant = ' or '.join(repr(full) for name, full in known if name == near)
+            raise ValueError(f'nothing uses the macro {macro!r}.\nDid you mean {meant}?')
 
 
 def _nearest(message: str) -> str:
     """What the writer of a mistyped name may have meant."""
     parameter = re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", message)
     unknown = re.search(r"No configurable matching (?:reference )?'@?([^']+)'", message)
-    if parameter:
-        owner, name = parameter.groups()
-        known = list(inspect.signature(_registered[owner.split('.')[-1]]).parameters)
+    if parameter and parameter[1].split('.')[-1] in _registered:
+        name, known = parameter[2], _parameters(_registered[parameter[1].split('.')[-1]])
     elif unknown:
         name, known = unknown[1].split('/')[-1].split('.')[-1].removesuffix('()'), list(_registered)
     else:

@@ -1,0 +1,220 @@
+"""Configurations: nothing mistyped is dropped silently, every file is complete, and the paper's values are there."""
+
+import inspect
+from pathlib import Path
+
+import gin
+import pytest
+from transformers import Qwen3Config
+
+import experiments.train
+import experiments.warm_start  # noqa: F401  registers what its configuration binds
+from experiments.config import Experiment, parse
+from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
+from troll_jax.data.tokenizer import character_tokenizer
+
+CONFIGS = Path(__file__).parent.parent / 'configs'
+FILES = sorted(CONFIGS.glob('*.gin'))
+COMPLETE = [file for file in FILES if '\ntrain.run_dir = ' in file.read_text()]
+PAPER = [CONFIGS / f'qwen3_0_6b_gsm8k_{method}.gin' for method in ('troll', 'clip')]
+
+named = lambda file: file.stem
+
+
+@pytest.fixture(autouse=True)
+def no_bindings():
+    gin.clear_config()
+    yield
+    gin.clear_config()
+
+
+def bound(*names: str) -> list:
+    return [gin.query_parameter(name) for name in names]
+
+
+@pytest.mark.parametrize(
+    'binding, match',
+    [
+        ('trian.steps = 3', r"'trian'[\s\S]*Did you mean 'train'\?"),
+        ('train.step = 3', r"'train' doesn't have a parameter named 'step'[\s\S]*Did you mean 'steps'\?"),
+        ('Experiment.modle = "m"', r"Did you mean 'model'\?"),
+        ('adamw.learning_rte = 1e-3', r"Did you mean 'learning_rate'\?"),
+        ('train.objective = @trol', r"'@trol'[\s\S]*Did you mean 'troll'\?"),
+        ('train.optimizer = @adam()', r"'@adam\(\)'[\s\S]*Did you mean 'adamw'\?"),
+        ('train.steps = %steps', "No bindings specified for 'steps"),
+        ('train.steps = ', 'Unable to parse'),
+        ('macro.steps = 3', "'macro' doesn't have a parameter named 'steps'"),
+        ("include 'configs/no_such.gin'", 'Unable to open file: configs/no_such.gin'),
+    ],
+)
+def test_a_mistyped_binding_is_an_error(binding, match):
+    """Guards against knobs that are set and never read; the error names the nearest that there is."""
+    with pytest.raises(ValueError, match=match):
+        parse([], [binding])
+
+
+@pytest.mark.parametrize(
+    'binding, meant',
+    [
+        ('steps = 3', "'train.steps' or 'warm_start.steps'?"),
+        ('learning_rat = 1', "'adamw.learning_rate' or 'warm_start.learning_rate'?"),
+        ('bound = 1', "'troll.bound'?"),
+    ],
+)
+def test_a_parameter_without_its_owner_is_an_error(binding, meant):
+    """Guards against gin taking it for the definition of a macro, which nothing uses and nobody misses."""
+    with pytest.raises(ValueError) as error:
+        parse([CONFIGS / 'quickstart_troll.gin'], [binding])
+    assert str(error.value) == f'nothing uses the macro {binding.split()[0]!r}.\nDid you mean {meant}'
+
+
+def test_a_macro_that_is_used_is_not():
+    parse([], ['rate = 3', 'train.steps = %rate', 'learning_rate = 0.5', 'adamw.learning_rate = %learning_rate'])
+    assert gin.query_parameter('train.steps').scoped_configurable_fn() == 3
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no configuration file '.*none.gin'"):
+        parse([tmp_path / 'none.gin'])
+
+
+def test_bindings_win_over_files_and_files_over_what_they_include(tmp_path):
+    """Guards the order that lets one experiment change one number of another."""
+    (tmp_path / 'mine.gin').write_text("include 'configs/paper.gin'\ntrain.steps = 7\ntroll.bound = 0.1\n")
+    parse([tmp_path / 'mine.gin'], ['troll.bound = 0.25'])
+    assert bound('train.steps', 'troll.bound', 'train.max_tokens') == [7, 0.25, 64]
+
+
+@pytest.mark.parametrize('file', FILES, ids=named)
+def test_every_file_parses_from_any_folder(file, tmp_path, monkeypatch):
+    """Guards against a name that was changed in the code only, and an include that the working folder decides."""
+    monkeypatch.chdir(tmp_path)
+    parse([file])
+
+
+def test_there_are_files():
+    """Guards the tests below against a list that is empty."""
+    assert [named(file) for file in COMPLETE] == [
+        'quickstart_clip',
+        'quickstart_troll',
+        'qwen3_0_6b_gsm8k_clip',
+        'qwen3_0_6b_gsm8k_troll',
+    ]
+
+
+@pytest.mark.parametrize('file', COMPLETE, ids=named)
+def test_every_experiment_is_complete(file):
+    """Guards against a run that fails, after minutes of loading, on a parameter that its file forgot."""
+    parse([file])
+    required = [
+        p.name for p in inspect.signature(experiments.train.train).parameters.values() if p.default is gin.REQUIRED
+    ]
+    assert {'run_dir', 'objective', 'optimizer', 'steps'} <= set(required)
+    for name in required:
+        gin.query_parameter(f'train.{name}')  # raises if it is not bound
+    experiment = Experiment()
+    assert experiment.mesh.size == 8 and callable(experiment.task.grade)
+    objective = gin.query_parameter('train.objective').scoped_configurable_fn
+    assert objective.__name__ == ('troll' if 'troll' in file.stem else 'ppo_clip')
+
+
+@pytest.mark.parametrize('file', COMPLETE, ids=named)
+def test_two_experiments_of_a_comparison_differ_in_the_objective_alone(file):
+    """Guards against a comparison in which one side has the better learning rate."""
+
+    def settings(file):
+        gin.clear_config()
+        parse([file])
+        return [
+            line for line in gin.config_str().splitlines() if not line.startswith(('train.objective', 'train.run_'))
+        ]
+
+    other = file.stem.replace('troll', 'clip') if 'troll' in file.stem else file.stem.replace('clip', 'troll')
+    assert settings(file) == settings(file.with_stem(other))
+
+
+@pytest.mark.parametrize('file', COMPLETE, ids=named)
+def test_what_a_run_saves_can_be_read_back(file, tmp_path):
+    """Guards the evaluation of a run, which has nothing but the config.gin in its folder."""
+    parse([file], ['train.seed = 3', 'warm_start.task = @Arithmetic()'])
+    text = gin.config_str()
+    (tmp_path / 'config.gin').write_text(text)
+    gin.clear_config()
+    parse([tmp_path / 'config.gin'])
+    assert gin.config_str() == text and 'train.seed = 3' in text
+
+
+@pytest.mark.parametrize('file', PAPER, ids=named)
+def test_the_hyperparameters_are_those_of_the_paper(file):
+    """Guards the table of the paper's appendix (arXiv 2510.03817) against edits that mean to fit some machine."""
+    parse([file])
+    assert bound('troll.bound', 'troll.alpha', 'train.max_tokens') == [0.05, 1.0, 64]
+    assert gin.query_parameter('train.mass') == pytest.approx(1 - 1e-5, abs=1e-12)
+    assert bound('ppo_clip.lower', 'ppo_clip.upper', 'ppo_clip.dual') == [0.2, 0.2, 10.0]
+    assert bound('adamw.learning_rate', 'adamw.weight_decay', 'adamw.clip_norm') == [1e-6, 0.0, 1.0]
+    assert bound('train.prompts_per_step', 'train.samples_per_prompt', 'train.minibatch_prompts') == [256, 8, 32]
+    assert bound('train.temperature', 'train.evaluate_every', 'train.steps') == [1.0, 10, 1001]
+    assert bound('Experiment.max_prompt_length', 'Experiment.max_response_length') == [512, 2048]
+    assert bound('Experiment.model', 'Experiment.compute_dtype') == ['Qwen/Qwen3-0.6B', 'bfloat16']
+    references = bound('train.aggregation', 'train.estimator', 'train.optimizer', 'Experiment.task')
+    assert [str(reference) for reference in references] == ['@token_mean', '@group_normalised', '@adamw()', '@GSM8K()']
+    with pytest.raises(ValueError):
+        gin.query_parameter('adamw.warmup_updates')  # the learning rate is constant
+
+
+def test_what_an_experiment_needs_is_named():
+    parse([], ["Experiment.model = 'm'"])
+    with pytest.raises(TypeError, match='task.*max_prompt_length.*max_response_length'):
+        Experiment()
+
+
+def test_a_mesh_larger_than_the_machine_is_an_error():
+    """Guards against a pod's configuration on one host that starts and then hangs or idles."""
+    parse([CONFIGS / 'quickstart_troll.gin'], ['make_mesh.data = 16', 'make_mesh.fsdp = 1'])
+    with pytest.raises(ValueError, match="'data': 16.* needs 16 devices, but 8"):
+        Experiment()
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Builds an experiment on the tokenizer of the arithmetic task (17 tokens) and a model of some sizes."""
+
+    def build(*, vocab_size: int, positions: int, prompt: int, response: int) -> Experiment:
+        hf_config = Qwen3Config(
+            vocab_size=vocab_size,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            intermediate_size=8,
+            max_position_embeddings=positions,
+            architectures=['Qwen3ForCausalLM'],
+        )
+        hf_config.save_pretrained(tmp_path)
+        character_tokenizer(CHARACTERS).save_pretrained(tmp_path)
+        return Experiment(
+            model=str(tmp_path), task=Arithmetic(), max_prompt_length=prompt, max_response_length=response
+        )
+
+    return build
+
+
+def test_a_model_must_know_every_token(experiment):
+    """Guards against token ids past the embedding, which JAX clamps to its last row without a word."""
+    exact = experiment(vocab_size=17, positions=64, prompt=12, response=8)
+    assert exact.decoder_config(exact.load_tokenizer()).vocab_size == 17
+    padded = experiment(vocab_size=32, positions=64, prompt=12, response=8)
+    assert padded.decoder_config(padded.load_tokenizer()).vocab_size == 32
+    small = experiment(vocab_size=16, positions=64, prompt=12, response=8)
+    with pytest.raises(ValueError, match='has 17 tokens, its model 16; expected at least as many'):
+        small.decoder_config(small.load_tokenizer())
+
+
+def test_a_context_must_hold_prompt_and_response(experiment):
+    """Guards against positions that the model never saw in its training."""
+    exact = experiment(vocab_size=17, positions=20, prompt=12, response=8)
+    assert exact.decoder_config(exact.load_tokenizer()).compute_dtype == 'bfloat16'
+    long = experiment(vocab_size=17, positions=20, prompt=12, response=9)
+    with pytest.raises(ValueError, match=r'12 \+ 9 = 21 tokens, but .* has positions for 20'):
+        long.decoder_config(long.load_tokenizer())
