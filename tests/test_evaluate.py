@@ -1,0 +1,218 @@
+"""Evaluation: unbiased estimates, and responses that meet their own prompt and answer in whatever batches."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from troll_jax.data.prompts import encode_prompts
+from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
+from troll_jax.data.tokenizer import EOS, PAD, character_tokenizer
+from troll_jax.evaluate import decode_responses, estimate, evaluate, pass_at_k
+from troll_jax.models.decoder import DecoderConfig, init
+from troll_jax.rewards.pool import Grader
+from troll_jax.rollout import make_sampler
+from troll_jax.sharding import MESH_AXES, make_mesh
+from troll_jax.types import Rollout, SparseLogProbs
+
+PROMPTS, SAMPLES, ROOM = 5, 3, 7
+TASK = Arithmetic(operands=2, test_size=PROMPTS, train_size=10)
+
+
+@pytest.mark.parametrize('samples', range(1, 7))
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(samples):
+    """Guards against the biased 1 − (1 − c/n)^k, and against samples that are drawn with replacement."""
+    for correct, k in itertools.product(range(samples + 1), range(1, samples + 1)):
+        marks = [1] * correct + [0] * (samples - correct)
+        expected = np.mean([any(subset) for subset in itertools.combinations(marks, k)])
+        assert pass_at_k(samples, correct, k) == pytest.approx(expected, abs=1e-12)
+
+
+def test_pass_at_k_grows_with_k_and_with_correct_samples():
+    """Guards sizes at which factorials or floats would overflow."""
+    table = np.array([[pass_at_k(256, correct, k) for k in range(1, 257)] for correct in range(0, 257, 16)])
+    assert np.all(np.diff(table, axis=0) >= 0) and np.all(np.diff(table, axis=1) >= 0)
+    assert np.all(table[0] == 0) and np.all(table[1:, -1] == 1)
+    np.testing.assert_allclose(table[:, 0], np.arange(0, 257, 16) / 256)
+
+
+@pytest.mark.parametrize('samples, correct, k', [(4, 1, 5), (4, 1, 0), (4, 5, 1), (4, -1, 1), (0, 0, 1)])
+def test_pass_at_k_beyond_its_limits_is_an_error(samples, correct, k):
+    """Guards against a pass@8 of four samples, which the formula would call certain."""
+    with pytest.raises(ValueError, match=f'got k={k}, samples={samples}, correct={correct}'):
+        pass_at_k(samples, correct, k)
+
+
+def test_the_interval_covers_the_truth():
+    """Guards against an interval over samples, or with the wrong quantiles: 95 % of them should hold the true mean."""
+    problems, truth = 60, 0.3
+    experiments = np.random.default_rng(0).random((300, problems)) < truth
+    estimates = [estimate(row.astype(np.float32), draws=400) for row in experiments]
+    assert all(e.low <= e.mean <= e.high for e in estimates)
+    covered = np.mean([e.low <= truth <= e.high for e in estimates])
+    assert 0.91 <= covered <= 0.985  # the share of 300 wanders by 0.013, and the bootstrap is a little narrow
+    widths = np.mean([e.high - e.low for e in estimates])
+    assert widths == pytest.approx(2 * 1.96 * np.sqrt(truth * (1 - truth) / problems), rel=0.05)
+
+
+def test_an_estimate_is_deterministic_and_its_mean_exact():
+    values = np.random.default_rng(1).random(37)
+    first = estimate(values)
+    assert first == estimate(values) and first.mean == values.mean()
+    assert first != estimate(values, seed=1)  # the interval is drawn
+    assert estimate(values, draws=250).low == pytest.approx(first.low, abs=0.02)  # draws that no block divides
+
+
+def test_equal_problems_leave_no_doubt():
+    assert estimate(np.full(7, 0.25)) == (0.25, 0.25, 0.25)
+    assert estimate(np.array([1.0])) == (1.0, 1.0, 1.0)
+
+
+@pytest.fixture(scope='module')
+def tokenizer():
+    return character_tokenizer(CHARACTERS)
+
+
+@pytest.fixture(scope='module')
+def prompts(tokenizer):
+    return encode_prompts(TASK.load('test'), tokenizer, max_length=6)
+
+
+@pytest.fixture(scope='module')
+def one_device():
+    return jax.make_mesh((1, 1, 1), MESH_AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 3)
+
+
+@pytest.fixture(scope='module')
+def policy(tokenizer):
+    """A sampler and random parameters whose responses differ in length and text, some with an end and some without."""
+    config = DecoderConfig(
+        vocab_size=len(tokenizer),
+        width=8,
+        layers=1,
+        heads=2,
+        kv_heads=1,
+        head_dim=4,
+        mlp_width=8,
+        rope_theta=100.0,
+        norm_eps=1e-6,
+        tied_embeddings=False,
+        compute_dtype='float32',
+    )
+    sampler = make_sampler(
+        config,
+        samples_per_prompt=SAMPLES,
+        max_response_length=ROOM,
+        temperature=1.0,
+        stop_tokens=[tokenizer.eos_token_id],
+        max_tokens=1,
+        mass=1.0,
+    )
+    return sampler, jax.tree.map(lambda p: 10 * p, init(config, jax.random.key(2)))
+
+
+def grade(response: str, answer: str) -> float:
+    """Tells every pair of lengths and answers from any other."""
+    return 10.0 * len(response) + float(answer)
+
+
+def run(sampler, params, prompts, tokenizer, batch, mesh, key=0):
+    with Grader(grade, deadline=None) as grader:
+        return evaluate(sampler, params, prompts, grader, tokenizer, jax.random.key(key), batch=batch, mesh=mesh)
+
+
+@pytest.fixture(scope='module')
+def together(policy, prompts, tokenizer, one_device):
+    """All prompts in one batch."""
+    return run(*policy, prompts, tokenizer, PROMPTS, one_device)
+
+
+def test_shapes_and_contents(together, prompts):
+    """Guards rewards, lengths and ends that belong to another response."""
+    assert together.rewards.shape == together.lengths.shape == together.stopped.shape == (PROMPTS, SAMPLES)
+    assert [len(responses) for responses in together.responses] == [SAMPLES] * PROMPTS
+    for i, answer in enumerate(prompts.answers):
+        assert [grade(response, answer) for response in together.responses[i]] == together.rewards[i].tolist()
+    assert together.stopped.any() and not together.stopped.all() and len(np.unique(together.lengths)) > 2
+    assert np.all(together.lengths[~together.stopped] == ROOM)
+
+
+@pytest.mark.parametrize('batch', [1, 2, 8])
+def test_the_batch_changes_nothing(batch, together, policy, prompts, tokenizer, one_device):
+    """Guards keys that depend on the batch, and the last batch's filling: 1 divides the 5 prompts, 2 and 8 do not."""
+    result = run(*policy, prompts, tokenizer, batch, one_device)
+    jax.tree.map(np.testing.assert_array_equal, result[:3], together[:3])
+    assert result.responses == together.responses
+
+
+def test_the_mesh_changes_nothing(together, policy, prompts, tokenizer):
+    """Guards prompts that are laid out over eight devices, of which three hold nothing but filling."""
+    sampler, params = policy
+    mesh = make_mesh(2, 4, 1)
+    with jax.set_mesh(mesh):
+        result = run(sampler, params, prompts, tokenizer, 8, mesh)
+    jax.tree.map(np.testing.assert_array_equal, result[:3], together[:3])
+    assert result.responses == together.responses
+
+
+def test_the_key_changes_the_responses(together, policy, prompts, tokenizer, one_device):
+    """Guards against a key that nothing reads, without which the tests above would prove nothing; and against samples
+    of a prompt that are copies of each other."""
+    assert run(*policy, prompts, tokenizer, PROMPTS, one_device, key=1).responses != together.responses
+    assert any(len(set(responses)) == SAMPLES for responses in together.responses)
+
+
+def echo(params, prompts, keys) -> Rollout:
+    """Responds to a prompt with the prompt, the number of the sample, an end, and then rubbish."""
+    rows, width = prompts.tokens.shape
+    tokens = np.full((rows * SAMPLES, 2 * width + 4), 16)
+    for row, i in enumerate(np.repeat(np.arange(rows), SAMPLES)):
+        prompt = np.asarray(prompts.tokens[i])[: prompts.lengths[i]]
+        number = 2 + row % SAMPLES  # tokens 0 and 1 are special, the digits follow
+        response = [*prompt, number, 1]
+        tokens[row, : 2 * len(prompt) + 2] = [*prompt, *response]
+    lengths = np.repeat(np.asarray(prompts.lengths), SAMPLES)
+    nothing = np.zeros((rows * SAMPLES, 1), np.float32)
+    return Rollout(
+        tokens=jnp.asarray(tokens),
+        prompt_lengths=jnp.asarray(lengths),
+        response_lengths=jnp.asarray(lengths + 2),
+        stopped=jnp.ones(rows * SAMPLES, bool),
+        log_probs=nothing,
+        entropy=nothing,
+        support=SparseLogProbs(nothing[..., None].astype(np.int32), nothing[..., None]),
+    )
+
+
+@pytest.mark.parametrize('batch', [2, 5])
+def test_responses_meet_their_own_prompt_and_answer(batch, prompts, tokenizer, one_device):
+    """Guards the order of prompts, samples and answers, which random responses would not show."""
+    result = run(echo, None, prompts, tokenizer, batch, one_device)
+    assert result.responses == [[f'{text}{g}' for g in range(SAMPLES)] for text in prompts.texts]
+    expected = [
+        [10.0 * (len(text) + 1) + int(answer)] * SAMPLES
+        for text, answer in zip(prompts.texts, prompts.answers, strict=True)
+    ]
+    np.testing.assert_array_equal(result.rewards, expected)
+    assert len(set(prompts.texts)) == PROMPTS and len(set(prompts.answers)) > 1
+
+
+def test_responses_decode_without_special_tokens(tokenizer):
+    """Guards against an end-of-sequence text that the grader takes for part of the answer, against tokens of the
+    prompt or past the response's end, and against spaces between tokens."""
+    ids = lambda text: tokenizer(text)['input_ids']
+    rows = [ids('1+1=#2' + EOS + '999'), ids('1+1=' + PAD + '7#3' + '99')]
+    nothing = jnp.zeros((2, 1))
+    rollout = Rollout(
+        tokens=jnp.asarray(rows),
+        prompt_lengths=jnp.array([4, 4]),
+        response_lengths=jnp.array([3, 4]),
+        stopped=jnp.array([True, False]),
+        log_probs=nothing,
+        entropy=nothing,
+        support=SparseLogProbs(nothing[..., None], nothing[..., None]),
+    )
+    assert decode_responses(rollout, tokenizer) == ['#2', '7#3']
