@@ -168,6 +168,7 @@ def _evaluate(old_log_probs: jax.Array, old_probs: jax.Array, d: jax.Array, w: j
     return _Point(probs, log_partition, kl, mean, variance, jnp.sum(probs * centred**3))
 
 
+@partial(jax.jit, static_argnames='max_evaluations')
 def _solve(log_probs, old_log_probs, bound, max_evaluations):
     """Finds w. A safeguarded third-order Newton method on log κ.
 

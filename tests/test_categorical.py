@@ -1,0 +1,79 @@
+"""Entropy and sampling from the log-probabilities of a whole vocabulary."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy.stats import chisquare
+
+from troll_jax.ops.categorical import entropy, sample
+
+INF = np.inf
+draw = jax.jit(jax.vmap(sample, (0, None)))
+
+
+def test_entropy_by_hand():
+    """Guards units and zeros: nats, and 0 · log 0 = 0, in the gradient too."""
+    np.testing.assert_allclose(entropy(jnp.log(jnp.full(7, 1 / 7))), np.log(7), rtol=1e-6)
+    log_probs = jnp.array([np.log(0.25), np.log(0.75), -INF])
+    np.testing.assert_allclose(entropy(log_probs), -0.25 * np.log(0.25) - 0.75 * np.log(0.75), rtol=1e-6)
+    assert entropy(jnp.array([0.0, -INF])) == 0
+    gradient = jax.grad(entropy)(log_probs)
+    np.testing.assert_allclose(gradient, [-0.25 * (np.log(0.25) + 1), -0.75 * (np.log(0.75) + 1), 0], rtol=1e-5)
+
+
+def test_intervals_of_the_cumulative_sum():
+    """Guards the inversion: token i for uniform numbers in [sum before i, sum with i)."""
+    log_probs = jnp.log(jnp.array([0.25, 0.5, 0.125, 0.125]))
+    uniforms = jnp.array([0.0, 0.2499, 0.25, 0.7499, 0.75, 0.8749, 0.875, 0.9999])
+    np.testing.assert_array_equal(draw(uniforms, log_probs), [0, 0, 1, 1, 2, 2, 3, 3])
+    assert draw(uniforms, log_probs).dtype == jnp.int32
+
+
+def test_frequencies_are_the_probabilities():
+    """Guards the distribution as a whole, by a chi-square test of 100,003 draws."""
+    log_probs = jax.nn.log_softmax(2 * jax.random.normal(jax.random.key(1), 23)).at[5].set(-INF)
+    tokens = draw(jax.random.uniform(jax.random.key(2), 100_003), log_probs)
+    counts = np.bincount(tokens, minlength=23)
+    assert counts[5] == 0
+    expected = np.exp(np.asarray(log_probs, np.float64))
+    on = expected > 0
+    result = chisquare(counts[on], expected[on] / expected.sum() * 100_003)
+    assert result.pvalue > 1e-3
+    assert chisquare(counts[on], np.full(22, 100_003 / 22)).pvalue < 1e-9
+
+
+def test_never_a_token_of_probability_zero():
+    """Guards against rounding: a parallel cumulative sum rises a little at some entries whose probability is zero.
+
+    The uniform numbers are those that fall into such a rise.
+    """
+    scores = jax.random.normal(jax.random.key(3), 50_021)
+    zero = jax.random.bernoulli(jax.random.key(4), 0.5, scores.shape)
+    log_probs = jax.nn.log_softmax(jnp.where(zero, -INF, scores))
+    sums = np.asarray(jnp.cumsum(jnp.exp(log_probs)))
+    at = np.flatnonzero((np.diff(sums, prepend=0) > 0) & np.asarray(zero))
+    uniforms = (np.concatenate([sums[at], sums[at - 1]]) / sums[-1])[:1009]
+    uniforms = np.concatenate([uniforms, np.linspace(0, 1, 101, endpoint=False)]).astype(np.float32)
+    tokens = draw(uniforms, log_probs)
+    assert np.all(np.isfinite(np.asarray(log_probs)[tokens]))
+
+
+def test_ends_of_the_range():
+    """Guards 0 and the number next to 1, with zeros at both ends of the vocabulary and sums other than one."""
+    uniforms = jnp.array([0.0, np.nextafter(np.float32(1), np.float32(0))])
+    for size in (3, 7, 1009, 50_021):
+        log_probs = jax.nn.log_softmax(jax.random.normal(jax.random.key(size), size))
+        log_probs = log_probs.at[jnp.array([0, size - 1])].set(-INF)
+        for shift in (0.0, 1e-3, -1e-3):
+            first, last = draw(uniforms, log_probs + shift)
+            assert first == 1 and 1 <= last <= size - 2
+    only = jnp.array([-INF, 0.0, -INF])
+    np.testing.assert_array_equal(draw(uniforms, only), [1, 1])
+
+
+def test_last_token_is_reached():
+    """Guards the tail of a large vocabulary: rounding of the sum must not cut its last tokens off."""
+    uniform = jnp.full(50_021, -np.log(50_021))
+    uniforms = jnp.array([0.5, np.nextafter(np.float32(1), np.float32(0))])
+    middle, last = draw(uniforms, uniform)
+    assert abs(middle - 25_010) < 10 and last > 50_010
