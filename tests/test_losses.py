@@ -1,0 +1,259 @@
+"""Objectives by hand, against each other, and against float64 differences; the weights of every aggregation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import logsumexp
+
+from troll_jax.ops.losses import ResponseLogProbs, constant_length, ppo_clip, sequence_mean, token_mean, troll
+from troll_jax.ops.projection import kl_divergence, project_sparse
+from troll_jax.ops.support import sparsify, union_with_default
+
+INF = np.inf
+VOCAB, LENGTH, KEPT = 13, 5, 7
+TOKENS = jnp.array([3, 11, 0, 7, 3])
+ADVANTAGES = jnp.array([1.0, -0.5, 2.0, -1.5, 0.7])
+
+
+def response_of(new_scores, old_scores, tokens=TOKENS, kept=KEPT) -> ResponseLogProbs:
+    """What the head would hand to an objective, from scores [T, V] of both policies."""
+
+    def one(new, old, token):
+        new, old = jax.nn.log_softmax(new), jax.nn.log_softmax(old)
+        listed = [sparsify(jax.lax.stop_gradient(x), token, max_tokens=kept, mass=1.0) for x in (new, old)]
+        return ResponseLogProbs(token, new[token], old[token], *union_with_default(new, *listed))
+
+    return jax.vmap(one)(new_scores, old_scores, tokens)
+
+
+def policy(seed: int, scale: float = 1.0) -> jax.Array:
+    return scale * jax.random.normal(jax.random.key(seed), (LENGTH, VOCAB))
+
+
+def outside_and_inside() -> tuple[jax.Array, jax.Array]:
+    """Scores of a new and an old policy: three tokens far apart, two nearly equal."""
+    old = policy(0)
+    change = jnp.array([1.0, 0.01, 1.5, 0.02, 0.7])[:, None]
+    return old + change * policy(1), old
+
+
+@functools.cache
+def gradient_of(objective, **settings):
+    """Jitted gradient [T, V] of the summed loss by the scores of the new policy, with the TokenLosses."""
+
+    def total(new_scores, old_scores, advantages, kept):
+        losses = objective(response_of(new_scores, old_scores, kept=kept), advantages, **settings)
+        return jnp.sum(losses.loss), losses
+
+    return jax.jit(jax.grad(total, has_aux=True), static_argnames='kept')
+
+
+def policy_gradient(scores, advantages) -> np.ndarray:
+    """Gradient of −Σ_t A_t log p(o_t) by the scores, which is that of −Σ_t A_t r_t at a ratio of one."""
+    return -np.asarray(advantages)[:, None] * (np.eye(VOCAB)[np.asarray(TOKENS)] - jax.nn.softmax(scores))
+
+
+@pytest.mark.parametrize('kept', [VOCAB, KEPT, 2])
+@pytest.mark.parametrize('objective', [troll, ppo_clip])
+def test_on_policy_gradient_is_the_plain_one(objective, kept):
+    """Guards the first update of every rollout: ratio one, nothing projected or clipped, no regression."""
+    scores = policy(0, 2.0)
+    gradient, losses = gradient_of(objective)(scores, scores, ADVANTAGES, kept)
+    np.testing.assert_allclose(losses.loss, -ADVANTAGES, rtol=1e-6)
+    np.testing.assert_allclose(gradient, policy_gradient(scores, ADVANTAGES), atol=1e-6)
+    assert not losses.projected.any() and not losses.clipped.any() and np.all(losses.regression == 0)
+
+
+def test_zero_advantage_has_no_policy_gradient():
+    """Guards groups without a signal: the clip gives exactly nothing, TROLL its regression alone."""
+    new, old = outside_and_inside()
+    gradient, losses = gradient_of(ppo_clip)(new, old, jnp.zeros(LENGTH), KEPT)
+    assert np.all(gradient == 0) and np.all(losses.loss == 0) and not losses.clipped.any()
+    gradient, losses = gradient_of(troll, alpha=0.0)(new, old, jnp.zeros(LENGTH), KEPT)
+    assert np.all(gradient == 0) and np.all(losses.loss == 0)
+
+
+# --- TROLL ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kept', [VOCAB, 3])
+def test_inside_the_region_there_is_no_regression(kept):
+    """Guards zero to the bit, value and gradient: a truncated KL would push mass out of the support at every token."""
+    old = policy(0)
+    new = old + 0.05 * policy(1)
+    gradient, losses = gradient_of(troll)(new, old, jnp.zeros(LENGTH), kept)
+    assert not losses.projected.any() and np.all(losses.regression == 0)
+    assert np.all(np.asarray(gradient) == 0)
+    assert np.all(losses.evaluations == 1) and losses.converged.all()
+
+
+def test_loss_by_its_definition():
+    """Guards signs, the sampled token and α: −π(o)/π_old(o) · A + α KL(π̃ ‖ π) with π from the projection."""
+    new, old = outside_and_inside()
+    response = response_of(new, old)
+    gradient, losses = gradient_of(troll, alpha=0.5, bound=0.05)(new, old, ADVANTAGES, KEPT)
+    np.testing.assert_array_equal(losses.projected, [True, False, True, False, True])
+    for t in range(LENGTH):
+        row = jax.tree.map(lambda x, t=t: x[t], response)
+        result = project_sparse(row.new, row.old, bound=0.05)
+        at = int(np.flatnonzero(row.new.tokens == TOKENS[t])[0])
+        ratio = np.exp(result.log_probs[at] - row.old.log_probs[at])
+        on = np.isfinite(row.new.log_probs)
+        q, p = np.asarray(row.new.log_probs, np.float64)[on], np.asarray(result.log_probs, np.float64)[on]
+        regression = 0.5 * np.sum(np.exp(q) * (q - p))
+        np.testing.assert_allclose(losses.regression[t], regression, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(losses.loss[t], regression - ratio * ADVANTAGES[t], rtol=1e-4)
+    assert np.isfinite(gradient).all()
+
+
+def central_by_scores(function, scores, step=1e-5) -> np.ndarray:
+    """Gradient of a function of float64 scores [T, V] by central differences."""
+    scores = np.asarray(scores, np.float64)
+    gradient = np.zeros_like(scores)
+    for index in np.ndindex(*scores.shape):
+        change = np.zeros_like(scores)
+        change[index] = step
+        gradient[index] = (function(scores + change) - function(scores - change)) / (2 * step)
+    return gradient
+
+
+def test_gradient_of_troll_equals_differences():
+    """Guards the chain of ratio, projection and log-sum-exp, and the stopped gradient of the regression's target."""
+    new, old = (np.asarray(x, np.float64) for x in outside_and_inside())
+    advantages = np.asarray(ADVANTAGES, np.float64)
+    with jax.enable_x64(True):
+        ratio_gradient, _ = gradient_of(troll, alpha=0.0)(new, old, advantages, KEPT)
+        whole_gradient, _ = gradient_of(troll, alpha=0.7)(new, old, advantages, KEPT)
+        target = jax.jit(
+            jax.vmap(
+                lambda row: project_sparse(row.new, row.old, bound=0.05).log_probs,
+                in_axes=(ResponseLogProbs(0, 0, 0, 0, 0),),
+            )
+        )(response_of(new, old))
+        ratio_loss = jax.jit(lambda x: jnp.sum(troll(response_of(x, old), advantages, alpha=0.0).loss))
+        regression = jax.jit(
+            lambda x: 0.7 * jnp.sum(jax.vmap(kl_divergence)(response_of(x, old).new.log_probs, target))
+        )
+        np.testing.assert_allclose(ratio_gradient, central_by_scores(ratio_loss, new), atol=1e-6)
+        expected = central_by_scores(regression, new)
+    np.testing.assert_allclose(whole_gradient - ratio_gradient, expected, atol=1e-7)
+    assert np.abs(expected).max() > 0.01
+
+
+def test_regression_alone_brings_the_policy_back():
+    """Guards the direction of the pull: each step gets closer to the projection, and at last into the region."""
+    new, old = outside_and_inside()
+    run = gradient_of(troll)
+    divergences = []
+    for _ in range(60):
+        gradient, losses = run(new, old, jnp.zeros(LENGTH), VOCAB)
+        divergences.append(np.asarray(losses.regression))
+        new = new - 2.0 * gradient
+    divergences = np.stack(divergences)
+    outside = divergences[0] > 0
+    assert outside.sum() == 3
+    assert np.all(np.diff(divergences[:10, outside], axis=0) < 0)
+    assert np.all(divergences[-1, outside] < 0.01 * divergences[0, outside])
+    assert np.all(divergences[:, ~outside] == 0)
+
+
+def test_one_absurd_token_gives_a_number():
+    """Guards overflow: a token that became e¹⁰⁰ times as probable must not make the loss or a gradient infinite."""
+    old = jnp.zeros((LENGTH, VOCAB)).at[:, 0].set(100.0)
+    new = jnp.zeros((LENGTH, VOCAB)).at[:, 3].set(100.0)
+    for objective in (troll, ppo_clip):
+        for first, second in ((new, old), (old, new)):
+            gradient, losses = gradient_of(objective)(first, second, ADVANTAGES, KEPT)
+            assert np.isfinite(losses.loss).all() and np.isfinite(gradient).all()
+            assert losses.converged.all()
+
+
+# --- clip -------------------------------------------------------------------------------------------------------------
+
+# Ratio, advantage → loss, whether clipped; with lower 0.1, upper 0.3, dual 3.
+CLIP_TABLE = [
+    (1.0, 2.0, -2.0, False),
+    (1.2, 2.0, -2.4, False),  # within the upper bound, beyond what the lower one would allow
+    (1.5, 2.0, -2.6, True),
+    (0.5, 2.0, -1.0, False),  # the pessimistic one of the two
+    (0.95, -2.0, 1.9, False),
+    (0.5, -2.0, 1.8, True),
+    (1.5, -2.0, 3.0, False),
+    (2.9, -2.0, 5.8, False),
+    (5.0, -2.0, 6.0, True),  # dual clip
+    (5.0, 0.0, 0.0, False),
+]
+
+
+def clip_response(ratios) -> ResponseLogProbs:
+    ratios = jnp.asarray(ratios)
+    old = jnp.full(len(ratios), -1.5, ratios.dtype)
+    return ResponseLogProbs(jnp.zeros(len(ratios), jnp.int32), old + jnp.log(ratios), old, None, None)
+
+
+def test_clip_by_hand():
+    """Guards each side with its own bound, the pessimistic maximum, the dual clip, and where the gradient is gone."""
+    ratios, advantages, losses, clipped = (np.array(column) for column in zip(*CLIP_TABLE, strict=True))
+    settings = dict(lower=0.1, upper=0.3, dual=3.0)
+    result = ppo_clip(clip_response(ratios), jnp.asarray(advantages), **settings)
+    np.testing.assert_allclose(result.loss, losses, rtol=1e-5)
+    np.testing.assert_array_equal(result.clipped, clipped)
+    assert not result.projected.any() and np.all(result.regression == 0) and result.converged.all()
+
+    def total(new_log_probs):
+        response = clip_response(ratios)._replace(new_log_probs=new_log_probs)
+        return jnp.sum(ppo_clip(response, jnp.asarray(advantages), **settings).loss)
+
+    gradient = jax.jit(jax.grad(total))(clip_response(ratios).new_log_probs)
+    np.testing.assert_allclose(gradient, np.where(clipped, 0, -ratios * advantages), rtol=1e-5, atol=1e-7)
+
+
+def test_clip_without_dual_clip():
+    """Guards inf as "off": no NaN from inf · 0 where the advantage is zero."""
+    ratios, advantages = jnp.array([50.0, 50.0, 50.0]), jnp.array([-2.0, 0.0, 1.0])
+    result = ppo_clip(clip_response(ratios), advantages, dual=INF)
+    np.testing.assert_allclose(result.loss, [100, 0, -1.2], rtol=1e-5)
+    total = lambda x: jnp.sum(ppo_clip(clip_response(ratios)._replace(new_log_probs=x), advantages, dual=INF).loss)
+    np.testing.assert_allclose(jax.grad(total)(clip_response(ratios).new_log_probs), [100, 0, 0], rtol=1e-5)
+
+
+def test_gradient_of_clip_equals_differences():
+    """Guards the gradient by the scores: nothing of it may pass through the supports."""
+    new, old = (np.asarray(x, np.float64) for x in outside_and_inside())
+    advantages = -np.asarray(ADVANTAGES, np.float64)
+    with jax.enable_x64(True):
+        gradient, losses = gradient_of(ppo_clip)(new, old, advantages, KEPT)
+        total = jax.jit(lambda x: jnp.sum(ppo_clip(response_of(x, old), advantages).loss))
+        np.testing.assert_allclose(gradient, central_by_scores(total, new), atol=1e-8)
+    ratios = np.exp(np.asarray(new - old)[range(LENGTH), TOKENS] - logsumexp(new, axis=1) + logsumexp(old, axis=1))
+    assert np.abs(ratios - np.array([[0.8], [1.2]])).min() > 1e-3, 'no token was meant to be at a kink'
+    assert losses.clipped.any() and not losses.clipped.all()
+
+
+# --- aggregation ------------------------------------------------------------------------------------------------------
+
+MASK = jnp.arange(5)[None, :] < jnp.array([3, 0, 5, 1])[:, None]
+
+
+def test_aggregations_by_hand():
+    """Guards the denominators: tokens, responses that have tokens, and the length limit; each row's own mask."""
+    mask = np.asarray(MASK)
+    np.testing.assert_allclose(token_mean(MASK), mask / 9, rtol=1e-6)
+    np.testing.assert_allclose(sequence_mean(MASK), mask * np.array([[1 / 9], [0], [1 / 15], [1 / 3]]), rtol=1e-6)
+    np.testing.assert_allclose(constant_length(MASK), mask / 15, rtol=1e-6)
+
+
+def test_aggregations_of_equal_lengths_agree():
+    """Guards scale: with full responses all modes are the same mean, so that learning rates carry over."""
+    mask = jnp.ones((3, 7), bool)
+    for aggregation in (token_mean, sequence_mean, constant_length):
+        np.testing.assert_allclose(aggregation(mask), np.full((3, 7), 1 / 21), rtol=1e-6)
+
+
+def test_aggregations_of_nothing_are_zero():
+    """Guards 0/0 in a batch that is masked altogether."""
+    for aggregation in (token_mean, sequence_mean, constant_length):
+        np.testing.assert_array_equal(aggregation(jnp.zeros((3, 5), bool)), np.zeros((3, 5)))
