@@ -112,7 +112,7 @@ def make_update(
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         gradients, (losses, logs) = jax.lax.scan(accumulate, zeros, parts)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         with jax.named_scope('optimizer'):
             changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
