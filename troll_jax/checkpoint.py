@@ -40,14 +40,11 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState) -> None:
-        """Starts saving. Returns once the arrays are copied; a step that is already there is left alone."""
-        step = int(state.step)
-        if step in self.steps:
-            return
+        """Starts saving. Returns once the arrays are copied; a step that is not after the latest is left alone."""
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params), opt_state=ocp.args.StandardSave(state.opt_state)
         )
-        self._manager.save(step, args=items)
+        self._manager.save(int(state.step), args=items)
 
     def restore(self, shapes: TrainState, step: int) -> TrainState:
         """Restores a whole state.
