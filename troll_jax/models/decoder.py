@@ -31,7 +31,6 @@ REMAT_POLICIES: dict[str, Callable[..., bool]] = {
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights, but no attention logits
 }
 COMPUTE_DTYPES = ('bfloat16', 'float32')
-INIT_SCALE = 0.02  # standard deviation of new weights: `initializer_range` of the published Qwen3 configs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +134,13 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 
 
 def _weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    return nnx.Param(INIT_SCALE * jax.random.normal(key, shape), axes=axes)
+    """A new weight [I, O], or an embedding [V, D]: normal, with a variance that keeps what it gives near size one.
+
+    A standard deviation of 0.02 at any width, the published configs' `initializer_range`, fits widths near 2,500; at
+    width 64 training lost hundreds of steps to it.
+    """
+    inputs = shape[axes.index('embed')] if 'vocab' in axes else shape[0]
+    return nnx.Param(inputs**-0.5 * jax.random.normal(key, shape), axes=axes)
 
 
 def _product(x: jax.Array, weight: nnx.Param) -> jax.Array:
@@ -289,7 +294,7 @@ class Decoder(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
 
         # The cache is carried, not scanned over: that way a layer writes its few new slots in place, where a scanned
-        # cache would be copied out whole at every step (half the time of a decoding step on a CPU).
+        # cache is copied out whole at every step (about 1.4 times as long per decoded token on a busy two-core CPU).
         def body(
             carry: tuple[jax.Array, KVCache], layer_inputs: tuple[jax.Array, nnx.State]
         ) -> tuple[tuple[jax.Array, KVCache], None]:
