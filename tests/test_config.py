@@ -56,9 +56,9 @@ def test_a_mistyped_binding_is_an_error(binding, match):
 @pytest.mark.parametrize(
     'binding, meant',
     [
-        ('steps = 3', "'train.steps' or 'warm_start.steps'?"),
-        ('learning_rat = 1', "'adamw.learning_rate' or 'warm_start.learning_rate'?"),
-        ('bound = 1', "'troll.bound'?"),
+        ('bound = 0.1', "'troll.bound'?"),
+        ('checkpoint_evry = 5', "'train.checkpoint_every'?"),
+        ('learning_rate = 1', "'adamw.learning_rate' or 'warm_start.learning_rate'?"),
     ],
 )
 def test_a_parameter_without_its_owner_is_an_error(binding, meant):

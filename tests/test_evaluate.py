@@ -12,7 +12,7 @@ from troll_jax.data.prompts import encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
 from troll_jax.data.tokenizer import EOS, PAD, character_tokenizer
 from troll_jax.evaluate import decode_responses, estimate, evaluate, pass_at_k
-from troll_jax.models.decoder import DecoderConfig, init
+from troll_jax.models.decoder import DecoderConfig, abstract
 from troll_jax.rewards.pool import Grader
 from troll_jax.rollout import make_sampler
 from troll_jax.sharding import MESH_AXES, make_mesh
@@ -111,7 +111,9 @@ def policy(tokenizer):
         max_tokens=1,
         mass=1.0,
     )
-    return sampler, jax.tree.map(lambda p: 10 * p, init(config, jax.random.key(2)))
+    generator = np.random.default_rng(3)
+    draw = lambda leaf: jnp.asarray(0.7 * generator.normal(size=leaf.shape), leaf.dtype)
+    return sampler, jax.tree.map(draw, abstract(config)[1])
 
 
 def grade(response: str, answer: str) -> float:

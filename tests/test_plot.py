@@ -79,7 +79,8 @@ def test_missing_metrics_and_nulls_are_left_out(draw):
     np.testing.assert_array_equal(figure.axes[1].lines[0].get_xdata(), [1, 3])
 
 
-@pytest.mark.filterwarnings('error')
+# Not those of objects that other tests left to the garbage collector.
+@pytest.mark.filterwarnings('error', 'ignore::pytest.PytestUnraisableExceptionWarning')
 def test_the_file_is_a_png(tmp_path):
     """Guards against a logarithmic axis without a positive value, an empty legend, and figures that pile up."""
     plot_runs({'off': rows(**{f'update/kl_{name}': 0.0 for name in ('mean', 'p99', 'max')})}, tmp_path / 'curves.png')
