@@ -34,7 +34,7 @@ def test_the_learning_rate_rises_along_a_line_and_stays():
     params, gradient = {'a': jnp.ones(2)}, {'a': jnp.full(2, 0.5)}
     changes = steps(adamw(RATE, warmup_updates=4), params, [gradient] * 7)
     rates = [-float(change['a'][0]) for change in changes]
-    np.testing.assert_allclose(rates, RATE * np.array([0, 0.25, 0.5, 0.75, 1, 1, 1]), rtol=1e-4)
+    np.testing.assert_allclose(rates, RATE * np.array([0.25, 0.5, 0.75, 1, 1, 1, 1]), rtol=1e-4)
     constant = [-float(change['a'][0]) for change in steps(adamw(RATE), params, [gradient] * 3)]
     np.testing.assert_allclose(constant, RATE, rtol=1e-4)
 

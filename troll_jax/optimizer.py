@@ -1,6 +1,7 @@
 """The optimizer of the paper's experiments, from optax."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 
@@ -17,15 +18,15 @@ def adamw(
 
     Args:
       learning_rate: after the warm-up.
-      warmup_updates: optimizer updates, not rollout batches, until then.
+      warmup_updates: optimizer updates, not rollout batches, of which the i-th has i / warmup_updates of that rate.
       b1, b2: decay of the two moments.
       weight_decay: per unit of learning rate.
       clip_norm: largest global norm of a gradient.
     """
-    schedule = optax.warmup_constant_schedule(0.0, learning_rate, warmup_updates) if warmup_updates else learning_rate
+    schedule = lambda done: learning_rate * jnp.minimum(1.0, (done + 1) / warmup_updates)
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, weight_decay=weight_decay),
+        optax.adamw(schedule if warmup_updates else learning_rate, b1=b1, b2=b2, weight_decay=weight_decay),
     )
 
 
