@@ -133,17 +133,21 @@ def test_gradient_is_that_of_the_written_out_loss():
     """Guards the shift by one, masks, temperature and the sign, by a reference without chunks, scan or supports."""
     data = batch()
 
-    lengths, prompt_lengths = np.asarray(data.response_lengths), np.asarray(data.prompt_lengths)
+    rows, at, t = (
+        np.array(x)
+        for x in zip(
+            *[
+                (row, start + t, t)
+                for row, (start, length) in enumerate(zip(data.prompt_lengths, data.response_lengths, strict=True))
+                for t in range(length)
+            ],
+            strict=True,
+        )
+    )
 
     def loss(params):
-        log_probs = all_log_probs(params, data.tokens)
-        total = 0.0
-        for row in range(ROWS):
-            for t in range(lengths[row]):
-                at = prompt_lengths[row] + t
-                log_ratio = log_probs[row, at - 1, data.tokens[row, at]] - data.old_log_probs[row, t]
-                total -= jnp.exp(log_ratio) * data.advantages[row]
-        return total / lengths.sum()
+        log_probs = all_log_probs(params, data.tokens)[rows, at - 1, data.tokens[rows, at]]
+        return -jnp.sum(jnp.exp(log_probs - data.old_log_probs[rows, t]) * data.advantages[rows]) / len(rows)
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(policy_params())
     params, metrics = run(updater(), policy_params(), data)
@@ -153,17 +157,24 @@ def test_gradient_is_that_of_the_written_out_loss():
 
 
 @pytest.mark.parametrize(
-    ('aggregation', 'parts'), [(token_mean, 2), (token_mean, 8), (sequence_mean, 4), (constant_length, 8)]
+    ('objective', 'aggregation', 'parts'),
+    [
+        (troll, token_mean, 2),
+        (troll, token_mean, 8),
+        (ppo_clip, token_mean, 4),
+        (ppo_clip, sequence_mean, 8),
+        (ppo_clip, constant_length, 4),
+    ],
 )
-def test_micro_batches_do_not_matter(aggregation, parts):
+def test_micro_batches_do_not_matter(objective, aggregation, parts):
     """Guards the one global denominator: a mean of means would weight rows by the micro-batch they are in."""
-    got = run(updater(troll, aggregation, micro_batches=parts), nearby_params(), batch())
-    assert_same_step(got, reference(troll, aggregation))
+    got = run(updater(objective, aggregation, micro_batches=parts), nearby_params(), batch())
+    assert_same_step(got, reference(objective, aggregation))
 
 
 def test_aggregations_differ():
     """Guards a mode that is accepted and not applied."""
-    losses = [reference(troll, aggregation)[1]['loss'] for aggregation in AGGREGATIONS]
+    losses = [reference(ppo_clip, aggregation)[1]['loss'] for aggregation in AGGREGATIONS]
     assert min(abs(losses[i] - losses[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-3
 
 
@@ -173,8 +184,8 @@ def test_chunks_of_the_head_do_not_matter(chunk):
     assert_same_step(run(updater(head_chunk=chunk), nearby_params(), batch()), reference())
 
 
-@pytest.mark.parametrize('shape', [(8, 1, 1), (2, 2, 2)])
-def test_mesh_does_not_matter(shape):
+@pytest.mark.parametrize(('shape', 'objective'), [((8, 1, 1), ppo_clip), ((2, 2, 2), troll)])
+def test_mesh_does_not_matter(shape, objective):
     """Guards every sum over a sharded axis: rows, parameters, vocabulary; the state keeps its layout."""
     mesh = make_mesh(*shape)
     _, shapes = decoders.abstract(CONFIG, mesh)
@@ -183,8 +194,8 @@ def test_mesh_does_not_matter(shape):
         # By way of numpy: a shard on the first device could share the memory that the update consumes.
         params = jax.tree.map(lambda p, leaf: jax.device_put(np.array(p), leaf.sharding), nearby_params(), shapes)
         state = TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params))
-        state, metrics = updater(micro_batches=1, head_chunk=16)(state, jax.tree.map(put, batch()))
-    assert_same_step(jax.tree.map(np.asarray, (state.params, metrics)), reference())
+        state, metrics = updater(objective, head_chunk=16)(state, jax.tree.map(put, batch()))
+    assert_same_step(jax.tree.map(np.asarray, (state.params, metrics)), reference(objective))
     for param, leaf in zip(jax.tree.leaves(state.params), jax.tree.leaves(shapes), strict=True):
         assert param.sharding.is_equivalent_to(leaf.sharding, param.ndim)
 
