@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument('run_dir', help='folder of a run')
     parser.add_argument('--step', type=int, help='of the checkpoint; the latest by default')
     parser.add_argument('bindings', nargs='*', help="gin bindings, such as 'evaluation.samples_per_prompt = 16'")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s %(name)s: %(message)s')
     parse([Path(arguments.run_dir) / 'config.gin'], arguments.bindings)
     summary = evaluation(arguments.run_dir, step=arguments.step)

@@ -9,6 +9,7 @@ that neither has seen. Every step is a command of its own, the same that a large
 
 import argparse
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ SAMPLES = 8  # per held-out problem
 
 def run(*command: str) -> float:
     """Runs a module of this repository and returns the seconds it took."""
-    print('\n$ python -m ' + ' '.join(f"'{part}'" if ' ' in part else part for part in command), flush=True)
+    print(f'\n$ python -m {shlex.join(command)}', flush=True)
     start = time.perf_counter()
     subprocess.run([sys.executable, '-m', *command], check=True)
     return time.perf_counter() - start

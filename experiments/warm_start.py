@@ -46,8 +46,8 @@ def warm_start(
     mlp_width: int = 192,
     worked_share: float = 0.25,
     learning_rate: float = 3e-3,
-    batch: int = 256,
-    steps: int = 600,
+    batch: int = 128,
+    steps: int = 900,
     seed: int = 0,
 ) -> None:
     """Trains a new model on demonstrations and saves it.
