@@ -97,7 +97,7 @@ def assert_same(one, other):
 
 
 def test_resuming_equals_not_stopping(tmp_path, model):
-    """Guards against data that is skipped, keys or optimizer state that start anew, and doubled metrics after a resume."""
+    """Guards against skipped data, keys or optimizer state that start anew, and doubled metrics after a resume."""
     whole = run(tmp_path / 'whole', model)
     run(tmp_path / 'parts', model, 'train.steps = 2')
     parts = run(tmp_path / 'parts', model)
@@ -107,7 +107,7 @@ def test_resuming_equals_not_stopping(tmp_path, model):
 
 
 def test_a_lost_checkpoint_repeats_its_steps(tmp_path, model):
-    """Guards against metrics of steps that were lost with a crash staying in the file beside those of their repetition."""
+    """Guards against metrics of steps that a crash lost staying in the file beside those of their repetition."""
     whole = run(tmp_path / 'whole', model)
     shutil.copytree(tmp_path / 'whole', tmp_path / 'crashed')
     shutil.rmtree(tmp_path / 'crashed/checkpoints/4')
@@ -159,7 +159,7 @@ def test_a_rewarded_response_is_learnt(tmp_path, model, method):
         'StartsWithHash.operands = 2',
         'StartsWithHash.train_size = 60',
         'StartsWithHash.test_size = 10',
-        'train.steps = 12',
+        'train.steps = 20',
         'train.evaluate_every = 0',
         'adamw.learning_rate = 1e-2',
         method=method,
