@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-# Most of the time of these tests is compilation: cheap code generation is as good, and a cache serves repeated programs.
+# These tests spend their time on compilation: cheap code is as good here, and a cache serves programs that recur.
 os.environ['XLA_FLAGS'] = ' '.join(
     [
         os.environ.get('XLA_FLAGS', ''),

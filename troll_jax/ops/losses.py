@@ -6,6 +6,7 @@ mean is taken of those is the aggregation's business. Swapping one objective for
 
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -49,6 +50,8 @@ def troll(response: ResponseLogProbs, advantages: jax.Array, *, bound=0.05, alph
       bound: ε, nats per token.
       alpha: α ≥ 0.
     """
+    chex.assert_equal_shape([response.tokens, advantages])
+    chex.assert_equal_shape([response.new.tokens, response.new.log_probs, response.old.tokens, response.old.log_probs])
 
     def token_loss(token, new, old, advantage):
         projection = project_sparse(new, old, bound=bound)
@@ -87,6 +90,7 @@ def ppo_clip(
       dual: the ratio at which the loss of a token with a negative advantage stops growing, more than 1 + upper; inf
         turns this off.
     """
+    chex.assert_equal_shape([response.new_log_probs, response.old_log_probs, advantages])
     ratio = _bounded_exp(response.new_log_probs - response.old_log_probs)
     plain = -ratio * advantages
     clipped = -jnp.clip(ratio, 1 - lower, 1 + upper) * advantages
