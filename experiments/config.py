@@ -137,6 +137,10 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
     except (ValueError, SyntaxError, OSError) as error:
         raise ValueError(f'{str(error).strip()}{_nearest(str(error))}') from None
     _check_macros(gin.config_str())
+    if scoped := re.search(r'^\s*([\w./]+/[\w.]+) =', gin.config_str(), re.MULTILINE):
+        raise ValueError(
+            f'{scoped[1]!r} binds within a scope, and nothing here uses scopes; leave out what is before the /'
+        )
 
 
 def _parameters(target: Callable[..., Any]) -> list[str]:

@@ -2,8 +2,8 @@
 
     python -m experiments.evaluate RUN_DIR [--step N] ['evaluation.samples_per_prompt = 16' …]
 
-Step 0 is the model that the run started from. Prints a table and writes `evaluation_<step>.json` and
-`responses_<step>.jsonl` into the run's folder.
+Step 0 is the model that the run started from. Prints a table and writes `evaluation_<step>_<split>_<samples>.json` and
+`responses_….jsonl` of that name into the run's folder.
 """
 
 import argparse
@@ -34,7 +34,7 @@ def evaluation(
     split: str = 'test',
     samples_per_prompt: int = 1,
     temperature: float | None = None,
-    prompts_per_rollout: int = 64,
+    responses_per_rollout: int = 128,
     seed: int = 0,
 ) -> dict:
     """Restores a checkpoint, samples responses to a split, grades them, and writes and returns the estimates.
@@ -45,11 +45,11 @@ def evaluation(
       split: 'test' or 'train'.
       samples_per_prompt: n, for mean@n and pass@k with k up to n.
       temperature: of the sampling; by default 0, greedy, for one sample and 1 for several.
-      prompts_per_rollout: sampled at a time, to save memory; a multiple of the mesh's data × fsdp devices.
+      responses_per_rollout: sampled at a time, about, to save memory.
       seed: of the sampling.
 
     Raises:
-      ValueError: not a run's folder, no such checkpoint, or sizes that do not divide.
+      ValueError: not a run's folder, or no such checkpoint.
     """
     run_dir = Path(run_dir)
     if temperature is None:
@@ -57,11 +57,6 @@ def evaluation(
     # Tokenizer and sizes are those that the run saved; the model it started from may be gone.
     start = Experiment()
     experiment = dataclasses.replace(start, model=str(run_dir / 'model'), chat_template_from=None)
-    devices = experiment.mesh.shape['data'] * experiment.mesh.shape['fsdp']
-    if prompts_per_rollout % devices:
-        raise ValueError(
-            f'prompts_per_rollout = {prompts_per_rollout} must be a multiple of the {devices} data × fsdp devices'
-        )
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
     prompts = experiment.load_prompts(split, tokenizer)
@@ -74,12 +69,13 @@ def evaluation(
         max_tokens=1,  # nothing is learnt from these samples
         mass=1.0,
     )
+    devices = experiment.mesh.shape['data'] * experiment.mesh.shape['fsdp']
     with jax.set_mesh(experiment.mesh), Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader:
         grader.start()
         if step == 0:
             _, params = load_pretrained(start.model, mesh=experiment.mesh)
         else:
-            with Checkpoints(run_dir) as checkpoints:
+            with Checkpoints(run_dir, read_only=True) as checkpoints:
                 if not checkpoints.steps:
                     raise ValueError(f'no whole checkpoint in {checkpoints.path}; train first, or evaluate --step 0')
                 step = checkpoints.steps[-1] if step is None else step
@@ -91,12 +87,13 @@ def evaluation(
             grader,
             tokenizer,
             jax.random.key(seed),
-            batch=prompts_per_rollout,
+            batch=max(1, responses_per_rollout // (samples_per_prompt * devices)) * devices,
             mesh=experiment.mesh,
         )
     summary = {'step': step, 'split': split, 'temperature': temperature} | summarise(result)
-    (run_dir / f'evaluation_{step}.json').write_text(json.dumps(summary, indent=2) + '\n')
-    with (run_dir / f'responses_{step}.jsonl').open('w') as file:
+    name = f'{step}_{split}_{samples_per_prompt}'
+    (run_dir / f'evaluation_{name}.json').write_text(json.dumps(summary, indent=2) + '\n')
+    with (run_dir / f'responses_{name}.jsonl').open('w') as file:
         for text, answer, responses, rewards in zip(
             prompts.texts, prompts.answers, result.responses, result.rewards.tolist(), strict=True
         ):
@@ -129,7 +126,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     logging.basicConfig(level=logging.WARNING, format='%(levelname)s %(name)s: %(message)s')
     parse([Path(arguments.run_dir) / 'config.gin'], arguments.bindings)
-    summary = evaluation(arguments.run_dir, step=arguments.step)
+    step = {} if arguments.step is None else {'step': arguments.step}
+    summary = evaluation(arguments.run_dir, **step)
     for name, value in summary.items():
         print(f'{name:20}', '{mean:.4f}  [{low:.4f}, {high:.4f}]'.format(**value) if isinstance(value, dict) else value)
 

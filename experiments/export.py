@@ -21,9 +21,11 @@ def export(run_dir: str, folder: str, step: int | None = None) -> int:
       ValueError: no such checkpoint.
       FileNotFoundError: not a run's folder.
     """
+    if not (Path(run_dir) / 'model').is_dir():
+        raise FileNotFoundError(f'{run_dir!r} is not the folder of a run: there is no {run_dir}/model')
     hf_config = load_config(str(Path(run_dir) / 'model'))
     shapes = decoders.abstract(decoder_config(hf_config), make_mesh())[1]
-    with Checkpoints(run_dir) as checkpoints:
+    with Checkpoints(run_dir, read_only=True) as checkpoints:
         if not checkpoints.steps:
             raise ValueError(f'no whole checkpoint in {checkpoints.path}')
         step = checkpoints.steps[-1] if step is None else step

@@ -60,9 +60,7 @@ def main() -> None:
     parser.add_argument('run_dirs', nargs='+', help='folders of runs')
     parser.add_argument('--output', default='curves.png')
     arguments = parser.parse_args()
-    plot_runs(
-        {Path(run).name: read_metrics(Path(run) / 'metrics.jsonl') for run in arguments.run_dirs}, arguments.output
-    )
+    plot_runs({run: read_metrics(Path(run) / 'metrics.jsonl') for run in arguments.run_dirs}, arguments.output)
     print(f'wrote {arguments.output}')
 
 

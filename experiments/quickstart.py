@@ -36,13 +36,14 @@ def run(*command: str) -> float:
 
 def evaluate(run_dir: Path, step: int) -> dict:
     run('experiments.evaluate', str(run_dir), '--step', str(step), f'evaluation.samples_per_prompt = {SAMPLES}')
-    return json.loads((run_dir / f'evaluation_{step}.json').read_text())
+    return json.loads((run_dir / f'evaluation_{step}_test_{SAMPLES}.json').read_text())
 
 
 def quickstart(folder: Path, seed: int) -> dict[str, dict]:
     """Runs the whole comparison and returns what goes into `summary.json`."""
     start = time.perf_counter()
-    shutil.rmtree(folder, ignore_errors=True)
+    for name in ('model', *METHODS):
+        shutil.rmtree(folder / name, ignore_errors=True)
     model = folder / 'model'
     run(
         'experiments.warm_start',
@@ -70,7 +71,7 @@ def quickstart(folder: Path, seed: int) -> dict[str, dict]:
             'pass_at_8_before': before['pass@8']['mean'],
             'pass_at_8_after': after['pass@8']['mean'],
             'entropy_after': rows[method][-1]['rollout/entropy'],
-            'kl_max': max(row['update/kl_max'] for row in rows[method] if 'update/kl_max' in row),
+            'kl_max': max(row['update/kl_max'] for row in rows[method] if row.get('update/kl_max') is not None),
             'seconds': seconds,
         }
     (folder / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
@@ -95,7 +96,12 @@ def print_table(summary: dict[str, dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--folder', type=Path, default=Path('runs/quickstart'), help='to write to; emptied first')
+    parser.add_argument(
+        '--folder',
+        type=Path,
+        default=Path('runs/quickstart'),
+        help='to write to; an earlier comparison in it is replaced',
+    )
     parser.add_argument('--seed', type=int, default=0, help='of the model, its warm start and both runs')
     arguments = parser.parse_args()
     quickstart(arguments.folder, arguments.seed)

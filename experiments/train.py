@@ -7,11 +7,13 @@ A run's folder holds `config.gin` (all that is needed to repeat or evaluate it),
 """
 
 import argparse
+import difflib
 import logging
 import signal
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import gin
@@ -83,24 +85,31 @@ def train(
       keep_checkpoints: how many of the latest to keep.
       seed: of the order of the data and of the sampling.
     """
+    if jax.process_count() > 1:
+        raise ValueError(f'one process with all devices is expected; got {jax.process_count()} processes')
     experiment = Experiment()
     mesh, prompts_per_rollout = experiment.mesh, prompts_per_rollout or prompts_per_step
     check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, prompts_per_rollout, micro_batches)
+    check_limits(
+        above_zero={'temperature': temperature, 'steps': steps, 'checkpoint_every': checkpoint_every}
+        | {'keep_checkpoints': keep_checkpoints, 'head_chunk': head_chunk},
+        at_least_zero={'evaluate_every': evaluate_every},
+    )
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
     prompts, held_out = (experiment.load_prompts(split, tokenizer) for split in ('train', 'test'))
     batch_indices(len(prompts), prompts_per_step, seed=seed, step=0)  # an error now if there are too few
 
-    new_sampler = lambda samples, temperature: make_sampler(
+    new_sampler = partial(
+        make_sampler,
         config,
-        samples_per_prompt=samples,
         max_response_length=experiment.max_response_length,
-        temperature=temperature,
         stop_tokens=experiment.stop_tokens(tokenizer),
-        max_tokens=max_tokens,
-        mass=mass,
     )
-    sampler, greedy_sampler = new_sampler(samples_per_prompt, temperature), new_sampler(1, 0.0)
+    sampler = new_sampler(
+        samples_per_prompt=samples_per_prompt, temperature=temperature, max_tokens=max_tokens, mass=mass
+    )
+    greedy_sampler = new_sampler(samples_per_prompt=1, temperature=0.0, max_tokens=1, mass=1.0)
     update = make_update(
         config,
         optimizer,
@@ -112,8 +121,6 @@ def train(
         micro_batches=micro_batches,
         head_chunk=head_chunk,
     )
-    save_setup(Path(run_dir), experiment, tokenizer)
-
     with (
         jax.set_mesh(mesh),
         Checkpoints(run_dir, keep=keep_checkpoints) as checkpoints,
@@ -123,12 +130,14 @@ def train(
         grader.start()
         state = restore_or_start(checkpoints, experiment, config, optimizer)
         first = int(state.step)
+        save_setup(Path(run_dir), experiment, tokenizer, first)
         key = jax.random.key(seed)
+        if first >= steps:
+            logger.warning('nothing to do: %s is at step %d of %d', run_dir, first, steps)
 
         def evaluate_now() -> dict[str, float]:
-            result = evaluate(
-                greedy_sampler, state.params, held_out, grader, tokenizer, key, batch=prompts_per_rollout, mesh=mesh
-            )
+            batch = prompts_per_rollout * samples_per_prompt  # as many rows as a rollout for training has
+            result = evaluate(greedy_sampler, state.params, held_out, grader, tokenizer, key, batch=batch, mesh=mesh)
             return {'eval/success': result.rewards.mean(), 'eval/response_length': result.lengths.mean()}
 
         with MetricsWriter(run_dir, resume_after=first) as metrics:
@@ -136,6 +145,8 @@ def train(
                 metrics.write(0, evaluate_now())
             progress = tqdm(range(first, steps), initial=first, total=steps, unit='step', disable=None)
             for step in progress:
+                if stop:
+                    break
                 times = {'start': time.perf_counter()}
                 indices = batch_indices(len(prompts), prompts_per_step, seed=seed, step=step)
                 parts = rollouts(
@@ -165,15 +176,28 @@ def train(
 
                 state = state._replace(step=state.step + 1)
                 row = summarise(rollout, grades, logs, times)
-                if evaluate_every and (step + 1) % evaluate_every == 0:
+                del rollout, batch, minibatch  # not to be kept while the next ones are sampled
+                if any(log['skipped'] for log in logs):
+                    logger.warning('step %d: an update was skipped, its gradient was not finite', step + 1)
+                if evaluate_every and (step + 1) % evaluate_every == 0 and not stop:
                     row |= evaluate_now()
                 metrics.write(step + 1, row)
                 progress.set_postfix(success=f'{row["reward/mean"]:.3f}', kl=f'{row["update/kl_mean"]:.4f}')
-                if (step + 1) % checkpoint_every == 0 or step + 1 == steps or stop:
+                if (step + 1) % checkpoint_every == 0 or step + 1 == steps:
                     checkpoints.save(state)
-                if stop:
-                    logger.warning('stopped after step %d, which is saved; start again to go on', step + 1)
-                    break
+            if stop:
+                checkpoints.save(state)
+
+    if stop:
+        logger.warning('stopped after step %d, which is saved; start again to go on', int(state.step))
+
+
+def check_limits(above_zero: dict[str, float], at_least_zero: dict[str, float]) -> None:
+    """Raises a ValueError for a number that makes no sense."""
+    for limits, names in [('above', above_zero), ('at least', at_least_zero)]:
+        for name, value in names.items():
+            if value < 0 or (value == 0 and limits == 'above'):
+                raise ValueError(f'{name} must be {limits} 0; got {value}')
 
 
 def check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, prompts_per_rollout, micro_batches):
@@ -212,10 +236,16 @@ def restore_or_start(checkpoints, experiment, config, optimizer) -> TrainState:
     return TrainState(jax.device_put(np.int32(0), replicated), params, opt_state)
 
 
-def save_setup(run_dir: Path, experiment, tokenizer) -> None:
-    """Writes what evaluation and export need besides the parameters."""
+def save_setup(run_dir: Path, experiment, tokenizer, first: int) -> None:
+    """Writes what evaluation and export need besides the parameters. A configuration that changed is kept."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / 'config.gin').write_text(gin.config_str())
+    path, new = run_dir / 'config.gin', gin.config_str()
+    old = path.read_text() if path.exists() else new
+    if first and old != new:
+        (run_dir / f'config_until_{first}.gin').write_text(old)
+        changed = [line for line in difflib.ndiff(old.splitlines(), new.splitlines()) if line[0] in '+-']
+        logger.warning('going on from step %d with another configuration:\n%s', first, '\n'.join(changed))
+    path.write_text(new)
     load_config(experiment.model).save_pretrained(run_dir / 'model')
     tokenizer.save_pretrained(run_dir / 'model')
     stop_tokens = list(experiment.stop_tokens(tokenizer))

@@ -114,11 +114,11 @@ def warm_start(
         if step % 50 == 0:
             progress.set_postfix(loss=f'{float(value):.3f}')
 
-    held_out = encode_prompts(task.load('test'), tokenizer, max_length=prompt_room)
-    _report(config, params, held_out, tokenizer, task, response_room)
     save_pretrained(folder, params, hf_config)
     tokenizer.save_pretrained(folder)
     GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+    held_out = encode_prompts(task.load('test'), tokenizer, max_length=prompt_room)
+    _report(config, params, held_out, tokenizer, task, response_room)
 
 
 def _demonstrations(task: Arithmetic, tokenizer, worked: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -195,12 +195,12 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
     run(tmp_path / 'run', str(start))
     shutil.rmtree(start)
     gin.clear_config()
-    parse([tmp_path / 'run/config.gin'], ['evaluation.samples_per_prompt = 4', 'evaluation.prompts_per_rollout = 8'])
+    parse([tmp_path / 'run/config.gin'], ['evaluation.samples_per_prompt = 4', 'evaluation.responses_per_rollout = 40'])
     summary = evaluation(str(tmp_path / 'run'))
     assert summary['step'] == 4 and summary['problems'] == 10
     assert summary['success']['low'] <= summary['success']['mean'] <= summary['success']['high']
     assert summary['pass@4']['mean'] >= summary['pass@1']['mean'] == pytest.approx(summary['success']['mean'])
-    rows = [json.loads(line) for line in (tmp_path / 'run/responses_4.jsonl').read_text().splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / 'run/responses_4_test_4.jsonl').read_text().splitlines()]
     assert len(rows) == 10 and all(len(row['responses']) == 4 for row in rows)
     task = Arithmetic(operands=2)
     for row in rows:
@@ -227,14 +227,16 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
         ('Experiment.max_response_length = 5', '9 tokens, but .* 8'),
         ("Experiment.model = '/nowhere'", '/nowhere'),
         ('Experiment.compute_dtype = "float64"', 'float64'),
-        ('train.temperature = -1.0', 'temperature'),
+        ('train.temperature = 0.0', 'temperature must be above 0'),
+        ('train.checkpoint_every = 0', 'checkpoint_every must be above 0'),
+        ('train.evaluate_every = -1', 'evaluate_every must be at least 0'),
     ],
 )
 def test_bad_sizes_are_errors_before_anything_starts(tmp_path, model, binding, message):
     """Guards against sizes that are silently rounded, and against errors that come after an hour."""
     with pytest.raises((ValueError, OSError), match=message):
         run(tmp_path / 'run', model, binding)
-    assert not (tmp_path / 'run/metrics.jsonl').exists()
+    assert not (tmp_path / 'run/metrics.jsonl').exists() and not (tmp_path / 'run/config.gin').exists()
 
 
 def test_another_model_in_the_run_folder_is_an_error(tmp_path, model):
@@ -242,6 +244,16 @@ def test_another_model_in_the_run_folder_is_an_error(tmp_path, model):
     run(tmp_path / 'run', model, 'train.steps = 2')
     with pytest.raises(ValueError, match=r'another model or optimizer: .*embedding is \(17, 16\), expected \(18, 16\)'):
         run(tmp_path / 'run', two_kv_heads(tmp_path / 'other'))
+    assert load_config(tmp_path / 'run/model').vocab_size == 17
+
+
+def test_going_on_with_another_configuration_keeps_the_old_one(tmp_path, model, caplog):
+    """Guards against a run whose first half no longer has a configuration."""
+    run(tmp_path, model, 'train.steps = 2')
+    run(tmp_path, model, 'train.steps = 2', 'troll.bound = 0.5')
+    assert 'bound = 0.05' in (tmp_path / 'config_until_2.gin').read_text()
+    assert 'bound = 0.5\n' in (tmp_path / 'config.gin').read_text()
+    assert '+ troll.bound = 0.5' in caplog.text
 
 
 CHAT_TEMPLATE = (

@@ -17,13 +17,19 @@ class Checkpoints:
     Args:
       folder: of the run; checkpoints lie in `checkpoints/<step>` below it.
       keep: how many of the latest to keep.
+      read_only: touches nothing, so that a run that is under way can be looked into.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: int = 2):
+    def __init__(self, folder: str | os.PathLike, *, keep: int = 2, read_only: bool = False):
         self.path = Path(folder).absolute() / 'checkpoints'
+        options = (
+            ocp.CheckpointManagerOptions(read_only=True, create=False)
+            if read_only
+            else ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        )
         self._manager = ocp.CheckpointManager(
             self.path,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True),
+            options=options,
             item_handlers={name: ocp.StandardCheckpointHandler() for name in ('params', 'opt_state')},
         )
 

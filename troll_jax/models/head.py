@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from troll_jax.ops.categorical import entropy
 from troll_jax.ops.support import log_mass, sparsify, union_with_default
+from troll_jax.sharding import constrain
 from troll_jax.types import SparseLogProbs
 
 
@@ -68,6 +69,8 @@ def sparse_head(
         return jax.vmap(one_token)(logits(hidden, unembedding, temperature=temperature, dtype=dtype), tokens, old)
 
     with jax.named_scope('head'):
+        # Gathered over 'embed' once, and not again for every chunk.
+        unembedding = constrain(unembedding.astype(dtype), 'vocab', None)
         count = tokens.shape[0]
         chunks = -(-count // chunk)
 

@@ -77,7 +77,7 @@ def ppo_clip(
     *,
     lower: float = 0.2,
     upper: float = 0.2,
-    dual: float = 10.0,
+    dual: float | None = 10.0,
 ) -> TokenLosses:
     """PPO's clipped surrogate (arXiv 1707.06347) with its own bound on each side and dual clip (arXiv 1912.09729).
 
@@ -87,15 +87,20 @@ def ppo_clip(
       response: T tokens; only the log-probabilities of the sampled tokens are used.
       advantages: [T]
       lower, upper: the ratio is clipped to [1 − lower, 1 + upper].
-      dual: the ratio at which the loss of a token with a negative advantage stops growing, more than 1 + upper; inf
+      dual: the ratio at which the loss of a token with a negative advantage stops growing, more than 1 + upper; None
         turns this off.
+
+    Raises:
+      ValueError: `dual` is within the clip.
     """
     chex.assert_equal_shape([response.new_log_probs, response.old_log_probs, advantages])
+    if dual is not None and not dual > 1 + upper:
+        raise ValueError(f'dual must be more than 1 + upper = {1 + upper}, or None; got {dual}')
     ratio = _bounded_exp(response.new_log_probs - response.old_log_probs)
     plain = -ratio * advantages
     clipped = -jnp.clip(ratio, 1 - lower, 1 + upper) * advantages
     loss = jnp.maximum(plain, clipped)
-    ceiling = jnp.where(advantages < 0, -dual * advantages, jnp.inf)
+    ceiling = jnp.where(advantages < 0, -dual * advantages, jnp.inf) if dual is not None else jnp.inf
     zeros = jnp.zeros_like(loss)
     return TokenLosses(
         jnp.minimum(loss, ceiling),
