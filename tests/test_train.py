@@ -202,7 +202,7 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
     assert summary['pass@4']['mean'] >= summary['pass@1']['mean'] == pytest.approx(summary['success']['mean'])
     rows = [json.loads(line) for line in (tmp_path / 'run/responses_4_test_4.jsonl').read_text().splitlines()]
     assert len(rows) == 10 and all(len(row['responses']) == 4 for row in rows)
-    task = Arithmetic(operands=2)
+    task = Arithmetic(operands=2, train_size=60, test_size=10)
     for row in rows:
         assert row['rewards'] == [task.grade(response, row['answer']) for response in row['responses']]
 
