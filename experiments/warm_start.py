@@ -44,10 +44,10 @@ def warm_start(
     kv_heads: int = 2,
     head_dim: int = 16,
     mlp_width: int = 192,
-    worked_share: float = 0.4,
+    worked_share: float = 0.3,
     learning_rate: float = 3e-3,
     batch: int = 128,
-    steps: int = 600,
+    steps: int = 700,
     seed: int = 0,
 ) -> None:
     """Trains a new model on demonstrations and saves it.
