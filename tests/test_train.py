@@ -210,7 +210,7 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / 'exported')
     embedding = np.asarray(saved(tmp_path / 'run', 4)['embedding'])
     np.testing.assert_array_equal(exported.model.embed_tokens.weight.detach().numpy(), embedding)
-    assert AutoTokenizer.from_pretrained(tmp_path / 'exported').decode([12, 3]) == '-1'
+    assert AutoTokenizer.from_pretrained(tmp_path / 'exported').decode([13, 3]) == '-1'
 
 
 @pytest.mark.parametrize(
