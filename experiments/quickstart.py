@@ -49,7 +49,6 @@ def quickstart(folder: Path, seed: int) -> dict[str, dict]:
         'experiments.warm_start',
         'configs/arithmetic_model.gin',
         f"warm_start.folder = '{model}'",
-        f'warm_start.seed = {seed}',
     )
     summary, rows, before = {}, {}, None
     for method in METHODS:
@@ -102,7 +101,7 @@ def main() -> None:
         default=Path('runs/quickstart'),
         help='to write to; an earlier comparison in it is replaced',
     )
-    parser.add_argument('--seed', type=int, default=0, help='of the model, its warm start and both runs')
+    parser.add_argument('--seed', type=int, default=0, help='of both runs; the model is the same for all')
     arguments = parser.parse_args()
     quickstart(arguments.folder, arguments.seed)
 
