@@ -23,7 +23,7 @@ class PromptSet:
     tokens: np.ndarray  # [n, P] int32
     lengths: np.ndarray  # [n] int32, between 1 and P
     answers: list[str]  # n
-    texts: list[str]  # n, the prompts as the chat template rendered them, for logs
+    texts: list[str]  # n, the prompts as the chat template rendered them
     rows: np.ndarray  # [n] int32, the row of the data set that each prompt came from
 
     def __len__(self) -> int:

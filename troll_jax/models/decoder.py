@@ -136,8 +136,7 @@ def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
 def _weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
     """A new weight [I, O], or an embedding [V, D]: normal, with a deviation of 0.02 · sqrt(1024 / inputs).
 
-    That is the published configs' `initializer_range` at the width of Qwen3-0.6B, and keeps its effect at others. At
-    width 64 training with 0.02 itself, and with 1 / sqrt(inputs), was slower by hundreds of steps.
+    That is the published configs' `initializer_range` at the width of Qwen3-0.6B, carried over to other widths.
     """
     inputs = shape[axes.index('embed')] if 'vocab' in axes else shape[0]
     return nnx.Param(0.02 * (1024 / inputs) ** 0.5 * jax.random.normal(key, shape), axes=axes)
