@@ -3,9 +3,11 @@
 The library does not know gin. Every function and class that a configuration may use or bind is registered here.
 """
 
+import argparse
 import dataclasses
 import difflib
 import inspect
+import logging
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -119,6 +121,16 @@ class Experiment:
 
 
 Experiment = register(Experiment)
+
+
+def parse_command_line(description: str) -> None:
+    """Reads the gin file and the bindings that a command was given, and turns on its log."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', help='a gin file')
+    parser.add_argument('bindings', nargs='*', help="gin bindings that win over the file's, such as 'train.steps = 20'")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format='%(levelname)s %(name)s: %(message)s')
+    parse([arguments.config], arguments.bindings)
 
 
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:

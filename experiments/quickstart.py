@@ -49,6 +49,7 @@ def quickstart(folder: Path, seed: int) -> dict[str, dict]:
         'experiments.warm_start',
         'configs/arithmetic_model.gin',
         f"warm_start.folder = '{model}'",
+        f'warm_start.seed = {seed}',
     )
     summary, rows, before = {}, {}, None
     for method in METHODS:
@@ -101,7 +102,7 @@ def main() -> None:
         default=Path('runs/quickstart'),
         help='to write to; an earlier comparison in it is replaced',
     )
-    parser.add_argument('--seed', type=int, default=0, help='of both runs; the model is the same for all')
+    parser.add_argument('--seed', type=int, default=0, help='of the model and of both runs')
     arguments = parser.parse_args()
     quickstart(arguments.folder, arguments.seed)
 

@@ -6,7 +6,6 @@ A run's folder holds `config.gin` (all that is needed to repeat or evaluate it),
 `checkpoints`, `metrics.jsonl` and `tensorboard`. Started again, a run goes on from its latest checkpoint.
 """
 
-import argparse
 import difflib
 import logging
 import signal
@@ -24,9 +23,9 @@ import optax
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from experiments.config import Experiment, parse, register
+from experiments.config import Experiment, parse_command_line, register
 from troll_jax.checkpoint import Checkpoints
-from troll_jax.data.prompts import batch_indices
+from troll_jax.data.prompts import PromptSet, batch_indices
 from troll_jax.evaluate import decode_responses, evaluate, rollouts
 from troll_jax.metrics import MetricsWriter
 from troll_jax.models import decoder as decoders
@@ -34,7 +33,7 @@ from troll_jax.models.hf_weights import load_config, load_pretrained
 from troll_jax.optimizer import state_shapes
 from troll_jax.rewards.pool import Grader
 from troll_jax.rollout import make_sampler
-from troll_jax.types import TrainState
+from troll_jax.types import Prompts, TrainState
 from troll_jax.update import Aggregation, Objective, make_batch, make_update, minibatches
 
 logger = logging.getLogger(__name__)
@@ -128,7 +127,9 @@ def train(
         stop_on_signal() as stop,
     ):
         grader.start()
-        state = restore_or_start(checkpoints, experiment, config, optimizer)
+        shapes = abstract_state(experiment, config, optimizer)
+        check_programs(sampler, update, shapes, prompts, minibatch_prompts)
+        state = restore_or_start(checkpoints, experiment, optimizer, shapes)
         first = int(state.step)
         save_setup(Path(run_dir), experiment, tokenizer, first)
         key = jax.random.key(seed)
@@ -221,19 +222,32 @@ def check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, p
         raise ValueError(f'samples_per_prompt = {samples_per_prompt}: a group needs at least 2 to compare')
 
 
-def restore_or_start(checkpoints, experiment, config, optimizer) -> TrainState:
-    """The latest checkpoint, or the model that the run starts from with a fresh optimizer."""
+def abstract_state(experiment, config, optimizer) -> TrainState:
+    """Shapes and shardings of all that is trained."""
     _, params = decoders.abstract(config, experiment.mesh)
-    opt_state = state_shapes(optimizer, params)
     replicated = jax.sharding.NamedSharding(experiment.mesh, jax.sharding.PartitionSpec())
-    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated), params, opt_state)
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(step, params, state_shapes(optimizer, params))
+
+
+def check_programs(sampler, update, shapes: TrainState, prompts: PromptSet, minibatch_prompts: int) -> None:
+    """Traces sampler and update on shapes alone: a setting that they refuse is an error before any weight is loaded."""
+    some = jax.eval_shape(lambda: Prompts(prompts.tokens[:minibatch_prompts], prompts.lengths[:minibatch_prompts]))
+    keys = jax.eval_shape(partial(jax.random.split, num=minibatch_prompts), jax.random.key(0))
+    rollout = jax.eval_shape(sampler, shapes.params, some, keys)
+    advantages = jax.ShapeDtypeStruct(rollout.response_lengths.shape, jnp.float32)
+    jax.eval_shape(update, shapes, make_batch(rollout, advantages))
+
+
+def restore_or_start(checkpoints, experiment, optimizer, shapes: TrainState) -> TrainState:
+    """The latest checkpoint, or the model that the run starts from with a fresh optimizer."""
     if checkpoints.steps:
         logger.info('going on from step %d', checkpoints.steps[-1])
         return checkpoints.restore(shapes, checkpoints.steps[-1])
     _, params = load_pretrained(experiment.model, mesh=experiment.mesh)
-    shardings = jax.tree.map(lambda x: x.sharding, opt_state)
-    opt_state = jax.jit(optimizer.init, out_shardings=shardings)(params)
-    return TrainState(jax.device_put(np.int32(0), replicated), params, opt_state)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    return TrainState(jax.device_put(np.int32(0), shardings.step), params, opt_state)
 
 
 def save_setup(run_dir: Path, experiment, tokenizer, first: int) -> None:
@@ -297,12 +311,7 @@ def stop_on_signal():
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='a gin file')
-    parser.add_argument('bindings', nargs='*', help="gin bindings that win over the file's, such as 'train.steps = 20'")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format='%(levelname)s %(name)s: %(message)s')
-    parse([arguments.config], arguments.bindings)
+    parse_command_line(__doc__)
     train()
 
 

@@ -5,7 +5,6 @@
 The result is a folder in Hugging Face format like any other model: config, safetensors, tokenizer with chat template.
 """
 
-import argparse
 import logging
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ import optax
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3Config
 
-from experiments.config import parse, register
+from experiments.config import parse_command_line, register
 from troll_jax.data.prompts import PromptSet, batch_indices, encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic, demonstration
 from troll_jax.data.tokenizer import character_tokenizer
@@ -44,24 +43,34 @@ def warm_start(
     kv_heads: int = 2,
     head_dim: int = 16,
     mlp_width: int = 192,
-    worked_share: float = 0.3,
+    worked_share: float = 0.25,
     learning_rate: float = 3e-3,
     batch: int = 128,
-    steps: int = 700,
+    accuracy: float = 0.95,
+    mixed_steps: int = 150,
+    max_steps: int = 2000,
     seed: int = 0,
 ) -> None:
     """Trains a new model on demonstrations and saves it.
+
+    First all demonstrations are worked, until the model gets nearly all of a batch right; then some of them only give
+    the answer. The model that comes out knows how to work a problem and seldom does: reinforcement learning has
+    something to find out, and something to build on.
 
     Args:
       folder: for the model.
       task: whose training problems are demonstrated.
       width, layers, heads, kv_heads, head_dim, mlp_width: sizes of the model.
-      worked_share: of the demonstrations that show the running values before the answer; the others only answer. Only
-        worked answers can be right most of the time, so reinforcement learning has something to find out.
-      learning_rate: peak, after a linear warm-up of 5 % of the steps; then down to zero along a cosine.
+      worked_share: of the demonstrations of the second part that show the running values before the answer.
+      learning_rate: from a linear warm-up of 50 steps to the end of the first part; down to zero in the second.
       batch: demonstrations per step.
-      steps: of the optimizer.
+      accuracy: share of a batch's worked answers that must be right, from beginning to end, for the first part to end.
+      mixed_steps: of the optimizer in the second part.
+      max_steps: of the optimizer in the first part.
       seed: of weights, data order and demonstrations.
+
+    Raises:
+      RuntimeError: the first part has not ended after `max_steps`.
     """
     tokenizer = character_tokenizer(CHARACTERS)
     prompt_room, response_room = 2 * task.operands, task.operands + 2
@@ -84,11 +93,12 @@ def warm_start(
     config = decoder_config(hf_config, compute_dtype='float32')
     graphdef, _ = decoders.abstract(config)
     params = decoders.init(config, jax.random.key(seed))
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps)
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def update(params, opt_state, tokens, mask):
+    def update(params, opt_state, tokens, mask, rate):
+        """Returns the share of the batch's answers that are right from beginning to end, too."""
+
         def loss(params):
             rows, length = tokens.shape
             positions = jnp.broadcast_to(jnp.arange(length - 1, dtype=jnp.int32), (rows, length - 1))
@@ -96,23 +106,37 @@ def warm_start(
             hidden = decoder(tokens[:, :-1], positions, jnp.ones_like(positions))
             scores = logits(hidden, decoder.unembedding, temperature=1.0, dtype=config.compute_dtype)
             losses = optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:])
-            return jnp.sum(losses * mask[:, 1:]) / jnp.sum(mask[:, 1:])
+            right = jnp.all((jnp.argmax(scores, axis=-1) == tokens[:, 1:]) | ~mask[:, 1:], axis=1)
+            return jnp.sum(losses * mask[:, 1:]) / jnp.sum(mask[:, 1:]), jnp.mean(right)
 
-        value, gradients = jax.value_and_grad(loss)(params)
+        gradients, right = jax.grad(loss, has_aux=True)(params)
         changes, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, changes), opt_state, value
+        return jax.tree.map(lambda p, change: p - rate * change, params, changes), opt_state, right
 
     sequences = {worked: _demonstrations(task, tokenizer, worked) for worked in (True, False)}
-    count = len(sequences[True][0])
+
+    def demonstrations(step: int, share: float) -> list[np.ndarray]:
+        rows = batch_indices(len(sequences[True][0]), batch, seed=seed, step=step)
+        worked = np.random.default_rng([seed, step]).random(batch)[:, None] < share
+        return [np.where(worked, sequences[True][i][rows], sequences[False][i][rows]) for i in range(2)]
+
     opt_state = optimizer.init(params)
-    progress = tqdm(range(steps), unit='step', desc='warm start', disable=None)
+    progress = tqdm(range(max_steps), unit='step', desc='learning to work', disable=None)
     for step in progress:
-        rows = batch_indices(count, batch, seed=seed, step=step)
-        worked = np.random.default_rng([seed, step]).random(batch)[:, None] < worked_share
-        tokens, mask = (np.where(worked, sequences[True][i][rows], sequences[False][i][rows]) for i in range(2))
-        params, opt_state, value = update(params, opt_state, tokens, mask)
-        if step % 50 == 0:
-            progress.set_postfix(loss=f'{float(value):.3f}')
+        rate = learning_rate * min(1.0, step / 50)
+        params, opt_state, right = update(params, opt_state, *demonstrations(step, share=1.0), rate)
+        if step % 10 == 0:
+            progress.set_postfix(right=f'{float(right):.2f}')
+            if right >= accuracy:
+                break
+    else:
+        raise RuntimeError(
+            f'after {max_steps} steps {float(right):.0%} of the worked answers were right; expected {accuracy:.0%}. '
+            'Raise max_steps, or change learning_rate or the sizes of the model.'
+        )
+    for i in tqdm(range(mixed_steps), unit='step', desc='answering', disable=None):
+        rate = learning_rate * (1 - i / mixed_steps)
+        params, opt_state, _ = update(params, opt_state, *demonstrations(step + 1 + i, share=worked_share), rate)
 
     save_pretrained(folder, params, hf_config)
     tokenizer.save_pretrained(folder)
@@ -158,12 +182,7 @@ def _report(config, params, held_out: PromptSet, tokenizer, task: Arithmetic, re
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='a gin file')
-    parser.add_argument('bindings', nargs='*', help="gin bindings that win over the file's")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format='%(levelname)s %(name)s: %(message)s')
-    parse([arguments.config], arguments.bindings)
+    parse_command_line(__doc__)
     warm_start()
     logger.info('saved %s', Path(gin.query_parameter('warm_start.folder')))
 

@@ -67,7 +67,8 @@ def model(tmp_path_factory) -> str:
     """A model of the quickstart's kind, after two steps of its warm start."""
     folder = str(tmp_path_factory.mktemp('model'))
     task = Arithmetic(operands=2, train_size=60, test_size=16)
-    warm_start(folder, task, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_width=24, batch=8, steps=2)
+    sizes = {'width': 16, 'layers': 2, 'heads': 2, 'kv_heads': 1, 'head_dim': 8, 'mlp_width': 24, 'batch': 8}
+    warm_start(folder, task, **sizes, accuracy=0.0, mixed_steps=2)
     return folder
 
 
@@ -222,6 +223,8 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
         ('train.samples_per_prompt = 1', 'at least 2'),
         ('train.prompts_per_step = 64', '64 and there are 60 prompts'),
         ('train.max_tokens = 18', 'vocabulary size 17; got 18'),
+        ('train.mass = 1.5', 'mass .* got 1.5'),
+        ('troll.bound = -0.1', 'bound .* got -0.1'),
         ('make_mesh.data = 3', '8 \\(cpu\\)'),
         ('Experiment.max_prompt_length = 3', '60 of 60 prompts'),
         ('Experiment.max_response_length = 5', '9 tokens, but .* 8'),
@@ -237,6 +240,23 @@ def test_bad_sizes_are_errors_before_anything_starts(tmp_path, model, binding, m
     with pytest.raises((ValueError, OSError), match=message):
         run(tmp_path / 'run', model, binding)
     assert not (tmp_path / 'run/metrics.jsonl').exists() and not (tmp_path / 'run/config.gin').exists()
+
+
+def test_a_setting_that_no_program_takes_is_an_error_before_the_weights(tmp_path, model, monkeypatch):
+    """Guards against loading a model for minutes only to find that the objective refuses a number."""
+    monkeypatch.setattr('experiments.train.load_pretrained', lambda *_, **__: pytest.fail('the weights were loaded'))
+    with pytest.raises(ValueError, match=r'dual must be more than'):
+        run(tmp_path / 'run', model, 'ppo_clip.dual = 1.1', method='clip')
+
+
+def test_a_warm_start_that_does_not_learn_is_an_error(tmp_path):
+    """Guards against a model that cannot work, from which reinforcement learning finds nothing."""
+    task = Arithmetic(operands=2, train_size=60, test_size=16)
+    with pytest.raises(RuntimeError, match=r'after 2 steps .* expected 95%'):
+        warm_start(
+            str(tmp_path / 'model'), task, width=16, layers=1, heads=2, kv_heads=1, head_dim=8, batch=8, max_steps=2
+        )
+    assert not (tmp_path / 'model').exists()
 
 
 def test_another_model_in_the_run_folder_is_an_error(tmp_path, model):
