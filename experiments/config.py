@@ -25,7 +25,7 @@ from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
 from troll_jax.models.decoder import DecoderConfig
 from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_config
-from troll_jax.ops import advantages, losses
+from troll_jax.ops import advantages, losses, schedules, support
 from troll_jax.optimizer import adamw
 from troll_jax.sharding import make_mesh
 
@@ -41,6 +41,12 @@ def register(target):
 for _target in (
     losses.troll,
     losses.ppo_clip,
+    losses.token_region,
+    losses.sequence_region,
+    support.default_tail,
+    support.bucket_tail,
+    schedules.linear_bound,
+    schedules.adaptive_bound,
     losses.token_mean,
     losses.sequence_mean,
     losses.constant_length,

@@ -30,11 +30,12 @@ from troll_jax.evaluate import decode_responses, evaluate, rollouts
 from troll_jax.metrics import MetricsWriter
 from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_config, load_pretrained
+from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import state_shapes
 from troll_jax.rewards.pool import Grader
 from troll_jax.rollout import make_sampler
-from troll_jax.types import Prompts, TrainState
-from troll_jax.update import Aggregation, Objective, make_batch, make_update, minibatches
+from troll_jax.types import Progress, Prompts, TrainState
+from troll_jax.update import Aggregation, Objective, TailRule, UpdateLog, make_batch, make_update, minibatches
 
 logger = logging.getLogger(__name__)
 
@@ -51,12 +52,14 @@ def train(
     samples_per_prompt: int = gin.REQUIRED,
     minibatch_prompts: int = gin.REQUIRED,
     temperature: float = 1.0,
+    tail_rule: TailRule = default_tail,
     max_tokens: int = 64,
     mass: float = 1 - 1e-5,
     prompts_per_rollout: int | None = None,
     micro_batches: int = 1,
     head_chunk: int = 1024,
     evaluate_every: int = 10,
+    table_every: int = 10,
     checkpoint_every: int = 10,
     keep_checkpoints: int = 2,
     seed: int = 0,
@@ -75,11 +78,13 @@ def train(
       minibatch_prompts: prompts in an optimizer update. B / minibatch_prompts updates are made per rollout batch; all
         but the first of them are off-policy.
       temperature: of the sampling.
+      tail_rule: what stands for the tokens that a sparse distribution leaves out, `@default_tail` or `@bucket_tail`.
       max_tokens, mass: K and 1 − δ of the sparse distributions, see `troll_jax.sparsify`.
       prompts_per_rollout: sampled at a time, to save memory; None is all B.
       micro_batches: parts in which the gradient of a minibatch is computed, to save memory.
       head_chunk: tokens whose logits are in memory at a time in an update.
       evaluate_every: steps between greedy evaluations on the test split; 0 turns them off.
+      table_every: steps between tables of the tokens that are projected or clipped most; 0 turns them off.
       checkpoint_every: steps between checkpoints. The last step is saved in any case.
       keep_checkpoints: how many of the latest to keep.
       seed: of the order of the data and of the sampling.
@@ -92,7 +97,7 @@ def train(
     check_limits(
         above_zero={'temperature': temperature, 'steps': steps, 'checkpoint_every': checkpoint_every}
         | {'keep_checkpoints': keep_checkpoints, 'head_chunk': head_chunk},
-        at_least_zero={'evaluate_every': evaluate_every},
+        at_least_zero={'evaluate_every': evaluate_every, 'table_every': table_every},
     )
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
@@ -115,6 +120,7 @@ def train(
         objective=objective,
         aggregation=aggregation,
         temperature=temperature,
+        tail_rule=tail_rule,
         max_tokens=max_tokens,
         mass=mass,
         micro_batches=micro_batches,
@@ -130,7 +136,7 @@ def train(
         shapes = abstract_state(experiment, config, optimizer)
         check_programs(sampler, update, shapes, prompts, minibatch_prompts)
         state = restore_or_start(checkpoints, experiment, optimizer, shapes)
-        first = int(state.step)
+        first = int(state.progress.step)
         save_setup(Path(run_dir), experiment, tokenizer, first)
         key = jax.random.key(seed)
         if first >= steps:
@@ -172,13 +178,15 @@ def train(
                 for minibatch in minibatches(batch, prompts_per_step // minibatch_prompts, samples_per_prompt):
                     state, log = update(state, minibatch)
                     logs.append(log)
-                logs = jax.device_get(logs)
+                metrics_of_updates = jax.device_get([log.metrics for log in logs])
                 times['update'] = time.perf_counter()
 
-                state = state._replace(step=state.step + 1)
-                row = summarise(rollout, grades, logs, times)
+                state = state._replace(progress=state.progress._replace(step=state.progress.step + 1))
+                row = summarise(rollout, grades, metrics_of_updates, times)
                 del rollout, batch, minibatch  # not to be kept while the next ones are sampled
-                if any(log['skipped'] for log in logs):
+                if table_every and (step + 1) % table_every == 0:
+                    metrics.write_table(step + 1, token_table(logs, tokenizer))
+                if row['update/skipped']:
                     logger.warning('step %d: an update was skipped, its gradient was not finite', step + 1)
                 if evaluate_every and (step + 1) % evaluate_every == 0 and not stop:
                     row |= evaluate_now()
@@ -190,7 +198,7 @@ def train(
                 checkpoints.save(state)
 
     if stop:
-        logger.warning('stopped after step %d, which is saved; start again to go on', int(state.step))
+        logger.warning('stopped after step %d, which is saved; start again to go on', int(state.progress.step))
 
 
 def check_limits(above_zero: dict[str, float], at_least_zero: dict[str, float]) -> None:
@@ -226,8 +234,9 @@ def abstract_state(experiment, config, optimizer) -> TrainState:
     """Shapes and shardings of all that is trained."""
     _, params = decoders.abstract(config, experiment.mesh)
     replicated = jax.sharding.NamedSharding(experiment.mesh, jax.sharding.PartitionSpec())
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    return TrainState(step, params, state_shapes(optimizer, params))
+    scalar = partial(jax.ShapeDtypeStruct, (), sharding=replicated)
+    progress = Progress(step=scalar(jnp.int32), updates=scalar(jnp.int32), projected=scalar(jnp.float32))
+    return TrainState(progress, params, state_shapes(optimizer, params))
 
 
 def check_programs(sampler, update, shapes: TrainState, prompts: PromptSet, minibatch_prompts: int) -> None:
@@ -247,7 +256,8 @@ def restore_or_start(checkpoints, experiment, optimizer, shapes: TrainState) -> 
     _, params = load_pretrained(experiment.model, mesh=experiment.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
-    return TrainState(jax.device_put(np.int32(0), shardings.step), params, opt_state)
+    progress = jax.tree.map(lambda x: jax.device_put(np.zeros((), x.dtype), x.sharding), shapes.progress)
+    return TrainState(progress, params, opt_state)
 
 
 def save_setup(run_dir: Path, experiment, tokenizer, first: int) -> None:
@@ -264,6 +274,18 @@ def save_setup(run_dir: Path, experiment, tokenizer, first: int) -> None:
     tokenizer.save_pretrained(run_dir / 'model')
     stop_tokens = list(experiment.stop_tokens(tokenizer))
     GenerationConfig(eos_token_id=stop_tokens, pad_token_id=tokenizer.pad_token_id).save_pretrained(run_dir / 'model')
+
+
+def token_table(logs: list[UpdateLog], tokenizer, rows: int = 20) -> list[dict]:
+    """The tokens that a step's updates projected or clipped most, and how often they saw them."""
+    seen = sum(np.asarray(log.seen) for log in logs)
+    held = sum(np.asarray(log.held) for log in logs)
+    most = np.argsort(-held, kind='stable')[:rows]
+    return [
+        {'token': int(i), 'text': tokenizer.decode([i]), 'held': int(held[i]), 'seen': int(seen[i])}
+        for i in most
+        if held[i]
+    ]
 
 
 def summarise(rollout, grades, logs, times) -> dict[str, float]:

@@ -603,7 +603,7 @@ def test_gradient_of_divergence():
 def test_bad_inputs_are_refused():
     """Guards messages that say what was got and what would do; a bound of zero is the most likely of all mistakes."""
     x = jnp.log(jnp.full(3, 1 / 3))
-    with pytest.raises(ValueError, match=r'got \(2, 3\) and \(2, 3\).*vmap'):
+    with pytest.raises(ValueError, match=r'got \(2, 3\).*vmap'):
         project(jnp.stack([x, x]), jnp.stack([x, x]), bound=0.05)
     with pytest.raises(ValueError, match=r'got \(3,\) and \(2,\)'):
         project(x, x[:2], bound=0.05)

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
-from troll_jax.types import TrainState
+from troll_jax.types import Progress, TrainState
 
 
 class Checkpoints:
@@ -30,7 +29,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.path,
             options=options,
-            item_handlers={name: ocp.StandardCheckpointHandler() for name in ('params', 'opt_state')},
+            item_handlers={name: ocp.StandardCheckpointHandler() for name in ('progress', 'params', 'opt_state')},
         )
 
     def __enter__(self) -> 'Checkpoints':
@@ -47,10 +46,8 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         """Starts saving. Returns once the arrays are copied; a step that is not after the latest is left alone."""
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params), opt_state=ocp.args.StandardSave(state.opt_state)
-        )
-        self._manager.save(int(state.step), args=items)
+        items = {name: ocp.args.StandardSave(value) for name, value in _items(state).items()}
+        self._manager.save(int(state.progress.step), args=ocp.args.Composite(**items))
 
     def restore(self, shapes: TrainState, step: int) -> TrainState:
         """Restores a whole state.
@@ -62,8 +59,8 @@ class Checkpoints:
         Raises:
           ValueError: the checkpoint cannot be read, or holds other arrays than `shapes`.
         """
-        restored = self._restore(step, {'params': shapes.params, 'opt_state': shapes.opt_state})
-        return TrainState(jax.device_put(np.int32(step), shapes.step.sharding), **restored)
+        restored = self._restore(step, _items(shapes))
+        return TrainState(**restored | {'progress': Progress(**restored['progress'])})
 
     def restore_params(self, shapes: Any, step: int) -> Any:
         """Restores the parameters alone. Arguments and errors as in `restore`."""
@@ -100,6 +97,10 @@ class Checkpoints:
             for name in sorted(got.keys() | want.keys()):
                 if got.get(name) != want.get(name):
                     raise _Mismatch(f'{item}/{name} is {got.get(name)}, expected {want.get(name)}')
+
+
+def _items(state: TrainState) -> dict[str, Any]:
+    return state._asdict() | {'progress': state.progress._asdict()}
 
 
 class _Mismatch(Exception):

@@ -28,6 +28,7 @@ class MetricsWriter:
         temporary = path.with_suffix('.tmp')
         temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept))
         temporary.replace(path)
+        self._folder = folder
         self._file = path.open('a')
         self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=first)
 
@@ -37,6 +38,13 @@ class MetricsWriter:
     def __exit__(self, *_) -> None:
         self._file.close()
         self._board.close()
+
+    def write_table(self, step: int, rows: list[dict]) -> None:
+        """Appends the tokens that an objective held back most at a step to `held_tokens.jsonl`."""
+        with (self._folder / 'held_tokens.jsonl').open('a') as file:
+            file.write(json.dumps({'step': step, 'tokens': rows}, ensure_ascii=False) + '\n')
+        lines = [f'- `{row["text"]}` {row["held"]} of {row["seen"]}' for row in rows]
+        self._board.add_text('held_tokens', '\n'.join(lines), step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the metrics of a step. A number that is not finite becomes null in the file, so that it stays JSON.

@@ -19,7 +19,8 @@ import jax
 class SparseLogProbs(NamedTuple):
     """A distribution over the vocabulary that lists only some of its tokens.
 
-    Entries with token −1 and log-probability −inf are padding. Log-probabilities are those of the whole vocabulary
+    Entries with token −1 and log-probability −inf are padding. A token of −2 stands for all that are not listed
+    (`troll_jax.ops.support.bucket_tail`). Log-probabilities are those of the whole vocabulary
     (their sum is one minus the mass left out) unless a function says that it renormalises.
     """
 
@@ -61,9 +62,20 @@ class Batch(NamedTuple):
     old: SparseLogProbs  # [R, T, K]
 
 
+class Progress(NamedTuple):
+    """How far a run has come: what a schedule may depend on."""
+
+    step: jax.Array | int = 0  # [] int32, rollout batches learnt from so far
+    updates: jax.Array | int = 0  # [] int32, of the parameters
+    projected: jax.Array | float = 0.0  # [] float32, the share of tokens that were projected, summed over the updates
+
+
+START = Progress()
+
+
 class TrainState(NamedTuple):
     """All that a run needs to go on. Data order and random keys are functions of (seed, step)."""
 
-    step: jax.Array  # [] int32, rollout batches learnt from so far
+    progress: Progress
     params: Any  # nested dict of arrays, float32
     opt_state: Any  # as optax returns it

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +12,24 @@ from troll_jax.models import decoder as decoders
 from troll_jax.models.head import sparse_head
 from troll_jax.ops.losses import ResponseLogProbs, TokenLosses
 from troll_jax.ops.projection import kl_divergence
+from troll_jax.ops.support import needs_own_support
 from troll_jax.sharding import constrain
-from troll_jax.types import Batch, Rollout, TrainState
+from troll_jax.types import Batch, Progress, Rollout, SparseLogProbs, TrainState
 
-Objective = Callable[[ResponseLogProbs, jax.Array], TokenLosses]
+Objective = Callable[[ResponseLogProbs, jax.Array, Progress], TokenLosses]
 Aggregation = Callable[[jax.Array], jax.Array]
+TailRule = Callable[[jax.Array, SparseLogProbs | None, SparseLogProbs], tuple[SparseLogProbs, SparseLogProbs]]
+
+# What the log shows the quantiles of, and not only the mean.
+_QUANTILES = ('kl', 'kl_unprojected', 'kl_projected', 'weight', 'eta', 'ratio', 'evaluations')
+
+
+class UpdateLog(NamedTuple):
+    """What an update tells of itself."""
+
+    metrics: dict[str, jax.Array]  # scalars: over the batch's tokens
+    seen: jax.Array  # [V] int32, how often each token of the vocabulary was in the batch
+    held: jax.Array  # [V] int32, how often it was projected or clipped
 
 
 def response_mask(batch: Batch) -> jax.Array:
@@ -59,12 +73,13 @@ def make_update(
     objective: Objective,
     aggregation: Aggregation,
     temperature: float,
+    tail_rule: TailRule,
     max_tokens: int,
     mass: float,
     micro_batches: int = 1,
     head_chunk: int = 1024,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """Builds the jitted update(state, batch) → (state, metrics). The state that is passed in is consumed.
+) -> Callable[[TrainState, Batch], tuple[TrainState, UpdateLog]]:
+    """Builds the jitted update(state, batch) → (state, log). The state that is passed in is consumed.
 
     The weight of every token in the loss is fixed by the aggregation over the whole batch before it is split, so the
     gradient does not depend on the number of micro-batches. A gradient that is not finite changes nothing: the step is
@@ -76,42 +91,51 @@ def make_update(
       objective: the loss of one response's tokens, see `troll_jax.ops.losses`.
       aggregation: weights of the tokens in the loss.
       temperature: at which the responses were sampled.
+      tail_rule: puts both policies on common tokens, `default_tail` or `bucket_tail` of `troll_jax.ops.support`.
       max_tokens, mass: of the sparse distributions, as the responses were sampled with, see `troll_jax.sparsify`.
       micro_batches: how many parts the batch is worked through in, to save memory. Divides R.
       head_chunk: tokens per chunk of the head.
-
-    Returns:
-      update, whose metrics are scalars: means over the batch's tokens, except where the name says p99 or max.
     """
     graphdef, _ = decoders.abstract(config)
 
-    def loss_and_logs(params, batch: Batch, weights):
+    def loss_and_logs(params, progress: Progress, batch: Batch, weights):
         decoder = decoders.bind(graphdef, params)
         mask = response_mask(batch)
-        response, entropy, tail_mass = _evaluate_policy(
-            decoder, batch, temperature=temperature, max_tokens=max_tokens, mass=mass, head_chunk=head_chunk
+        response, entropy = _evaluate_policy(
+            decoder,
+            batch,
+            temperature=temperature,
+            tail_rule=tail_rule,
+            max_tokens=max_tokens,
+            mass=mass,
+            head_chunk=head_chunk,
         )
         with jax.named_scope('objective'):
             advantages = jnp.broadcast_to(batch.advantages[:, None], mask.shape)
-            losses = jax.vmap(objective)(response, advantages)
+            losses = jax.vmap(partial(objective, progress=progress))(response, advantages)
             # Where there is no token, there is no loss, whatever was computed: not even NaN · 0.
             loss = jnp.sum(jnp.where(mask, losses.loss * weights, 0.0))
-        kl = jax.vmap(jax.vmap(kl_divergence))(response.new.log_probs, response.old.log_probs)
-        log_ratio = response.new_log_probs - response.old_log_probs
-        logs = jax.lax.stop_gradient((losses, kl, entropy, tail_mass, log_ratio, mask))
-        return loss, logs
+        new, old = response.new, response.old
+        listed = jnp.where(new.tokens >= 0, new.log_probs, -jnp.inf)
+        logs = losses.logs | {
+            'entropy': entropy,
+            'kl': jax.vmap(jax.vmap(kl_divergence))(new.log_probs, old.log_probs),
+            'ratio': jnp.exp(jnp.minimum(response.new_log_probs - response.old_log_probs, 80.0)),
+            'tail_mass': -jnp.expm1(jnp.minimum(jax.nn.logsumexp(listed, axis=-1), 0.0)),
+        }
+        return loss, jax.lax.stop_gradient((logs, response.tokens, mask))
 
     @partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, UpdateLog]:
         weights = aggregation(response_mask(batch))
         parts = jax.tree.map(partial(_split, parts=micro_batches), (batch, weights))
 
         def accumulate(gradients, part):
-            (loss, logs), new = jax.value_and_grad(loss_and_logs, has_aux=True)(state.params, *part)
+            (loss, logs), new = jax.value_and_grad(loss_and_logs, has_aux=True)(state.params, state.progress, *part)
             return jax.tree.map(jnp.add, gradients, new), (loss, logs)
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        gradients, (losses, logs) = jax.lax.scan(accumulate, zeros, parts)
+        gradients, (losses, (logs, tokens, mask)) = jax.lax.scan(accumulate, zeros, parts)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         with jax.named_scope('optimizer'):
@@ -119,19 +143,21 @@ def make_update(
             params = optax.apply_updates(state.params, changes)
         keep = lambda new, old: jnp.where(finite, new, old)
         params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
-        metrics = {
-            'loss': jnp.sum(losses),
-            'gradient_norm': norm,
-            'skipped': 1.0 - finite,
-            **_summarise(*logs),
-        }
-        return TrainState(state.step, params, opt_state), metrics
+        metrics = {'loss': jnp.sum(losses), 'gradient_norm': norm, 'skipped': 1.0 - finite, **_summarise(logs, mask)}
+        progress = state.progress._replace(
+            updates=state.progress.updates + 1,
+            projected=state.progress.projected + metrics.get('projected_share', 0.0),
+        )
+        held = logs.get('projected', logs.get('clipped', jnp.zeros_like(mask)))
+        count = lambda which: jnp.zeros(config.vocab_size, jnp.int32).at[tokens].add(which & mask)
+        log = UpdateLog(metrics, seen=count(mask), held=count(held))
+        return TrainState(progress, params, opt_state), log
 
     return update
 
 
-def _evaluate_policy(decoder, batch: Batch, *, temperature, max_tokens, mass, head_chunk):
-    """The current policy on the batch's responses: ResponseLogProbs [R, T], entropy [R, T], tail mass [R, T]."""
+def _evaluate_policy(decoder, batch: Batch, *, temperature, tail_rule, max_tokens, mass, head_chunk):
+    """The current policy on the batch's responses: ResponseLogProbs [R, T, …] and its entropy [R, T]."""
     rows, length = batch.tokens.shape
     room = batch.old_log_probs.shape[1]
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
@@ -146,16 +172,17 @@ def _evaluate_policy(decoder, batch: Batch, *, temperature, max_tokens, mass, he
         flatten(before),
         decoder.unembedding,
         flatten(tokens),
-        jax.tree.map(flatten, batch.old),
+        flatten(batch.old.tokens),
         temperature=temperature,
-        max_tokens=max_tokens,
+        max_tokens=max_tokens if needs_own_support(tail_rule) else None,
         mass=mass,
         chunk=min(head_chunk, rows * room),
         dtype=decoder.config.compute_dtype,
     )
     head = jax.tree.map(lambda x: x.reshape(rows, room, *x.shape[1:]), head)
-    response = ResponseLogProbs(tokens, head.log_probs, batch.old_log_probs, head.new, head.old)
-    return response, head.entropy, head.tail_mass
+    new, old = jax.vmap(jax.vmap(tail_rule))(head.at_old, head.own, batch.old)
+    mask = response_mask(batch)
+    return ResponseLogProbs(tokens, mask, head.log_probs, batch.old_log_probs, new, old), head.entropy
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
@@ -163,22 +190,15 @@ def _split(x: jax.Array, parts: int) -> jax.Array:
     return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
 
 
-def _summarise(losses: TokenLosses, kl, entropy, tail_mass, log_ratio, mask) -> dict[str, jax.Array]:
+def _summarise(logs: dict[str, jax.Array], mask: jax.Array) -> dict[str, jax.Array]:
+    """Of a bool the share of tokens, of a float the mean, and of some the quantiles."""
     count = jnp.maximum(jnp.sum(mask), 1)
-    mean = lambda x: jnp.sum(jnp.where(mask, x, 0)) / count
-    kl_tokens = jnp.where(mask, kl, jnp.nan)
-    solved = jnp.sum(jnp.where(mask & losses.projected, 1, 0))
-    return {
-        'entropy': mean(entropy),
-        'kl_mean': mean(kl),
-        'kl_p99': jnp.nan_to_num(jnp.nanquantile(kl_tokens, 0.99)),
-        'kl_max': jnp.max(jnp.where(mask, kl, 0)),
-        'ratio_max': jnp.exp(jnp.max(jnp.where(mask, log_ratio, -jnp.inf))),
-        'projected_share': mean(losses.projected),
-        'clipped_share': mean(losses.clipped),
-        'regression': mean(losses.regression),
-        'tail_mass': mean(tail_mass),
-        'solver_evaluations': jnp.sum(jnp.where(mask & losses.projected, losses.evaluations, 0))
-        / jnp.maximum(solved, 1),
-        'unconverged_share': mean(~losses.converged),
-    }
+    metrics = {}
+    for name, value in logs.items():
+        metrics[f'{name}_share' if value.dtype == bool else f'{name}_mean'] = jnp.sum(jnp.where(mask, value, 0)) / count
+        if name in _QUANTILES:
+            # Sorted with what does not count at the end, so that no NaN is needed to mark it.
+            ordered = jnp.sort(jnp.where(mask, value, jnp.inf), axis=None)
+            for suffix, share in [('p01', 0.01), ('p50', 0.5), ('p99', 0.99), ('max', 1.0)]:
+                metrics[f'{name}_{suffix}'] = ordered[jnp.round(share * (count - 1)).astype(jnp.int32)]
+    return metrics

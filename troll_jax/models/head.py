@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from troll_jax.ops.categorical import entropy
-from troll_jax.ops.support import log_mass, sparsify, union_with_default
+from troll_jax.ops.support import at_tokens, sparsify
 from troll_jax.sharding import constrain
 from troll_jax.types import SparseLogProbs
 
@@ -16,9 +16,8 @@ class HeadOutput(NamedTuple):
 
     log_probs: jax.Array  # [N] of the tokens given
     entropy: jax.Array  # [N] nats
-    new: SparseLogProbs  # [N, K'] the current policy, on the union of both supports
-    old: SparseLogProbs  # [N, K'] the old one, on the same tokens
-    tail_mass: jax.Array  # [N] what the current policy gives to tokens outside the union
+    at_old: jax.Array  # [N, K] log π̃ of the tokens that π_old lists
+    own: SparseLogProbs | None  # [N, K'] π̃ on its own most probable tokens
 
 
 def logits(hidden: jax.Array, unembedding: jax.Array, *, temperature: float, dtype) -> jax.Array:
@@ -33,15 +32,15 @@ def sparse_head(
     hidden: jax.Array,
     unembedding: jax.Array,
     tokens: jax.Array,
-    old: SparseLogProbs,
+    old_tokens: jax.Array,
     *,
     temperature: float,
-    max_tokens: int,
+    max_tokens: int | None,
     mass: float,
     chunk: int,
     dtype,
 ) -> HeadOutput:
-    """Log-probabilities of N tokens and the current policy on the support of the old one and its own.
+    """Log-probabilities of N tokens, and of those that the current policy and the old one list.
 
     The chunks are computed one after the other and again in the backward pass, so memory is that of `chunk` × V logits.
 
@@ -49,24 +48,27 @@ def sparse_head(
       hidden: [N, D]
       unembedding: [V, D]
       tokens: [N] int32
-      old: [N, K] what the tokens were sampled from.
+      old_tokens: [N, K] the support of the distribution that each token was sampled from.
       temperature: of the sampling; the policy is the one that sampled.
-      max_tokens, mass: of the current policy's own support, see `troll_jax.sparsify`; those that `old` was made with.
+      max_tokens, mass: of the current policy's own support, see `troll_jax.sparsify`; those that the old one was made
+        with. None: the current policy's own support is not needed.
       chunk: tokens per chunk, a multiple of the number of devices that hold tokens.
       dtype: of the matrix product.
     """
 
-    def one_token(token_logits, token, old):
+    def one_token(token_logits, token, old_tokens):
         all_log_probs = jax.nn.log_softmax(token_logits)
-        own = sparsify(jax.lax.stop_gradient(all_log_probs), token, max_tokens=max_tokens, mass=mass)
-        new, united_old = union_with_default(all_log_probs, own, old)
-        tail_mass = -jnp.expm1(jnp.minimum(log_mass(new), 0.0))
-        return HeadOutput(all_log_probs[token], entropy(all_log_probs), new, united_old, tail_mass)
+        own = None
+        if max_tokens is not None:
+            own = sparsify(jax.lax.stop_gradient(all_log_probs), token, max_tokens=max_tokens, mass=mass)
+            own = own._replace(log_probs=at_tokens(all_log_probs, own.tokens))
+        return HeadOutput(all_log_probs[token], entropy(all_log_probs), at_tokens(all_log_probs, old_tokens), own)
 
     @jax.checkpoint
     def one_chunk(inputs):
-        hidden, tokens, old = inputs
-        return jax.vmap(one_token)(logits(hidden, unembedding, temperature=temperature, dtype=dtype), tokens, old)
+        hidden, tokens, old_tokens = inputs
+        scores = logits(hidden, unembedding, temperature=temperature, dtype=dtype)
+        return jax.vmap(one_token)(scores, tokens, old_tokens)
 
     with jax.named_scope('head'):
         # Gathered over 'embed' once, and not again for every chunk.
@@ -82,5 +84,5 @@ def sparse_head(
         def join(x):
             return x.swapaxes(0, 1).reshape(chunk * chunks, *x.shape[2:])[:count]
 
-        outputs = jax.lax.map(one_chunk, jax.tree.map(split, (hidden, tokens, old)))
+        outputs = jax.lax.map(one_chunk, jax.tree.map(split, (hidden, tokens, old_tokens)))
         return jax.tree.map(join, outputs)

@@ -4,15 +4,17 @@ An objective sees log-probabilities of the current and the old policy, never a m
 mean is taken of those is the aggregation's business. Swapping one objective for another is one line of gin.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from troll_jax.ops.projection import kl_divergence, project_sparse
+from troll_jax.ops.projection import Projection, kl_divergence, project_sparse, project_sparse_sequence
+from troll_jax.ops.schedules import bound_at
 from troll_jax.ops.support import at_token
-from troll_jax.types import SparseLogProbs
+from troll_jax.types import START, Progress, SparseLogProbs
 
 # log π/π_old beyond which a ratio is held, so that one absurd token gives a large number and not an infinite one.
 _LOG_RATIO_LIMIT = 20.0
@@ -22,6 +24,7 @@ class ResponseLogProbs(NamedTuple):
     """What an objective sees of one response. `new` is the current policy, the only part with a gradient."""
 
     tokens: jax.Array  # [T] int32, sampled from the old policy
+    mask: jax.Array  # [T] bool, false past the response's end
     new_log_probs: jax.Array  # [T] of those tokens
     old_log_probs: jax.Array  # [T]
     new: SparseLogProbs  # [T, K]
@@ -32,14 +35,31 @@ class TokenLosses(NamedTuple):
     """The loss of every token and what the log shows of it. Only `loss` carries a gradient."""
 
     loss: jax.Array  # [T]
-    projected: jax.Array  # [T] bool: TROLL found the token outside its trust region
-    clipped: jax.Array  # [T] bool: the clip took the token's gradient away
-    regression: jax.Array  # [T] α KL(π̃ ‖ ⌊π⌋), nats; zero for the clip
-    evaluations: jax.Array  # [T] int32, of κ by the projection's solver; zero for the clip
-    converged: jax.Array  # [T] bool
+    logs: dict[str, jax.Array]  # [T] each; of a bool the log shows the share of tokens, of a float mean and quantiles
 
 
-def troll(response: ResponseLogProbs, advantages: jax.Array, *, bound=0.05, alpha: float = 1.0) -> TokenLosses:
+def token_region(new: SparseLogProbs, old: SparseLogProbs, mask: jax.Array, *, bound) -> Projection:
+    """A trust region for each token, as in the paper. From [T, K] to a Projection [T, …]."""
+    del mask
+    return jax.vmap(partial(project_sparse, bound=bound))(new, old)
+
+
+def sequence_region(new: SparseLogProbs, old: SparseLogProbs, mask: jax.Array, *, bound) -> Projection:
+    """One trust region for the whole response, which bounds the mean KL of its tokens, see `project_sequence`."""
+    projection = project_sparse_sequence(new, old, mask, bound=bound)
+    spread = lambda x: jnp.broadcast_to(x, mask.shape) if x.ndim == 0 else x
+    return jax.tree.map(spread, projection)
+
+
+def troll(
+    response: ResponseLogProbs,
+    advantages: jax.Array,
+    progress: Progress = START,
+    *,
+    bound=0.05,
+    alpha: float = 1.0,
+    region=token_region,
+) -> TokenLosses:
     """TROLL (arXiv 2510.03817, equations 4 to 6): the ratio of the projected policy, and a pull towards it.
 
         loss = − π(o_t)/π_old(o_t) · A_t + α KL(π̃ ‖ ⌊π⌋),     π = project(π̃, π_old, ε)
@@ -47,33 +67,40 @@ def troll(response: ResponseLogProbs, advantages: jax.Array, *, bound=0.05, alph
     Args:
       response: T tokens; `old` holds the sampled token at every position.
       advantages: [T]
-      bound: ε, nats per token.
+      progress: of the run, for a bound that changes.
+      bound: ε, nats per token, or a schedule of it, see `troll_jax.ops.schedules`.
       alpha: α ≥ 0.
+      region: `token_region` or `sequence_region`.
     """
-    chex.assert_equal_shape([response.tokens, advantages])
+    chex.assert_equal_shape([response.tokens, response.mask, advantages])
     chex.assert_equal_shape([response.new.tokens, response.new.log_probs, response.old.tokens, response.old.log_probs])
-
-    def token_loss(token, new, old, advantage):
-        projection = project_sparse(new, old, bound=bound)
-        log_ratio = at_token(SparseLogProbs(new.tokens, projection.log_probs), token) - at_token(old, token)
-        # Both distributions give the same mass to the tail, so this is the KL over the whole vocabulary. Its terms
-        # −p + q do not change the value; without them the gradient would push mass out of the support.
-        regression = alpha * kl_divergence(new.log_probs, jax.lax.stop_gradient(projection.log_probs))
-        return TokenLosses(
-            regression - _bounded_exp(log_ratio) * advantage,
-            projection.violated,
-            jnp.zeros_like(projection.violated),
-            regression,
-            projection.evaluations,
-            projection.converged,
-        )
-
-    return jax.vmap(token_loss)(response.tokens, response.new, response.old, advantages)
+    projection = region(response.new, response.old, response.mask, bound=bound_at(bound, progress))
+    projected = SparseLogProbs(response.new.tokens, projection.log_probs)
+    at_sampled = jax.vmap(at_token)
+    log_ratio = at_sampled(projected, response.tokens) - at_sampled(response.old, response.tokens)
+    # Both distributions give the same mass to the tail, so this is the KL over the whole vocabulary. Its terms
+    # −p + q do not change the value; without them the gradient would push mass out of the support.
+    target = jax.lax.stop_gradient(projection.log_probs)
+    regression = alpha * jax.vmap(kl_divergence)(response.new.log_probs, target)
+    # Kept from infinity by hand: a mean of logs should survive one token that is at a distance without end.
+    bounded = lambda x: jnp.minimum(x, 1e6)
+    logs = {
+        'projected': projection.violated,
+        'unconverged': ~projection.converged,
+        'regression': regression,
+        'weight': projection.weight,
+        'eta': bounded(1 / projection.weight - 1),
+        'kl_unprojected': bounded(projection.kl_unprojected),
+        'kl_projected': projection.kl,
+        'evaluations': projection.evaluations.astype(jnp.float32),
+    }
+    return TokenLosses(regression - _bounded_exp(log_ratio) * advantages, jax.lax.stop_gradient(logs))
 
 
 def ppo_clip(
     response: ResponseLogProbs,
     advantages: jax.Array,
+    progress: Progress = START,
     *,
     lower: float = 0.2,
     upper: float = 0.2,
@@ -86,6 +113,7 @@ def ppo_clip(
     Args:
       response: T tokens; only the log-probabilities of the sampled tokens are used.
       advantages: [T]
+      progress: not used.
       lower, upper: the ratio is clipped to [1 − lower, 1 + upper].
       dual: the ratio at which the loss of a token with a negative advantage stops growing, more than 1 + upper; None
         turns this off.
@@ -93,6 +121,7 @@ def ppo_clip(
     Raises:
       ValueError: `dual` is within the clip.
     """
+    del progress
     chex.assert_equal_shape([response.new_log_probs, response.old_log_probs, advantages])
     if dual is not None and not dual > 1 + upper:
         raise ValueError(f'dual must be more than 1 + upper = {1 + upper}, or None; got {dual}')
@@ -101,15 +130,7 @@ def ppo_clip(
     clipped = -jnp.clip(ratio, 1 - lower, 1 + upper) * advantages
     loss = jnp.maximum(plain, clipped)
     ceiling = jnp.where(advantages < 0, -dual * advantages, jnp.inf) if dual is not None else jnp.inf
-    zeros = jnp.zeros_like(loss)
-    return TokenLosses(
-        jnp.minimum(loss, ceiling),
-        zeros.astype(bool),
-        (clipped > plain) | (loss > ceiling),
-        zeros,
-        zeros.astype(jnp.int32),
-        jnp.ones_like(loss, bool),
-    )
+    return TokenLosses(jnp.minimum(loss, ceiling), {'clipped': (clipped > plain) | (loss > ceiling)})
 
 
 def token_mean(mask: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The trust-region projection of one token's distribution (TROLL, arXiv 2510.03817, section 3).
+"""The trust-region projection (TROLL, arXiv 2510.03817, section 3), of one token's distribution or a whole response's.
 
     π = argmin_π KL(π ‖ π̃)   subject to   KL(π ‖ π_old) ≤ ε
 
@@ -6,23 +6,29 @@ Write d = log π̃ − log π_old. The solutions for all ε form a one-parameter
 
     π_w ∝ π_old · exp(w d),     κ(w) = KL(π_w ‖ π_old),     κ'(w) = w · Var_{π_w}[d] ≥ 0,
 
-so the projection is one monotone root: w = 1 if κ(1) ≤ ε, and κ(w) = ε otherwise.
+so the projection is one monotone root: w = 1 if κ(1) ≤ ε, and κ(w) = ε otherwise. Tokens that share a region share w,
+and all of this holds for the means of κ, κ' and Var over them. What follows is therefore written for [..., V]: one
+token [V] with a `share` of 1, as in the paper, or T tokens [T, V] with a share of the region each.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from troll_jax.types import SparseLogProbs
 
 # What log π̃ − log π_old counts as where π̃ is zero and π_old is not. Finite, so that the family stays defined when the
 # trust region does not let the projection give up all of that mass; large, so that otherwise nothing of it is left.
 _ZERO_PROBABILITY = -1e6
-# 1/12! … 1/2!: the power series of (eˣ − 1 − x) / x², to float64 precision for |x| < 1/4.
-_TAYLOR = tuple(1 / math.factorial(n) for n in range(12, 1, -1))
+# 1/n! … 1/2!: the power series of (eˣ − 1 − x) / x², to the precision of the dtype for |x| < 1/4.
+_SERIES = {
+    dtype: [1 / math.factorial(n) for n in range(last, 1, -1)] for dtype, last in [(np.float32, 7), (np.float64, 12)]
+}
 # Steps of more than this in log w are taken only between two points that bracket the root.
 _LARGEST_STEP = 2.0
 
@@ -36,24 +42,27 @@ class Projection(NamedTuple):
     violated: jax.Array  # [] bool: KL(π̃ ‖ π_old) > ε, so that π differs from π̃
     evaluations: jax.Array  # [] int32, of κ
     converged: jax.Array  # [] bool; if false, π is feasible but need not be the closest
+    kl_unprojected: jax.Array  # [] KL(π̃ ‖ π_old), nats; without a gradient
 
 
 class _Point(NamedTuple):
     """The family at one w."""
 
-    probs: jax.Array  # [V] π_w
-    log_partition: jax.Array  # [] ψ = log Σ π_old exp(w d)
-    kl: jax.Array  # [] κ
-    mean: jax.Array  # [] E[d]
-    variance: jax.Array  # [] Var[d]
-    skew: jax.Array  # [] E[(d − E[d])³]
+    probs: jax.Array  # [..., V] π_w
+    log_partition: jax.Array  # [...] ψ = log Σ π_old exp(w d)
+    kl: jax.Array  # [...] κ
+    mean: jax.Array  # [...] E[d]
+    variance: jax.Array  # [...] Var[d]
+    skew: jax.Array  # [...] E[(d − E[d])³]
 
 
 class _Search(NamedTuple):
-    """The solver's state: the last point, in x = log w, and the bracket around the root."""
+    """The solver's state: the last point, in x = log w, and the bracket around the root. All are scalars."""
 
     x: jax.Array
-    point: _Point
+    kl: jax.Array  # means over the tokens of the region
+    variance: jax.Array
+    skew: jax.Array
     low: jax.Array  # −inf until a feasible point was seen
     high: jax.Array
     evaluations: jax.Array
@@ -70,7 +79,7 @@ def project(log_probs: jax.Array, old_log_probs: jax.Array, *, bound, max_evalua
 
     Args:
       log_probs: [V] log π̃, normalised; −inf is allowed.
-      old_log_probs: [V] log π_old, normalised, of the same dtype; −inf is allowed. Where it is −inf, so is log π.
+      old_log_probs: [V] log π_old, normalised, of the same dtype; −inf is allowed, and no mass of π is put there.
       bound: ε > 0 in nats, a float or a scalar array.
       max_evaluations: after so many evaluations of κ the best feasible point is returned, with `converged` false. None
         of the inputs tried needed more than 14.
@@ -81,21 +90,54 @@ def project(log_probs: jax.Array, old_log_probs: jax.Array, *, bound, max_evalua
     Raises:
       ValueError: shapes or dtypes do not fit, or a bound known at trace time is not positive.
     """
-    if log_probs.ndim != 1 or log_probs.shape != old_log_probs.shape:
-        raise ValueError(
-            f'project takes one distribution, [V] and [V]; got {log_probs.shape} and {old_log_probs.shape}. Batch it '
-            'with jax.vmap.'
-        )
+    if log_probs.ndim != 1:
+        raise ValueError(f'project takes one distribution, [V]; got {log_probs.shape}. Batch it with jax.vmap.')
+    return _project(log_probs, old_log_probs, jnp.ones((), log_probs.dtype), bound, max_evaluations)
+
+
+def project_sequence(
+    log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array, *, bound, max_evaluations: int = 32
+) -> Projection:
+    """Projects the distributions of a whole response onto one trust region: their mean KL is at most the bound.
+
+        argmin_π Σ_t KL(π_t ‖ π̃_t)   subject to   mean_t KL(π_t ‖ π_old,t) ≤ bound
+
+    All tokens share one w; a token that moved far may stay far as long as others make up for it. Guarantee, derivative
+    and arguments are those of `project`.
+
+    Args:
+      log_probs: [T, V]
+      old_log_probs: [T, V]
+      mask: [T] bool, the tokens of the response. What the others hold does not matter and is returned as it is.
+      bound: ε > 0 in nats per token.
+
+    Returns:
+      A Projection whose `log_probs` are [T, V], `kl` and `kl_unprojected` [T] and the others scalars. The mean of `kl`
+      over the response is what the bound holds.
+    """
+    if log_probs.ndim != 2:
+        raise ValueError(f'project_sequence takes the distributions of one response, [T, V]; got {log_probs.shape}')
+    share = mask / jnp.maximum(jnp.sum(mask), 1).astype(log_probs.dtype)
+    # Two equal distributions, so that no NaN or infinity of the others finds its way into a sum.
+    stand_in = -jnp.log(jnp.asarray(log_probs.shape[1], log_probs.dtype))
+    masked = [jnp.where(mask[:, None], x, stand_in) for x in (log_probs, old_log_probs)]
+    result = _project(*masked, share, bound, max_evaluations)
+    return result._replace(log_probs=jnp.where(mask[:, None], result.log_probs, log_probs))
+
+
+def _project(log_probs, old_log_probs, share, bound, max_evaluations) -> Projection:
+    if log_probs.shape != old_log_probs.shape:
+        raise ValueError(f'both must have one shape; got {log_probs.shape} and {old_log_probs.shape}')
     if log_probs.dtype != old_log_probs.dtype or log_probs.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f'both must be float32 or both float64; got {log_probs.dtype} and {old_log_probs.dtype}')
     if isinstance(bound, int | float) and not bound > 0:
         raise ValueError(f'bound is a KL divergence in nats and must be positive; got {bound}')
     bound = jnp.asarray(bound, log_probs.dtype)
-    weight, violated, evaluations, converged = _solve(
-        *jax.lax.stop_gradient((log_probs, old_log_probs, bound)), max_evaluations
+    weight, violated, evaluations, converged, kl_unprojected = _solve(
+        *jax.lax.stop_gradient((log_probs, old_log_probs, share, bound)), max_evaluations
     )
-    projected, weight, kl = _interpolate(log_probs, old_log_probs, bound, weight, violated)
-    return Projection(projected, weight, kl, violated, evaluations, converged)
+    projected, weight, kl = _interpolate(log_probs, old_log_probs, share, bound, weight, violated)
+    return Projection(projected, weight, kl, violated, evaluations, converged, kl_unprojected)
 
 
 def project_sparse(new: SparseLogProbs, old: SparseLogProbs, *, bound, max_evaluations: int = 32) -> Projection:
@@ -116,13 +158,20 @@ def project_sparse(new: SparseLogProbs, old: SparseLogProbs, *, bound, max_evalu
     Returns:
       A Projection whose `log_probs` [K] belong to the tokens of `new`; `kl` is that of the conditional distributions.
     """
-    log_mass = jax.nn.logsumexp(new.log_probs)
-    result = project(
-        new.log_probs - log_mass,
-        jax.nn.log_softmax(old.log_probs),
-        bound=bound,
-        max_evaluations=max_evaluations,
-    )
+    return _project_on_support(partial(project, bound=bound, max_evaluations=max_evaluations), new, old)
+
+
+def project_sparse_sequence(
+    new: SparseLogProbs, old: SparseLogProbs, mask: jax.Array, *, bound, max_evaluations: int = 32
+) -> Projection:
+    """`project_sequence` on supports [T, K], in the way of `project_sparse`."""
+    region = partial(project_sequence, mask=mask, bound=bound, max_evaluations=max_evaluations)
+    return _project_on_support(region, new, old)
+
+
+def _project_on_support(region: Callable[..., Projection], new: SparseLogProbs, old: SparseLogProbs) -> Projection:
+    log_mass = jax.nn.logsumexp(new.log_probs, axis=-1, keepdims=True)
+    result = region(new.log_probs - log_mass, jax.nn.log_softmax(old.log_probs))
     return result._replace(log_probs=jnp.where(result.violated, result.log_probs + log_mass, new.log_probs))
 
 
@@ -143,45 +192,44 @@ def _kl_terms(p: jax.Array, q: jax.Array, log_ratio: jax.Array) -> jax.Array:
     There it is a power series in x, because in a difference of two expressions in x a compiler may round x differently
     in each, and what is left of x² / 2 is then noise.
     """
-    x = -jnp.clip(log_ratio, -1, 1)
-    small = jnp.clip(x, -0.25, 0.25)
-    series = small**2 * reduce(lambda total, coefficient: total * small + coefficient, _TAYLOR)
-    near = p * jnp.where(jnp.abs(x) < 0.25, series, jnp.expm1(x) - x)
-    return jnp.where(jnp.abs(log_ratio) < 1, near, p * log_ratio + (q - p))
+    near = jnp.abs(log_ratio) < 0.25
+    x = jnp.where(near, -log_ratio, 0.0)
+    series = reduce(lambda total, coefficient: total * x + coefficient, _SERIES[x.dtype.type])
+    return jnp.where(near, p * (x * x * series), p * log_ratio + (q - p))
 
 
 def _log_ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
-    """d, with the two kinds of zero-probability entries set to where they do no harm."""
+    """d [..., V], with the two kinds of zero-probability entries set to where they do no harm."""
     old_support = old_log_probs > -jnp.inf
     shared = old_support & (log_probs > -jnp.inf)
     # Without common ground all entries would be this large, and differences between them lost to rounding.
-    zero_probability = jnp.where(jnp.any(shared), _ZERO_PROBABILITY, 0.0)
+    zero_probability = jnp.where(jnp.any(shared, axis=-1, keepdims=True), _ZERO_PROBABILITY, 0.0)
     d = jnp.where(shared, log_probs - jnp.where(old_support, old_log_probs, 0.0), zero_probability)
     return jnp.where(old_support, d, 0.0)
 
 
 def _evaluate(old_log_probs: jax.Array, old_probs: jax.Array, d: jax.Array, w: jax.Array) -> _Point:
-    """κ(w) and the first three central moments of d under π_w, in one pass over the entries.
+    """κ(w) and the first three central moments of d under π_w, of every token, in one pass over the entries.
 
     κ is summed as Σ π_w y − π_w + π_old with y = log(π_w/π_old) = w d − ψ. Its terms are not negative, so nothing
     cancels between them, and an error δ in ψ changes the sum by κ δ alone; that keeps small κ exact in float32.
     """
     log_weights = old_log_probs + w * d
-    largest = jnp.max(log_weights)
+    largest = jnp.max(log_weights, axis=-1, keepdims=True)
     weights = jnp.exp(log_weights - largest)
-    total = jnp.sum(weights)
+    total = jnp.sum(weights, axis=-1, keepdims=True)
     probs = weights / total
     log_partition = largest + jnp.log(total)
     y = jnp.where(old_log_probs > -jnp.inf, w * d - log_partition, 0.0)
-    kl = jnp.maximum(jnp.sum(_kl_terms(probs, old_probs, y)), 0.0)
-    mean = jnp.sum(probs * d)
-    centred = d - mean
-    variance = jnp.sum(probs * centred**2)
-    return _Point(probs, log_partition, kl, mean, variance, jnp.sum(probs * centred**3))
+    kl = jnp.maximum(jnp.sum(_kl_terms(probs, old_probs, y), axis=-1), 0.0)
+    mean = jnp.sum(probs * d, axis=-1)
+    centred = d - mean[..., None]
+    variance = jnp.sum(probs * centred**2, axis=-1)
+    return _Point(probs, log_partition[..., 0], kl, mean, variance, jnp.sum(probs * centred**3, axis=-1))
 
 
 @partial(jax.jit, static_argnames='max_evaluations')
-def _solve(log_probs, old_log_probs, bound, max_evaluations):
+def _solve(log_probs, old_log_probs, share, bound, max_evaluations):
     """Finds w. A safeguarded third-order Newton method on log κ.
 
     Where d is small against its spread, κ ~ w²; for peaked distributions κ ~ exp(c w). Both are straight lines in log κ
@@ -191,26 +239,26 @@ def _solve(log_probs, old_log_probs, bound, max_evaluations):
     """
     old_probs = jnp.exp(old_log_probs)
     d = _log_ratio(log_probs, old_log_probs)
-    evaluate = partial(_evaluate, old_log_probs, old_probs, d)
+    over_region = lambda x: jnp.sum(share * x)
     tolerance = 2e-4 if log_probs.dtype == jnp.float32 else 2e-12
     # Aiming under the bound keeps every point within the tolerance feasible, after rounding too.
     target = bound * (1 - 2.5 * tolerance)
     tiny = jnp.finfo(log_probs.dtype).tiny
 
-    def done(point):
-        return jnp.abs(point.kl - target) <= tolerance * bound
+    def done(kl):
+        return jnp.abs(kl - target) <= tolerance * bound
 
     def unfinished(search):
-        return ~done(search.point) & (search.evaluations < max_evaluations)
+        return ~done(search.kl) & (search.evaluations < max_evaluations)
 
     def step(search):
-        x, point = search.x, search.point
-        w, kl = jnp.exp(x), jnp.maximum(point.kl, tiny)
+        x, variance = search.x, search.variance
+        w, kl = jnp.exp(x), jnp.maximum(search.kl, tiny)
         gap = jnp.log(kl) - jnp.log(target)
         low = jnp.where(gap > 0, search.low, x)
         high = jnp.where(gap > 0, x, search.high)
-        slope = jnp.maximum(w * w * point.variance / kl, 1e-3)
-        power = 2 + w * point.skew / jnp.maximum(point.variance, tiny) - slope
+        slope = jnp.maximum(w * w * variance / kl, 1e-3)
+        power = 2 + w * search.skew / jnp.maximum(variance, tiny) - slope
         power = jnp.clip(jnp.where(jnp.isfinite(power), power, 0.0), -1.0, 2.0)
         power = jnp.where(jnp.abs(power) < 1e-3, 1e-3, power)
         # (w_next / w)ᵠ = 1 − q gap / s; where that has no solution the step leaves the bracket and is replaced.
@@ -220,27 +268,34 @@ def _solve(log_probs, old_log_probs, bound, max_evaluations):
         fallback = jnp.where(bracketed, 0.5 * (low + high), x - _LARGEST_STEP)
         floor = jnp.where(bracketed, low, x - _LARGEST_STEP - jnp.abs(x))
         x = jnp.where((newton > floor) & (newton < high), newton, fallback)
-        return _Search(x, evaluate(jnp.exp(x)), low, high, search.evaluations + 1)
+        point = _evaluate(old_log_probs, old_probs, d, jnp.exp(x))
+        means = [over_region(moment) for moment in (point.kl, point.variance, point.skew)]
+        return _Search(x, *means, low, high, search.evaluations + 1)
 
     zero = jnp.zeros_like(bound)
-    first = evaluate(jnp.ones_like(bound))
+    first = _evaluate(old_log_probs, old_probs, d, jnp.ones_like(bound))
     # Mass of π̃ where π_old has none makes the KL infinite; the family above has already dropped it.
-    escapes = jnp.any((old_log_probs == -jnp.inf) & (jnp.exp(log_probs) > 0))
-    outside = first.kl > bound
-    # A token inside the region starts as done: one evaluation.
-    start = _Search(zero, first._replace(kl=jnp.where(outside, first.kl, target)), zero - jnp.inf, zero, jnp.int32(1))
+    escapes = jnp.any((old_log_probs == -jnp.inf) & (jnp.exp(log_probs) > 0), axis=-1)
+    kl = over_region(first.kl)
+    outside = kl > bound
+    # What is inside its region starts as done: one evaluation.
+    start_kl = jnp.where(outside, kl, target)
+    variance, skew = over_region(first.variance), over_region(first.skew)
+    start = _Search(zero, start_kl, variance, skew, zero - jnp.inf, zero, jnp.int32(1))
     end = jax.lax.while_loop(unfinished, step, start)
-    converged = done(end.point)
-    weight = jnp.exp(jnp.where(converged, end.x, end.low))
-    return weight, outside | escapes, end.evaluations, converged
+    converged = done(end.kl)
+    feasible = end.kl <= target + tolerance * bound
+    weight = jnp.exp(jnp.where(feasible, end.x, end.low))
+    violated = outside | jnp.any(escapes & (share > 0))
+    return weight, violated, end.evaluations, converged, jnp.where(escapes, jnp.inf, first.kl)
 
 
 @jax.custom_jvp
-def _interpolate(log_probs, old_log_probs, bound, weight, violated):
+def _interpolate(log_probs, old_log_probs, share, bound, weight, violated):
     """(log π_w, w, κ(w)) for the w that `_solve` found; π̃ itself where the bound is not violated."""
-    del bound
+    del share, bound
     point, d = _at_solution(log_probs, old_log_probs, weight)
-    tilted = old_log_probs + weight * d - point.log_partition
+    tilted = old_log_probs + weight * d - point.log_partition[..., None]
     tilted = jnp.where((log_probs == -jnp.inf) & (point.probs == 0), -jnp.inf, tilted)
     return jnp.where(violated, tilted, log_probs), weight, point.kl
 
@@ -251,34 +306,38 @@ def _interpolate_jvp(primals, tangents):
 
     For a fixed w,           δ log π = centred[ u ],   u = (1 − w) δ log π_old + w δ log π̃
     and in w,                  log π changes by (d − E d) δw.
-    κ = E[log π − log π_old] has  δκ = w Cov(d, u) + w σ² δw − E[δ log π_old], and κ(w) = ε asks for δκ = δε, hence
+    κ = E[log π − log π_old] has  δκ = w Cov(d, u) + w σ² δw − E[δ log π_old], and mean κ(w) = ε asks for
+    mean δκ = δε, hence
 
-        δw = (δε + E[δ log π_old] − w Cov(d, u)) / (w σ²).
+        δw = (δε + mean (E[δ log π_old] − w Cov(d, u))) / mean (w σ²).
 
-    With π_old and ε fixed this is w times what is left of the centred δ log π̃ after regressing it on d.
+    For one token, with π_old and ε fixed, this is w times what is left of the centred δ log π̃ after regressing it on d.
     A normalised π_old moves in directions with E_old[δ log π_old] = 0; the part of a tangent that changes its
     normaliser says nothing about the distribution and is taken out first.
     """
-    log_probs, old_log_probs, bound, weight, violated = primals
-    d_new, d_old, d_bound, _, _ = tangents
-    out = _interpolate(log_probs, old_log_probs, bound, weight, violated)
+    log_probs, old_log_probs, share, bound, weight, violated = primals
+    d_new, d_old, _, d_bound, _, _ = tangents
+    out = _interpolate(log_probs, old_log_probs, share, bound, weight, violated)
     point, d = _at_solution(log_probs, old_log_probs, weight)
     probs = point.probs
-    d_old = d_old - jnp.sum(jnp.exp(old_log_probs) * d_old)
-    centred = d - point.mean
+    expect = lambda x: jnp.sum(probs * x, axis=-1)
+    d_old = d_old - jnp.sum(jnp.exp(old_log_probs) * d_old, axis=-1, keepdims=True)
+    centred = d - point.mean[..., None]
 
     # Where π̃ is zero, d is a constant.
     u = d_old + weight * jnp.where(log_probs > -jnp.inf, d_new - d_old, 0.0)
-    covariance = jnp.sum(probs * centred * u)
-    curvature = weight * point.variance
+    covariance = expect(centred * u)
+    growth = weight * point.variance
+    curvature = jnp.sum(share * growth)
     solvable = curvature > jnp.finfo(curvature.dtype).tiny
-    d_weight = (d_bound + jnp.sum(probs * d_old) - weight * covariance) / jnp.where(solvable, curvature, 1.0)
+    drift = d_bound + jnp.sum(share * (expect(d_old) - weight * covariance))
     # w = 1 is held there by its own limit, not by the bound: π_old has no mass on a part of π̃, the rest is inside.
-    d_weight = jnp.where(violated & solvable & (weight < 1), d_weight, 0.0)
-    d_tilted = u - jnp.sum(probs * u) + centred * d_weight
+    movable = violated & solvable & (weight < 1)
+    d_weight = jnp.where(movable, drift / jnp.where(solvable, curvature, 1.0), 0.0)
+    d_tilted = u - expect(u)[..., None] + centred * d_weight
     d_projected = jnp.where(violated, jnp.where(out[0] == -jnp.inf, 0.0, d_tilted), d_new)
 
-    d_kl = weight * covariance + curvature * d_weight - jnp.sum(probs * d_old)
+    d_kl = weight * covariance + growth * d_weight - expect(d_old)
     return out, (d_projected, d_weight, d_kl)
 
 

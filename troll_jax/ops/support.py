@@ -56,29 +56,78 @@ def log_mass(distribution: SparseLogProbs) -> jax.Array:
     return jax.nn.logsumexp(distribution.log_probs)
 
 
-def union_with_default(
-    log_probs: jax.Array, new: SparseLogProbs, old: SparseLogProbs, *, default: float = 1e-12
+TAIL = -2
+"""The token that stands for all tokens that are not listed, where a tail rule lumps them together."""
+
+
+def default_tail(
+    new_at_old: jax.Array,
+    new: SparseLogProbs,
+    old: SparseLogProbs,
+    *,
+    probability: float = 1e-12,
+    renormalise: bool = False,
 ) -> tuple[SparseLogProbs, SparseLogProbs]:
-    """Puts π̃ and π_old on the union of their supports (tail rule `default`, TROLL, section 3.3).
+    """Tail rule of the paper (section 3.3): both on the union of their supports, what π_old does not list is 1e-12.
 
     π̃ is known everywhere, so its values at π_old's tokens are exact. π_old is known on its own support alone: at the
     tokens that only π̃ lists it gets a default probability. Both must be listed by the same rule, sampled token
     included: only then do equal policies have equal supports and a divergence of zero.
 
     Args:
-      log_probs: [V] log π̃.
+      new_at_old: [K] log π̃ of π_old's tokens.
       new: π̃ on its own support [K'].
       old: π_old on its support [K].
-      default: probability of a token that π_old's support leaves out.
+      probability: of a token that π_old's support leaves out.
+      renormalise: makes each sum to one on the union, as in the paper. Tokens that are not kept then get no gradient.
 
     Returns:
-      π̃ and π_old as SparseLogProbs on the same tokens [K + K']: those of `old`, then what π̃ adds. Not renormalised.
+      π̃ and π_old as SparseLogProbs on the same tokens [K + K']: those of `old`, then what π̃ adds.
     """
     known = (new.tokens < 0) | jnp.any(new.tokens[:, None] == old.tokens[None, :], axis=1)
-    added = jnp.where(known, -1, new.tokens)
-    tokens = jnp.concatenate([old.tokens, added])
-    at_added = jnp.where(known, -jnp.inf, jnp.log(jnp.asarray(default, log_probs.dtype)))
-    return (
-        SparseLogProbs(tokens, at_tokens(log_probs, tokens)),
-        SparseLogProbs(tokens, jnp.concatenate([old.log_probs, at_added])),
-    )
+    tokens = jnp.concatenate([old.tokens, jnp.where(known, -1, new.tokens)])
+    at_added = jnp.where(known, -jnp.inf, jnp.log(jnp.asarray(probability, old.log_probs.dtype)))
+    log_probs = [
+        jnp.concatenate([new_at_old, jnp.where(known, -jnp.inf, new.log_probs)]),
+        jnp.concatenate([old.log_probs, at_added]),
+    ]
+    if renormalise:
+        log_probs = [jax.nn.log_softmax(x) for x in log_probs]
+    return SparseLogProbs(tokens, log_probs[0]), SparseLogProbs(tokens, log_probs[1])
+
+
+def bucket_tail(
+    new_at_old: jax.Array, new: SparseLogProbs | None, old: SparseLogProbs
+) -> tuple[SparseLogProbs, SparseLogProbs]:
+    """Tail rule: π_old's support, and one more entry that holds the mass of all other tokens.
+
+    Both masses are known exactly, so nothing is made up, and the divergence is never more than that of the whole
+    vocabulary (data-processing inequality). Within the tail the new policy stays as it is. π̃'s own support is not
+    needed.
+
+    Args:
+      new_at_old: [K] log π̃ of π_old's tokens.
+      new: not used.
+      old: π_old on its support [K].
+
+    Returns:
+      π̃ and π_old as SparseLogProbs on the same tokens [K + 1], each with a mass of one; the last one is `TAIL`.
+    """
+    del new
+    tokens = jnp.append(old.tokens, TAIL)
+    add_tail = lambda log_probs: jnp.append(log_probs, _log_tail(log_probs))
+    return SparseLogProbs(tokens, add_tail(new_at_old)), SparseLogProbs(tokens, add_tail(old.log_probs))
+
+
+bucket_tail.own_support = False  # of π̃
+
+
+def needs_own_support(tail_rule) -> bool:
+    """Whether a tail rule has a use for π̃'s own most probable tokens."""
+    return getattr(tail_rule, 'own_support', True)
+
+
+def _log_tail(log_probs: jax.Array) -> jax.Array:
+    """The log of what [K] leaves out of one, at least the resolution of the dtype: one below would be rounding."""
+    mass = jnp.sum(jnp.exp(log_probs))
+    return jnp.log1p(-jnp.minimum(mass, 1 - jnp.finfo(log_probs.dtype).eps))

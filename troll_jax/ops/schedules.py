@@ -1,0 +1,40 @@
+"""Trust regions that change while a run goes on: functions from its progress to the bound ε, in nats.
+
+Each is bound in gin, as in `troll.bound = @linear_bound`. They keep no state of their own, so a run that is resumed
+goes on with the bound it would have had.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from troll_jax.types import Progress
+
+
+def bound_at(bound, progress: Progress) -> jax.Array | float:
+    """The bound now: a number as it is, a schedule at this progress."""
+    return bound(progress) if callable(bound) else bound
+
+
+def linear_bound(progress: Progress, *, start: float, end: float, steps: int) -> jax.Array:
+    """From `start` to `end` over so many rollout batches, and `end` from there on."""
+    return start + (end - start) * jnp.minimum(progress.step / steps, 1.0)
+
+
+def adaptive_bound(
+    progress: Progress, *, start: float, target: float, gain: float = 0.05, range: float = 100.0
+) -> jax.Array:
+    """Holds the share of projected tokens at a target: more of them than that widens the region, fewer tighten it.
+
+        ε = start · exp(gain · Σ_updates (share − target) / target),
+
+    an integral controller on log ε, within [start / range, start · range].
+
+    Args:
+      start: ε of the first update.
+      target: share of tokens to be projected, within (0, 1).
+      gain: change of log ε by an update whose share is twice the target.
+      range: limits ε to this factor around `start`.
+    """
+    excess = jnp.asarray(progress.projected / target - progress.updates, jnp.float32)
+    limit = jnp.log(jnp.asarray(range, jnp.float32))
+    return start * jnp.exp(jnp.clip(gain * excess, -limit, limit))
