@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 from tensorboardX import SummaryWriter
 
@@ -21,15 +22,10 @@ class MetricsWriter:
     def __init__(self, folder: str | os.PathLike, *, resume_after: int = 0):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / 'metrics.jsonl'
         first = resume_after + 1 if resume_after else 0
-        kept = [row for row in read_metrics(path) if row['step'] < first] if path.exists() else []
         self._last_step = first - 1
-        temporary = path.with_suffix('.tmp')
-        temporary.write_text(''.join(json.dumps(row) + '\n' for row in kept))
-        temporary.replace(path)
-        self._folder = folder
-        self._file = path.open('a')
+        self._file = _open_before(folder / 'metrics.jsonl', first)
+        self._tables = _open_before(folder / 'held_tokens.jsonl', first)
         self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=first)
 
     def __enter__(self) -> 'MetricsWriter':
@@ -37,12 +33,13 @@ class MetricsWriter:
 
     def __exit__(self, *_) -> None:
         self._file.close()
+        self._tables.close()
         self._board.close()
 
     def write_table(self, step: int, rows: list[dict]) -> None:
         """Appends the tokens that an objective held back most at a step to `held_tokens.jsonl`."""
-        with (self._folder / 'held_tokens.jsonl').open('a') as file:
-            file.write(json.dumps({'step': step, 'tokens': rows}, ensure_ascii=False) + '\n')
+        self._tables.write(json.dumps({'step': step, 'tokens': rows}, ensure_ascii=False) + '\n')
+        self._tables.flush()
         lines = [f'- `{row["text"]}` {row["held"]} of {row["seen"]}' for row in rows]
         self._board.add_text('held_tokens', '\n'.join(lines), step)
 
@@ -61,6 +58,15 @@ class MetricsWriter:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+
+
+def _open_before(path: Path, first: int) -> TextIO:
+    """Opens a file of JSON lines to write to, after taking out the lines of step `first` and later."""
+    kept = [row for row in read_metrics(path) if row['step'] < first] if path.exists() else []
+    temporary = path.with_suffix('.tmp')
+    temporary.write_text(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in kept))
+    temporary.replace(path)
+    return path.open('a')
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
