@@ -1,14 +1,22 @@
-"""From hidden states to log-probabilities, by chunks of tokens: no array of N × V numbers is ever kept."""
+"""From hidden states to the log-probabilities that a loss needs: no array of N × V numbers exists, forward or backward.
 
+The derivative is written out, because it needs no more than the log-sum-exp of every token: the logits are computed
+again, chunk by chunk, and what is not a listed token has the gradient −p · Σ g. With the vocabulary sharded each shard
+does this for its part; per token only its K candidates, its log-sum-exp and its entropy travel.
+"""
+
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from troll_jax.ops.categorical import entropy
-from troll_jax.ops.support import at_tokens, sparsify
-from troll_jax.sharding import constrain
+from troll_jax.ops.support import select
+from troll_jax.ops.top_k import top_k
+from troll_jax.sharding import RULES, partition_spec
 from troll_jax.types import SparseLogProbs
+
+_BATCH, _VOCAB, _EMBED = RULES['batch'], RULES['vocab'], RULES['embed']
 
 
 class HeadOutput(NamedTuple):
@@ -18,6 +26,14 @@ class HeadOutput(NamedTuple):
     entropy: jax.Array  # [N] nats
     at_old: jax.Array  # [N, K] log π̃ of the tokens that π_old lists
     own: SparseLogProbs | None  # [N, K'] π̃ on its own most probable tokens
+
+
+class _Settings(NamedTuple):
+    temperature: float
+    max_tokens: int | None
+    mass: float
+    chunk: int
+    dtype: str
 
 
 def logits(hidden: jax.Array, unembedding: jax.Array, *, temperature: float, dtype) -> jax.Array:
@@ -42,47 +58,183 @@ def sparse_head(
 ) -> HeadOutput:
     """Log-probabilities of N tokens, and of those that the current policy and the old one list.
 
-    The chunks are computed one after the other and again in the backward pass, so memory is that of `chunk` × V logits.
-
     Args:
       hidden: [N, D]
       unembedding: [V, D]
       tokens: [N] int32
-      old_tokens: [N, K] the support of the distribution that each token was sampled from.
+      old_tokens: [N, K] the support of the distribution that each token was sampled from, padded with −1.
       temperature: of the sampling; the policy is the one that sampled.
       max_tokens, mass: of the current policy's own support, see `troll_jax.sparsify`; those that the old one was made
         with. None: the current policy's own support is not needed.
-      chunk: tokens per chunk, a multiple of the number of devices that hold tokens.
+      chunk: tokens whose logits are in memory at a time, on each device that holds tokens.
       dtype: of the matrix product.
+
+    Returns:
+      HeadOutput, differentiable in `hidden` and `unembedding`.
     """
+    settings = _Settings(temperature, max_tokens, mass, chunk, str(jnp.dtype(dtype)))
+    with jax.named_scope('head'):
+        return _head(settings, hidden, unembedding, tokens, old_tokens)
 
-    def one_token(token_logits, token, old_tokens):
-        all_log_probs = jax.nn.log_softmax(token_logits)
-        own = None
-        if max_tokens is not None:
-            own = sparsify(jax.lax.stop_gradient(all_log_probs), token, max_tokens=max_tokens, mass=mass)
-            own = own._replace(log_probs=at_tokens(all_log_probs, own.tokens))
-        return HeadOutput(all_log_probs[token], entropy(all_log_probs), at_tokens(all_log_probs, old_tokens), own)
 
-    @jax.checkpoint
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _head(settings, hidden, unembedding, tokens, old_tokens) -> HeadOutput:
+    return _head_forward(settings, hidden, unembedding, tokens, old_tokens)[0]
+
+
+def _head_forward(settings, hidden, unembedding, tokens, old_tokens):
+    output, log_partition = _over_shards(
+        partial(_forward, settings),
+        (('batch', None), ('vocab', 'embed'), ('batch',), ('batch', None)),
+        (('batch',), ('batch',)),
+        (hidden, unembedding, tokens, old_tokens),
+    )
+    own_tokens = None if output.own is None else output.own.tokens
+    return output, (hidden, unembedding, tokens, old_tokens, own_tokens, log_partition, output.entropy)
+
+
+def _head_backward(settings, residuals, gradients: HeadOutput):
+    hidden, unembedding, tokens, old_tokens, own_tokens, log_partition, entropy = residuals
+    # Where to send which gradient: one list of tokens per position, of which padding gets nothing.
+    listed = [(tokens[:, None], gradients.log_probs[:, None]), (old_tokens, gradients.at_old)]
+    if own_tokens is not None:
+        listed.append((own_tokens, gradients.own.log_probs))
+    at, at_gradients = (jnp.concatenate(x, axis=1) for x in zip(*listed, strict=True))
+    at_gradients = jnp.where(at >= 0, at_gradients, 0.0)
+    d_hidden, d_unembedding = _over_shards(
+        partial(_backward, settings),
+        (('batch', None), ('vocab', 'embed'), *[('batch',)] * 5),
+        (('batch', None), ('vocab', 'embed')),
+        (hidden, unembedding, log_partition, entropy, gradients.entropy, at, at_gradients),
+    )
+    return d_hidden, d_unembedding, None, None
+
+
+_head.defvjp(_head_forward, _head_backward)
+
+
+def _over_shards(function, in_axes, out_axes, arguments):
+    """Calls `function` on each device's part of the arguments, whose axes have these logical names."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(_Alone(), *arguments)
+    specs = [tuple(partition_spec(axes) for axes in side) for side in (in_axes, out_axes)]
+    return jax.shard_map(partial(function, _Shards()), in_specs=specs[0], out_specs=specs[1], check_vma=False)(
+        *arguments
+    )
+
+
+class _Alone:
+    """The communication of a device that holds everything."""
+
+    offset = staticmethod(lambda size: 0)
+    sum_vocab = max_vocab = sum_batch = gather_candidates = staticmethod(lambda x: x)
+    gather_embed = scatter_embed = staticmethod(lambda x: x)
+
+
+class _Shards:
+    """The communication between devices, each with its tokens [N / batch] and its part of the vocabulary."""
+
+    sum_vocab = staticmethod(partial(jax.lax.psum, axis_name=_VOCAB))
+    max_vocab = staticmethod(partial(jax.lax.pmax, axis_name=_VOCAB))
+    gather_candidates = staticmethod(partial(jax.lax.all_gather, axis_name=_VOCAB, axis=1, tiled=True))
+    gather_embed = staticmethod(partial(jax.lax.all_gather, axis_name=_EMBED, axis=1, tiled=True))
+
+    @staticmethod
+    def offset(size):
+        """The first token of this device's part of the vocabulary, of `size` tokens."""
+        return jax.lax.axis_index(_VOCAB) * size
+
+    @staticmethod
+    def scatter_embed(x):
+        """Sums [V, D] over the tokens of all devices and leaves each with its part of D."""
+        rest = tuple(axis for axis in _BATCH if axis != _EMBED)
+        return jax.lax.psum(jax.lax.psum_scatter(x, _EMBED, scatter_dimension=1, tiled=True), rest)
+
+
+def _forward(settings: _Settings, shards, hidden, unembedding, tokens, old_tokens):
+    """HeadOutput and log-partition [N] of one device's tokens."""
+    part = shards.gather_embed(unembedding.astype(settings.dtype))
+    first = shards.offset(part.shape[0])
+
     def one_chunk(inputs):
         hidden, tokens, old_tokens = inputs
-        scores = logits(hidden, unembedding, temperature=temperature, dtype=dtype)
-        return jax.vmap(one_token)(scores, tokens, old_tokens)
+        scores = logits(hidden, part, temperature=settings.temperature, dtype=settings.dtype)
+        largest = shards.max_vocab(jnp.max(scores, axis=1))
+        weights = jnp.exp(scores - largest[:, None])
+        log_partition = largest + jnp.log(shards.sum_vocab(jnp.sum(weights, axis=1)))
+        log_probs = scores - log_partition[:, None]
+        at = jnp.concatenate([tokens[:, None], old_tokens], axis=1)
+        local, here = _local(at, first, part.shape[0])
+        at_log_probs = shards.sum_vocab(jnp.where(here, jnp.take_along_axis(log_probs, local, axis=1), 0.0))
+        at_log_probs = jnp.where(at >= 0, at_log_probs, -jnp.inf)
+        entropy = -shards.sum_vocab(jnp.sum(jnp.exp(log_probs) * log_probs, axis=1))
+        own = None
+        if settings.max_tokens is not None:
+            count = min(settings.max_tokens, part.shape[0])
+            best_log_probs, best = jax.vmap(partial(top_k, k=count))(log_probs)
+            best_log_probs, best = shards.gather_candidates(best_log_probs), shards.gather_candidates(best + first)
+            best_log_probs, places = jax.lax.top_k(best_log_probs, settings.max_tokens)
+            best = jnp.take_along_axis(best, places, axis=1)
+            own = jax.vmap(partial(select, mass=settings.mass))(best, best_log_probs, tokens, at_log_probs[:, 0])
+        return HeadOutput(at_log_probs[:, 0], entropy, at_log_probs[:, 1:], own), log_partition
 
-    with jax.named_scope('head'):
-        # Gathered over 'embed' once, and not again for every chunk.
-        unembedding = constrain(unembedding.astype(dtype), 'vocab', None)
-        count = tokens.shape[0]
-        chunks = -(-count // chunk)
+    return _by_chunks(one_chunk, (hidden, tokens, old_tokens), settings.chunk)
 
-        def split(x):
-            # Strided, so that every chunk holds tokens of every device and the sharded axis stays in its place.
-            x = jnp.pad(x, [(0, chunks * chunk - count)] + [(0, 0)] * (x.ndim - 1))
-            return x.reshape(chunk, chunks, *x.shape[1:]).swapaxes(0, 1)
 
-        def join(x):
-            return x.swapaxes(0, 1).reshape(chunk * chunks, *x.shape[2:])[:count]
+def _backward(settings: _Settings, shards, hidden, unembedding, log_partition, entropy, d_entropy, at, d_at):
+    """Gradients by one device's hidden states and its part of the unembedding."""
+    part = shards.gather_embed(unembedding.astype(settings.dtype))
+    first = shards.offset(part.shape[0])
 
-        outputs = jax.lax.map(one_chunk, jax.tree.map(split, (hidden, tokens, old_tokens)))
-        return jax.tree.map(join, outputs)
+    def one_chunk(d_part, inputs):
+        hidden, log_partition, entropy, d_entropy, at, d_at = inputs
+        log_probs = (
+            logits(hidden, part, temperature=settings.temperature, dtype=settings.dtype) - log_partition[:, None]
+        )
+        probs = jnp.exp(log_probs)
+        # Of log p(i) the gradient by logit j is [i = j] − p(j), of the entropy −p(j) (log p(j) + H).
+        d_scores = -probs * (jnp.sum(d_at, axis=1, keepdims=True) + d_entropy[:, None] * (log_probs + entropy[:, None]))
+        local, here = _local(at, first, part.shape[0])
+        d_scores = jax.vmap(lambda row, where, value: row.at[where].add(value))(
+            d_scores, local, jnp.where(here, d_at, 0.0)
+        )
+        d_scores = (d_scores / settings.temperature).astype(settings.dtype)
+        d_hidden = jnp.einsum('nv,vd->nd', d_scores, part, preferred_element_type=jnp.float32)
+        d_part += jnp.einsum('nv,nd->vd', d_scores, hidden.astype(part.dtype), preferred_element_type=jnp.float32)
+        return d_part, d_hidden
+
+    d_part = jnp.zeros(part.shape, jnp.float32)
+    chunks = _split((hidden, log_partition, entropy, d_entropy, at, d_at), settings.chunk)
+    d_part, d_hidden = jax.lax.scan(one_chunk, d_part, chunks)
+    d_hidden = shards.sum_vocab(_join(d_hidden, hidden.shape[0]))
+    return d_hidden.astype(hidden.dtype), shards.scatter_embed(d_part).astype(unembedding.dtype)
+
+
+def _local(tokens: jax.Array, first: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
+    """Indices of tokens [N, K] in the part of the vocabulary that begins at `first`, and which of them lie in it."""
+    local = tokens - first
+    here = (local >= 0) & (local < size) & (tokens >= 0)
+    return jnp.where(here, local, 0), here
+
+
+def _by_chunks(function, inputs, chunk: int):
+    """jax.lax.map over chunks of the leading axis."""
+    count = jax.tree.leaves(inputs)[0].shape[0]
+    return jax.tree.map(partial(_join, count=count), jax.lax.map(function, _split(inputs, chunk)))
+
+
+def _split(inputs, chunk: int):
+    """[N, ...] → [chunks, at most `chunk`, ...], filled up with zeros."""
+
+    def one(x):
+        size = min(chunk, x.shape[0])
+        chunks = -(-x.shape[0] // size)
+        x = jnp.pad(x, [(0, chunks * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(chunks, size, *x.shape[1:])
+
+    return jax.tree.map(one, inputs)
+
+
+def _join(x: jax.Array, count: int) -> jax.Array:
+    return x.reshape(-1, *x.shape[2:])[:count]

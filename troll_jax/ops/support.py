@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from troll_jax.ops.top_k import top_k
 from troll_jax.types import SparseLogProbs
 
 
@@ -29,15 +30,24 @@ def sparsify(log_probs: jax.Array, token: jax.Array, *, max_tokens: int, mass: f
         raise ValueError(f'max_tokens must be between 1 and the vocabulary size {size}; got {max_tokens}')
     if not 0 < mass <= 1:
         raise ValueError(f'mass is the probability to keep, in (0, 1]; got {mass}')
-    top_log_probs, top_tokens = jax.lax.top_k(log_probs, max_tokens)
+    best_log_probs, best = top_k(log_probs, max_tokens)
+    return select(best, best_log_probs, token, log_probs[token], mass=mass)
+
+
+def select(
+    best: jax.Array, best_log_probs: jax.Array, token: jax.Array, token_log_prob: jax.Array, *, mass: float
+) -> SparseLogProbs:
+    """`sparsify`, given the K most probable tokens [K], most probable first, and the sampled one []."""
+    (max_tokens,) = best.shape
     # Counted, because rounding may let the sum fall below the mass again.
-    count = 1 + jnp.sum(jnp.cumsum(jnp.exp(top_log_probs))[:-1] < mass) if mass < 1 else max_tokens
+    count = 1 + jnp.sum(jnp.cumsum(jnp.exp(best_log_probs))[:-1] < mass) if mass < 1 else max_tokens
     index = jnp.arange(max_tokens)
     kept = index < count
-    missing = ~jnp.any(kept & (top_tokens == token))
+    missing = ~jnp.any(kept & (best == token))
     here = missing & (index == jnp.minimum(count, max_tokens - 1))
-    tokens = jnp.where(here, token, jnp.where(kept, top_tokens, -1)).astype(jnp.int32)
-    return SparseLogProbs(tokens, at_tokens(log_probs, tokens))
+    tokens = jnp.where(here, token, jnp.where(kept, best, -1)).astype(jnp.int32)
+    log_probs = jnp.where(here, token_log_prob, jnp.where(kept, best_log_probs, -jnp.inf))
+    return SparseLogProbs(tokens, log_probs)
 
 
 def at_tokens(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -1,0 +1,153 @@
+"""What an update costs: TROLL and Clip with the sparse head, and Clip with plain [N, V] logits; one run, one machine.
+
+    python -m experiments.benchmarks.update [--layers 2] [--tokens 8192] [--timed-tokens 256] [--repeats 5]
+
+The model has the width and the vocabulary of Qwen3-0.6B. Memory and FLOPs are XLA's own analysis of the update that
+`experiments.train` runs, compiled for `--tokens` response tokens; time is measured with `--timed-tokens` of them, all
+kinds in turn, medians. Plain Clip is what a program does that has no such head: log-softmax of all logits at once. The
+last line of the output is one line of JSON.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from troll_jax.models import decoder as decoders
+from troll_jax.models.head import logits
+from troll_jax.ops.losses import ResponseLogProbs, ppo_clip, token_mean, troll
+from troll_jax.ops.support import bucket_tail, default_tail
+from troll_jax.optimizer import adamw
+from troll_jax.types import Batch, Progress, SparseLogProbs, TrainState
+from troll_jax.update import make_update
+
+PROMPT, RESPONSE, KEPT = 64, 256, 64
+
+
+def model(layers: int, dtype: str) -> decoders.DecoderConfig:
+    return decoders.DecoderConfig(
+        vocab_size=151_936,
+        width=1024,
+        layers=layers,
+        heads=16,
+        kv_heads=8,
+        head_dim=128,
+        mlp_width=3072,
+        rope_theta=1e6,
+        norm_eps=1e-6,
+        tied_embeddings=True,
+        compute_dtype=dtype,
+        remat='full',
+    )
+
+
+def plain_clip_update(config, optimizer):
+    """Clip as it is usually written: log-softmax over [N, V], gather the sampled tokens."""
+    graphdef, _ = decoders.abstract(config)
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, batch: Batch):
+        def loss(params):
+            decoder = decoders.bind(graphdef, params)
+            index = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1], dtype=jnp.int32), batch.tokens.shape)
+            hidden = decoder(batch.tokens, index, jnp.ones_like(index))[:, PROMPT - 1 : -1]
+            scores = logits(hidden, decoder.unembedding, temperature=1.0, dtype=config.compute_dtype)
+            tokens = batch.tokens[:, PROMPT:]
+            log_probs = jnp.take_along_axis(jax.nn.log_softmax(scores), tokens[:, :, None], axis=2)[:, :, 0]
+            advantages = jnp.broadcast_to(batch.advantages[:, None], tokens.shape)
+            mask = jnp.ones_like(tokens, bool)
+            response = ResponseLogProbs(tokens, mask, log_probs, batch.old_log_probs, None, None)
+            return jnp.mean(jax.vmap(ppo_clip)(response, advantages).loss)
+
+        gradients = jax.grad(loss)(state.params)
+        changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return TrainState(state.progress, optax.apply_updates(state.params, changes), opt_state), None
+
+    return update
+
+
+def make_batch(rows: int, vocab_size: int) -> Batch:
+    """Responses of full length to random prompts, sampled from a distribution over KEPT random tokens."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    tokens = jax.random.randint(keys[0], (rows, PROMPT + RESPONSE), 0, vocab_size)
+    kept = jax.random.randint(keys[1], (rows, RESPONSE, KEPT), 0, vocab_size).at[:, :, 0].set(tokens[:, PROMPT:])
+    log_probs = jax.nn.log_softmax(jax.random.normal(keys[2], kept.shape))
+    full = lambda length: jnp.full(rows, length, jnp.int32)
+    old = SparseLogProbs(kept.astype(jnp.int32), log_probs)
+    advantages = jax.random.normal(keys[3], (rows,))
+    return Batch(tokens, full(PROMPT), full(RESPONSE), advantages, log_probs[:, :, 0], old)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--layers', type=int, default=2)
+    parser.add_argument('--tokens', type=int, default=8192, help='of responses, for memory; a multiple of 256')
+    parser.add_argument('--timed-tokens', type=int, default=256, help='of responses, for time; 0 measures no time')
+    parser.add_argument('--head-chunk', type=int, default=1024)
+    parser.add_argument('--dtype', default='float32', help='of the products; a CPU has no use for bfloat16')
+    parser.add_argument('--repeats', type=int, default=5)
+    arguments = parser.parse_args()
+
+    config, optimizer = model(arguments.layers, arguments.dtype), adamw(learning_rate=1e-6)
+    sparse = dict(
+        aggregation=token_mean,
+        temperature=1.0,
+        max_tokens=KEPT,
+        mass=1 - 1e-5,
+        head_chunk=arguments.head_chunk,
+    )
+    updates = {
+        f'{objective.__name__}, {rule.__name__}': make_update(
+            config, optimizer, objective=objective, tail_rule=rule, **sparse
+        )
+        for rule in (default_tail, bucket_tail)
+        for objective in (troll, ppo_clip)
+    }
+    updates['ppo_clip, plain logits'] = plain_clip_update(config, optimizer)
+
+    _, params = decoders.abstract(config)
+    scalars = Progress(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
+    shapes = TrainState(scalars, params, jax.eval_shape(optimizer.init, params))
+    batch_shapes = jax.eval_shape(partial(make_batch, arguments.tokens // RESPONSE, config.vocab_size))
+    memory, flops = {}, {}
+    for name, update in updates.items():
+        compiled = update.lower(shapes, batch_shapes).compile()
+        memory[name] = compiled.memory_analysis().temp_size_in_bytes
+        flops[name] = compiled.cost_analysis()['flops']
+
+    times = {name: [] for name in updates}
+    if arguments.timed_tokens:
+        batch = make_batch(arguments.timed_tokens // RESPONSE, config.vocab_size)
+        params = decoders.init(config, jax.random.key(1))
+        start = Progress(jnp.int32(0), jnp.int32(0), jnp.float32(0))
+        state = TrainState(start, params, optimizer.init(params))
+        for repeat in range(arguments.repeats + 1):
+            for name, update in updates.items():
+                begin = time.perf_counter()
+                state, _ = jax.block_until_ready(update(state, batch))
+                if repeat:  # the first call compiles
+                    times[name].append(time.perf_counter() - begin)
+    medians = {name: statistics.median(x) if x else float('nan') for name, x in times.items()}
+    print(f'{arguments.tokens} tokens: temporary memory, FLOPs (loops counted once); {arguments.timed_tokens}: time')
+    for name in updates:
+        print(f'{name:24} {memory[name] / 2**20:9.1f} MiB {flops[name]:.3e} {medians[name]:8.3f} s')
+    result = {}
+    for rule in ('default_tail', 'bucket_tail'):
+        ours, clip, plain = f'troll, {rule}', f'ppo_clip, {rule}', 'ppo_clip, plain logits'
+        suffix = '' if rule == 'default_tail' else '_bucket'
+        result |= {
+            f'time_troll_over_clip{suffix}': medians[ours] / medians[clip],
+            f'time_troll_over_plain_clip{suffix}': medians[ours] / medians[plain],
+            f'memory_troll_over_clip{suffix}': memory[ours] / memory[clip],
+            f'memory_troll_over_plain_clip{suffix}': memory[ours] / memory[plain],
+        }
+    print(json.dumps({name: round(value, 4) for name, value in result.items()}))
+
+
+if __name__ == '__main__':
+    main()
