@@ -30,6 +30,7 @@ from troll_jax.optimizer import adamw
 from troll_jax.sharding import make_mesh
 
 _registered: dict[str, Callable[..., Any]] = {}
+_command_line: list[str] = []  # the bindings that `parse` was given last
 
 
 def register(target):
@@ -147,6 +148,7 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
     Raises:
       ValueError: a file, name or parameter that does not exist, with the nearest that does; a macro that nothing uses.
     """
+    _command_line[:] = bindings
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f'no configuration file {str(file)!r}')
@@ -159,6 +161,21 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
         raise ValueError(
             f'{scoped[1]!r} binds within a scope, and nothing here uses scopes; leave out what is before the /'
         )
+
+
+def check_bindings_used() -> None:
+    """Raises a ValueError if a binding of the command line has changed nothing, once all that it could change is built.
+
+    Files may bind what an experiment does not use, such as the parameters of another objective.
+    """
+    used = gin.operative_config_str()
+    for binding in _command_line:
+        name = binding.split('=')[0].strip().removeprefix('troll_jax.')
+        if '.' in name and not re.search(rf'^(# )?{re.escape(name)} =', used, re.MULTILINE):
+            raise ValueError(
+                f'nothing that this experiment uses reads {name!r}: it would change nothing. Leave it out, or bind what '
+                f'uses {name.split(".")[0]!r}.'
+            )
 
 
 def _parameters(target: Callable[..., Any]) -> list[str]:

@@ -23,14 +23,13 @@ import optax
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from experiments.config import Experiment, parse_command_line, register
+from experiments.config import Experiment, check_bindings_used, parse_command_line, register
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet, batch_indices
 from troll_jax.evaluate import decode_responses, evaluate, rollouts
 from troll_jax.metrics import MetricsWriter
 from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_config, load_pretrained
-from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import state_shapes
 from troll_jax.rewards.pool import Grader
 from troll_jax.rollout import make_sampler
@@ -46,13 +45,13 @@ def train(
     objective: Objective = gin.REQUIRED,
     aggregation: Aggregation = gin.REQUIRED,
     estimator: Callable[[jax.Array], jax.Array] = gin.REQUIRED,
+    tail_rule: TailRule = gin.REQUIRED,
     optimizer: optax.GradientTransformation = gin.REQUIRED,
     steps: int = gin.REQUIRED,
     prompts_per_step: int = gin.REQUIRED,
     samples_per_prompt: int = gin.REQUIRED,
     minibatch_prompts: int = gin.REQUIRED,
     temperature: float = 1.0,
-    tail_rule: TailRule = default_tail,
     max_tokens: int = 64,
     mass: float = 1 - 1e-5,
     prompts_per_rollout: int | None = None,
@@ -71,6 +70,7 @@ def train(
       objective: the policy loss, `@troll` or `@ppo_clip`.
       aggregation: the mean that is taken of token losses, e.g. `@token_mean`.
       estimator: from the rewards of a prompt's samples to their advantages, e.g. `@group_normalised`.
+      tail_rule: what stands for the tokens that a sparse distribution leaves out, `@default_tail` or `@bucket_tail`.
       optimizer: e.g. `@adamw()`.
       steps: rollout batches.
       prompts_per_step: B, prompts in a rollout batch.
@@ -78,7 +78,6 @@ def train(
       minibatch_prompts: prompts in an optimizer update. B / minibatch_prompts updates are made per rollout batch; all
         but the first of them are off-policy.
       temperature: of the sampling.
-      tail_rule: what stands for the tokens that a sparse distribution leaves out, `@default_tail` or `@bucket_tail`.
       max_tokens, mass: K and 1 − δ of the sparse distributions, see `troll_jax.sparsify`.
       prompts_per_rollout: sampled at a time, to save memory; None is all B.
       micro_batches: parts in which the gradient of a minibatch is computed, to save memory.
@@ -135,6 +134,7 @@ def train(
         grader.start()
         shapes = abstract_state(experiment, config, optimizer)
         check_programs(sampler, update, shapes, prompts, minibatch_prompts)
+        check_bindings_used()
         state = restore_or_start(checkpoints, experiment, optimizer, shapes)
         first = int(state.progress.step)
         save_setup(Path(run_dir), experiment, tokenizer, first)

@@ -1,0 +1,206 @@
+"""What a program costs on hardware that is not there: read off its jaxpr and off what XLA compiled.
+
+XLA's own cost analysis counts the body of a loop once. Here FLOPs are counted on the jaxpr, with loops of known length
+counted fully, and bytes on the compiled program, with the trip counts of its loops. What runs an unknown number of
+times (a decode loop ends when all responses have) is counted apart, per iteration.
+"""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+class Chip(NamedTuple):
+    """One device of a TPU generation: peak rates per second, as published."""
+
+    flops: float  # bfloat16
+    memory: float  # bytes of HBM
+    bandwidth: float  # bytes, of HBM
+    interconnect: float  # bytes, of all links together
+
+
+CHIPS = {
+    'v4': Chip(275e12, 32e9, 1228e9, 300e9),
+    'v5e': Chip(197e12, 16e9, 819e9, 200e9),
+    'v5p': Chip(459e12, 95e9, 2765e9, 600e9),
+    'v6e': Chip(918e12, 32e9, 1640e9, 448e9),
+}
+
+
+class Cost(NamedTuple):
+    """What is moved, on one device."""
+
+    bytes: float  # between memory and compute
+    collectives: Counter  # bytes by kind of collective
+
+
+def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
+    """FLOPs of the matrix products on all devices: once, and per iteration of loops of unknown length.
+
+    Args:
+      jaxpr: of the whole program; what is below `jax.shard_map` is one device's part.
+      devices: of the mesh.
+    """
+    once = per_iteration = 0.0
+    for equation in jaxpr.eqns:
+        name, params = equation.primitive.name, equation.params
+        if name == 'dot_general':
+            (contracting, _), _ = params['dimension_numbers']
+            contracted = math.prod(equation.invars[0].aval.shape[axis] for axis in contracting)
+            once += 2 * math.prod(equation.outvars[0].aval.shape) * contracted
+            continue
+        if name == 'while':
+            body = count_flops(params['body_jaxpr'].jaxpr, devices)
+            per_iteration += sum(body)
+            continue
+        repeats = {'scan': params.get('length'), 'shard_map': devices}.get(name, 1)
+        inner = [count_flops(sub, devices) for sub in _jaxprs(params)]
+        if name == 'cond':
+            inner = [max(inner)]
+        once += repeats * sum(fixed for fixed, _ in inner)
+        per_iteration += repeats * sum(looped for _, looped in inner)
+    return once, per_iteration
+
+
+def _jaxprs(params: dict) -> list[Jaxpr]:
+    leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
+    return [getattr(leaf, 'jaxpr', leaf) for leaf in leaves if isinstance(leaf, Jaxpr | ClosedJaxpr)]
+
+
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
+_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$')
+_ARRAY = re.compile(r'\b(pred|bf16|[fsuc]\d+\w*)\[([\d,]*)\]')
+_COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
+# What moves no bytes of its own: names for what is there already.
+_FREE = {
+    *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'partition-id', 'iota'),
+    *('while', 'call', 'conditional'),
+}
+
+
+class _Instruction(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+
+
+def program_cost(text: str) -> tuple[Cost, Cost]:
+    """Bytes of a compiled program, `compiled.as_text()`: once, and per iteration of loops of unknown length.
+
+    Every instruction that is not fused into another reads its operands and writes its result. That is an upper bound of
+    what has to move: what stays in fast memory from one instruction to the next is counted too.
+    """
+    computations, entry = {}, ''
+    for line in text.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif computations and (found := _INSTRUCTION.match(line)):
+            current.append(_Instruction(*found.groups()))
+    once, looped = Cost(0.0, Counter()), Cost(0.0, Counter())
+    # Computations that run a known number of times, and those below a loop of unknown length.
+    for name, count, unknown in _runs(computations, entry, 1, False):
+        total = looped if unknown else once
+        moved, collectives = _cost(computations, name)
+        total = Cost(total.bytes + count * moved, total.collectives)
+        for kind, size in collectives:
+            total.collectives[kind] += count * size
+        once, looped = (once, total) if unknown else (total, looped)
+    return once, looped
+
+
+def _runs(computations, name: str, count: int, unknown: bool):
+    """Yields (computation, how often it runs, whether below a loop of unknown length) from `name` on, loops inside."""
+    yield name, count, unknown
+    for instruction in computations[name]:
+        rest = instruction.rest
+        if instruction.opcode == 'while':
+            trips = _trip_count(computations, re.search(r'condition=%?([\w.\-]+)', rest)[1])
+            body = re.search(r'body=%?([\w.\-]+)', rest)[1]
+            yield from _runs(computations, body, count * (trips or 1), unknown or trips is None)
+        elif instruction.opcode in ('call', 'conditional'):
+            for callee in _called(rest):
+                yield from _runs(computations, callee, count, unknown)
+
+
+def _cost(computations, name: str) -> tuple[float, list[tuple[str, float]]]:
+    """Bytes of one computation without its loops, and its collectives, also those that are fused into others."""
+    moved = 0.0
+    sizes = {instruction.name: _bytes(instruction.shape) for instruction in computations[name]}
+    for instruction in computations[name]:
+        if instruction.opcode in _FREE or instruction.opcode.endswith('-done'):
+            continue
+        operands = sum(sizes.get(operand, 0) for operand in _operands(instruction))
+        if instruction.opcode in ('dynamic-slice', 'dynamic-update-slice', 'gather', 'scatter'):
+            moved += 2 * min(operands, sizes[instruction.name])
+        else:
+            moved += operands + sizes[instruction.name]
+    # The parts of a collective that is spread over several instructions share a channel.
+    return moved, list(dict(_collectives(computations, name)).values())
+
+
+def _collectives(computations, name: str):
+    """Yields (channel, (kind, bytes))."""
+    sizes = {instruction.name: _bytes(instruction.shape) for instruction in computations[name]}
+    for instruction in computations[name]:
+        kind = instruction.opcode.removesuffix('-start')
+        if kind in _COLLECTIVES:
+            operands = sum(sizes.get(operand, 0) for operand in _operands(instruction))
+            # The larger side: a gather's result, a scatter's operand. A start's result holds its operand, too.
+            result = sizes[instruction.name] - (operands if instruction.opcode.endswith('-start') else 0)
+            channel = re.search(r'channel_id=(\d+)', instruction.rest)
+            yield channel[1] if channel else instruction.name, (kind, max(result, operands))
+        elif instruction.opcode not in ('while', 'call', 'conditional'):
+            for callee in _called(instruction.rest):
+                if callee in computations:
+                    yield from _collectives(computations, callee)
+
+
+def _operands(instruction: _Instruction) -> list[str]:
+    return re.findall(r'%([\w.\-]+)', instruction.rest.split('), ')[0])
+
+
+def _called(rest: str) -> list[str]:
+    """The computations that an instruction names."""
+    lists = re.findall(r'(?:calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)', rest)
+    return [name for names in lists for name in re.findall(r'[\w.\-]+', names)]
+
+
+def _trip_count(computations, condition: str) -> int | None:
+    """How often a loop runs, if its condition is `i < constant`."""
+    instructions = computations[condition]
+    constants = [found[1] for i in instructions if i.opcode == 'constant' and (found := re.match(r'(\d+)\)', i.rest))]
+    simple = all(i.opcode in ('parameter', 'get-tuple-element', 'constant', 'compare', 'fusion') for i in instructions)
+    return int(constants[0]) if simple and len(constants) == 1 else None
+
+
+def _bytes(shape: str) -> int:
+    """Of an array or a tuple of arrays, as a compiled program writes its shape."""
+    total = 0
+    for dtype, sizes in _ARRAY.findall(shape):
+        bits = 8 if dtype == 'pred' else int(re.search(r'\d+', dtype)[0])
+        total += math.prod(int(n) for n in sizes.split(',') if n) * bits // 8
+    return total
+
+
+class Bound(NamedTuple):
+    """The least time that a chip can need, and why."""
+
+    seconds: float
+    limit: str  # 'compute', 'memory' or 'network'
+
+
+def roofline(chip: Chip, flops: float, cost: Cost) -> Bound:
+    """The time of what takes longest if all of it overlaps; `flops` of one device."""
+    times = {
+        'compute': flops / chip.flops,
+        'memory': cost.bytes / chip.bandwidth,
+        'network': sum(cost.collectives.values()) / chip.interconnect,
+    }
+    limit = max(times, key=times.get)
+    return Bound(times[limit], limit)
