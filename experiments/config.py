@@ -173,8 +173,8 @@ def check_bindings_used() -> None:
         name = binding.split('=')[0].strip().removeprefix('troll_jax.')
         if '.' in name and not re.search(rf'^(# )?{re.escape(name)} =', used, re.MULTILINE):
             raise ValueError(
-                f'nothing that this experiment uses reads {name!r}: it would change nothing. Leave it out, or bind what '
-                f'uses {name.split(".")[0]!r}.'
+                f'nothing that this experiment uses reads {name!r}: it would change nothing. Leave it out, or bind '
+                f'what uses {name.split(".")[0]!r}.'
             )
 
 

@@ -135,11 +135,18 @@ def _cost(computations, name: str) -> tuple[float, list[tuple[str, float]]]:
     for instruction in computations[name]:
         if instruction.opcode in _FREE or instruction.opcode.endswith('-done'):
             continue
-        operands = sum(sizes.get(operand, 0) for operand in _operands(instruction))
-        if instruction.opcode in ('dynamic-slice', 'dynamic-update-slice', 'gather', 'scatter'):
-            moved += 2 * min(operands, sizes[instruction.name])
+        operands = [sizes.get(operand, 0) for operand in _operands(instruction)]
+        result = sizes[instruction.name]
+        kinds = {instruction.opcode}
+        for callee in _called(instruction.rest) if instruction.opcode == 'fusion' else []:
+            kinds |= {inner.opcode for inner in computations[callee]}
+        if kinds & {'dynamic-update-slice', 'scatter'}:
+            # In place: the large operand, of the result's size, stays where it is.
+            moved += 2 * sum(size for size in operands if size < max(operands))
+        elif kinds & {'dynamic-slice', 'gather'}:
+            moved += result + sum(min(size, result) for size in operands)
         else:
-            moved += operands + sizes[instruction.name]
+            moved += sum(operands) + result
     # The parts of a collective that is spread over several instructions share a channel.
     return moved, list(dict(_collectives(computations, name)).values())
 

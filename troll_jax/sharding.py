@@ -26,26 +26,29 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 }
 
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1) -> Mesh:
-    """Arranges all devices in a mesh of `data` × `fsdp` × `tensor`. At most one size is −1: whatever is left.
+def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges all devices, or those given, in a mesh of `data` × `fsdp` × `tensor`.
+
+    At most one size is −1: whatever is left.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
     sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else list(devices)
+    count = len(devices)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f'mesh sizes must be positive, at most one of them -1 (what is left); got {sizes}')
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free and devices % fixed == 0:
-        sizes[free[0]] = devices // fixed
-    if math.prod(sizes.values()) != devices:
+    if free and count % fixed == 0:
+        sizes[free[0]] = count // fixed
+    if math.prod(sizes.values()) != count:
         raise ValueError(
-            f'mesh {sizes} needs {fixed if not free else f"a multiple of {fixed}"} devices, but {devices} '
-            f'({jax.default_backend()}) are there; change make_mesh.data, make_mesh.fsdp or make_mesh.tensor'
+            f'mesh {sizes} needs {fixed if not free else f"a multiple of {fixed}"} devices, but {count} '
+            f'({devices[0].platform}) are there; change make_mesh.data, make_mesh.fsdp or make_mesh.tensor'
         )
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:

@@ -101,7 +101,7 @@ def make_update(
     def loss_and_logs(params, progress: Progress, batch: Batch, weights):
         decoder = decoders.bind(graphdef, params)
         mask = response_mask(batch)
-        response, entropy = _evaluate_policy(
+        response, logs = _evaluate_policy(
             decoder,
             batch,
             temperature=temperature,
@@ -115,13 +115,9 @@ def make_update(
             losses = jax.vmap(partial(objective, progress=progress))(response, advantages)
             # Where there is no token, there is no loss, whatever was computed: not even NaN · 0.
             loss = jnp.sum(jnp.where(mask, losses.loss * weights, 0.0))
-        new, old = response.new, response.old
-        listed = jnp.where(new.tokens >= 0, new.log_probs, -jnp.inf)
-        logs = losses.logs | {
-            'entropy': entropy,
-            'kl': jax.vmap(jax.vmap(kl_divergence))(new.log_probs, old.log_probs),
+        logs |= losses.logs | {
+            'kl': jax.vmap(jax.vmap(kl_divergence))(response.new.log_probs, response.old.log_probs),
             'ratio': jnp.exp(jnp.minimum(response.new_log_probs - response.old_log_probs, 80.0)),
-            'tail_mass': -jnp.expm1(jnp.minimum(jax.nn.logsumexp(listed, axis=-1), 0.0)),
         }
         return loss, jax.lax.stop_gradient((logs, response.tokens, mask))
 
@@ -157,7 +153,7 @@ def make_update(
 
 
 def _evaluate_policy(decoder, batch: Batch, *, temperature, tail_rule, max_tokens, mass, head_chunk):
-    """The current policy on the batch's responses: ResponseLogProbs [R, T, …] and its entropy [R, T]."""
+    """The current policy on the batch's responses: ResponseLogProbs [R, T, …], and logs [R, T]."""
     rows, length = batch.tokens.shape
     room = batch.old_log_probs.shape[1]
     index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
@@ -182,7 +178,10 @@ def _evaluate_policy(decoder, batch: Batch, *, temperature, tail_rule, max_token
     head = jax.tree.map(lambda x: x.reshape(rows, room, *x.shape[1:]), head)
     new, old = jax.vmap(jax.vmap(tail_rule))(head.at_old, head.own, batch.old)
     mask = response_mask(batch)
-    return ResponseLogProbs(tokens, mask, head.log_probs, batch.old_log_probs, new, old), head.entropy
+    response = ResponseLogProbs(tokens, mask, head.log_probs, batch.old_log_probs, new, old)
+    # The mass that the current policy gives to what the old one did not list, whatever the tail rule makes of it.
+    tail_mass = jnp.maximum(1 - jnp.sum(jnp.exp(head.at_old), axis=-1), 0.0)
+    return response, {'entropy': head.entropy, 'tail_mass': tail_mass}
 
 
 def _split(x: jax.Array, parts: int) -> jax.Array:
