@@ -196,8 +196,27 @@ def _summarise(logs: dict[str, jax.Array], mask: jax.Array) -> dict[str, jax.Arr
     for name, value in logs.items():
         metrics[f'{name}_share' if value.dtype == bool else f'{name}_mean'] = jnp.sum(jnp.where(mask, value, 0)) / count
         if name in _QUANTILES:
-            # Sorted with what does not count at the end, so that no NaN is needed to mark it.
-            ordered = jnp.sort(jnp.where(mask, value, jnp.inf), axis=None)
-            for suffix, share in [('p01', 0.01), ('p50', 0.5), ('p99', 0.99), ('max', 1.0)]:
-                metrics[f'{name}_{suffix}'] = ordered[jnp.round(share * (count - 1)).astype(jnp.int32)]
+            ranks = jnp.round(jnp.array([0.01, 0.5, 0.99]) * (count - 1)).astype(jnp.int32)
+            p01, p50, p99 = _order_statistics(jnp.where(mask, value, jnp.inf), ranks)
+            largest = jnp.max(jnp.where(mask, value, 0))
+            metrics |= {f'{name}_p01': p01, f'{name}_p50': p50, f'{name}_p99': p99, f'{name}_max': largest}
     return metrics
+
+
+def _order_statistics(values: jax.Array, ranks: jax.Array) -> jax.Array:
+    """The entries [n] of `values`, not negative, at these ranks [n] of their order; infinite ones come last.
+
+    By bisection over the bits of a float, which are in the order of the numbers: a sort would take a TPU's compiler
+    half a minute.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.maximum(values, 0.0), jnp.int32).reshape(-1)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = jnp.sum(bits[None, :] <= middle[:, None], axis=1) > ranks
+        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+    infinite = jax.lax.bitcast_convert_type(jnp.float32(jnp.inf), jnp.int32)
+    low, _ = jax.lax.fori_loop(0, 31, halve, (jnp.zeros_like(ranks), jnp.full_like(ranks, infinite)))
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
