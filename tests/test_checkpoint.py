@@ -12,7 +12,7 @@ import pytest
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.optimizer import adamw, state_shapes
 from troll_jax.sharding import make_mesh, named_sharding
-from troll_jax.types import TrainState
+from troll_jax.types import Progress, TrainState
 
 AXES = {
     'embedding': ('vocab', 'embed'),
@@ -28,8 +28,9 @@ def shapes_on(mesh, optimizer=None, **sizes) -> TrainState:
         return jax.ShapeDtypeStruct(size, jnp.float32, sharding=named_sharding(mesh, axes))
 
     params = jax.tree.map(shape, AXES, is_leaf=lambda x: isinstance(x, tuple))
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=named_sharding(mesh, ()))
-    return TrainState(step, params, state_shapes(optimizer or adamw(), params))
+    scalar = partial(jax.ShapeDtypeStruct, (), sharding=named_sharding(mesh, ()))
+    progress = Progress(scalar(jnp.int32), scalar(jnp.int32), scalar(jnp.float32))
+    return TrainState(progress, params, state_shapes(optimizer or adamw(), params))
 
 
 def state_on(mesh, step: int) -> TrainState:
@@ -41,7 +42,9 @@ def state_on(mesh, step: int) -> TrainState:
         return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
 
     shapes = shapes_on(mesh)
-    return TrainState(jax.device_put(np.int32(step), shapes.step.sharding), *jax.tree.map(draw, tuple(shapes[1:])))
+    progress = Progress(np.int32(step), np.int32(8 * step), np.float32(0.1 * step))
+    place = lambda x, leaf: jax.device_put(x, leaf.sharding)
+    return TrainState(jax.tree.map(place, progress, shapes.progress), *jax.tree.map(draw, tuple(shapes[1:])))
 
 
 def on_host(tree):
@@ -81,12 +84,13 @@ def run(saved, tmp_path):
 
 
 def test_a_state_comes_back_bitwise(saved, mesh):
-    """Guards against lost moments, a lost step or update count, and the state of another step."""
+    """Guards against lost moments, a step or what schedules go by that is lost, and the state of another step."""
     assert jax.tree.leaves(state_on(mesh, 1).opt_state)[0] == 97  # the count of updates is not the step
     with Checkpoints(saved) as checkpoints:
         assert checkpoints.steps == [1, 2]
         for step in (1, 2):
             assert_same(checkpoints.restore(shapes_on(mesh), step), state_on(mesh, step))
+            assert isinstance(checkpoints.restore(shapes_on(mesh), step).progress, Progress)
 
 
 @pytest.mark.parametrize('sizes', [(2, 2, 2), (8, 1, 1)])
@@ -140,7 +144,8 @@ def test_only_the_latest_are_kept(mesh, tmp_path):
 def test_a_step_that_is_there_is_left_alone(run, mesh):
     """Guards against an error at the end of a run whose last step was also a periodic one."""
     with Checkpoints(run) as checkpoints:
-        checkpoints.save(state_on(mesh, 7)._replace(step=jnp.int32(2)))
+        other = state_on(mesh, 7)
+        checkpoints.save(other._replace(progress=other.progress._replace(step=jnp.int32(2))))
         for _ in range(2):  # the second while the first is still being written
             checkpoints.save(state_on(mesh, 3))
     with Checkpoints(run) as checkpoints:

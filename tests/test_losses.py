@@ -8,9 +8,20 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from troll_jax.ops.losses import ResponseLogProbs, constant_length, ppo_clip, sequence_mean, token_mean, troll
-from troll_jax.ops.projection import kl_divergence, project_sparse
-from troll_jax.ops.support import sparsify, union_with_default
+from troll_jax.ops.losses import (
+    ResponseLogProbs,
+    constant_length,
+    ppo_clip,
+    sequence_mean,
+    sequence_region,
+    token_mean,
+    token_region,
+    troll,
+)
+from troll_jax.ops.projection import kl_divergence, project_sparse, project_sparse_sequence
+from troll_jax.ops.schedules import linear_bound
+from troll_jax.ops.support import at_tokens, bucket_tail, default_tail, sparsify
+from troll_jax.types import Progress
 
 INF = np.inf
 VOCAB, LENGTH, KEPT = 13, 5, 7
@@ -18,13 +29,15 @@ TOKENS = jnp.array([3, 11, 0, 7, 3])
 ADVANTAGES = jnp.array([1.0, -0.5, 2.0, -1.5, 0.7])
 
 
-def response_of(new_scores, old_scores, tokens=TOKENS, kept=KEPT) -> ResponseLogProbs:
+def response_of(new_scores, old_scores, tokens=TOKENS, kept=KEPT, tail_rule=default_tail) -> ResponseLogProbs:
     """What the head would hand to an objective, from scores [T, V] of both policies."""
 
     def one(new, old, token):
         new, old = jax.nn.log_softmax(new), jax.nn.log_softmax(old)
-        listed = [sparsify(jax.lax.stop_gradient(x), token, max_tokens=kept, mass=1.0) for x in (new, old)]
-        return ResponseLogProbs(token, new[token], old[token], *union_with_default(new, *listed))
+        own, listed = (sparsify(jax.lax.stop_gradient(x), token, max_tokens=kept, mass=1.0) for x in (new, old))
+        own = own._replace(log_probs=at_tokens(new, own.tokens))
+        on_support = tail_rule(at_tokens(new, listed.tokens), own, listed)
+        return ResponseLogProbs(token, jnp.array(True), new[token], old[token], *on_support)
 
     return jax.vmap(one)(new_scores, old_scores, tokens)
 
@@ -44,11 +57,12 @@ def outside_and_inside() -> tuple[jax.Array, jax.Array]:
 def gradient_of(objective, **settings):
     """Jitted gradient [T, V] of the summed loss by the scores of the new policy, with the TokenLosses."""
 
-    def total(new_scores, old_scores, advantages, kept):
-        losses = objective(response_of(new_scores, old_scores, kept=kept), advantages, **settings)
+    def total(new_scores, old_scores, advantages, kept, tail_rule=default_tail):
+        response = response_of(new_scores, old_scores, kept=kept, tail_rule=tail_rule)
+        losses = objective(response, advantages, **settings)
         return jnp.sum(losses.loss), losses
 
-    return jax.jit(jax.grad(total, has_aux=True), static_argnames='kept')
+    return jax.jit(jax.grad(total, has_aux=True), static_argnames=('kept', 'tail_rule'))
 
 
 def policy_gradient(scores, advantages) -> np.ndarray:
@@ -56,22 +70,36 @@ def policy_gradient(scores, advantages) -> np.ndarray:
     return -np.asarray(advantages)[:, None] * (np.eye(VOCAB)[np.asarray(TOKENS)] - jax.nn.softmax(scores))
 
 
+def held(losses) -> np.ndarray:
+    """The tokens that an objective projected or clipped."""
+    (name,) = {'projected', 'clipped'} & losses.logs.keys()
+    return np.asarray(losses.logs[name])
+
+
 @pytest.mark.parametrize('kept', [VOCAB, KEPT, 2])
-@pytest.mark.parametrize('objective', [troll, ppo_clip])
-def test_on_policy_gradient_is_the_plain_one(objective, kept):
+@pytest.mark.parametrize(
+    ('objective', 'settings', 'tail_rule'),
+    [
+        (troll, {}, default_tail),
+        (troll, {}, bucket_tail),
+        (troll, {'region': sequence_region}, default_tail),
+        (ppo_clip, {}, default_tail),
+    ],
+)
+def test_on_policy_gradient_is_the_plain_one(objective, settings, tail_rule, kept):
     """Guards the first update of every rollout: ratio one, nothing projected or clipped, no regression."""
     scores = policy(0, 2.0)
-    gradient, losses = gradient_of(objective)(scores, scores, ADVANTAGES, kept)
+    gradient, losses = gradient_of(objective, **settings)(scores, scores, ADVANTAGES, kept, tail_rule)
     np.testing.assert_allclose(losses.loss, -ADVANTAGES, rtol=1e-6)
     np.testing.assert_allclose(gradient, policy_gradient(scores, ADVANTAGES), atol=1e-6)
-    assert not losses.projected.any() and not losses.clipped.any() and np.all(losses.regression == 0)
+    assert not held(losses).any() and np.all(losses.logs.get('regression', 0) == 0)
 
 
 def test_zero_advantage_has_no_policy_gradient():
     """Guards groups without a signal: the clip gives exactly nothing, TROLL its regression alone."""
     new, old = outside_and_inside()
     gradient, losses = gradient_of(ppo_clip)(new, old, jnp.zeros(LENGTH), KEPT)
-    assert np.all(gradient == 0) and np.all(losses.loss == 0) and not losses.clipped.any()
+    assert np.all(gradient == 0) and np.all(losses.loss == 0) and not held(losses).any()
     gradient, losses = gradient_of(troll, alpha=0.0)(new, old, jnp.zeros(LENGTH), KEPT)
     assert np.all(gradient == 0) and np.all(losses.loss == 0)
 
@@ -85,9 +113,9 @@ def test_inside_the_region_there_is_no_regression(kept):
     old = policy(0)
     new = old + 0.05 * policy(1)
     gradient, losses = gradient_of(troll)(new, old, jnp.zeros(LENGTH), kept)
-    assert not losses.projected.any() and np.all(losses.regression == 0)
+    assert not held(losses).any() and np.all(losses.logs['regression'] == 0)
     assert np.all(np.asarray(gradient) == 0)
-    assert np.all(losses.evaluations == 1) and losses.converged.all()
+    assert np.all(losses.logs['evaluations'] == 1) and not losses.logs['unconverged'].any()
 
 
 def test_loss_by_its_definition():
@@ -95,7 +123,7 @@ def test_loss_by_its_definition():
     new, old = outside_and_inside()
     response = response_of(new, old)
     gradient, losses = gradient_of(troll, alpha=0.5, bound=0.05)(new, old, ADVANTAGES, KEPT)
-    np.testing.assert_array_equal(losses.projected, [True, False, True, False, True])
+    np.testing.assert_array_equal(losses.logs['projected'], [True, False, True, False, True])
     for t in range(LENGTH):
         row = jax.tree.map(lambda x, t=t: x[t], response)
         result = project_sparse(row.new, row.old, bound=0.05)
@@ -104,7 +132,10 @@ def test_loss_by_its_definition():
         on = np.isfinite(row.new.log_probs)
         q, p = np.asarray(row.new.log_probs, np.float64)[on], np.asarray(result.log_probs, np.float64)[on]
         regression = 0.5 * np.sum(np.exp(q) * (q - p))
-        np.testing.assert_allclose(losses.regression[t], regression, rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(losses.logs['regression'][t], regression, rtol=1e-4, atol=1e-7)
+        for name, expected in [('weight', result.weight), ('eta', 1 / result.weight - 1), ('kl_projected', result.kl)]:
+            np.testing.assert_allclose(losses.logs[name][t], expected, rtol=1e-4, atol=1e-7, err_msg=name)
+        np.testing.assert_allclose(losses.logs['kl_unprojected'][t], result.kl_unprojected, rtol=1e-4, atol=1e-7)
         np.testing.assert_allclose(losses.loss[t], regression - ratio * ADVANTAGES[t], rtol=1e-4)
     assert np.isfinite(gradient).all()
 
@@ -130,7 +161,6 @@ def test_gradient_of_troll_equals_differences():
         target = jax.jit(
             jax.vmap(
                 lambda row: project_sparse(row.new, row.old, bound=0.05).log_probs,
-                in_axes=(ResponseLogProbs(0, 0, 0, 0, 0),),
             )
         )(response_of(new, old))
         ratio_loss = jax.jit(lambda x: jnp.sum(troll(response_of(x, old), advantages, alpha=0.0).loss))
@@ -143,6 +173,54 @@ def test_gradient_of_troll_equals_differences():
     assert np.abs(expected).max() > 0.01
 
 
+@pytest.mark.parametrize('tail_rule', [default_tail, bucket_tail])
+@pytest.mark.parametrize('region', [token_region, sequence_region])
+def test_gradient_of_every_region_and_tail_equals_differences(region, tail_rule):
+    """Guards the choices of gin together: a shared w or an entry for the tail that the gradient does not reach."""
+    new, old = (np.asarray(x, np.float64) for x in outside_and_inside())
+    advantages = np.asarray(ADVANTAGES, np.float64)
+    settings = dict(alpha=0.0, region=region, bound=0.05)
+    with jax.enable_x64(True):
+        gradient, losses = gradient_of(troll, **settings)(new, old, advantages, KEPT, tail_rule)
+        loss = lambda x: jnp.sum(troll(response_of(x, old, tail_rule=tail_rule), advantages, **settings).loss)
+        expected = central_by_scores(jax.jit(loss), new)
+    assert held(losses).any()
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+    assert np.abs(expected).max() > 0.01
+
+
+def test_a_region_for_the_response_by_its_definition():
+    """Guards the mask on its way to the region, and values of the response that the log wants for each token."""
+    new, old = outside_and_inside()
+    mask = jnp.array([True, True, True, True, False])
+    response = response_of(new, old)._replace(mask=mask)
+    losses = jax.jit(functools.partial(troll, bound=0.05, alpha=0.5, region=sequence_region))(response, ADVANTAGES)
+    result = jax.jit(functools.partial(project_sparse_sequence, bound=0.05))(response.new, response.old, mask)
+    assert result.violated and held(losses).all()
+    np.testing.assert_allclose(losses.logs['weight'], np.full(LENGTH, result.weight), rtol=1e-5)
+    np.testing.assert_allclose(losses.logs['kl_projected'][:4].mean(), 0.05, rtol=1e-3)
+    assert losses.logs['kl_projected'][:4].max() > 0.06, 'a token was meant to be beyond the bound on its own'
+    for t in range(4):
+        at = int(np.flatnonzero(response.new.tokens[t] == TOKENS[t])[0])
+        ratio = np.exp(result.log_probs[t, at] - response.old.log_probs[t, at])
+        regression = 0.5 * kl_divergence(response.new.log_probs[t], result.log_probs[t])
+        np.testing.assert_allclose(losses.loss[t], regression - ratio * ADVANTAGES[t], rtol=1e-4)
+
+
+def test_a_schedule_is_the_number_that_it_gives():
+    """Guards a schedule that is read at the wrong time, or not at all."""
+    new, old = outside_and_inside()
+    response = response_of(new, old)
+    schedule = functools.partial(linear_bound, start=0.01, end=0.05, steps=4)
+    at = jax.jit(lambda step: troll(response, ADVANTAGES, Progress(step=step), bound=schedule))
+    for step, bound in [(0, 0.01), (2, 0.03), (9, 0.05)]:
+        expected = jax.jit(functools.partial(troll, bound=bound))(response, ADVANTAGES)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), at(step), expected)
+    assert at._cache_size() == 1
+    start = jax.jit(functools.partial(troll, bound=schedule))(response, ADVANTAGES)
+    np.testing.assert_allclose(start.loss, at(0).loss, rtol=1e-5)
+
+
 def test_regression_alone_brings_the_policy_back():
     """Guards the direction of the pull: each step gets closer to the projection, and at last into the region."""
     new, old = outside_and_inside()
@@ -150,7 +228,7 @@ def test_regression_alone_brings_the_policy_back():
     divergences = []
     for _ in range(60):
         gradient, losses = run(new, old, jnp.zeros(LENGTH), VOCAB)
-        divergences.append(np.asarray(losses.regression))
+        divergences.append(np.asarray(losses.logs['regression']))
         new = new - 2.0 * gradient
     divergences = np.stack(divergences)
     outside = divergences[0] > 0
@@ -168,7 +246,8 @@ def test_one_absurd_token_gives_a_number():
         for first, second in ((new, old), (old, new)):
             gradient, losses = gradient_of(objective)(first, second, ADVANTAGES, KEPT)
             assert np.isfinite(losses.loss).all() and np.isfinite(gradient).all()
-            assert losses.converged.all()
+            assert not np.any(losses.logs.get('unconverged', False))
+            assert all(np.isfinite(value).all() for value in losses.logs.values())
 
 
 # --- clip -------------------------------------------------------------------------------------------------------------
@@ -191,7 +270,9 @@ CLIP_TABLE = [
 def clip_response(ratios) -> ResponseLogProbs:
     ratios = jnp.asarray(ratios)
     old = jnp.full(len(ratios), -1.5, ratios.dtype)
-    return ResponseLogProbs(jnp.zeros(len(ratios), jnp.int32), old + jnp.log(ratios), old, None, None)
+    return ResponseLogProbs(
+        jnp.zeros(len(ratios), jnp.int32), jnp.ones(len(ratios), bool), old + jnp.log(ratios), old, None, None
+    )
 
 
 def test_clip_by_hand():
@@ -200,8 +281,8 @@ def test_clip_by_hand():
     settings = dict(lower=0.1, upper=0.3, dual=3.0)
     result = ppo_clip(clip_response(ratios), jnp.asarray(advantages), **settings)
     np.testing.assert_allclose(result.loss, losses, rtol=1e-5)
-    np.testing.assert_array_equal(result.clipped, clipped)
-    assert not result.projected.any() and np.all(result.regression == 0) and result.converged.all()
+    np.testing.assert_array_equal(result.logs['clipped'], clipped)
+    assert result.logs.keys() == {'clipped'}
 
     def total(new_log_probs):
         response = clip_response(ratios)._replace(new_log_probs=new_log_probs)
@@ -212,11 +293,11 @@ def test_clip_by_hand():
 
 
 def test_clip_without_dual_clip():
-    """Guards inf as "off": no NaN from inf · 0 where the advantage is zero."""
+    """Guards None as "off": no NaN from inf · 0 where the advantage is zero."""
     ratios, advantages = jnp.array([50.0, 50.0, 50.0]), jnp.array([-2.0, 0.0, 1.0])
-    result = ppo_clip(clip_response(ratios), advantages, dual=INF)
+    result = ppo_clip(clip_response(ratios), advantages, dual=None)
     np.testing.assert_allclose(result.loss, [100, 0, -1.2], rtol=1e-5)
-    total = lambda x: jnp.sum(ppo_clip(clip_response(ratios)._replace(new_log_probs=x), advantages, dual=INF).loss)
+    total = lambda x: jnp.sum(ppo_clip(clip_response(ratios)._replace(new_log_probs=x), advantages, dual=None).loss)
     np.testing.assert_allclose(jax.grad(total)(clip_response(ratios).new_log_probs), [100, 0, 0], rtol=1e-5)
 
 
@@ -230,7 +311,7 @@ def test_gradient_of_clip_equals_differences():
         np.testing.assert_allclose(gradient, central_by_scores(total, new), atol=1e-8)
     ratios = np.exp(np.asarray(new - old)[range(LENGTH), TOKENS] - logsumexp(new, axis=1) + logsumexp(old, axis=1))
     assert np.abs(ratios - np.array([[0.8], [1.2]])).min() > 1e-3, 'no token was meant to be at a kink'
-    assert losses.clipped.any() and not losses.clipped.all()
+    assert held(losses).any() and not held(losses).all()
 
 
 # --- aggregation ------------------------------------------------------------------------------------------------------

@@ -34,6 +34,10 @@ def events(file) -> list[Event]:
     return found
 
 
+def table(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / 'held_tokens.jsonl').read_text().splitlines()]
+
+
 def scalars(found: list[Event]) -> list[tuple[int, str, float]]:
     return [(event.step, value.tag, value.simple_value) for event in found for value in event.summary.value]
 
@@ -125,3 +129,22 @@ def test_tensorboard_holds_the_scalars_and_forgets_what_was_repeated(tmp_path):
     # TensorBoard drops what earlier files say of the steps from here on.
     starts = [event.step for event in found if event.session_log.status == event.session_log.START]
     assert starts == [8]
+
+
+def test_tables_are_json_and_follow_a_resumed_run(tmp_path):
+    """Guards text that is no ASCII or has a line's end in it, and tables of steps that are repeated."""
+    rows = [{'token': 3, 'text': 'ü\n"', 'held': 2, 'seen': 5}, {'token': 1, 'text': '数', 'held': 1, 'seen': 1}]
+    with MetricsWriter(tmp_path) as metrics:
+        for step in (2, 4, 6):
+            metrics.write_table(step, rows)
+            assert table(tmp_path)[-1] == {'step': step, 'tokens': rows}  # on disk before the next one
+        metrics.write_table(8, [])
+    assert [row['step'] for row in table(tmp_path)] == [2, 4, 6, 8]
+    (file,) = (tmp_path / 'tensorboard').iterdir()
+    texts = [value.tensor.string_val[0].decode() for event in events(file) for value in event.summary.value]
+    assert '2 of 5' in texts[0] and '`数` 1 of 1' in texts[0]
+    with (tmp_path / 'held_tokens.jsonl').open('a') as file:
+        file.write('{"step": 9, "tok')
+    with MetricsWriter(tmp_path, resume_after=4) as metrics:
+        metrics.write_table(6, rows[:1])
+    assert table(tmp_path) == [{'step': step, 'tokens': rows} for step in (2, 4)] + [{'step': 6, 'tokens': rows[:1]}]

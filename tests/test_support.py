@@ -1,5 +1,8 @@
 """Sparse supports: what is listed, what is not, and two of them on common ground."""
 
+import functools
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from troll_jax.ops.projection import kl_divergence, project_sparse
-from troll_jax.ops.support import at_token, at_tokens, log_mass, sparsify, union_with_default
+from troll_jax.ops.projection import kl_divergence, project, project_sparse
+from troll_jax.ops.support import TAIL, at_token, at_tokens, bucket_tail, default_tail, log_mass, sparsify
 from troll_jax.types import SparseLogProbs
 
 INF = np.inf
@@ -20,7 +23,17 @@ def log_probs_of(seed: int, scale: float = 2.0, size: int = VOCAB) -> jax.Array:
 
 
 listed = jax.jit(sparsify, static_argnames=('max_tokens', 'mass'))
-united = jax.jit(union_with_default, static_argnames='default')
+
+
+@functools.partial(jax.jit, static_argnames=('probability', 'renormalise'))
+def united(new_log_probs, new, old, **settings):
+    """The default tail rule on the union, from all of log π̃ [V]."""
+    return default_tail(at_tokens(new_log_probs, old.tokens), new, old, **settings)
+
+
+@jax.jit
+def bucketed(new_log_probs, old):
+    return bucket_tail(at_tokens(new_log_probs, old.tokens), None, old)
 
 
 def test_most_probable_first_with_their_exact_log_probs():
@@ -116,7 +129,7 @@ def test_union_of_different_supports():
     new_log_probs, old_log_probs = log_probs_of(3), log_probs_of(4)
     new = listed(new_log_probs, 6, max_tokens=5, mass=1.0)
     old = listed(old_log_probs, 6, max_tokens=4, mass=1.0)
-    a, b = jax.tree.map(np.asarray, united(new_log_probs, new, old, default=1e-9))
+    a, b = jax.tree.map(np.asarray, united(new_log_probs, new, old, probability=1e-9))
     np.testing.assert_array_equal(a.tokens, b.tokens)
     real = a.tokens[a.tokens >= 0]
     assert len(real) == len(set(real)) and set(real) == {*new.tokens.tolist(), *old.tokens.tolist()}
@@ -130,7 +143,8 @@ def test_union_of_different_supports():
 
 
 @pytest.mark.parametrize('mass', [1.0, 1 - 1e-5, 0.8])
-def test_equal_policies_are_equal_on_the_union(mass):
+@pytest.mark.parametrize('renormalise', [False, True])
+def test_equal_policies_are_equal_on_the_union(mass, renormalise):
     """Guards the first update of every rollout: one rule for both supports, or the sampled token would differ.
 
     The KL is exactly zero, also where the token sampled is not among the most probable.
@@ -139,7 +153,7 @@ def test_equal_policies_are_equal_on_the_union(mass):
         log_probs = log_probs_of(seed, scale=3.0)
         for token in (int(jnp.argmax(log_probs)), int(jnp.argmin(log_probs))):
             own = listed(log_probs, token, max_tokens=5, mass=mass)
-            new, old = united(log_probs, own, own)
+            new, old = united(log_probs, own, own, renormalise=renormalise)
             np.testing.assert_array_equal(new.log_probs, old.log_probs)
             assert kl_divergence(new.log_probs, old.log_probs) == 0
 
@@ -147,7 +161,7 @@ def test_equal_policies_are_equal_on_the_union(mass):
 def test_union_leaves_padding_out_of_the_projection():
     """Guards short supports: the padding of either has no part in the result."""
     new_log_probs, old_log_probs = log_probs_of(5), log_probs_of(6)
-    run = jax.jit(lambda new, old: project_sparse(*union_with_default(new_log_probs, new, old), bound=0.05))
+    run = jax.jit(lambda new, old: project_sparse(*united(new_log_probs, new, old), bound=0.05))
     new = listed(new_log_probs, 1, max_tokens=5, mass=1.0)
     old = listed(old_log_probs, 1, max_tokens=5, mass=1.0)
     longer = lambda x: SparseLogProbs(
@@ -167,10 +181,178 @@ def test_gradient_flows_to_the_exact_entries():
     old = listed(log_probs_of(8), 2, max_tokens=4, mass=1.0)
 
     def total(x):
-        entries = union_with_default(x, new, old)[0].log_probs
+        exact = new._replace(log_probs=at_tokens(x, new.tokens))
+        entries = united(x, exact, old)[0].log_probs
         return jnp.sum(jnp.where(entries > -INF, entries, 0.0))
 
     gradient = np.asarray(jax.jit(jax.grad(total))(log_probs))
     expected = np.zeros(VOCAB)
     expected[list({*new.tokens.tolist(), *old.tokens.tolist()})] = 1
     np.testing.assert_array_equal(gradient, expected)
+
+
+def test_renormalised_union_sums_to_one():
+    """Guards the paper's form: both are distributions on the union, in the proportions they had; padding stays."""
+    new_log_probs, old_log_probs = log_probs_of(3), log_probs_of(4)
+    new = listed(new_log_probs, 6, max_tokens=5, mass=0.8)
+    old = listed(old_log_probs, 6, max_tokens=4, mass=0.8)
+    plain = united(new_log_probs, new, old)
+    for before, after in zip(plain, united(new_log_probs, new, old, renormalise=True), strict=True):
+        np.testing.assert_array_equal(before.tokens, after.tokens)
+        real = np.asarray(before.tokens) >= 0
+        np.testing.assert_allclose(np.exp(after.log_probs).sum(), 1, rtol=1e-6)
+        np.testing.assert_allclose(after.log_probs[real], (before.log_probs - log_mass(before))[real], rtol=1e-5)
+        assert np.all(after.log_probs[~real] == -INF) and not real.all()
+        assert np.exp(log_mass(before)) < 1 - 1e-3, 'something was meant to be left out'
+
+
+@pytest.mark.parametrize('renormalise', [True, False])
+def test_only_kept_tokens_get_a_gradient_when_renormalised(renormalise):
+    """Guards the difference of the two forms: whether the tail's logits are pushed when kept tokens gain."""
+    scores, old = log_probs_of(7), listed(log_probs_of(8), 2, max_tokens=4, mass=1.0)
+    own_tokens = listed(scores, 2, max_tokens=4, mass=1.0).tokens
+
+    def value(scores):
+        log_probs = jax.nn.log_softmax(scores)
+        own = SparseLogProbs(own_tokens, at_tokens(log_probs, own_tokens))
+        return at_token(united(log_probs, own, old, renormalise=renormalise)[0], 2)
+
+    gradient = np.asarray(jax.jit(jax.grad(value))(scores))
+    kept = np.isin(np.arange(VOCAB), [*own_tokens.tolist(), *old.tokens.tolist()])
+    assert np.all(np.abs(gradient[kept]) > 1e-4) and not kept.all()
+    expected = 0 if renormalise else -np.exp(scores[~kept])
+    np.testing.assert_allclose(gradient[~kept], expected, rtol=1e-4, atol=1e-8)
+
+
+# --- the bucket -------------------------------------------------------------------------------------------------------
+
+scores_strategy = st.tuples(
+    *[st.lists(st.one_of(st.floats(-12, 12, width=32), st.just(-60.0)), min_size=VOCAB, max_size=VOCAB)] * 2
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(scores_strategy, st.integers(0, VOCAB - 1), st.sampled_from([(1, 1.0), (4, 1.0), (9, 0.9), (VOCAB, 1.0)]))
+def test_bucket_has_a_mass_of_one_and_never_more_divergence(scores, token, limits):
+    """Guards the data-processing inequality: a tail mass of its own would put tokens outside that are not."""
+    max_tokens, mass = limits
+    new_log_probs, old_log_probs = (jax.nn.log_softmax(jnp.array(x)) for x in scores)
+    old = listed(old_log_probs, token, max_tokens=max_tokens, mass=mass)
+    new_bucket, old_bucket = bucketed(new_log_probs, old)
+    np.testing.assert_array_equal(new_bucket.tokens, [*old.tokens.tolist(), TAIL])
+    np.testing.assert_array_equal(old_bucket.tokens, new_bucket.tokens)
+    for bucket in (new_bucket, old_bucket):
+        assert not np.isnan(bucket.log_probs).any()
+        np.testing.assert_allclose(np.exp(bucket.log_probs).sum(), 1, atol=1e-6)
+    assert (
+        kl_divergence(new_bucket.log_probs, old_bucket.log_probs)
+        <= divergence(new_log_probs, old_log_probs) * (1 + 1e-4) + 1e-5
+    )
+
+
+def divergence(log_p, log_q) -> float:
+    """KL in float64."""
+    p, q = (np.asarray(x, np.float64) for x in (log_p, log_q))
+    return np.sum(np.where(np.exp(p) > 0, np.exp(p) * (p - q), 0.0))
+
+
+def test_bucket_of_the_whole_vocabulary_is_the_dense_projection():
+    """Guards K = V: the tail that is left, rounding, takes no part in divergence or projection."""
+    for seed in range(4):
+        new_log_probs, old_log_probs = log_probs_of(seed, 3.0), log_probs_of(seed + 10, 3.0)
+        old = listed(old_log_probs, 0, max_tokens=VOCAB, mass=1.0)
+        sides = bucketed(new_log_probs, old)
+        expected = jax.jit(functools.partial(project, bound=0.05))(new_log_probs, old_log_probs)
+        result = jax.jit(functools.partial(project_sparse, bound=0.05))(*sides)
+        np.testing.assert_allclose(
+            kl_divergence(*(x.log_probs for x in sides)), divergence(new_log_probs, old_log_probs), rtol=1e-4
+        )
+        assert result.violated
+        np.testing.assert_allclose(
+            np.exp(result.log_probs[:-1]), np.exp(expected.log_probs[old.tokens]), rtol=1e-3, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize(('max_tokens', 'mass'), [(1, 1.0), (4, 1.0), (9, 0.9), (VOCAB, 1.0)])
+def test_equal_policies_have_equal_buckets(max_tokens, mass):
+    """Guards the first update: a divergence of exactly zero, also where the sum of what is kept rounds above one."""
+    above = 0
+    for seed in range(12):
+        log_probs = log_probs_of(seed, 3.0)
+        old = listed(log_probs, seed % VOCAB, max_tokens=max_tokens, mass=mass)
+        above += jnp.sum(jnp.exp(old.log_probs)) > 1
+        new_bucket, old_bucket = bucketed(log_probs, old)
+        np.testing.assert_array_equal(new_bucket.log_probs, old_bucket.log_probs)
+        assert np.all(new_bucket.log_probs[:max_tokens] == old.log_probs)
+        assert kl_divergence(new_bucket.log_probs, old_bucket.log_probs) == 0
+    assert above or max_tokens < VOCAB, 'one sum was meant to round above one'
+
+
+def test_bucket_obeys_the_chain_rule():
+    """Guards the gap: KL = KL of the buckets + tail mass of π̃ · KL of the tails, in float64."""
+    with jax.enable_x64(True):
+        for seed in range(4):
+            new, old = (np.asarray(jax.nn.log_softmax(np.float64(log_probs_of(seed + i)))) for i in (0, 20))
+            support = listed(jnp.asarray(old), 3, max_tokens=5, mass=1.0)
+            sides = bucketed(jnp.asarray(new), support)
+            tail = ~np.isin(np.arange(VOCAB), support.tokens)
+            mass = [np.exp(x[tail]).sum() for x in (new, old)]
+            np.testing.assert_allclose(np.exp([x.log_probs[-1] for x in sides]), mass, rtol=1e-12)
+            gap = mass[0] * divergence(new[tail] - np.log(mass[0]), old[tail] - np.log(mass[1]))
+            got = kl_divergence(*(x.log_probs for x in sides))
+            np.testing.assert_allclose(got + gap, divergence(new, old), rtol=1e-12)
+            assert gap > 1e-3
+
+
+def test_gradient_through_the_bucket_equals_differences():
+    """Guards the tail's entry: logits of tokens that are not listed move the projection through it."""
+    old = listed(log_probs_of(31), 3, max_tokens=5, mass=1.0)
+    with jax.enable_x64(True):
+        old = SparseLogProbs(old.tokens, jnp.asarray(old.log_probs, jnp.float64))
+        weights = np.linspace(-1, 1, 6)
+
+        def value(scores):
+            sides = bucketed(jax.nn.log_softmax(scores), old)
+            return jnp.sum(project_sparse(*sides, bound=0.05).log_probs * weights)
+
+        scores = np.asarray(log_probs_of(30), np.float64)
+        gradient = np.asarray(jax.jit(jax.grad(value))(scores))
+        value, step = jax.jit(value), 1e-5
+        expected = [(value(scores + step * e) - value(scores - step * e)) / (2 * step) for e in np.eye(VOCAB)]
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+    tail = ~np.isin(np.arange(VOCAB), old.tokens)
+    assert np.abs(gradient[tail]).min() > 1e-4
+
+
+@pytest.mark.parametrize('max_tokens', [1, VOCAB])
+def test_nothing_in_the_tail_is_no_nan(max_tokens):
+    """Guards log 0 and its gradient, where everything is kept or one token has it all."""
+    scores = 200.0 * jax.nn.one_hot(3, VOCAB) if max_tokens == 1 else log_probs_of(0, 3.0)
+    old = listed(jax.nn.log_softmax(scores), 3, max_tokens=max_tokens, mass=1.0)
+
+    def value(scores):
+        sides = bucketed(jax.nn.log_softmax(scores), old)
+        return jnp.sum(jnp.exp(project_sparse(*sides, bound=0.05).log_probs) * jnp.arange(max_tokens + 1))
+
+    for shift in (0.0, 1.0):
+        total, gradient = jax.jit(jax.value_and_grad(value))(scores + shift * log_probs_of(5))
+        assert np.isfinite(total) and np.isfinite(gradient).all()
+
+
+# --- what is left out -------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.one_of(st.floats(-6, 6, width=32), st.sampled_from([0.0, 1.0])), min_size=7, max_size=7),
+    st.integers(0, 6),
+    st.integers(1, 6),
+)
+def test_no_other_support_leaves_out_less(scores, token, size):
+    """Guards the ordering of theorem A.1: of all supports of K tokens, the sampled one in it, ours holds most."""
+    log_probs = jax.nn.log_softmax(jnp.array(scores))
+    kept = set(listed(log_probs, token, max_tokens=size, mass=1.0).tokens.tolist())
+    assert len(kept) == size and token in kept
+    probs = np.exp(np.asarray(log_probs, np.float64))
+    masses = {s: probs[list(s)].sum() for s in itertools.combinations(range(7), size) if token in s}
+    assert masses[tuple(sorted(kept))] >= max(masses.values()) - 1e-12

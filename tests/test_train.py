@@ -32,9 +32,6 @@ from troll_jax.sharding import make_mesh
 REPOSITORY = Path(__file__).parent.parent
 
 SMALL = [
-    'Arithmetic.operands = 2',
-    'Arithmetic.train_size = 60',
-    'Arithmetic.test_size = 10',
     'Experiment.max_prompt_length = 4',
     'Experiment.max_response_length = 3',
     'train.steps = 4',
@@ -47,12 +44,23 @@ SMALL = [
 ]
 
 
+ARITHMETIC = ['Arithmetic.operands = 2', 'Arithmetic.train_size = 60', 'Arithmetic.test_size = 10']
+
+
 @register
 class StartsWithHash(Arithmetic):
     """Rewards a response that begins with '#': something that a policy without any knowledge can find out."""
 
     def grade(self, response: str, answer: str) -> float:
         return float(response.startswith('#'))
+
+
+HASH = [
+    'Experiment.task = @StartsWithHash()',
+    *(binding.replace('Arithmetic', 'StartsWithHash') for binding in ARITHMETIC),
+    'train.evaluate_every = 0',
+    'adamw.learning_rate = 1e-2',
+]
 
 
 @pytest.fixture(autouse=True)
@@ -72,11 +80,11 @@ def model(tmp_path_factory) -> str:
     return folder
 
 
-def run(folder, model: str, *bindings: str, method: str = 'troll') -> list[dict]:
+def run(folder, model: str, *bindings: str, method: str = 'troll', task=tuple(ARITHMETIC)) -> list[dict]:
     """Trains with a quickstart configuration and returns the metrics."""
     gin.clear_config()
     names = [f"train.run_dir = '{folder}'", f"Experiment.model = '{model}'"]
-    parse([REPOSITORY / f'configs/quickstart_{method}.gin'], [*SMALL, *names, *bindings])
+    parse([REPOSITORY / f'configs/quickstart_{method}.gin'], [*SMALL, *task, *names, *bindings])
     train()
     return read_metrics(Path(folder) / 'metrics.jsonl')
 
@@ -107,14 +115,33 @@ def test_resuming_equals_not_stopping(tmp_path, model):
     assert_same(saved(tmp_path / 'parts', 4), saved(tmp_path / 'whole', 4))
 
 
+ADAPTIVE = [
+    'troll.bound = @adaptive_bound',
+    'adaptive_bound.start = 1e-3',
+    'adaptive_bound.target = 0.5',
+    'adaptive_bound.gain = 0.5',
+    'troll.region = @sequence_region',
+    'train.tail_rule = @bucket_tail',
+    'train.max_tokens = 8',
+    'train.table_every = 1',
+]
+
+
 def test_a_lost_checkpoint_repeats_its_steps(tmp_path, model):
-    """Guards against metrics of steps that a crash lost staying in the file beside those of their repetition."""
-    whole = run(tmp_path / 'whole', model)
+    """Guards against metrics of steps that a crash lost staying in the file beside those of their repetition.
+
+    With every option whose result depends on more than parameters and optimizer: the bound follows what was projected.
+    """
+    whole = run(tmp_path / 'whole', model, *ADAPTIVE, task=HASH)
+    projected = [row['update/projected_share'] for row in whole]
+    assert max(projected) > 0.1 and len(set(projected)) > 1, 'the bound was meant to matter'
     shutil.copytree(tmp_path / 'whole', tmp_path / 'crashed')
     shutil.rmtree(tmp_path / 'crashed/checkpoints/4')
-    again = run(tmp_path / 'crashed', model)
+    again = run(tmp_path / 'crashed', model, *ADAPTIVE, task=HASH)
     assert without_times(again) == without_times(whole)
     assert_same(saved(tmp_path / 'crashed', 4), saved(tmp_path / 'whole', 4))
+    tables = [(tmp_path / name / 'held_tokens.jsonl').read_text() for name in ('crashed', 'whole')]
+    assert tables[0] == tables[1] and tables[0].count('\n') == 4
 
 
 @pytest.mark.parametrize('mesh', ['make_mesh.fsdp = 8', 'make_mesh.data = 2\nmake_mesh.fsdp = 2\nmake_mesh.tensor = 2'])
@@ -153,18 +180,7 @@ def write_qwen3(folder, tokenizer, **sizes) -> None:
 @pytest.mark.parametrize('method', ['troll', 'clip'])
 def test_a_rewarded_response_is_learnt(tmp_path, model, method):
     """Guards against everything that makes a run go through without learning: signs, shifts by one, lost gradients."""
-    rows = run(
-        tmp_path,
-        model,
-        'Experiment.task = @StartsWithHash()',
-        'StartsWithHash.operands = 2',
-        'StartsWithHash.train_size = 60',
-        'StartsWithHash.test_size = 10',
-        'train.steps = 20',
-        'train.evaluate_every = 0',
-        'adamw.learning_rate = 1e-2',
-        method=method,
-    )
+    rows = run(tmp_path, model, 'train.steps = 20', method=method, task=HASH)
     assert rows[0]['reward/mean'] < 0.5 < 0.9 < rows[-1]['reward/mean']
 
 
@@ -174,7 +190,28 @@ def test_without_learning_the_sampler_is_the_trainer(tmp_path, model):
     for row in rows:
         assert row['update/kl_max'] < 1e-5
         assert row['update/ratio_max'] == pytest.approx(1, abs=1e-3)
-        assert row['update/projected_share'] == row['update/clipped_share'] == 0
+        assert row['update/projected_share'] == 0 and row['update/weight_p01'] == 1
+
+
+def test_the_tokens_that_are_held_back_are_listed(tmp_path, model):
+    """Guards a table with ids in place of text, in the wrong order, of other steps, or that counts more than there is.
+
+    Every token of a response is counted once per rollout batch, and once projected at most.
+    """
+    rows = run(tmp_path, model, 'train.table_every = 2', 'troll.bound = 1e-3', task=HASH)
+    tables = [json.loads(line) for line in (tmp_path / 'held_tokens.jsonl').read_text().splitlines()]
+    assert [table['step'] for table in tables] == [2, 4]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / 'model')
+    for table in tables:
+        entries = table['tokens']
+        counts = [entry['held'] for entry in entries]
+        assert 0 < len(entries) <= 20 and counts == sorted(counts, reverse=True)
+        assert all(0 < entry['held'] <= entry['seen'] for entry in entries)
+        assert all(entry['text'] == tokenizer.decode([entry['token']]) for entry in entries)
+        assert any(entry['text'] == '#' for entry in entries), 'what is learnt was meant to be held back'
+        length = rows[table['step'] - 1]['rollout/response_length']
+        assert sum(entry['seen'] for entry in entries) <= length * 64 + 1e-3
+        assert sum(counts) > 0 and rows[table['step'] - 1]['update/projected_share'] > 0
 
 
 def test_nothing_compiles_after_the_first_step(tmp_path, model):
@@ -232,6 +269,7 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
         ('Experiment.compute_dtype = "float64"', 'float64'),
         ('train.temperature = 0.0', 'temperature must be above 0'),
         ('train.checkpoint_every = 0', 'checkpoint_every must be above 0'),
+        ('train.table_every = -1', 'table_every must be at least 0'),
         ('train.evaluate_every = -1', 'evaluate_every must be at least 0'),
     ],
 )
@@ -329,6 +367,7 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path, model):
     """Guards against losing what was learnt since the last checkpoint to Ctrl-C, with the command that users type."""
     bindings = [
         *SMALL,
+        *ARITHMETIC,
         f"train.run_dir = '{tmp_path}'",
         f"Experiment.model = '{model}'",
         'train.checkpoint_every = 1000',

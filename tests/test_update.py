@@ -12,15 +12,18 @@ import optax
 import pytest
 
 from troll_jax.models import decoder as decoders
-from troll_jax.models.head import sparse_head
 from troll_jax.ops.categorical import entropy
-from troll_jax.ops.losses import constant_length, ppo_clip, sequence_mean, token_mean, troll
-from troll_jax.ops.support import sparsify
+from troll_jax.ops.losses import constant_length, ppo_clip, sequence_mean, sequence_region, token_mean, troll
+from troll_jax.ops.schedules import adaptive_bound
+from troll_jax.ops.support import bucket_tail, default_tail, sparsify
 from troll_jax.sharding import make_mesh, named_sharding
-from troll_jax.types import Batch, TrainState
-from troll_jax.update import make_update, minibatches, response_mask
+from troll_jax.types import Batch, Progress, TrainState
+from troll_jax.update import _summarise, make_update, minibatches, response_mask
 
 VOCAB, PROMPT, RESPONSE, ROWS, KEPT, MASS = 38, 3, 5, 8, 11, 1 - 1e-5
+# Options of gin that the update must take as they come.
+troll_of_responses = functools.partial(troll, region=sequence_region)
+troll_on_schedule = functools.partial(troll, bound=functools.partial(adaptive_bound, start=0.05, target=0.1))
 AGGREGATIONS = (token_mean, sequence_mean, constant_length)
 CONFIG = decoders.DecoderConfig(
     vocab_size=VOCAB,
@@ -91,13 +94,16 @@ def batch() -> Batch:
 
 
 @functools.cache
-def updater(objective=troll, aggregation=token_mean, micro_batches=1, head_chunk=1024, rate=1.0):
+def updater(
+    objective=troll, aggregation=token_mean, micro_batches=1, head_chunk=1024, rate=1.0, tail_rule=default_tail
+):
     return make_update(
         CONFIG,
         optax.sgd(rate),
         objective=objective,
         aggregation=aggregation,
         temperature=1.0,
+        tail_rule=tail_rule,
         max_tokens=KEPT,
         mass=MASS,
         micro_batches=micro_batches,
@@ -107,9 +113,15 @@ def updater(objective=troll, aggregation=token_mean, micro_batches=1, head_chunk
 
 def run(update, params, data: Batch, rate=1.0):
     """New parameters and metrics, in numpy. The parameters that go in survive."""
+    state, log = update(start(params, optax.sgd(rate)), data)
+    return jax.tree.map(np.asarray, (state.params, log.metrics))
+
+
+def start(params, optimizer) -> TrainState:
+    """The state of a run that begins with a copy of these parameters."""
     params = jax.tree.map(jnp.copy, params)
-    state, metrics = update(TrainState(jnp.int32(0), params, optax.sgd(rate).init(params)), data)
-    return jax.tree.map(np.asarray, (state.params, metrics))
+    progress = Progress(jnp.int32(0), jnp.int32(0), jnp.float32(0))
+    return TrainState(progress, params, optimizer.init(params))
 
 
 def assert_same(one, other, atol=1e-6):
@@ -125,8 +137,8 @@ def assert_same_step(one, other):
 
 
 @functools.cache
-def reference(objective=troll, aggregation=token_mean):
-    return run(updater(objective, aggregation), nearby_params(), batch())
+def reference(objective=troll, aggregation=token_mean, tail_rule=default_tail):
+    return run(updater(objective, aggregation, tail_rule=tail_rule), nearby_params(), batch())
 
 
 def test_gradient_is_that_of_the_written_out_loss():
@@ -157,19 +169,19 @@ def test_gradient_is_that_of_the_written_out_loss():
 
 
 @pytest.mark.parametrize(
-    ('objective', 'aggregation', 'parts'),
+    ('objective', 'aggregation', 'tail_rule', 'parts'),
     [
-        (troll, token_mean, 2),
-        (troll, token_mean, 8),
-        (ppo_clip, token_mean, 4),
-        (ppo_clip, sequence_mean, 8),
-        (ppo_clip, constant_length, 4),
+        (troll, token_mean, default_tail, 8),
+        (troll_of_responses, token_mean, bucket_tail, 2),
+        (ppo_clip, token_mean, default_tail, 4),
+        (ppo_clip, sequence_mean, default_tail, 8),
+        (ppo_clip, constant_length, default_tail, 4),
     ],
 )
-def test_micro_batches_do_not_matter(objective, aggregation, parts):
+def test_micro_batches_do_not_matter(objective, aggregation, tail_rule, parts):
     """Guards the one global denominator: a mean of means would weight rows by the micro-batch they are in."""
-    got = run(updater(objective, aggregation, micro_batches=parts), nearby_params(), batch())
-    assert_same_step(got, reference(objective, aggregation))
+    got = run(updater(objective, aggregation, micro_batches=parts, tail_rule=tail_rule), nearby_params(), batch())
+    assert_same_step(got, reference(objective, aggregation, tail_rule))
 
 
 def test_aggregations_differ():
@@ -193,9 +205,9 @@ def test_mesh_does_not_matter(shape, objective):
         put = lambda x: jax.device_put(x, named_sharding(mesh, ('batch', *[None] * (x.ndim - 1))))
         # By way of numpy: a shard on the first device could share the memory that the update consumes.
         params = jax.tree.map(lambda p, leaf: jax.device_put(np.array(p), leaf.sharding), nearby_params(), shapes)
-        state = TrainState(jnp.int32(0), params, optax.sgd(1.0).init(params))
-        state, metrics = updater(objective, head_chunk=16)(state, jax.tree.map(put, batch()))
-    assert_same_step(jax.tree.map(np.asarray, (state.params, metrics)), reference(objective))
+        state = start(nearby_params(), optax.sgd(1.0))._replace(params=params)
+        state, log = updater(objective, head_chunk=16)(state, jax.tree.map(put, batch()))
+    assert_same_step(jax.tree.map(np.asarray, (state.params, log.metrics)), reference(objective))
     for param, leaf in zip(jax.tree.leaves(state.params), jax.tree.leaves(shapes), strict=True):
         assert param.sharding.is_equivalent_to(leaf.sharding, param.ndim)
 
@@ -232,19 +244,20 @@ def test_gradient_that_is_not_finite_skips_the_step():
         objective=ppo_clip,
         aggregation=token_mean,
         temperature=1.0,
+        tail_rule=default_tail,
         max_tokens=KEPT,
         mass=MASS,
         micro_batches=2,
     )
     params = nearby_params()
-    state = TrainState(jnp.int32(3), params, optimizer.init(params))
+    state = start(params, optimizer)
     before = jax.tree.map(np.array, state)
     bad = batch()._replace(advantages=batch().advantages.at[2].set(jnp.nan))
-    after, metrics = update(jax.tree.map(jnp.copy, state), bad)
-    assert metrics['skipped'] == 1
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, after), before)
-    after, metrics = update(jax.tree.map(jnp.copy, state), batch())
-    assert metrics['skipped'] == 0
+    after, log = update(jax.tree.map(jnp.copy, state), bad)
+    assert log.metrics['skipped'] == 1
+    jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, after[1:]), before[1:])
+    after, log = update(jax.tree.map(jnp.copy, state), batch())
+    assert log.metrics['skipped'] == 0
     assert any(
         np.any(np.asarray(a) != b) for a, b in zip(*map(jax.tree.leaves, (after.params, before.params)), strict=True)
     )
@@ -255,7 +268,7 @@ def test_first_update_of_troll_and_clip_is_the_same():
     one, metrics = run(updater(troll), policy_params(), batch())
     other, _ = run(updater(ppo_clip), policy_params(), batch())
     assert_same(one, other, atol=2e-6)
-    assert metrics['kl_max'] < 1e-5 and metrics['projected_share'] == 0 and metrics['solver_evaluations'] == 0
+    assert metrics['kl_max'] < 1e-5 and metrics['projected_share'] == 0 and metrics['evaluations_max'] == 1
     np.testing.assert_allclose(metrics['ratio_max'], 1, atol=1e-4)
 
 
@@ -270,27 +283,100 @@ def test_metrics():
     ratios = np.exp(np.take_along_axis(log_probs, sampled[..., None], axis=2)[..., 0] - data.old_log_probs)
     np.testing.assert_allclose(metrics['ratio_max'], ratios[mask].max(), rtol=1e-4)
     entropies = jax.vmap(entropy)(jnp.asarray(log_probs[mask]))
-    np.testing.assert_allclose(metrics['entropy'], entropies.mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics['entropy_mean'], entropies.mean(), rtol=1e-4)
     assert 0 < metrics['kl_mean'] <= metrics['kl_p99'] <= metrics['kl_max']
-    assert 0 < metrics['projected_share'] < 1 and metrics['clipped_share'] == 0
-    assert metrics['regression'] > 0 and 0 < metrics['tail_mass'] < 1
-    assert 2 <= metrics['solver_evaluations'] <= 16 and metrics['unconverged_share'] == 0
+    assert 0 < metrics['projected_share'] < 1 and 'clipped_share' not in metrics
+    assert metrics['regression_mean'] > 0 and 0 < metrics['tail_mass_mean'] < 1
+    assert 2 <= metrics['evaluations_max'] <= 16 and metrics['unconverged_share'] == 0
+    assert metrics['kl_projected_max'] <= 0.05 * (1 + 1e-5) < metrics['kl_unprojected_max']
+    assert 0 < metrics['weight_p01'] < 1 == metrics['weight_max']
+    np.testing.assert_allclose(metrics['eta_max'], 1 / metrics['weight_p01'] - 1, rtol=1e-5)  # of 26 tokens: the least
     _, clip_metrics = reference(ppo_clip)
-    assert 0 < clip_metrics['clipped_share'] < 1 and clip_metrics['projected_share'] == 0
-    for name in ('entropy', 'kl_mean', 'kl_max', 'ratio_max', 'tail_mass'):
+    assert 0 < clip_metrics['clipped_share'] < 1 and 'projected_share' not in clip_metrics
+    for name in ('entropy_mean', 'kl_mean', 'kl_p50', 'kl_max', 'ratio_max', 'tail_mass_mean'):
         np.testing.assert_allclose(clip_metrics[name], metrics[name], rtol=1e-6)
 
 
-def test_second_update_does_not_compile():
-    """Guards shapes and weak types that change from the first state to the second."""
-    update = make_update(
-        CONFIG, optax.sgd(0.1), objective=ppo_clip, aggregation=token_mean, temperature=1.0, max_tokens=KEPT, mass=MASS
-    )
-    params = jax.tree.map(jnp.copy, nearby_params())
-    state = TrainState(jnp.int32(0), params, optax.sgd(0.1).init(params))
+def test_quantiles_are_those_of_the_tokens_that_count():
+    """Guards nearest ranks over a mask: padding that counts as zero or as infinite, and a rank that is one off."""
+    rng = np.random.default_rng(0)
+    summarise = jax.jit(_summarise)
+    for shape, share in [((2, 8, 25), 0.6), ((1, 3, 5), 0.5), ((1, 1, 4), 1.0)]:
+        values, mask = np.maximum(rng.normal(size=shape), 0).astype(np.float32), rng.random(shape) < share
+        spoiled = np.where(mask, values, np.nan)
+        metrics = summarise({'ratio': spoiled, 'held': values > 0}, mask)
+        kept = values[mask]
+        for suffix, quantile in [('p01', 0.01), ('p50', 0.5), ('p99', 0.99), ('max', 1.0)]:
+            rank = round(quantile * (kept.size - 1))  # numpy's 'nearest' rounds a tie to even as well
+            assert metrics[f'ratio_{suffix}'] == np.sort(kept)[rank] == np.quantile(kept, quantile, method='nearest')
+        np.testing.assert_allclose(metrics['ratio_mean'], kept.mean(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(metrics['held_share'], np.mean(kept > 0), rtol=1e-6)
+        assert metrics.keys() == {'held_share', 'ratio_mean', *(f'ratio_{x}' for x in ('p01', 'p50', 'p99', 'max'))}
+
+
+@pytest.mark.parametrize('objective', [troll, ppo_clip])
+def test_counts_of_tokens(objective):
+    """Guards the table of tokens: padding that is counted, rows that are shuffled by micro-batches, shares apart."""
+    data, mask = batch(), np.asarray(response_mask(batch()))
+    at = np.minimum(np.asarray(data.prompt_lengths)[:, None] + np.arange(RESPONSE), PROMPT + RESPONSE - 1)
+    sampled = np.take_along_axis(np.asarray(data.tokens), at, axis=1)
+    logs = [
+        updater(objective, micro_batches=parts)(start(nearby_params(), optax.sgd(1.0)), data)[1]
+        for parts in (1, 8 if objective is troll else 4)
+    ]
+    for log in logs:
+        np.testing.assert_array_equal(log.seen, np.bincount(sampled[mask], minlength=VOCAB))
+        np.testing.assert_array_equal(log.held, logs[0].held)
+    held, name = np.asarray(logs[0].held), 'projected_share' if objective is troll else 'clipped_share'
+    assert np.all(held <= logs[0].seen) and 0 < held.sum() < mask.sum()
+    np.testing.assert_allclose(held.sum(), mask.sum() * logs[0].metrics[name], rtol=1e-5)
+    if objective is ppo_clip:
+        log_probs = np.asarray(jax.jit(all_log_probs)(nearby_params(), data.tokens))
+        log_probs = np.take_along_axis(np.take_along_axis(log_probs, at[:, :, None] - 1, axis=1), sampled[..., None], 2)
+        ratio, advantages = np.exp(log_probs[..., 0] - data.old_log_probs), np.asarray(data.advantages)[:, None]
+        clipped = (advantages > 0) & (ratio > 1.2) | (advantages < 0) & ((ratio < 0.8) | (ratio > 10))
+        np.testing.assert_array_equal(held, np.bincount(sampled[mask & clipped], minlength=VOCAB))
+
+
+def test_options_change_the_update():
+    """Guards a region or tail rule that is accepted and not applied."""
+    losses = [
+        reference()[1]['loss'],
+        reference(troll_of_responses, token_mean, bucket_tail)[1]['loss'],
+        run(updater(tail_rule=bucket_tail), nearby_params(), batch())[1]['loss'],
+    ]
+    assert min(abs(losses[i] - losses[j]) for i, j in ((0, 1), (0, 2), (1, 2))) > 1e-4
+
+
+@pytest.mark.parametrize('objective', [ppo_clip, troll_on_schedule])
+def test_second_update_does_not_compile(objective):
+    """Guards shapes and weak types that change from the first state to the second, and a bound that is a constant.
+
+    Progress counts updates and adds up the share of tokens that was projected, which is what a schedule goes by.
+    """
+    update, state = updater(objective, rate=0.01), start(nearby_params(), optax.sgd(0.01))
+    compiled, shares = update._cache_size(), []
     for advantages in (batch().advantages, -batch().advantages, batch().advantages):
-        state, _ = update(state, batch()._replace(advantages=advantages))
-    assert update._cache_size() == 1
+        state, log = update(state, batch()._replace(advantages=advantages))
+        shares.append(float(log.metrics.get('projected_share', 0.0)))
+    assert update._cache_size() <= compiled + 1 and update._cache_size() == 1
+    assert state.progress.step == 0 and state.progress.updates == 3
+    np.testing.assert_allclose(state.progress.projected, sum(shares), rtol=1e-6)
+
+
+def test_a_schedule_moves_the_bound():
+    """Guards progress on its way to the objective: after many projected tokens the region is wider."""
+    state = start(nearby_params(), optax.sgd(1.0))
+    _, log = updater(troll_on_schedule)(jax.tree.map(jnp.copy, state), batch())
+    np.testing.assert_allclose(log.metrics['loss'], reference()[1]['loss'], rtol=1e-4)  # the start is 0.05
+    later = state.progress._replace(updates=jnp.int32(10), projected=jnp.float32(5.0))
+    bound = float(adaptive_bound(later, start=0.05, target=0.1))
+    assert bound > 0.3
+    _, log = updater(troll_on_schedule)(state._replace(progress=later), batch())
+    expected = run(updater(functools.partial(troll, bound=bound)), nearby_params(), batch())[1]
+    np.testing.assert_allclose(log.metrics['loss'], expected['loss'], rtol=1e-4)
+    np.testing.assert_allclose(log.metrics['kl_projected_max'], bound, rtol=1e-3)
+    assert log.metrics['weight_mean'] > reference()[1]['weight_mean'] + 0.05
 
 
 def test_minibatches_partition_the_prompts():
@@ -306,73 +392,3 @@ def test_minibatches_partition_the_prompts():
         assert groups.shape == (2, 3) and np.all(groups == groups[:, :1])
         np.testing.assert_array_equal(part.advantages // 3, part.prompt_lengths)
         assert part.old.tokens.shape == (6, RESPONSE, KEPT)
-
-
-@pytest.mark.parametrize(('temperature', 'chunk'), [(1.0, 5), (0.7, 11)])
-def test_head_equals_the_whole_softmax(temperature, chunk):
-    """Guards the chunked head against the plain one: values, and gradients through what it recomputes."""
-    keys = jax.random.split(jax.random.key(2), 4)
-    hidden, unembedding = jax.random.normal(keys[0], (11, 6)), jax.random.normal(keys[1], (VOCAB, 6))
-    tokens = jax.random.randint(keys[2], (11,), 0, VOCAB)
-    old_log_probs = jax.nn.log_softmax(jax.random.normal(keys[3], (11, VOCAB)))
-    old = jax.vmap(functools.partial(sparsify, max_tokens=KEPT, mass=0.9))(old_log_probs, tokens)
-
-    def chunked(hidden, unembedding):
-        out = sparse_head(
-            hidden,
-            unembedding,
-            tokens,
-            old,
-            temperature=temperature,
-            max_tokens=KEPT,
-            mass=0.9,
-            chunk=chunk,
-            dtype='float32',
-        )
-        listed = jnp.where(out.new.tokens >= 0, out.new.log_probs, 0.0)
-        return jnp.sum(out.log_probs) + jnp.sum(out.entropy) + jnp.sum(listed**2) + jnp.sum(out.tail_mass), out
-
-    def whole(hidden, unembedding, listed_tokens):
-        log_probs = jax.nn.log_softmax(hidden @ unembedding.T / temperature)
-        at = lambda tokens: jnp.take_along_axis(log_probs, tokens, axis=1)
-        listed = jnp.where(listed_tokens >= 0, at(jnp.maximum(listed_tokens, 0)), 0.0)
-        tail = 1 - jnp.sum(jnp.where(listed_tokens >= 0, jnp.exp(listed), 0.0), axis=1)
-        entropies = -jnp.sum(jnp.exp(log_probs) * log_probs, axis=1)
-        total = jnp.sum(at(tokens[:, None])) + jnp.sum(entropies) + jnp.sum(listed**2) + jnp.sum(tail)
-        return total, (log_probs, entropies, tail)
-
-    run_chunked = jax.jit(jax.value_and_grad(chunked, argnums=(0, 1), has_aux=True))
-    (value, out), gradients = run_chunked(hidden, unembedding)
-    run_whole = jax.jit(jax.value_and_grad(whole, argnums=(0, 1), has_aux=True))
-    (expected, (log_probs, entropies, tail)), expected_gradients = run_whole(hidden, unembedding, out.new.tokens)
-    np.testing.assert_allclose(value, expected, rtol=1e-5)
-    assert_same(gradients, expected_gradients, atol=1e-4)
-    np.testing.assert_allclose(out.log_probs, log_probs[jnp.arange(11), tokens], atol=1e-5)
-    np.testing.assert_allclose(out.entropy, entropies, atol=1e-5)
-    np.testing.assert_allclose(out.tail_mass, tail, atol=1e-5)
-    np.testing.assert_array_equal(out.old.tokens, out.new.tokens)
-    assert out.new.tokens.shape == (11, 2 * KEPT) and jnp.any(out.new.tokens >= 0, axis=1).all()
-
-
-def test_no_array_of_all_logits():
-    """Guards memory, by the compiler's own count: the gradient of the head must not grow with tokens × vocabulary."""
-    tokens, width, size, chunk = 128, 8, 1009, 8
-    old_tokens = jnp.zeros((tokens, KEPT), jnp.int32)
-
-    def loss(hidden, unembedding):
-        out = sparse_head(
-            hidden,
-            unembedding,
-            jnp.zeros(tokens, jnp.int32),
-            batch().old._replace(tokens=old_tokens, log_probs=jnp.zeros((tokens, KEPT))),
-            temperature=1.0,
-            max_tokens=KEPT,
-            mass=1.0,
-            chunk=chunk,
-            dtype='float32',
-        )
-        return jnp.sum(out.log_probs) + jnp.sum(out.entropy)
-
-    shapes = jax.ShapeDtypeStruct((tokens, width), jnp.float32), jax.ShapeDtypeStruct((size, width), jnp.float32)
-    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*shapes).compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < tokens * size * 4

@@ -197,7 +197,8 @@ def _summarise(logs: dict[str, jax.Array], mask: jax.Array) -> dict[str, jax.Arr
         metrics[f'{name}_share' if value.dtype == bool else f'{name}_mean'] = jnp.sum(jnp.where(mask, value, 0)) / count
         if name in _QUANTILES:
             ranks = jnp.round(jnp.array([0.01, 0.5, 0.99]) * (count - 1)).astype(jnp.int32)
-            p01, p50, p99 = _order_statistics(jnp.where(mask, value, jnp.inf), ranks)
+            quantiles = _order_statistics(jnp.where(mask, value, jnp.inf), ranks)
+            p01, p50, p99 = jnp.where(jnp.any(mask), quantiles, 0.0)
             largest = jnp.max(jnp.where(mask, value, 0))
             metrics |= {f'{name}_p01': p01, f'{name}_p50': p50, f'{name}_p99': p99, f'{name}_max': largest}
     return metrics

@@ -81,8 +81,8 @@ def project(log_probs: jax.Array, old_log_probs: jax.Array, *, bound, max_evalua
       log_probs: [V] log π̃, normalised; −inf is allowed.
       old_log_probs: [V] log π_old, normalised, of the same dtype; −inf is allowed, and no mass of π is put there.
       bound: ε > 0 in nats, a float or a scalar array.
-      max_evaluations: after so many evaluations of κ the best feasible point is returned, with `converged` false. None
-        of the inputs tried needed more than 14.
+      max_evaluations: after so many evaluations of κ the best feasible point is returned, with `converged` false. No
+        token tried needed more than 16, no response more than 23.
 
     Returns:
       A Projection. If π̃ and π_old share no support, π is π_old.

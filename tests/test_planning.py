@@ -1,0 +1,125 @@
+"""What the planner counts, against programs whose costs are known; and one real compilation for a TPU topology."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from troll_jax.planning import Chip, Cost, count_flops, program_cost, roofline
+from troll_jax.sharding import make_mesh, named_sharding
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def flops(function, *shapes, devices=1):
+    return count_flops(jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)).jaxpr, devices)
+
+
+def test_flops_of_products_in_loops():
+    """Guards what XLA's own analysis gets wrong: a scan counts as often as it runs, a while loop per iteration."""
+    product = lambda x: x @ x  # 2 · 4³
+    assert flops(product, (4, 4)) == (128, 0)
+    assert flops(lambda x: jax.lax.scan(lambda c, _: (c @ x, None), x, length=7)[0], (4, 4)) == (7 * 128, 0)
+    assert flops(lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 1, product, x), (4, 4)) == (0, 128)
+    assert flops(jax.checkpoint(jax.jit(product)), (4, 4)) == (128, 0)
+    assert flops(lambda x: jnp.einsum('bij,bkj->bik', x, x), (3, 4, 5)) == (2 * 3 * 4 * 4 * 5, 0)
+    # With the gradient: forward, and one product for each factor.
+    assert flops(jax.grad(lambda x, y: jnp.sum(x @ y), argnums=(0, 1)), (4, 4), (4, 4))[0] in (2 * 128, 3 * 128)
+
+
+def test_flops_below_shard_map_are_those_of_all_devices():
+    """Guards the head, which computes on shards: an eighth of the product on each of eight devices."""
+    mesh = make_mesh(1, 8, 1)
+    local = jax.shard_map(
+        lambda x, y: x @ y,
+        mesh=mesh,
+        in_specs=(PartitionSpec('fsdp'), PartitionSpec()),
+        out_specs=PartitionSpec('fsdp'),
+    )
+    assert flops(local, (16, 4), (4, 4), devices=8) == flops(lambda x, y: x @ y, (16, 4), (4, 4))
+
+
+def compiled(function, *shapes, axes=(), mesh=None):
+    shardings = [named_sharding(mesh, names) for names in axes] if mesh else [None] * len(shapes)
+    arguments = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=x) for s, x in zip(shapes, shardings, strict=True)]
+    return jax.jit(function).lower(*arguments).compile().as_text()
+
+
+def test_bytes_of_loops_are_multiplied():
+    """Guards the trip count, which is read off the loop's condition."""
+
+    def repeat(times):
+        body = lambda c, _: (jnp.sin(c) @ c, None)
+        return program_cost(compiled(lambda x: jax.lax.scan(body, x, length=times)[0], (64, 64)))[0].bytes
+
+    assert repeat(42) - repeat(22) == repeat(22) - repeat(2) > 20 * 2 * 64 * 64 * 4
+
+
+def test_an_update_in_place_moves_what_it_writes():
+    """Guards the cache of a decode step: writing one slot must not count as moving all of them."""
+    write = lambda cache, new, at: jax.lax.dynamic_update_slice_in_dim(cache, new, at.astype(int)[0], 0)
+    text = jax.jit(write, donate_argnums=0).lower(*(jnp.zeros(s) for s in ((4096, 64), (1, 64), (1,)))).compile()
+    assert program_cost(text.as_text())[0].bytes < 4096 * 64
+
+
+def test_collectives_by_kind_and_size():
+    """Guards the network's share: the gathered array, once, and the summed one."""
+    mesh = make_mesh(1, 8, 1)
+    text = compiled(
+        lambda x: jax.lax.with_sharding_constraint(x * 2, named_sharding(mesh, (None, None))),
+        (64, 32),
+        axes=[('batch', None)],
+        mesh=mesh,
+    )
+    assert program_cost(text)[0].collectives == {'all-gather': 64 * 32 * 4}
+    text = compiled(lambda x: jnp.sum(x, axis=0), (64, 32), axes=[('batch', None)], mesh=mesh)
+    assert program_cost(text)[0].collectives == {'all-reduce': 32 * 4}
+
+
+def test_the_slowest_part_is_the_bound():
+    """Guards units: rates are per second, and what takes longest is named."""
+    chip = Chip(flops=100.0, memory=0.0, bandwidth=10.0, interconnect=1.0)
+    assert roofline(chip, 300.0, Cost(20.0, Counter())) == (3.0, 'compute')
+    assert roofline(chip, 300.0, Cost(40.0, Counter())) == (4.0, 'memory')
+    assert roofline(chip, 300.0, Cost(40.0, Counter({'all-gather': 3, 'all-reduce': 2}))) == (5.0, 'network')
+
+
+def run_plan(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, '-m', 'experiments.plan', 'configs/qwen3_0_6b_gsm8k_troll.gin', *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+
+
+def test_a_real_plan(tmp_path):
+    """Guards the whole way to the TPU compiler, with a small model: memory, a verdict, and rates."""
+    config = json.loads((REPOSITORY / 'configs/models/qwen3-0.6b/config.json').read_text())
+    config |= {'num_hidden_layers': 2, 'vocab_size': 4096, 'hidden_size': 256, 'intermediate_size': 512}
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    result = run_plan(
+        '--topology',
+        'v5e:2x2',
+        f'Experiment.model = "{tmp_path}"',
+        'Experiment.max_response_length = 128',
+        'Experiment.max_prompt_length = 128',
+        'train.micro_batches = 2',
+        'train.minibatch_prompts = 4',
+    )
+    assert result.returncode == 0, result.stderr
+    update, decode = json.loads(result.stdout.splitlines()[-1])
+    assert (update['program'], decode['program']) == ('update', 'decode')
+    for row in (update, decode):
+        assert row['fits'] and 0 < row['argument_gb'] < row['needed_gb'] < 1 and row['tokens_per_second'] > 0
+    # At least three products of every weight and token, on four devices.
+    weights = 2 * (256 * 128 * (16 + 8 + 8 + 16) + 3 * 256 * 512)
+    assert update['tflops'] > 6 * weights * 32 * 256 / 4 / 1e12
+    assert '| v5e:2x2 | update |' in result.stdout and update['sent_gb']
+
+
+def test_an_unknown_topology_is_an_error():
+    """Guards a mistyped slice: the message names what there is."""
+    result = run_plan('--topology', 'v9:2x2', "Experiment.model = 'configs/models/qwen3-0.6b'")
+    assert result.returncode and "'v9:2x2'" in result.stderr and 'v5e' in result.stderr
