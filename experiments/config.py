@@ -9,7 +9,7 @@ import difflib
 import inspect
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,21 +29,19 @@ from troll_jax.ops import advantages, losses, schedules, support
 from troll_jax.optimizer import adamw
 from troll_jax.sharding import make_mesh
 
-_registered: dict[str, Callable[..., Any]] = {}
+_registered: dict[str, list[str]] = {}  # names of what gin files can name, with those of their parameters
 _command_line: list[str] = []  # the bindings that `parse` was given last
 
 
-def register(target):
-    """Makes a function or class known to gin under its own name."""
-    _registered[target.__name__] = target
-    return gin.external_configurable(target, name=target.__name__, module='troll_jax')
+def register(target, fixed: Sequence[str] = ()):
+    """Makes a function or class known to gin under its own name. `fixed` parameters cannot be bound."""
+    _registered[target.__name__] = [name for name in inspect.signature(target).parameters if name not in fixed]
+    return gin.external_configurable(target, name=target.__name__, module='troll_jax', denylist=list(fixed) or None)
 
 
 for _target in (
     losses.troll,
     losses.ppo_clip,
-    losses.token_region,
-    losses.sequence_region,
     support.default_tail,
     support.bucket_tail,
     schedules.linear_bound,
@@ -58,6 +56,8 @@ for _target in (
     GSM8K,
 ):
     register(_target)
+for _target in (losses.token_region, losses.sequence_region):
+    register(_target, fixed=('new', 'old', 'mask', 'bound'))  # which `troll` passes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,15 +178,11 @@ def check_bindings_used() -> None:
             )
 
 
-def _parameters(target: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(target).parameters)
-
-
 def _check_macros(config: str) -> None:
     """Raises a ValueError for `steps = 3`, which gin takes for the definition of a macro and not for `train.steps`."""
     for macro in re.findall(r'^(\w+) = ', config, re.MULTILINE):
         if not re.search(rf'%{macro}\b', config):
-            known = [(name, f'{owner}.{name}') for owner, target in _registered.items() for name in _parameters(target)]
+            known = [(name, f'{owner}.{name}') for owner, names in _registered.items() for name in names]
             near = difflib.get_close_matches(macro, [name for name, _ in known], n=1, cutoff=0.0)[0]
             meant = ' or '.join(repr(full) for name, full in known if name == near)
             raise ValueError(f'nothing uses the macro {macro!r}.\nDid you mean {meant}?')
@@ -197,7 +193,7 @@ def _nearest(message: str) -> str:
     parameter = re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", message)
     unknown = re.search(r"No configurable matching (?:reference )?'@?([^']+)'", message)
     if parameter and parameter[1].split('.')[-1] in _registered:
-        name, known = parameter[2], _parameters(_registered[parameter[1].split('.')[-1]])
+        name, known = parameter[2], _registered[parameter[1].split('.')[-1]]
     elif unknown:
         name, known = unknown[1].split('/')[-1].split('.')[-1].removesuffix('()'), list(_registered)
     else:

@@ -10,9 +10,10 @@ import pytest
 
 from troll_jax.models import decoder as decoders
 from troll_jax.ops.losses import ppo_clip, token_mean
+from troll_jax.ops.support import default_tail
 from troll_jax.rollout import make_sampler
 from troll_jax.sharding import make_mesh, named_sharding
-from troll_jax.types import Prompts, TrainState
+from troll_jax.types import Progress, Prompts, TrainState
 from troll_jax.update import make_batch, make_update
 
 VOCAB, PROMPT, RESPONSE, GROUP, KEPT, MASS = 38, 5, 7, 3, 11, 1 - 1e-5
@@ -116,14 +117,16 @@ def test_update_finds_the_policy_unchanged():
         objective=ppo_clip,
         aggregation=token_mean,
         temperature=1.0,
+        tail_rule=default_tail,
         max_tokens=KEPT,
         mass=MASS,
     )
     params = jax.tree.map(jnp.copy, policy_params())
     batch = make_batch(jax.tree.map(jnp.asarray, result), jnp.ones(len(result.tokens)))
-    _, metrics = update(TrainState(jnp.int32(0), params, optax.sgd(0.0).init(params)), batch)
+    start = Progress(jnp.int32(0), jnp.int32(0), jnp.float32(0))
+    metrics = update(TrainState(start, params, optax.sgd(0.0).init(params)), batch)[1].metrics
     assert metrics['kl_max'] < 1e-4 and abs(metrics['ratio_max'] - 1) < 1e-4
-    np.testing.assert_allclose(metrics['entropy'], result.entropy.mean(), atol=1e-4)
+    np.testing.assert_allclose(metrics['entropy_mean'], result.entropy.mean(), atol=1e-4)
     np.testing.assert_allclose(metrics['loss'], -1, atol=1e-5)
 
 

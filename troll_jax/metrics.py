@@ -40,7 +40,7 @@ class MetricsWriter:
         """Appends the tokens that an objective held back most at a step to `held_tokens.jsonl`."""
         self._tables.write(json.dumps({'step': step, 'tokens': rows}, ensure_ascii=False) + '\n')
         self._tables.flush()
-        lines = [f'- `{row["text"]!r}` {row["held"]} of {row["seen"]}' for row in rows]
+        lines = [f'- {row["text"]!r} {row["held"]} of {row["seen"]}' for row in rows]
         self._board.add_text('held_tokens', '\n'.join(lines), step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
