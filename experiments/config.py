@@ -169,8 +169,9 @@ def check_bindings_used() -> None:
     Files may bind what an experiment does not use, such as the parameters of another objective.
     """
     used = gin.operative_config_str()
-    for binding in _command_line:
-        name = binding.split('=')[0].strip().removeprefix('troll_jax.')
+    names = [name for binding in _command_line for name in re.findall(r'^\s*([\w./]+)\s*=', binding, re.MULTILINE)]
+    for name in names:
+        name = name.removeprefix('troll_jax.')
         if '.' in name and not re.search(rf'^(# )?{re.escape(name)} =', used, re.MULTILINE):
             raise ValueError(
                 f'nothing that this experiment uses reads {name!r}: it would change nothing. Leave it out, or bind '

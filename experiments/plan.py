@@ -1,6 +1,6 @@
 """Says whether an experiment fits a TPU slice, and how fast it could be there, without the slice.
 
-    python -m experiments.plan configs/qwen3_0_6b_gsm8k_troll.gin --topology v5e:4x4,v5p:2x2x1 ['binding = value' …]
+    python -m experiments.plan configs/qwen3_0_6b_gsm8k_troll.gin --topology v5e:2x4,v5p:2x2x1 ['binding = value' …]
 
 Compiles the update and the sampler that `experiments.train` would run, ahead of time for each topology, with the
 compiler in the `libtpu` wheel (`pip install "libtpu==0.0.42.*"`), and prints per device what the compiler says of

@@ -3,7 +3,8 @@
     python -m experiments.train configs/quickstart_troll.gin ['train.steps = 20' 'troll.bound = 0.1' …]
 
 A run's folder holds `config.gin` (all that is needed to repeat or evaluate it), `model` (tokenizer and sizes),
-`checkpoints`, `metrics.jsonl` and `tensorboard`. Started again, a run goes on from its latest checkpoint.
+`checkpoints`, `metrics.jsonl`, `held_tokens.jsonl` and `tensorboard`. Started again, a run goes on from its latest
+checkpoint.
 """
 
 import difflib
@@ -83,7 +84,8 @@ def train(
       micro_batches: parts in which the gradient of a minibatch is computed, to save memory.
       head_chunk: tokens whose logits are in memory at a time in an update.
       evaluate_every: steps between greedy evaluations on the test split; 0 turns them off.
-      table_every: steps between tables of the tokens that are projected or clipped most; 0 turns them off.
+      table_every: steps between tables of the tokens that are projected or clipped most; 0 turns them off. With
+        `@sequence_region` all tokens of a response count that is outside.
       checkpoint_every: steps between checkpoints. The last step is saved in any case.
       keep_checkpoints: how many of the latest to keep.
       seed: of the order of the data and of the sampling.
@@ -133,7 +135,7 @@ def train(
     ):
         grader.start()
         shapes = abstract_state(experiment, config, optimizer)
-        check_programs(sampler, update, shapes, prompts, minibatch_prompts)
+        check_programs(sampler, estimator, update, shapes, prompts, minibatch_prompts)
         check_bindings_used()
         state = restore_or_start(checkpoints, experiment, optimizer, shapes)
         first = int(state.progress.step)
@@ -239,12 +241,15 @@ def abstract_state(experiment, config, optimizer) -> TrainState:
     return TrainState(progress, params, state_shapes(optimizer, params))
 
 
-def check_programs(sampler, update, shapes: TrainState, prompts: PromptSet, minibatch_prompts: int) -> None:
-    """Traces sampler and update on shapes alone: a setting that they refuse is an error before any weight is loaded."""
+def check_programs(sampler, estimator, update, shapes: TrainState, prompts: PromptSet, minibatch_prompts: int) -> None:
+    """Traces all programs on shapes alone: a setting that they refuse is an error before any weight is loaded."""
     some = jax.eval_shape(lambda: Prompts(prompts.tokens[:minibatch_prompts], prompts.lengths[:minibatch_prompts]))
     keys = jax.eval_shape(partial(jax.random.split, num=minibatch_prompts), jax.random.key(0))
     rollout = jax.eval_shape(sampler, shapes.params, some, keys)
-    advantages = jax.ShapeDtypeStruct(rollout.response_lengths.shape, jnp.float32)
+    rewards = jax.ShapeDtypeStruct(rollout.response_lengths.shape, jnp.float32)
+    advantages = jax.eval_shape(
+        lambda rewards: jax.vmap(estimator)(rewards.reshape(minibatch_prompts, -1)).reshape(-1), rewards
+    )
     jax.eval_shape(update, shapes, make_batch(rollout, advantages))
 
 

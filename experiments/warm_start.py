@@ -121,6 +121,7 @@ def warm_start(
         return [np.where(worked, sequences[True][i][rows], sequences[False][i][rows]) for i in range(2)]
 
     opt_state = optimizer.init(params)
+    right = 0.0
     progress = tqdm(range(max_steps), unit='step', desc='learning to work', disable=None)
     for step in progress:
         rate = learning_rate * min(1.0, step / 50)

@@ -276,3 +276,12 @@ def test_public_names():
     assert troll_jax.project is project and troll_jax.project_sparse is project_sparse
     assert troll_jax.SparseLogProbs is SparseLogProbs and troll_jax.kl_divergence is kl_divergence
     assert 'sparsify' in dir(troll_jax)
+
+
+@pytest.mark.parametrize('bound', [-0.1, np.nan])
+def test_a_bound_that_is_no_bound_gives_the_old_distribution(bound):
+    """Guards a traced bound, which cannot be checked: the region must not be switched off without a sign."""
+    new, old = (jax.nn.log_softmax(jax.random.normal(jax.random.key(i), (7,))) for i in range(2))
+    result = jax.jit(lambda bound: project(new, old, bound=bound))(jnp.float32(bound))
+    assert result.violated and not result.converged
+    np.testing.assert_allclose(result.log_probs, old, atol=1e-5)

@@ -63,3 +63,18 @@ def test_schedules_depend_on_progress_alone(schedule):
     forward = [float(schedule(progress)) for progress in seen]
     assert [float(schedule(progress)) for progress in reversed(seen)] == forward[::-1]
     assert len(set(forward)) == 4 and schedule(seen[0]).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    'schedule',
+    [
+        functools.partial(linear_bound, start=0.1, end=-0.01, steps=5),
+        functools.partial(linear_bound, start=0.1, end=0.01, steps=0),
+        functools.partial(adaptive_bound, start=0.1, target=1.5),
+        functools.partial(adaptive_bound, start=0.1, target=0.1, range=0.5),
+    ],
+)
+def test_a_schedule_that_would_end_the_region_is_an_error(schedule):
+    """Guards against a bound that becomes negative or NaN in the middle of a run, where nothing can be raised."""
+    with pytest.raises(ValueError, match='got'):
+        schedule(Progress(3, 3, 0.1))

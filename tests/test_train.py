@@ -287,6 +287,13 @@ def test_a_setting_that_no_program_takes_is_an_error_before_the_weights(tmp_path
         run(tmp_path / 'run', model, 'ppo_clip.dual = 1.1', method='clip')
 
 
+def test_a_binding_that_nothing_reads_is_an_error(tmp_path, model):
+    """Guards against an experiment whose one change changes nothing. An estimator, read late, counts as read."""
+    with pytest.raises(ValueError, match=r"nothing .* reads 'ppo_clip.lower'"):
+        run(tmp_path / 'run', model, 'ppo_clip.lower = 0.1')
+    run(tmp_path / 'run', model, 'group_normalised.epsilon = 1e-4', 'train.steps = 1')
+
+
 def test_a_warm_start_that_does_not_learn_is_an_error(tmp_path):
     """Guards against a model that cannot work, from which reinforcement learning finds nothing."""
     task = Arithmetic(operands=2, train_size=60, test_size=16)

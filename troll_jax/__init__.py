@@ -7,6 +7,7 @@ _PUBLIC = {
     'SparseLogProbs': 'troll_jax.types',
     'kl_divergence': 'troll_jax.ops.projection',
     'project': 'troll_jax.ops.projection',
+    'project_sequence': 'troll_jax.ops.projection',
     'project_sparse': 'troll_jax.ops.projection',
     'sparsify': 'troll_jax.ops.support',
 }

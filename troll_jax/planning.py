@@ -120,7 +120,7 @@ def _runs(computations, name: str, count: int, unknown: bool):
     for instruction in computations[name]:
         rest = instruction.rest
         if instruction.opcode == 'while':
-            trips = _trip_count(computations, re.search(r'condition=%?([\w.\-]+)', rest)[1])
+            trips = _trip_count(computations, rest)
             body = re.search(r'body=%?([\w.\-]+)', rest)[1]
             yield from _runs(computations, body, count * (trips or 1), unknown or trips is None)
         elif instruction.opcode in ('call', 'conditional'):
@@ -174,13 +174,16 @@ def _operands(instruction: _Instruction) -> list[str]:
 
 def _called(rest: str) -> list[str]:
     """The computations that an instruction names."""
-    lists = re.findall(r'(?:calls|to_apply|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)', rest)
+    attributes = 'calls|to_apply|branch_computations|true_computation|false_computation'
+    lists = re.findall(rf'(?:{attributes})=(\{{[^}}]*\}}|%?[\w.\-]+)', rest)
     return [name for names in lists for name in re.findall(r'[\w.\-]+', names)]
 
 
-def _trip_count(computations, condition: str) -> int | None:
-    """How often a loop runs, if its condition is `i < constant`."""
-    instructions = computations[condition]
+def _trip_count(computations, rest: str) -> int | None:
+    """How often a loop runs, if the program says so or its condition is `i < constant`, counted from 0 in ones."""
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
+        return int(known[1])
+    instructions = computations[re.search(r'condition=%?([\w.\-]+)', rest)[1]]
     constants = [found[1] for i in instructions if i.opcode == 'constant' and (found := re.match(r'(\d+)\)', i.rest))]
     simple = all(i.opcode in ('parameter', 'get-tuple-element', 'constant', 'compare', 'fusion') for i in instructions)
     return int(constants[0]) if simple and len(constants) == 1 else None

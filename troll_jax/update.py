@@ -138,16 +138,16 @@ def make_update(
             changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, changes)
         keep = lambda new, old: jnp.where(finite, new, old)
-        params, opt_state = jax.tree.map(keep, (params, opt_state), (state.params, state.opt_state))
         metrics = {'loss': jnp.sum(losses), 'gradient_norm': norm, 'skipped': 1.0 - finite, **_summarise(logs, mask)}
         progress = state.progress._replace(
             updates=state.progress.updates + 1,
             projected=state.progress.projected + metrics.get('projected_share', 0.0),
         )
+        new_state = jax.tree.map(keep, TrainState(progress, params, opt_state), state)
         held = logs.get('projected', logs.get('clipped', jnp.zeros_like(mask)))
         count = lambda which: jnp.zeros(config.vocab_size, jnp.int32).at[tokens].add(which & mask)
         log = UpdateLog(metrics, seen=count(mask), held=count(held))
-        return TrainState(progress, params, opt_state), log
+        return new_state, log
 
     return update
 
@@ -172,7 +172,7 @@ def _evaluate_policy(decoder, batch: Batch, *, temperature, tail_rule, max_token
         temperature=temperature,
         max_tokens=max_tokens if needs_own_support(tail_rule) else None,
         mass=mass,
-        chunk=min(head_chunk, rows * room),
+        chunk=head_chunk,
         dtype=decoder.config.compute_dtype,
     )
     head = jax.tree.map(lambda x: x.reshape(rows, room, *x.shape[1:]), head)
@@ -205,12 +205,13 @@ def _summarise(logs: dict[str, jax.Array], mask: jax.Array) -> dict[str, jax.Arr
 
 
 def _order_statistics(values: jax.Array, ranks: jax.Array) -> jax.Array:
-    """The entries [n] of `values`, not negative, at these ranks [n] of their order; infinite ones come last.
+    """The entries [n] of `values`, not negative, at these ranks [n] of their order; NaN counts as infinite.
 
     By bisection over the bits of a float, which are in the order of the numbers: a sort would take a TPU's compiler
     half a minute.
     """
-    bits = jax.lax.bitcast_convert_type(jnp.maximum(values, 0.0), jnp.int32).reshape(-1)
+    values = jnp.where(jnp.isnan(values), jnp.inf, jnp.maximum(values, 0.0))
+    bits = jax.lax.bitcast_convert_type(values, jnp.int32).reshape(-1)
 
     def halve(_, bounds):
         low, high = bounds

@@ -1,8 +1,9 @@
 """From hidden states to the log-probabilities that a loss needs: no array of N × V numbers exists, forward or backward.
 
-The derivative is written out, because it needs no more than the log-sum-exp of every token: the logits are computed
-again, chunk by chunk, and what is not a listed token has the gradient −p · Σ g. With the vocabulary sharded each shard
-does this for its part; per token only its K candidates, its log-sum-exp and its entropy travel.
+The derivative is written out, because of all logits it needs no more than the log-sum-exp of every token: they are
+computed again, chunk by chunk, and what is not a listed token has the gradient −p · Σ g. With the vocabulary sharded
+each shard does this for its part, and of a token travel K candidates per shard, sums (log-sum-exp, entropy, what is
+listed) and the gradient [D] of its hidden state, but no logits.
 """
 
 from functools import partial

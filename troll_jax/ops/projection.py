@@ -80,7 +80,7 @@ def project(log_probs: jax.Array, old_log_probs: jax.Array, *, bound, max_evalua
     Args:
       log_probs: [V] log π̃, normalised; −inf is allowed.
       old_log_probs: [V] log π_old, normalised, of the same dtype; −inf is allowed, and no mass of π is put there.
-      bound: ε > 0 in nats, a float or a scalar array.
+      bound: ε > 0 in nats, a float or a scalar array. For an array that is not positive the result is π_old.
       max_evaluations: after so many evaluations of κ the best feasible point is returned, with `converged` false. No
         token tried needed more than 16, no response more than 23.
 
@@ -255,8 +255,9 @@ def _solve(log_probs, old_log_probs, share, bound, max_evaluations):
         x, variance = search.x, search.variance
         w, kl = jnp.exp(x), jnp.maximum(search.kl, tiny)
         gap = jnp.log(kl) - jnp.log(target)
-        low = jnp.where(gap > 0, search.low, x)
-        high = jnp.where(gap > 0, x, search.high)
+        # A bound that is no positive number makes a gap of NaN, and every point infeasible.
+        low = jnp.where(gap <= 0, x, search.low)
+        high = jnp.where(gap <= 0, search.high, x)
         slope = jnp.maximum(w * w * variance / kl, 1e-3)
         power = 2 + w * search.skew / jnp.maximum(variance, tiny) - slope
         power = jnp.clip(jnp.where(jnp.isfinite(power), power, 0.0), -1.0, 2.0)
@@ -277,7 +278,7 @@ def _solve(log_probs, old_log_probs, share, bound, max_evaluations):
     # Mass of π̃ where π_old has none makes the KL infinite; the family above has already dropped it.
     escapes = jnp.any((old_log_probs == -jnp.inf) & (jnp.exp(log_probs) > 0), axis=-1)
     kl = over_region(first.kl)
-    outside = kl > bound
+    outside = ~(kl <= bound)
     # What is inside its region starts as done: one evaluation.
     start_kl = jnp.where(outside, kl, target)
     variance, skew = over_region(first.variance), over_region(first.skew)

@@ -16,7 +16,12 @@ def bound_at(bound, progress: Progress) -> jax.Array | float:
 
 
 def linear_bound(progress: Progress, *, start: float, end: float, steps: int) -> jax.Array:
-    """From `start` to `end` over so many rollout batches, and `end` from there on."""
+    """From `start` to `end` over so many rollout batches, and `end` from there on.
+
+    Raises:
+      ValueError: a number is not positive.
+    """
+    _check_positive(start=start, end=end, steps=steps)
     return start + (end - start) * jnp.minimum(progress.step / steps, 1.0)
 
 
@@ -27,14 +32,27 @@ def adaptive_bound(
 
         ε = start · exp(gain · Σ_updates (share − target) / target),
 
-    an integral controller on log ε, within [start / range, start · range].
+    an integral controller on log ε, within [start / range, start · range]. The sum has no such limits: after a long
+    time at one of them it takes as long to come back.
 
     Args:
       start: ε of the first update.
       target: share of tokens to be projected, within (0, 1).
       gain: change of log ε by an update whose share is twice the target.
       range: limits ε to this factor around `start`.
+
+    Raises:
+      ValueError: a number is not positive, the target not below 1, or the range not above 1.
     """
+    _check_positive(start=start, target=target, gain=gain)
+    if not (target < 1 < range):
+        raise ValueError(f'target is a share below 1 and range a factor above 1; got {target} and {range}')
     excess = jnp.asarray(progress.projected / target - progress.updates, jnp.float32)
     limit = jnp.log(jnp.asarray(range, jnp.float32))
     return start * jnp.exp(jnp.clip(gain * excess, -limit, limit))
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not value > 0:
+            raise ValueError(f'{name} of a schedule of the bound must be positive; got {value}')
