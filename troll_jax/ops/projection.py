@@ -31,6 +31,8 @@ _SERIES = {
 }
 # Steps of more than this in log w are taken only between two points that bracket the root.
 _LARGEST_STEP = 2.0
+# The search goes down to w = this / (spread of d) in one step: above it a single entry has nearly all the mass.
+_PEAKED = 10.0
 
 
 class Projection(NamedTuple):
@@ -244,6 +246,9 @@ def _solve(log_probs, old_log_probs, share, bound, max_evaluations):
     # Aiming under the bound keeps every point within the tolerance feasible, after rounding too.
     target = bound * (1 - 2.5 * tolerance)
     tiny = jnp.finfo(log_probs.dtype).tiny
+    # Lower than a usual step only where d is spread very widely, as beside a π̃ of zero; κ is flat from there up to 1.
+    spread = jnp.max(d, initial=0.0) - jnp.min(d, initial=0.0)
+    peaked = jnp.log(_PEAKED / jnp.maximum(spread, 1.0))
 
     def done(kl):
         return jnp.abs(kl - target) <= tolerance * bound
@@ -266,7 +271,7 @@ def _solve(log_probs, old_log_probs, share, bound, max_evaluations):
         root = 1 - power * gap / slope
         newton = x + jnp.where(root > tiny, jnp.log(jnp.maximum(root, tiny)) / power, -jnp.sign(gap) * jnp.inf)
         bracketed = low > -jnp.inf
-        fallback = jnp.where(bracketed, 0.5 * (low + high), x - _LARGEST_STEP)
+        fallback = jnp.where(bracketed, 0.5 * (low + high), jnp.minimum(x - _LARGEST_STEP, peaked))
         floor = jnp.where(bracketed, low, x - _LARGEST_STEP - jnp.abs(x))
         x = jnp.where((newton > floor) & (newton < high), newton, fallback)
         point = _evaluate(old_log_probs, old_probs, d, jnp.exp(x))
