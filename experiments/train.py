@@ -82,7 +82,7 @@ def train(
       max_tokens, mass: K and 1 − δ of the sparse distributions, see `troll_jax.sparsify`.
       prompts_per_rollout: sampled at a time, to save memory; None is all B.
       micro_batches: parts in which the gradient of a minibatch is computed, to save memory.
-      head_chunk: tokens whose logits are in memory at a time in an update.
+      head_chunk: tokens whose logits are in memory at a time in an update, on each device.
       evaluate_every: steps between greedy evaluations on the test split; 0 turns them off.
       table_every: steps between tables of the tokens that are projected or clipped most; 0 turns them off. With
         `@sequence_region` all tokens of a response count that is outside.

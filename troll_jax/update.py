@@ -100,7 +100,6 @@ def make_update(
 
     def loss_and_logs(params, progress: Progress, batch: Batch, weights):
         decoder = decoders.bind(graphdef, params)
-        mask = response_mask(batch)
         response, logs = _evaluate_policy(
             decoder,
             batch,
@@ -110,6 +109,7 @@ def make_update(
             mass=mass,
             head_chunk=head_chunk,
         )
+        mask = response.mask
         with jax.named_scope('objective'):
             advantages = jnp.broadcast_to(batch.advantages[:, None], mask.shape)
             losses = jax.vmap(partial(objective, progress=progress))(response, advantages)

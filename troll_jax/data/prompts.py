@@ -24,7 +24,6 @@ class PromptSet:
     lengths: np.ndarray  # [n] int32, between 1 and P
     answers: list[str]  # n
     texts: list[str]  # n, the prompts as the chat template rendered them
-    rows: np.ndarray  # [n] int32, the row of the data set that each prompt came from
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -91,7 +90,6 @@ def encode_prompts(
         lengths=lengths[kept],
         answers=[answers[row] for row in kept],
         texts=[texts[row] for row in kept],
-        rows=kept.astype(np.int32),
     )
 
 

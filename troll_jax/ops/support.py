@@ -61,11 +61,6 @@ def at_token(distribution: SparseLogProbs, token: jax.Array) -> jax.Array:
     return jnp.sum(jnp.where(distribution.tokens == token, distribution.log_probs, 0.0))
 
 
-def log_mass(distribution: SparseLogProbs) -> jax.Array:
-    """The log of the probability that the support [K] holds."""
-    return jax.nn.logsumexp(distribution.log_probs)
-
-
 TAIL = -2
 """The token that stands for all tokens that are not listed, where a tail rule lumps them together."""
 
