@@ -1,5 +1,6 @@
 """The sparse head against log-softmax over all logits, on one device and on meshes; and what it keeps in memory."""
 
+import contextlib
 import functools
 import re
 
@@ -33,9 +34,12 @@ def dense(hidden, unembedding):
     return jax.vmap(one)(log_probs, SAMPLED, OLD)
 
 
-def ours(hidden, unembedding, chunk=1024, max_tokens=KEPT):
+EVERY = jnp.ones(TOKENS, bool)
+
+
+def ours(hidden, unembedding, chunk=1024, max_tokens=KEPT, mask=EVERY):
     settings = dict(temperature=TEMPERATURE, max_tokens=max_tokens, mass=MASS, dtype='float32')
-    return tuple(sparse_head(hidden, unembedding, SAMPLED, OLD, chunk=chunk, **settings))
+    return tuple(sparse_head(hidden, unembedding, SAMPLED, OLD, mask, chunk=chunk, **settings))
 
 
 def with_gradients(function):
@@ -81,6 +85,33 @@ def test_equals_all_logits_on_any_mesh(mesh):
         assert_same((gradients, outputs), reference())
 
 
+@pytest.mark.parametrize(('count', 'mesh'), [(0, None), (1, None), (17, None), (48, None), (17, (2, 2, 2))])
+def test_tokens_outside_of_the_mask_are_left_out(count, mesh):
+    """Guards the order in which tokens come back, chunks that are skipped though needed, and gradients of no token."""
+    mask = np.zeros(TOKENS, bool)
+    mask[np.random.default_rng(count).permutation(TOKENS)[:count]] = True
+
+    def total(function, hidden, unembedding):
+        outputs = function(hidden, unembedding)
+        weights = [jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(outputs[:3])]
+        real = [mask.reshape(-1, *[1] * (x.ndim - 1)) & (x > -jnp.inf) for x in outputs[:3]]
+        listed = [
+            jnp.sum(jnp.where(keep, x, 0) * w) for keep, x, w in zip(real, outputs[:3], weights, strict=True)
+        ]
+        return sum(listed), outputs
+
+    run = lambda function: jax.jit(jax.grad(functools.partial(total, function), argnums=(0, 1), has_aux=True))
+    expected_gradients, expected = run(dense)(HIDDEN, UNEMBEDDING)
+    head = functools.partial(ours, chunk=5, mask=jnp.asarray(mask))
+    with jax.set_mesh(make_mesh(*mesh)) if mesh else contextlib.nullcontext():
+        gradients, outputs = jax.device_get(run(head)(HIDDEN, UNEMBEDDING))
+    pick = lambda tree: jax.tree.map(lambda x: np.asarray(x)[mask], tree)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), pick(outputs), pick(expected))
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        np.testing.assert_allclose(gradient, wanted, atol=2e-6 * (np.abs(wanted).max() + 1))
+    assert np.all(gradients[0][~mask] == 0)
+
+
 def shapes_in(text: str) -> set[tuple[int, ...]]:
     """The shapes of all arrays in a compiled program."""
     found = re.findall(r'\b(?:f|bf|s|u|pred)\d*\[([\d,]+)\]', text)
@@ -124,7 +155,8 @@ def test_products_in_bfloat16_leave_a_float32_gradient():
         settings = dict(temperature=1.0, max_tokens=None, mass=MASS, chunk=1, dtype='bfloat16')
         hidden = jnp.ones((1024, WIDTH))
         tokens = jnp.zeros(1024, jnp.int32)
-        return jnp.sum(sparse_head(hidden, unembedding, tokens, tokens[:, None], **settings).log_probs)
+        mask = jnp.ones(1024, bool)
+        return jnp.sum(sparse_head(hidden, unembedding, tokens, tokens[:, None], mask, **settings).log_probs)
 
     gradient = jax.jit(jax.grad(total))(jnp.zeros((4, WIDTH)))
     assert gradient.dtype == jnp.float32

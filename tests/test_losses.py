@@ -9,7 +9,7 @@ import pytest
 from scipy.special import logsumexp
 
 from troll_jax.ops.losses import (
-    ResponseLogProbs,
+    TokenLogProbs,
     constant_length,
     ppo_clip,
     sequence_mean,
@@ -29,7 +29,7 @@ TOKENS = jnp.array([3, 11, 0, 7, 3])
 ADVANTAGES = jnp.array([1.0, -0.5, 2.0, -1.5, 0.7])
 
 
-def response_of(new_scores, old_scores, tokens=TOKENS, kept=KEPT, tail_rule=default_tail) -> ResponseLogProbs:
+def response_of(new_scores, old_scores, tokens=TOKENS, kept=KEPT, tail_rule=default_tail) -> TokenLogProbs:
     """What the head would hand to an objective, from scores [T, V] of both policies."""
 
     def one(new, old, token):
@@ -37,7 +37,7 @@ def response_of(new_scores, old_scores, tokens=TOKENS, kept=KEPT, tail_rule=defa
         own, listed = (sparsify(jax.lax.stop_gradient(x), token, max_tokens=kept, mass=1.0) for x in (new, old))
         own = own._replace(log_probs=at_tokens(new, own.tokens))
         on_support = tail_rule(at_tokens(new, listed.tokens), own, listed)
-        return ResponseLogProbs(token, jnp.array(True), new[token], old[token], *on_support)
+        return TokenLogProbs(token, jnp.int32(1), new[token], old[token], *on_support)
 
     return jax.vmap(one)(new_scores, old_scores, tokens)
 
@@ -192,12 +192,13 @@ def test_gradient_of_every_region_and_tail_equals_differences(region, tail_rule)
 def test_a_region_for_the_response_by_its_definition():
     """Guards the mask on its way to the region, and values of the response that the log wants for each token."""
     new, old = outside_and_inside()
-    mask = jnp.array([True, True, True, True, False])
-    response = response_of(new, old)._replace(mask=mask)
+    segments = jnp.array([1, 1, 1, 1, 0])
+    response = response_of(new, old)._replace(segments=segments)
     losses = jax.jit(functools.partial(troll, bound=0.05, alpha=0.5, region=sequence_region))(response, ADVANTAGES)
-    result = jax.jit(functools.partial(project_sparse_sequence, bound=0.05))(response.new, response.old, mask)
-    assert result.violated and held(losses).all()
-    np.testing.assert_allclose(losses.logs['weight'], np.full(LENGTH, result.weight), rtol=1e-5)
+    result = jax.jit(functools.partial(project_sparse_sequence, bound=0.05))(response.new, response.old, segments)
+    np.testing.assert_array_equal(held(losses), segments > 0)
+    assert result.weight[0] < 1 and np.all(result.weight[:4] == result.weight[0])
+    np.testing.assert_allclose(losses.logs['weight'], result.weight, rtol=1e-5)
     np.testing.assert_allclose(losses.logs['kl_projected'][:4].mean(), 0.05, rtol=1e-3)
     assert losses.logs['kl_projected'][:4].max() > 0.06, 'a token was meant to be beyond the bound on its own'
     for t in range(4):
@@ -267,11 +268,11 @@ CLIP_TABLE = [
 ]
 
 
-def clip_response(ratios) -> ResponseLogProbs:
+def clip_response(ratios) -> TokenLogProbs:
     ratios = jnp.asarray(ratios)
     old = jnp.full(len(ratios), -1.5, ratios.dtype)
-    return ResponseLogProbs(
-        jnp.zeros(len(ratios), jnp.int32), jnp.ones(len(ratios), bool), old + jnp.log(ratios), old, None, None
+    return TokenLogProbs(
+        jnp.zeros(len(ratios), jnp.int32), jnp.ones(len(ratios), jnp.int32), old + jnp.log(ratios), old, None, None
     )
 
 
@@ -316,25 +317,24 @@ def test_gradient_of_clip_equals_differences():
 
 # --- aggregation ------------------------------------------------------------------------------------------------------
 
-MASK = jnp.arange(5)[None, :] < jnp.array([3, 0, 5, 1])[:, None]
+LENGTHS = jnp.array([3, 0, 5, 1])
 
 
 def test_aggregations_by_hand():
-    """Guards the denominators: tokens, responses that have tokens, and the length limit; each row's own mask."""
-    mask = np.asarray(MASK)
-    np.testing.assert_allclose(token_mean(MASK), mask / 9, rtol=1e-6)
-    np.testing.assert_allclose(sequence_mean(MASK), mask * np.array([[1 / 9], [0], [1 / 15], [1 / 3]]), rtol=1e-6)
-    np.testing.assert_allclose(constant_length(MASK), mask / 15, rtol=1e-6)
+    """Guards the denominators: tokens, responses that have tokens, and the length limit."""
+    np.testing.assert_allclose(token_mean(LENGTHS, max_length=5), np.full(4, 1 / 9), rtol=1e-6)
+    of_tokens = sequence_mean(LENGTHS, max_length=5) * LENGTHS  # what a response weighs in all
+    np.testing.assert_allclose(of_tokens, [1 / 3, 0, 1 / 3, 1 / 3], rtol=1e-6)
+    np.testing.assert_allclose(constant_length(LENGTHS, max_length=5), np.full(4, 1 / 15), rtol=1e-6)
 
 
 def test_aggregations_of_equal_lengths_agree():
     """Guards scale: with full responses all modes are the same mean, so that learning rates carry over."""
-    mask = jnp.ones((3, 7), bool)
     for aggregation in (token_mean, sequence_mean, constant_length):
-        np.testing.assert_allclose(aggregation(mask), np.full((3, 7), 1 / 21), rtol=1e-6)
+        np.testing.assert_allclose(aggregation(jnp.full(3, 7), max_length=7), np.full(3, 1 / 21), rtol=1e-6)
 
 
-def test_aggregations_of_nothing_are_zero():
+def test_aggregations_of_nothing_are_finite():
     """Guards 0/0 in a batch that is masked altogether."""
     for aggregation in (token_mean, sequence_mean, constant_length):
-        np.testing.assert_array_equal(aggregation(jnp.zeros((3, 5), bool)), np.zeros((3, 5)))
+        assert np.isfinite(aggregation(jnp.zeros(3, jnp.int32), max_length=5)).all()

@@ -74,14 +74,15 @@ def test_mean_divergence_is_within_the_bound_and_reaches_it(cases):
     for name, bound, new, old, result in cases:
         label = name, bound
         slack = 1e-5 if new.dtype == np.float32 else 1e-9
-        got = mean_kl(result.log_probs, old) if result.violated else np.mean(result.kl)
+        assert all(np.all(x == x[0]) for x in (result.violated, result.weight, result.converged, result.evaluations))
+        got = mean_kl(result.log_probs, old) if result.violated[0] else np.mean(result.kl)
         assert not np.isnan(result.log_probs).any(), label
         np.testing.assert_allclose(np.exp(result.log_probs.astype(np.float64)).sum(axis=1), 1, atol=1e-5)
-        assert result.converged and 0 <= result.weight <= 1 and result.evaluations <= 24, label
+        assert result.converged[0] and 0 <= result.weight[0] <= 1 and result.evaluations[0] <= 24, label
         assert got <= bound * (1 + slack), label
         if mean_kl_at_one(new, old) > bound * (1 + 1e-5):
             reached += 1
-            assert result.violated and result.weight < 1, label
+            assert result.violated[0] and result.weight[0] < 1, label
             assert got >= bound * (1 - 1e-3), label
             np.testing.assert_allclose(np.mean(result.kl), got, rtol=1e-3, err_msg=str(label))
     assert reached >= 100
@@ -96,7 +97,7 @@ def test_inside_the_region_nothing_changes(cases):
             seen += 1
             alone_outside += max(divergences) > bound
             np.testing.assert_array_equal(result.log_probs, new, err_msg=name)
-            assert not result.violated and result.weight == 1 and result.evaluations == 1, (name, bound)
+            assert not result.violated.any() and np.all(result.weight == 1) and np.all(result.evaluations == 1), name
     assert seen >= 10 and alone_outside >= 1
 
 
@@ -120,9 +121,8 @@ def test_equals_an_independent_solution(cases):
         tolerance = 1e-3 if new.dtype == np.float32 else 1e-8
         new, old = new.astype(np.float64), old.astype(np.float64)
         weight = exact_weight(new, old, bound)
-        assert result.weight.shape == ()
         # Where κ is flat, the same divergence leaves w more room than the probabilities.
-        np.testing.assert_allclose(result.weight, weight, rtol=10 * tolerance, err_msg=name)
+        np.testing.assert_allclose(result.weight[0], weight, rtol=10 * tolerance, err_msg=name)
         expected = np.stack([tilted(p, q, weight) for p, q in zip(new, old, strict=True)])
         assert np.abs(np.exp(result.log_probs) - np.exp(expected)).max() <= tolerance, (name, bound)
     assert checked >= 50
@@ -146,7 +146,7 @@ def test_no_feasible_response_is_closer():
     assert best.success, best.message
     with jax.enable_x64(True):
         result = jax.tree.map(np.asarray, solution(new, old, np.ones(2, bool), bound))
-    assert result.violated
+    assert result.violated.all()
     np.testing.assert_allclose(np.exp(result.log_probs).ravel(), best.x, atol=2e-5)
     # Not what a region for each token would give: one token is beyond the bound, the other within.
     assert result.kl.min() < 0.8 * bound < bound < 0.9 * result.kl.max()
@@ -160,9 +160,7 @@ def test_one_token_is_the_projection_of_a_token(dtype):
         bounds = np.asarray(BOUNDS, dtype)
         one = project_all(new, old, bounds)
         response = project_responses(new[:, None], old[:, None], np.ones(1, bool), bounds)
-    squeezed = response._replace(
-        log_probs=response.log_probs[:, :, 0], kl=response.kl[:, :, 0], kl_unprojected=response.kl_unprojected[:, :, 0]
-    )
+    squeezed = jax.tree.map(lambda x: x[:, :, 0], response)
     tolerance = 1e-6 if dtype == 'float32' else 1e-12
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=10 * tolerance, atol=tolerance), squeezed, one)
 
@@ -197,8 +195,9 @@ def test_masked_tokens_change_nothing_and_come_back():
             got = jax.tree.map(np.asarray, solution(*spoiled, mask, bound))
             np.testing.assert_allclose(got.log_probs[PLACES], expected.log_probs, rtol=1e-5, atol=1e-6)
             np.testing.assert_array_equal(got.log_probs[~mask], spoiled[0][~mask])
-            np.testing.assert_allclose(got.weight, expected.weight, rtol=1e-5)
-            assert got.violated == expected.violated and got.converged
+            np.testing.assert_allclose(got.weight[PLACES], expected.weight, rtol=1e-5)
+            np.testing.assert_array_equal(got.violated[PLACES], expected.violated)
+            assert got.converged.all() and not got.violated[~mask].any() and np.all(got.weight[~mask] == 1)
             np.testing.assert_allclose(got.kl[PLACES], expected.kl, rtol=1e-4, atol=1e-8)
             assert np.all(got.kl[~mask] < 1e-12) and np.all(got.kl_unprojected[~mask] < 1e-12)
 
@@ -207,7 +206,7 @@ def test_masked_tokens_change_nothing_and_come_back():
 def gradient_where_masked(new, old, mask, bound):
     def value(new, old, bound):
         log_probs = project_sequence(new, old, mask, bound=bound).log_probs
-        return jnp.sum(jnp.where(mask[:, None], log_probs, 0.0) @ jnp.linspace(-1, 1, log_probs.shape[1]))
+        return jnp.sum(jnp.where(mask[:, None] > 0, log_probs, 0.0) @ jnp.linspace(-1, 1, log_probs.shape[1]))
 
     return jax.grad(value, argnums=(0, 1, 2))(new, old, bound)
 
@@ -226,13 +225,39 @@ def test_masked_tokens_get_no_gradient():
     np.testing.assert_allclose(got[2], expected[2], rtol=1e-4)
 
 
+def test_responses_in_a_row_do_not_touch_each_other():
+    """Guards packed rows: each response has the region, w and gradient that it has alone, whatever is next to it."""
+    rng = np.random.default_rng(5)
+    far = np.array([1.0, 1.0, 1.0, 0.01, 0.01, 3.0, 1.0])[:, None]
+    old = np.stack([normalise(rng.normal(size=7)) for _ in range(7)])
+    new = np.stack([normalise(row) for row in old + far * rng.normal(size=(7, 7))])
+    new, old, bound = new.astype(np.float32), old.astype(np.float32), np.float32(0.05)
+    segments = np.array([2, 2, 2, 1, 1, 0, 3])  # one outside, one inside, a gap, one of a single token
+    together = jax.tree.map(np.asarray, solution(new, old, segments, bound))
+    gradients = gradient_where_masked(new, old, segments, bound)
+    for segment in (1, 2, 3):
+        alone = solution(new, old, segments == segment, bound)
+        at = segments == segment
+        jax.tree.map(
+            lambda a, b, at=at: np.testing.assert_allclose(a[at], np.asarray(b)[at], rtol=2e-5, atol=1e-7),
+            together,
+            alone,
+        )
+        expected = gradient_where_masked(new, old, at, bound)
+        for a, b in zip(gradients[:2], expected[:2], strict=True):
+            np.testing.assert_allclose(np.asarray(a)[at], np.asarray(b)[at], atol=1e-5)
+    np.testing.assert_array_equal(together.violated, [True] * 3 + [False] * 3 + [True])
+    assert len(set(together.weight[[0, 3, 6]])) == 3 and len(set(together.evaluations)) > 1
+
+
 def test_a_response_without_tokens_is_harmless():
     """Guards 0/0 in the mean, forward and backward."""
     none = np.zeros(3, bool)
     noise = garbage(7).astype(np.float32)
     result = solution(noise, noise[::-1], none, 0.05)
     np.testing.assert_array_equal(result.log_probs, noise)
-    assert not result.violated and result.converged and result.weight == 1 and np.all(result.kl < 1e-12)
+    assert not result.violated.any() and result.converged.all() and np.all(result.weight == 1)
+    assert np.all(result.kl < 1e-12)
     for gradient in gradient_where_masked(noise, noise[::-1], none, np.float32(0.05)):
         assert np.all(gradient == 0)
 
@@ -272,7 +297,7 @@ def test_jacobians_equal_central_differences(transform):
         weight = exact_weight(new[mask], old[mask], bound)
         log_probs = np.stack([tilted(p, q, weight) for p, q in zip(new, old, strict=True)]) * mask[:, None]
         divergences = [kl(p, q) if m else 0.0 for p, q, m in zip(log_probs, old, mask, strict=True)]
-        return np.concatenate([log_probs.ravel(), [weight], divergences])
+        return np.concatenate([log_probs.ravel(), np.where(mask, weight, 1), divergences])
 
     names, *inputs = zip(*smooth_responses(), strict=True)
     inputs = [np.stack(x) for x in inputs]
@@ -288,7 +313,7 @@ def test_jacobians_equal_central_differences(transform):
         )
         for argument in range(3):
             columns = np.concatenate(
-                [np.reshape(output[argument][i], (size, -1)) for output, size in zip(got, (12, 1, 3), strict=True)]
+                [np.reshape(output[argument][i], (size, -1)) for output, size in zip(got, (12, 3, 3), strict=True)]
             )
             np.testing.assert_allclose(columns, expected[argument], atol=1e-6, rtol=1e-6, err_msg=f'{name} {argument}')
         if name == 'outside':
@@ -310,7 +335,8 @@ def test_supports_keep_their_mass_and_share_the_region():
     result = jax.tree.map(np.asarray, run(*inputs, mask, 0.05))
     conditional = [np.stack([normalise(row) for row in x]) for x in (new, old)]
     weight = exact_weight(conditional[0][:2], conditional[1][:2], 0.05)
-    assert result.violated and weight < 1
+    np.testing.assert_array_equal(result.violated, mask)
+    assert weight < 1
     for t in range(2):
         mass = np.log(np.exp(new[t]).sum())
         expected = mass + tilted(conditional[0][t], conditional[1][t], weight)
@@ -319,7 +345,7 @@ def test_supports_keep_their_mass_and_share_the_region():
     assert np.all(result.log_probs[:, 5:] == -INF)
     np.testing.assert_allclose(result.log_probs[2, :5], new[2], rtol=1e-6)
     inside = run(*inputs, mask, 50.0)
-    assert not inside.violated
+    assert not inside.violated.any()
     np.testing.assert_array_equal(inside.log_probs, inputs[0].log_probs)
 
 

@@ -5,7 +5,9 @@ Axis glossary:
     B   prompts in a rollout batch
     G   samples per prompt
     R   responses, R = B·G, the samples of one prompt next to each other
-    P   prompt positions, T response positions, S = P + T sequence positions
+    P   prompt positions, T response positions
+    S   positions of a row: P + T in a rollout; in a batch for an update several sequences may share a row
+    M   micro-batches of a batch, Z rows in each
     N   tokens, any of the above flattened
     K   kept tokens of a sparse distribution
     V   vocabulary, D model width
@@ -52,14 +54,18 @@ class Rollout(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What one update learns from."""
+    """What one update learns from: rows in which sequences, each a prompt and its response, lie end to end.
 
-    tokens: jax.Array  # [R, S] int32, as in Rollout
-    prompt_lengths: jax.Array  # [R] int32
-    response_lengths: jax.Array  # [R] int32
-    advantages: jax.Array  # [R] float32
-    old_log_probs: jax.Array  # [R, T] float32
-    old: SparseLogProbs  # [R, T, K]
+    What is known of a token stands at the token itself. Micro-batches without a sequence come last and cost nothing.
+    """
+
+    tokens: jax.Array  # [M, Z, S] int32
+    positions: jax.Array  # [M, Z, S] int32, of each token in its own sequence
+    segment_ids: jax.Array  # [M, Z, S] int32: the sequences of a row, numbered from 1; 0 is padding
+    weights: jax.Array  # [M, Z, S] float32, of the tokens in the loss; 0 at all that is not learnt from
+    advantages: jax.Array  # [M, Z, S] float32
+    old_log_probs: jax.Array  # [M, Z, S] float32
+    old: SparseLogProbs  # [M, Z, S, K]
 
 
 class Progress(NamedTuple):

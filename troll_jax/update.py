@@ -1,6 +1,6 @@
-"""One optimizer step on one minibatch: update(loss ∘ projection ∘ model)."""
+"""One optimizer step on one batch: update(loss ∘ projection ∘ model)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import optax
 
 from troll_jax.models import decoder as decoders
-from troll_jax.models.head import sparse_head
-from troll_jax.ops.losses import ResponseLogProbs, TokenLosses
+from troll_jax.models.head import HeadOutput, sparse_head
+from troll_jax.ops.losses import TokenLogProbs, TokenLosses
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.support import needs_own_support
 from troll_jax.sharding import constrain
-from troll_jax.types import Batch, Progress, Rollout, SparseLogProbs, TrainState
+from troll_jax.types import Batch, Progress, SparseLogProbs, TrainState
 
-Objective = Callable[[ResponseLogProbs, jax.Array, Progress], TokenLosses]
-Aggregation = Callable[[jax.Array], jax.Array]
+Objective = Callable[[TokenLogProbs, jax.Array, Progress], TokenLosses]
+Aggregation = Callable[..., jax.Array]
 TailRule = Callable[[jax.Array, SparseLogProbs | None, SparseLogProbs], tuple[SparseLogProbs, SparseLogProbs]]
 
 # What the log shows the quantiles of, and not only the mean.
@@ -32,38 +32,14 @@ class UpdateLog(NamedTuple):
     held: jax.Array  # [V] int32, how often it was projected or clipped
 
 
-def response_mask(batch: Batch) -> jax.Array:
-    """[R, T] bool, true at the tokens of the responses. From lengths, never from token ids."""
-    room = batch.old_log_probs.shape[1]
-    return jnp.arange(room)[None, :] < batch.response_lengths[:, None]
+class _Policy(NamedTuple):
+    """How log-probabilities of a row are computed."""
 
-
-def make_batch(rollout: Rollout, advantages: jax.Array) -> Batch:
-    """The batch that a rollout and the advantages [R] of its responses make."""
-    return Batch(
-        tokens=rollout.tokens,
-        prompt_lengths=rollout.prompt_lengths,
-        response_lengths=rollout.response_lengths,
-        advantages=advantages,
-        old_log_probs=rollout.log_probs,
-        old=rollout.support,
-    )
-
-
-def minibatches(batch: Batch, count: int, samples_per_prompt: int) -> Iterator[Batch]:
-    """Splits a batch of B prompts into `count` of B / count prompts, each with all of its samples."""
-    for i in range(count):
-        yield _minibatch(batch, i, count, samples_per_prompt)
-
-
-@partial(jax.jit, static_argnums=(2, 3))
-def _minibatch(batch: Batch, i: int, count: int, samples_per_prompt: int) -> Batch:
-    def select(x):
-        # Every count-th prompt, so that a sharded axis stays where it is.
-        groups = x.reshape(-1, count, samples_per_prompt, *x.shape[1:])
-        return jax.lax.dynamic_index_in_dim(groups, i, 1, keepdims=False).reshape(-1, *x.shape[1:])
-
-    return jax.tree.map(select, batch)
+    temperature: float
+    tail_rule: TailRule
+    max_tokens: int
+    mass: float
+    head_chunk: int
 
 
 def make_update(
@@ -71,122 +47,185 @@ def make_update(
     optimizer: optax.GradientTransformation,
     *,
     objective: Objective,
-    aggregation: Aggregation,
     temperature: float,
     tail_rule: TailRule,
     max_tokens: int,
     mass: float,
-    micro_batches: int = 1,
     head_chunk: int = 1024,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, UpdateLog]]:
     """Builds the jitted update(state, batch) → (state, log). The state that is passed in is consumed.
 
-    The weight of every token in the loss is fixed by the aggregation over the whole batch before it is split, so the
-    gradient does not depend on the number of micro-batches. A gradient that is not finite changes nothing: the step is
+    The weight of every token in the loss comes with the batch, so the gradient depends neither on how responses are
+    packed into rows nor on the number of micro-batches. A gradient that is not finite changes nothing: the step is
     skipped and `skipped` is 1.
 
     Args:
       config: of the decoder.
       optimizer: from optax.
-      objective: the loss of one response's tokens, see `troll_jax.ops.losses`.
-      aggregation: weights of the tokens in the loss.
+      objective: the loss of one row's tokens, see `troll_jax.ops.losses`.
       temperature: at which the responses were sampled.
       tail_rule: puts both policies on common tokens, `default_tail` or `bucket_tail` of `troll_jax.ops.support`.
       max_tokens, mass: of the sparse distributions, as the responses were sampled with, see `troll_jax.sparsify`.
-      micro_batches: how many parts the batch is worked through in, to save memory. Divides R.
       head_chunk: tokens per chunk of the head.
     """
     graphdef, _ = decoders.abstract(config)
+    policy = _Policy(temperature, tail_rule, max_tokens, mass, head_chunk)
 
-    def loss_and_logs(params, progress: Progress, batch: Batch, weights):
-        decoder = decoders.bind(graphdef, params)
-        response, logs = _evaluate_policy(
-            decoder,
-            batch,
-            temperature=temperature,
-            tail_rule=tail_rule,
-            max_tokens=max_tokens,
-            mass=mass,
-            head_chunk=head_chunk,
-        )
-        mask = response.mask
+    def loss_and_logs(params, progress: Progress, part: Batch):
+        row, logs = _evaluate_policy(decoders.bind(graphdef, params), part, policy)
+        mask = part.weights > 0
         with jax.named_scope('objective'):
-            advantages = jnp.broadcast_to(batch.advantages[:, None], mask.shape)
-            losses = jax.vmap(partial(objective, progress=progress))(response, advantages)
+            losses = jax.vmap(partial(objective, progress=progress))(row, part.advantages)
             # Where there is no token, there is no loss, whatever was computed: not even NaN · 0.
-            loss = jnp.sum(jnp.where(mask, losses.loss * weights, 0.0))
+            loss = jnp.sum(jnp.where(mask, losses.loss * part.weights, 0.0))
         logs |= losses.logs | {
-            'kl': jax.vmap(jax.vmap(kl_divergence))(response.new.log_probs, response.old.log_probs),
-            'ratio': jnp.exp(jnp.minimum(response.new_log_probs - response.old_log_probs, 80.0)),
+            'kl': jax.vmap(jax.vmap(kl_divergence))(row.new.log_probs, row.old.log_probs),
+            'ratio': jnp.exp(jnp.minimum(row.new_log_probs - row.old_log_probs, 80.0)),
         }
-        return loss, jax.lax.stop_gradient((logs, response.tokens, mask))
+        return loss, jax.lax.stop_gradient(logs)
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, UpdateLog]:
-        weights = aggregation(response_mask(batch))
-        parts = jax.tree.map(partial(_split, parts=micro_batches), (batch, weights))
+        def accumulate(i, total):
+            part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
+            (loss, logs), gradients = jax.value_and_grad(loss_and_logs, has_aux=True)(
+                state.params, state.progress, part
+            )
+            write = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0)
+            return (
+                jax.tree.map(jnp.add, total[0], gradients),
+                total[1] + loss,
+                jax.tree.map(write, total[2], logs),
+            )
 
-        def accumulate(gradients, part):
-            (loss, logs), new = jax.value_and_grad(loss_and_logs, has_aux=True)(state.params, state.progress, *part)
-            return jax.tree.map(jnp.add, gradients, new), (loss, logs)
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        gradients, (losses, (logs, tokens, mask)) = jax.lax.scan(accumulate, zeros, parts)
+        first = jax.tree.map(lambda x: x[0], batch)
+        _, log_shapes = jax.eval_shape(loss_and_logs, state.params, state.progress, first)
+        count = batch.tokens.shape[0]
+        empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), log_shapes)
+        total = jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0), empty
+        if count == 1:
+            gradients, loss, logs = accumulate(0, total)
+        else:
+            # How many micro-batches there are is known at run time only: one program, whatever the lengths.
+            gradients, loss, logs = jax.lax.fori_loop(0, _micro_batches(batch), accumulate, total)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         with jax.named_scope('optimizer'):
             changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
             params = optax.apply_updates(state.params, changes)
         keep = lambda new, old: jnp.where(finite, new, old)
-        metrics = {'loss': jnp.sum(losses), 'gradient_norm': norm, 'skipped': 1.0 - finite, **_summarise(logs, mask)}
+        mask = batch.weights > 0
+        metrics = {'loss': loss, 'gradient_norm': norm, 'skipped': 1.0 - finite, **_summarise(logs, mask)}
         progress = state.progress._replace(
             updates=state.progress.updates + 1,
             projected=state.progress.projected + metrics.get('projected_share', 0.0),
         )
         new_state = jax.tree.map(keep, TrainState(progress, params, opt_state), state)
         held = logs.get('projected', logs.get('clipped', jnp.zeros_like(mask)))
-        count = lambda which: jnp.zeros(config.vocab_size, jnp.int32).at[tokens].add(which & mask)
+        count = lambda which: jnp.zeros(config.vocab_size, jnp.int32).at[batch.tokens].add(which & mask)
         log = UpdateLog(metrics, seen=count(mask), held=count(held))
         return new_state, log
 
     return update
 
 
-def _evaluate_policy(decoder, batch: Batch, *, temperature, tail_rule, max_tokens, mass, head_chunk):
-    """The current policy on the batch's responses: ResponseLogProbs [R, T, …], and logs [R, T]."""
-    rows, length = batch.tokens.shape
-    room = batch.old_log_probs.shape[1]
-    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
-    valid = index < (batch.prompt_lengths + batch.response_lengths)[:, None]
-    hidden = decoder(batch.tokens, index, valid.astype(jnp.int32))
-    # The hidden state before a token predicts it. Past the response's end anything will do.
-    at = jnp.minimum(batch.prompt_lengths[:, None] + jnp.arange(room)[None, :], length - 1)
-    tokens = jnp.take_along_axis(batch.tokens, at, axis=1)
-    before = jnp.take_along_axis(hidden, at[:, :, None] - 1, axis=1)
-    flatten = lambda x: constrain(x.reshape(rows * room, *x.shape[2:]), 'batch', *[None] * (x.ndim - 2))
+def make_recompute(
+    config: decoders.DecoderConfig,
+    *,
+    temperature: float,
+    tail_rule: TailRule,
+    max_tokens: int,
+    mass: float,
+    head_chunk: int = 1024,
+) -> Callable[[dict, Batch], tuple[Batch, jax.Array]]:
+    """Builds the jitted recompute(params, batch) → (batch, kl [M, Z, S]).
+
+    π_old as the forward pass of training computes it takes the place of what the sampler recorded, which is how the
+    paper does it. `kl` is KL(recomputed ‖ recorded) of every token, the noise between the two. Arguments are those of
+    `make_update`; the parameters must be the ones that sampled.
+    """
+    graphdef, _ = decoders.abstract(config)
+    policy = _Policy(temperature, tail_rule, max_tokens, mass, head_chunk)
+
+    @jax.jit
+    def recompute(params, batch: Batch) -> tuple[Batch, jax.Array]:
+        decoder = decoders.bind(graphdef, params)
+
+        def write(i, results):
+            part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
+            mask = part.weights > 0
+            head = _run_head(decoder, part, policy, own_support=True)
+            new, old = jax.vmap(jax.vmap(tail_rule))(head.at_old, head.own, _stand_in(mask, part.old))
+            new_results = (
+                jnp.where(mask, head.log_probs, 0.0),
+                _stand_in(mask, head.own),
+                jnp.where(mask, jax.vmap(jax.vmap(kl_divergence))(new.log_probs, old.log_probs), 0.0),
+            )
+            put = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0)
+            return jax.tree.map(put, results, new_results)
+
+        empty = batch.old_log_probs, batch.old, jnp.zeros_like(batch.weights)
+        log_probs, old, kl = jax.lax.fori_loop(0, _micro_batches(batch), write, empty)
+        return batch._replace(old_log_probs=log_probs, old=old), kl
+
+    return recompute
+
+
+def _micro_batches(batch: Batch) -> jax.Array:
+    """How many micro-batches hold a sequence; the others come last."""
+    return jnp.sum(jnp.any(batch.segment_ids > 0, axis=(1, 2)))
+
+
+def _stand_in(mask: jax.Array, listed: SparseLogProbs) -> SparseLogProbs:
+    """Distributions [Z, S, K], with one that is certain of token 0 where the mask is false.
+
+    A NaN that is computed there from nothing would come back through the gradient of a `where`.
+    """
+    first = jnp.arange(listed.tokens.shape[-1]) == 0
+    return SparseLogProbs(
+        jnp.where(mask[..., None], listed.tokens, jnp.where(first, 0, -1)[None, None]),
+        jnp.where(mask[..., None], listed.log_probs, jnp.where(first, 0.0, -jnp.inf)[None, None]),
+    )
+
+
+def _run_head(decoder, part: Batch, policy: _Policy, own_support: bool) -> HeadOutput:
+    """HeadOutput [Z, S, …] of each token, given what stands before it in its sequence; harmless at other tokens."""
+    hidden = decoder(part.tokens, part.positions, part.segment_ids)
+    # The hidden state before a token predicts it. A sequence begins with a prompt, of which nothing is learnt.
+    before = jnp.roll(hidden, 1, axis=1)
+    rows, length = part.tokens.shape
+    mask = part.weights > 0
+    flatten = lambda x: constrain(x.reshape(rows * length, *x.shape[2:]), 'batch', *[None] * (x.ndim - 2))
     head = sparse_head(
         flatten(before),
         decoder.unembedding,
-        flatten(tokens),
-        flatten(batch.old.tokens),
-        temperature=temperature,
-        max_tokens=max_tokens if needs_own_support(tail_rule) else None,
-        mass=mass,
-        chunk=head_chunk,
+        flatten(part.tokens),
+        flatten(part.old.tokens),
+        flatten(mask),
+        temperature=policy.temperature,
+        max_tokens=policy.max_tokens if own_support else None,
+        mass=policy.mass,
+        chunk=policy.head_chunk,
         dtype=decoder.config.compute_dtype,
     )
-    head = jax.tree.map(lambda x: x.reshape(rows, room, *x.shape[1:]), head)
-    new, old = jax.vmap(jax.vmap(tail_rule))(head.at_old, head.own, batch.old)
-    mask = response_mask(batch)
-    response = ResponseLogProbs(tokens, mask, head.log_probs, batch.old_log_probs, new, old)
+    head = jax.tree.map(lambda x: x.reshape(rows, length, *x.shape[1:]), head)
+    at_old = _stand_in(mask, SparseLogProbs(part.old.tokens, head.at_old)).log_probs
+    own = None if head.own is None else _stand_in(mask, head.own)
+    return head._replace(log_probs=jnp.where(mask, head.log_probs, 0.0), at_old=at_old, own=own)
+
+
+def _evaluate_policy(decoder, part: Batch, policy: _Policy) -> tuple[TokenLogProbs, dict[str, jax.Array]]:
+    """The current policy on one micro-batch: TokenLogProbs [Z, S, …], and logs [Z, S]."""
+    mask = part.weights > 0
+    head = _run_head(decoder, part, policy, own_support=needs_own_support(policy.tail_rule))
+    new, old = jax.vmap(jax.vmap(policy.tail_rule))(head.at_old, head.own, _stand_in(mask, part.old))
+    tokens = jnp.where(mask, part.tokens, 0)
+    old_log_probs = jnp.where(mask, part.old_log_probs, 0.0)
+    segments = jnp.where(mask, part.segment_ids, 0)
+    row = TokenLogProbs(tokens, segments, head.log_probs, old_log_probs, new, old)
     # The mass that the current policy gives to what the old one did not list, whatever the tail rule makes of it.
     tail_mass = jnp.maximum(1 - jnp.sum(jnp.exp(head.at_old), axis=-1), 0.0)
-    return response, {'entropy': head.entropy, 'tail_mass': tail_mass}
-
-
-def _split(x: jax.Array, parts: int) -> jax.Array:
-    """[R, ...] → [parts, R / parts, ...], in strides, so that a sharded axis stays where it is."""
-    return x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    return row, {'entropy': head.entropy, 'tail_mass': tail_mass}
 
 
 def _summarise(logs: dict[str, jax.Array], mask: jax.Array) -> dict[str, jax.Array]:

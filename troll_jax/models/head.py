@@ -1,5 +1,8 @@
 """From hidden states to the log-probabilities that a loss needs: no array of N × V numbers exists, forward or backward.
 
+Tokens that nothing is learnt from, such as those of prompts, are moved to the end, and chunks that have no others are
+not computed.
+
 The derivative is written out, because of all logits it needs no more than the log-sum-exp of every token: they are
 computed again, chunk by chunk, and what is not a listed token has the gradient −p · Σ g. With the vocabulary sharded
 each shard does this for its part, and of a token travel K candidates per shard, sums (log-sum-exp, entropy, what is
@@ -50,6 +53,7 @@ def sparse_head(
     unembedding: jax.Array,
     tokens: jax.Array,
     old_tokens: jax.Array,
+    mask: jax.Array,
     *,
     temperature: float,
     max_tokens: int | None,
@@ -64,6 +68,7 @@ def sparse_head(
       unembedding: [V, D]
       tokens: [N] int32
       old_tokens: [N, K] the support of the distribution that each token was sampled from, padded with −1.
+      mask: [N] bool; what comes out for a token where it is false has no meaning, and no gradient.
       temperature: of the sampling; the policy is the one that sampled.
       max_tokens, mass: of the current policy's own support, see `troll_jax.sparsify`; those that the old one was made
         with. None: the current policy's own support is not needed.
@@ -75,40 +80,41 @@ def sparse_head(
     """
     settings = _Settings(temperature, max_tokens, mass, chunk, str(jnp.dtype(dtype)))
     with jax.named_scope('head'):
-        return _head(settings, hidden, unembedding, tokens, old_tokens)
+        return _head(settings, hidden, unembedding, tokens, old_tokens, mask)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _head(settings, hidden, unembedding, tokens, old_tokens) -> HeadOutput:
-    return _head_forward(settings, hidden, unembedding, tokens, old_tokens)[0]
+def _head(settings, hidden, unembedding, tokens, old_tokens, mask) -> HeadOutput:
+    return _head_forward(settings, hidden, unembedding, tokens, old_tokens, mask)[0]
 
 
-def _head_forward(settings, hidden, unembedding, tokens, old_tokens):
+def _head_forward(settings, hidden, unembedding, tokens, old_tokens, mask):
     output, log_partition = _over_shards(
         partial(_forward, settings),
-        (('batch', None), ('vocab', 'embed'), ('batch',), ('batch', None)),
+        (('batch', None), ('vocab', 'embed'), ('batch',), ('batch', None), ('batch',)),
         (('batch',), ('batch',)),
-        (hidden, unembedding, tokens, old_tokens),
+        (hidden, unembedding, tokens, old_tokens, mask),
     )
     own_tokens = None if output.own is None else output.own.tokens
-    return output, (hidden, unembedding, tokens, old_tokens, own_tokens, log_partition, output.entropy)
+    return output, (hidden, unembedding, tokens, old_tokens, mask, own_tokens, log_partition, output.entropy)
 
 
 def _head_backward(settings, residuals, gradients: HeadOutput):
-    hidden, unembedding, tokens, old_tokens, own_tokens, log_partition, entropy = residuals
+    hidden, unembedding, tokens, old_tokens, mask, own_tokens, log_partition, entropy = residuals
     # Where to send which gradient: one list of tokens per position, of which padding gets nothing.
     listed = [(tokens[:, None], gradients.log_probs[:, None]), (old_tokens, gradients.at_old)]
     if own_tokens is not None:
         listed.append((own_tokens, gradients.own.log_probs))
     at, at_gradients = (jnp.concatenate(x, axis=1) for x in zip(*listed, strict=True))
-    at_gradients = jnp.where(at >= 0, at_gradients, 0.0)
+    at_gradients = jnp.where((at >= 0) & mask[:, None], at_gradients, 0.0)
+    d_entropy = jnp.where(mask, gradients.entropy, 0.0)
     d_hidden, d_unembedding = _over_shards(
         partial(_backward, settings),
-        (('batch', None), ('vocab', 'embed'), *[('batch',)] * 5),
+        (('batch', None), ('vocab', 'embed'), *[('batch',)] * 6),
         (('batch', None), ('vocab', 'embed')),
-        (hidden, unembedding, log_partition, entropy, gradients.entropy, at, at_gradients),
+        (hidden, unembedding, mask, log_partition, entropy, d_entropy, at, at_gradients),
     )
-    return d_hidden, d_unembedding, None, None
+    return d_hidden, d_unembedding, None, None, None
 
 
 _head.defvjp(_head_forward, _head_backward)
@@ -153,7 +159,7 @@ class _Shards:
         return jax.lax.psum(jax.lax.psum_scatter(x, _EMBED, scatter_dimension=1, tiled=True), rest)
 
 
-def _forward(settings: _Settings, shards, hidden, unembedding, tokens, old_tokens):
+def _forward(settings: _Settings, shards, hidden, unembedding, tokens, old_tokens, mask):
     """HeadOutput and log-partition [N] of one device's tokens."""
     part = shards.gather_embed(unembedding.astype(settings.dtype))
     first = shards.offset(part.shape[0])
@@ -180,10 +186,18 @@ def _forward(settings: _Settings, shards, hidden, unembedding, tokens, old_token
             own = jax.vmap(partial(select, mass=settings.mass))(best, best_log_probs, tokens, at_log_probs[:, 0])
         return HeadOutput(at_log_probs[:, 0], entropy, at_log_probs[:, 1:], own), log_partition
 
-    return _by_chunks(one_chunk, (hidden, tokens, old_tokens), settings.chunk)
+    # One chunk after the other; of those without a token to learn from, nothing but zeros.
+    chunks = _Chunks.of(mask, settings.chunk)
+    inputs = chunks.split((hidden, tokens, old_tokens))
+    skip = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
+    empty = jax.eval_shape(one_chunk, jax.tree.map(lambda x: x[0], inputs))
+    outputs = jax.lax.map(
+        lambda chunk: jax.lax.cond(chunk[0], one_chunk, lambda _: skip(empty), chunk[1]), (chunks.needed, inputs)
+    )
+    return chunks.join(outputs)
 
 
-def _backward(settings: _Settings, shards, hidden, unembedding, log_partition, entropy, d_entropy, at, d_at):
+def _backward(settings: _Settings, shards, hidden, unembedding, mask, log_partition, entropy, d_entropy, at, d_at):
     """Gradients by one device's hidden states and its part of the unembedding."""
     part = shards.gather_embed(unembedding.astype(settings.dtype))
     first = shards.offset(part.shape[0])
@@ -205,10 +219,15 @@ def _backward(settings: _Settings, shards, hidden, unembedding, log_partition, e
         d_part += jnp.einsum('nv,nd->vd', d_scores, hidden.astype(part.dtype), preferred_element_type=jnp.float32)
         return d_part, d_hidden
 
-    d_part = jnp.zeros(part.shape, jnp.float32)
-    chunks = _split((hidden, log_partition, entropy, d_entropy, at, d_at), settings.chunk)
-    d_part, d_hidden = jax.lax.scan(one_chunk, d_part, chunks)
-    d_hidden = shards.sum_vocab(_join(d_hidden, hidden.shape[0]))
+    chunks = _Chunks.of(mask, settings.chunk)
+    inputs = chunks.split((hidden, log_partition, entropy, d_entropy, at, d_at))
+    skip = lambda d_part, inputs: (d_part, jnp.zeros(inputs[0].shape, jnp.float32))
+    d_part, d_hidden = jax.lax.scan(
+        lambda d_part, chunk: jax.lax.cond(chunk[0], one_chunk, skip, d_part, chunk[1]),
+        jnp.zeros(part.shape, jnp.float32),
+        (chunks.needed, inputs),
+    )
+    d_hidden = shards.sum_vocab(chunks.join(d_hidden))
     return d_hidden.astype(hidden.dtype), shards.scatter_embed(d_part).astype(unembedding.dtype)
 
 
@@ -219,23 +238,27 @@ def _local(tokens: jax.Array, first: jax.Array | int, size: int) -> tuple[jax.Ar
     return jnp.where(here, local, 0), here
 
 
-def _by_chunks(function, inputs, chunk: int):
-    """jax.lax.map over chunks of the leading axis."""
-    count = jax.tree.leaves(inputs)[0].shape[0]
-    return jax.tree.map(partial(_join, count=count), jax.lax.map(function, _split(inputs, chunk)))
+class _Chunks(NamedTuple):
+    """N tokens in C chunks of one size, those that are needed first."""
 
+    place: jax.Array  # [N] where in the chunks, put together, a token stands
+    order: jax.Array  # [C, size] the token that stands there; N past the last
+    needed: jax.Array  # [C] bool: which chunks hold a token of the mask
 
-def _split(inputs, chunk: int):
-    """[N, ...] → [chunks, at most `chunk`, ...], filled up with zeros."""
+    @classmethod
+    def of(cls, mask: jax.Array, chunk: int) -> '_Chunks':
+        (count,) = mask.shape
+        size = min(chunk, count)
+        total = -(-count // size) * size
+        needed = jnp.sum(mask)
+        place = jnp.where(mask, jnp.cumsum(mask) - 1, needed + jnp.cumsum(~mask) - 1)
+        order = jnp.full(total, count, jnp.int32).at[place].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)
+        return cls(place, order.reshape(-1, size), jnp.arange(0, total, size) < needed)
 
-    def one(x):
-        size = min(chunk, x.shape[0])
-        chunks = -(-x.shape[0] // size)
-        x = jnp.pad(x, [(0, chunks * size - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(chunks, size, *x.shape[1:])
+    def split(self, inputs):
+        """[N, ...] → [C, size, ...], filled up with zeros."""
+        return jax.tree.map(lambda x: x.at[self.order].get(mode='fill', fill_value=0), inputs)
 
-    return jax.tree.map(one, inputs)
-
-
-def _join(x: jax.Array, count: int) -> jax.Array:
-    return x.reshape(-1, *x.shape[2:])[:count]
+    def join(self, outputs):
+        """[C, size, ...] → [N, ...]."""
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[self.place], outputs)

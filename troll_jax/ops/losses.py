@@ -1,4 +1,4 @@
-"""Policy objectives on the tokens of one response, and the weights that aggregate them over a batch.
+"""Policy objectives on the tokens of one row of responses, and the weights that aggregate them over a batch.
 
 An objective sees log-probabilities of the current and the old policy, never a model. It returns a loss per token; which
 mean is taken of those is the aggregation's business. Swapping one objective for another is one line of gin.
@@ -20,11 +20,11 @@ from troll_jax.types import START, Progress, SparseLogProbs
 _LOG_RATIO_LIMIT = 20.0
 
 
-class ResponseLogProbs(NamedTuple):
-    """What an objective sees of one response. `new` is the current policy, the only part with a gradient."""
+class TokenLogProbs(NamedTuple):
+    """What an objective sees of a row of responses. `new` is the current policy, the only part with a gradient."""
 
     tokens: jax.Array  # [T] int32, sampled from the old policy
-    mask: jax.Array  # [T] bool, false past the response's end
+    segments: jax.Array  # [T] int32, the response that a token belongs to; 0: none, what is computed there is not used
     new_log_probs: jax.Array  # [T] of those tokens
     old_log_probs: jax.Array  # [T]
     new: SparseLogProbs  # [T, K]
@@ -38,21 +38,19 @@ class TokenLosses(NamedTuple):
     logs: dict[str, jax.Array]  # [T] each; of a bool the log shows the share of tokens, of a float mean and quantiles
 
 
-def token_region(new: SparseLogProbs, old: SparseLogProbs, mask: jax.Array, *, bound) -> Projection:
+def token_region(new: SparseLogProbs, old: SparseLogProbs, segments: jax.Array, *, bound) -> Projection:
     """A trust region for each token, as in the paper. From [T, K] to a Projection [T, …]."""
-    del mask
+    del segments
     return jax.vmap(partial(project_sparse, bound=bound))(new, old)
 
 
-def sequence_region(new: SparseLogProbs, old: SparseLogProbs, mask: jax.Array, *, bound) -> Projection:
-    """One trust region for the whole response, which bounds the mean KL of its tokens, see `project_sequence`."""
-    projection = project_sparse_sequence(new, old, mask, bound=bound)
-    spread = lambda x: jnp.broadcast_to(x, mask.shape) if x.ndim == 0 else x
-    return jax.tree.map(spread, projection)
+def sequence_region(new: SparseLogProbs, old: SparseLogProbs, segments: jax.Array, *, bound) -> Projection:
+    """One trust region for a whole response, which bounds the mean KL of its tokens, see `project_sequence`."""
+    return project_sparse_sequence(new, old, segments, bound=bound)
 
 
 def troll(
-    response: ResponseLogProbs,
+    row: TokenLogProbs,
     advantages: jax.Array,
     progress: Progress = START,
     *,
@@ -65,28 +63,30 @@ def troll(
         loss = − π(o_t)/π_old(o_t) · A_t + α KL(π̃ ‖ ⌊π⌋),     π = project(π̃, π_old, ε)
 
     Args:
-      response: T tokens; `old` holds the sampled token at every position.
+      row: T tokens; `old` holds the sampled token at every one that belongs to a response.
       advantages: [T]
       progress: of the run, for a bound that changes.
       bound: ε, nats per token, or a schedule of it, see `troll_jax.ops.schedules`.
       alpha: α ≥ 0.
       region: `token_region` or `sequence_region`.
     """
-    chex.assert_equal_shape([response.tokens, response.mask, advantages])
-    chex.assert_equal_shape([response.new.tokens, response.new.log_probs, response.old.tokens, response.old.log_probs])
-    projection = region(response.new, response.old, response.mask, bound=bound_at(bound, progress))
-    projected = SparseLogProbs(response.new.tokens, projection.log_probs)
+    chex.assert_equal_shape([row.tokens, row.segments, advantages])
+    chex.assert_equal_shape([row.new.tokens, row.new.log_probs, row.old.tokens, row.old.log_probs])
+    bound = bound_at(bound, progress)
+    projection = region(row.new, row.old, row.segments, bound=bound)
+    projected = SparseLogProbs(row.new.tokens, projection.log_probs)
     at_sampled = jax.vmap(at_token)
-    log_ratio = at_sampled(projected, response.tokens) - at_sampled(response.old, response.tokens)
+    log_ratio = at_sampled(projected, row.tokens) - at_sampled(row.old, row.tokens)
     # Both distributions give the same mass to the tail, so this is the KL over the whole vocabulary. Its terms
     # −p + q do not change the value; without them the gradient would push mass out of the support.
     target = jax.lax.stop_gradient(projection.log_probs)
-    regression = alpha * jax.vmap(kl_divergence)(response.new.log_probs, target)
+    regression = alpha * jax.vmap(kl_divergence)(row.new.log_probs, target)
     # Kept from infinity by hand: a mean of logs should survive one token that is at a distance without end.
     bounded = lambda x: jnp.minimum(x, 1e6)
     logs = {
         'projected': projection.violated,
         'unconverged': ~projection.converged,
+        'bound': jnp.full_like(regression, bound),
         'regression': regression,
         'weight': projection.weight,
         'eta': bounded(1 / projection.weight - 1),
@@ -98,7 +98,7 @@ def troll(
 
 
 def ppo_clip(
-    response: ResponseLogProbs,
+    row: TokenLogProbs,
     advantages: jax.Array,
     progress: Progress = START,
     *,
@@ -111,7 +111,7 @@ def ppo_clip(
         loss = − min( r A, clip(r, 1 − lower, 1 + upper) A ),   for A < 0 at most  − dual · A
 
     Args:
-      response: T tokens; only the log-probabilities of the sampled tokens are used.
+      row: T tokens; only the log-probabilities of the sampled tokens are used.
       advantages: [T]
       progress: not used.
       lower, upper: the ratio is clipped to [1 − lower, 1 + upper].
@@ -122,10 +122,10 @@ def ppo_clip(
       ValueError: `dual` is within the clip.
     """
     del progress
-    chex.assert_equal_shape([response.new_log_probs, response.old_log_probs, advantages])
+    chex.assert_equal_shape([row.new_log_probs, row.old_log_probs, advantages])
     if dual is not None and not dual > 1 + upper:
         raise ValueError(f'dual must be more than 1 + upper = {1 + upper}, or None; got {dual}')
-    ratio = _bounded_exp(response.new_log_probs - response.old_log_probs)
+    ratio = _bounded_exp(row.new_log_probs - row.old_log_probs)
     plain = -ratio * advantages
     clipped = -jnp.clip(ratio, 1 - lower, 1 + upper) * advantages
     loss = jnp.maximum(plain, clipped)
@@ -133,20 +133,29 @@ def ppo_clip(
     return TokenLosses(jnp.minimum(loss, ceiling), {'clipped': (clipped > plain) | (loss > ceiling)})
 
 
-def token_mean(mask: jax.Array) -> jax.Array:
-    """Weights [R, T] of a mean over all tokens (GRPO and PPO in the paper), from the mask [R, T] of the responses."""
-    return mask / jnp.maximum(jnp.sum(mask), 1)
+def token_mean(lengths: jax.Array, *, max_length: int) -> jax.Array:
+    """Weights of a mean over all tokens of a batch (GRPO and PPO in the paper).
+
+    Args:
+      lengths: [R] tokens of each response; those without any do not count.
+      max_length: T, tokens of the longest possible response.
+
+    Returns:
+      [R] the weight of each token of a response in the loss.
+    """
+    del max_length
+    return jnp.full(lengths.shape, 1 / jnp.maximum(jnp.sum(lengths), 1))
 
 
-def sequence_mean(mask: jax.Array) -> jax.Array:
-    """Weights [R, T] of a mean over responses of the mean over their tokens (GRPO as published, GSPO)."""
-    lengths = jnp.sum(mask, axis=1, keepdims=True)
-    return mask / jnp.maximum(lengths, 1) / jnp.maximum(jnp.sum(lengths > 0), 1)
+def sequence_mean(lengths: jax.Array, *, max_length: int) -> jax.Array:
+    """Weights of a mean over responses of the mean over their tokens (GRPO as published, GSPO); as `token_mean`."""
+    del max_length
+    return 1 / (jnp.maximum(lengths, 1) * jnp.maximum(jnp.sum(lengths > 0), 1))
 
 
-def constant_length(mask: jax.Array) -> jax.Array:
-    """Weights [R, T] of a mean over responses of the sum over their tokens / T (Dr.GRPO, arXiv 2503.20783)."""
-    return mask / mask.shape[1] / jnp.maximum(jnp.sum(jnp.any(mask, axis=1)), 1)
+def constant_length(lengths: jax.Array, *, max_length: int) -> jax.Array:
+    """Weights of a mean over responses of the sum over their tokens / T (Dr.GRPO, arXiv 2503.20783); as `token_mean`."""
+    return jnp.full(lengths.shape, 1 / (max_length * jnp.maximum(jnp.sum(lengths > 0), 1)))
 
 
 def _bounded_exp(log_ratio: jax.Array) -> jax.Array:

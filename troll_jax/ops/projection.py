@@ -8,7 +8,7 @@ Write d = log π̃ − log π_old. The solutions for all ε form a one-parameter
 
 so the projection is one monotone root: w = 1 if κ(1) ≤ ε, and κ(w) = ε otherwise. Tokens that share a region share w,
 and all of this holds for the means of κ, κ' and Var over them. What follows is therefore written for [..., V]: one
-token [V] with a `share` of 1, as in the paper, or T tokens [T, V] with a share of the region each.
+token [V], as in the paper, or T tokens [T, V] of one or several regions, whose w is kept at each of their tokens.
 """
 
 import math
@@ -59,10 +59,10 @@ class _Point(NamedTuple):
 
 
 class _Search(NamedTuple):
-    """The solver's state: the last point, in x = log w, and the bracket around the root. All are scalars."""
+    """The solver's state: the last point, in x = log w, and the bracket around the root. All are [...]."""
 
     x: jax.Array
-    kl: jax.Array  # means over the tokens of the region
+    kl: jax.Array  # means over the tokens of a region
     variance: jax.Array
     skew: jax.Array
     low: jax.Array  # −inf until a feasible point was seen
@@ -94,40 +94,41 @@ def project(log_probs: jax.Array, old_log_probs: jax.Array, *, bound, max_evalua
     """
     if log_probs.ndim != 1:
         raise ValueError(f'project takes one distribution, [V]; got {log_probs.shape}. Batch it with jax.vmap.')
-    return _project(log_probs, old_log_probs, jnp.ones((), log_probs.dtype), bound, max_evaluations)
+    return _project(log_probs, old_log_probs, None, bound, max_evaluations)
 
 
 def project_sequence(
-    log_probs: jax.Array, old_log_probs: jax.Array, mask: jax.Array, *, bound, max_evaluations: int = 32
+    log_probs: jax.Array, old_log_probs: jax.Array, segments: jax.Array, *, bound, max_evaluations: int = 32
 ) -> Projection:
     """Projects the distributions of a whole response onto one trust region: their mean KL is at most the bound.
 
         argmin_π Σ_t KL(π_t ‖ π̃_t)   subject to   mean_t KL(π_t ‖ π_old,t) ≤ bound
 
     All tokens share one w; a token that moved far may stay far as long as others make up for it. Guarantee, derivative
-    and arguments are those of `project`.
+    and arguments are those of `project`. Several responses may stand next to each other, each with its own region.
 
     Args:
       log_probs: [T, V]
       old_log_probs: [T, V]
-      mask: [T] bool, the tokens of the response. What the others hold does not matter and is returned as it is.
+      segments: [T] int, at most T: the response that a token belongs to, or a bool mask of a single one. What tokens of
+        segment 0 hold does not matter and is returned as it is.
       bound: ε > 0 in nats per token.
 
     Returns:
-      A Projection whose `log_probs` are [T, V], `kl` and `kl_unprojected` [T] and the others scalars. The mean of `kl`
-      over the response is what the bound holds.
+      A Projection whose `log_probs` are [T, V] and whose other fields are [T]: those of the token's region, but for
+      `kl` and `kl_unprojected`, which are the token's own. The mean of `kl` over a response is what the bound holds.
     """
     if log_probs.ndim != 2:
         raise ValueError(f'project_sequence takes the distributions of one response, [T, V]; got {log_probs.shape}')
-    share = mask / jnp.maximum(jnp.sum(mask), 1).astype(log_probs.dtype)
+    inside = segments > 0
     # Two equal distributions, so that no NaN or infinity of the others finds its way into a sum.
     stand_in = -jnp.log(jnp.asarray(log_probs.shape[1], log_probs.dtype))
-    masked = [jnp.where(mask[:, None], x, stand_in) for x in (log_probs, old_log_probs)]
-    result = _project(*masked, share, bound, max_evaluations)
-    return result._replace(log_probs=jnp.where(mask[:, None], result.log_probs, log_probs))
+    masked = [jnp.where(inside[:, None], x, stand_in) for x in (log_probs, old_log_probs)]
+    result = _project(*masked, segments.astype(jnp.int32), bound, max_evaluations)
+    return result._replace(log_probs=jnp.where(inside[:, None], result.log_probs, log_probs))
 
 
-def _project(log_probs, old_log_probs, share, bound, max_evaluations) -> Projection:
+def _project(log_probs, old_log_probs, segments, bound, max_evaluations) -> Projection:
     if log_probs.shape != old_log_probs.shape:
         raise ValueError(f'both must have one shape; got {log_probs.shape} and {old_log_probs.shape}')
     if log_probs.dtype != old_log_probs.dtype or log_probs.dtype not in (jnp.float32, jnp.float64):
@@ -136,9 +137,9 @@ def _project(log_probs, old_log_probs, share, bound, max_evaluations) -> Project
         raise ValueError(f'bound is a KL divergence in nats and must be positive; got {bound}')
     bound = jnp.asarray(bound, log_probs.dtype)
     weight, violated, evaluations, converged, kl_unprojected = _solve(
-        *jax.lax.stop_gradient((log_probs, old_log_probs, share, bound)), max_evaluations
+        *jax.lax.stop_gradient((log_probs, old_log_probs, segments, bound)), max_evaluations
     )
-    projected, weight, kl = _interpolate(log_probs, old_log_probs, share, bound, weight, violated)
+    projected, weight, kl = _interpolate(log_probs, old_log_probs, segments, bound, weight, violated)
     return Projection(projected, weight, kl, violated, evaluations, converged, kl_unprojected)
 
 
@@ -164,17 +165,18 @@ def project_sparse(new: SparseLogProbs, old: SparseLogProbs, *, bound, max_evalu
 
 
 def project_sparse_sequence(
-    new: SparseLogProbs, old: SparseLogProbs, mask: jax.Array, *, bound, max_evaluations: int = 32
+    new: SparseLogProbs, old: SparseLogProbs, segments: jax.Array, *, bound, max_evaluations: int = 32
 ) -> Projection:
     """`project_sequence` on supports [T, K], in the way of `project_sparse`."""
-    region = partial(project_sequence, mask=mask, bound=bound, max_evaluations=max_evaluations)
+    region = partial(project_sequence, segments=segments, bound=bound, max_evaluations=max_evaluations)
     return _project_on_support(region, new, old)
 
 
 def _project_on_support(region: Callable[..., Projection], new: SparseLogProbs, old: SparseLogProbs) -> Projection:
     log_mass = jax.nn.logsumexp(new.log_probs, axis=-1, keepdims=True)
     result = region(new.log_probs - log_mass, jax.nn.log_softmax(old.log_probs))
-    return result._replace(log_probs=jnp.where(result.violated, result.log_probs + log_mass, new.log_probs))
+    projected = jnp.where(result.violated[..., None], result.log_probs + log_mass, new.log_probs)
+    return result._replace(log_probs=projected)
 
 
 def kl_divergence(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
@@ -211,18 +213,19 @@ def _log_ratio(log_probs: jax.Array, old_log_probs: jax.Array) -> jax.Array:
 
 
 def _evaluate(old_log_probs: jax.Array, old_probs: jax.Array, d: jax.Array, w: jax.Array) -> _Point:
-    """κ(w) and the first three central moments of d under π_w, of every token, in one pass over the entries.
+    """κ(w) and the first three central moments of d under π_w, of every token with its w [...], in one pass over [V].
 
     κ is summed as Σ π_w y − π_w + π_old with y = log(π_w/π_old) = w d − ψ. Its terms are not negative, so nothing
     cancels between them, and an error δ in ψ changes the sum by κ δ alone; that keeps small κ exact in float32.
     """
-    log_weights = old_log_probs + w * d
+    tilt = w[..., None] * d
+    log_weights = old_log_probs + tilt
     largest = jnp.max(log_weights, axis=-1, keepdims=True)
     weights = jnp.exp(log_weights - largest)
     total = jnp.sum(weights, axis=-1, keepdims=True)
     probs = weights / total
     log_partition = largest + jnp.log(total)
-    y = jnp.where(old_log_probs > -jnp.inf, w * d - log_partition, 0.0)
+    y = jnp.where(old_log_probs > -jnp.inf, tilt - log_partition, 0.0)
     kl = jnp.maximum(jnp.sum(_kl_terms(probs, old_probs, y), axis=-1), 0.0)
     mean = jnp.sum(probs * d, axis=-1)
     centred = d - mean[..., None]
@@ -230,9 +233,31 @@ def _evaluate(old_log_probs: jax.Array, old_probs: jax.Array, d: jax.Array, w: j
     return _Point(probs, log_partition[..., 0], kl, mean, variance, jnp.sum(probs * centred**3, axis=-1))
 
 
+class _Regions(NamedTuple):
+    """What the tokens of a region have in common, given back to each of them: functions of [...]."""
+
+    mean: Callable[[jax.Array], jax.Array]
+    largest: Callable[[jax.Array], jax.Array]
+
+    @classmethod
+    def of(cls, segments: jax.Array | None) -> '_Regions':
+        """Of tokens in these segments [T], of which 0 is no region; or of a token on its own."""
+        if segments is None:
+            return cls(lambda x: x, lambda x: x)
+        (count,) = segments.shape
+
+        def total(x):
+            return jax.ops.segment_sum(jnp.where(segments > 0, x, 0), segments, num_segments=count + 1)[segments]
+
+        def mean(x):
+            return total(x) / jnp.maximum(total(jnp.ones_like(x)), 1)
+
+        return cls(mean, lambda x: jax.ops.segment_max(x, segments, num_segments=count + 1)[segments])
+
+
 @partial(jax.jit, static_argnames='max_evaluations')
-def _solve(log_probs, old_log_probs, share, bound, max_evaluations):
-    """Finds w. A safeguarded third-order Newton method on log κ.
+def _solve(log_probs, old_log_probs, segments, bound, max_evaluations):
+    """Finds w [...]. A safeguarded third-order Newton method on log κ.
 
     Where d is small against its spread, κ ~ w²; for peaked distributions κ ~ exp(c w). Both are straight lines in log κ
     against wᵠ, with q → 0 and q = 1. The slope s = d log κ / d log w = w² σ²/κ and its own growth
@@ -241,13 +266,13 @@ def _solve(log_probs, old_log_probs, share, bound, max_evaluations):
     """
     old_probs = jnp.exp(old_log_probs)
     d = _log_ratio(log_probs, old_log_probs)
-    over_region = lambda x: jnp.sum(share * x)
+    regions = _Regions.of(segments)
     tolerance = 2e-4 if log_probs.dtype == jnp.float32 else 2e-12
     # Aiming under the bound keeps every point within the tolerance feasible, after rounding too.
     target = bound * (1 - 2.5 * tolerance)
     tiny = jnp.finfo(log_probs.dtype).tiny
     # Lower than a usual step only where d is spread very widely, as beside a π̃ of zero; κ is flat from there up to 1.
-    spread = jnp.max(d, initial=0.0) - jnp.min(d, initial=0.0)
+    spread = regions.largest(jnp.max(d, axis=-1, initial=0.0)) + regions.largest(-jnp.min(d, axis=-1, initial=0.0))
     peaked = jnp.log(_PEAKED / jnp.maximum(spread, 1.0))
 
     def done(kl):
@@ -275,35 +300,36 @@ def _solve(log_probs, old_log_probs, share, bound, max_evaluations):
         floor = jnp.where(bracketed, low, x - _LARGEST_STEP - jnp.abs(x))
         x = jnp.where((newton > floor) & (newton < high), newton, fallback)
         point = _evaluate(old_log_probs, old_probs, d, jnp.exp(x))
-        means = [over_region(moment) for moment in (point.kl, point.variance, point.skew)]
-        return _Search(x, *means, low, high, search.evaluations + 1)
+        means = [regions.mean(moment) for moment in (point.kl, point.variance, point.skew)]
+        new = _Search(x, *means, low, high, search.evaluations + 1)
+        return jax.tree.map(partial(jnp.where, unfinished(search)), new, search)
 
-    zero = jnp.zeros_like(bound)
-    first = _evaluate(old_log_probs, old_probs, d, jnp.ones_like(bound))
+    zero = jnp.zeros_like(d[..., 0])
+    first = _evaluate(old_log_probs, old_probs, d, jnp.ones_like(zero))
     # Mass of π̃ where π_old has none makes the KL infinite; the family above has already dropped it.
     escapes = jnp.any((old_log_probs == -jnp.inf) & (jnp.exp(log_probs) > 0), axis=-1)
-    kl = over_region(first.kl)
+    kl = regions.mean(first.kl)
     outside = ~(kl <= bound)
     # What is inside its region starts as done: one evaluation.
     start_kl = jnp.where(outside, kl, target)
-    variance, skew = over_region(first.variance), over_region(first.skew)
-    start = _Search(zero, start_kl, variance, skew, zero - jnp.inf, zero, jnp.int32(1))
-    end = jax.lax.while_loop(unfinished, step, start)
+    variance, skew = regions.mean(first.variance), regions.mean(first.skew)
+    start = _Search(zero, start_kl, variance, skew, zero - jnp.inf, zero, jnp.ones_like(zero, jnp.int32))
+    end = jax.lax.while_loop(lambda search: jnp.any(unfinished(search)), step, start)
     converged = done(end.kl)
     feasible = end.kl <= target + tolerance * bound
     weight = jnp.exp(jnp.where(feasible, end.x, end.low))
-    violated = outside | jnp.any(escapes & (share > 0))
+    violated = outside | (regions.mean(escapes.astype(zero.dtype)) > 0)
     return weight, violated, end.evaluations, converged, jnp.where(escapes, jnp.inf, first.kl)
 
 
 @jax.custom_jvp
-def _interpolate(log_probs, old_log_probs, share, bound, weight, violated):
+def _interpolate(log_probs, old_log_probs, segments, bound, weight, violated):
     """(log π_w, w, κ(w)) for the w that `_solve` found; π̃ itself where the bound is not violated."""
-    del share, bound
+    del segments, bound
     point, d = _at_solution(log_probs, old_log_probs, weight)
-    tilted = old_log_probs + weight * d - point.log_partition[..., None]
+    tilted = old_log_probs + weight[..., None] * d - point.log_partition[..., None]
     tilted = jnp.where((log_probs == -jnp.inf) & (point.probs == 0), -jnp.inf, tilted)
-    return jnp.where(violated, tilted, log_probs), weight, point.kl
+    return jnp.where(violated[..., None], tilted, log_probs), weight, point.kl
 
 
 @_interpolate.defjvp
@@ -321,9 +347,10 @@ def _interpolate_jvp(primals, tangents):
     A normalised π_old moves in directions with E_old[δ log π_old] = 0; the part of a tangent that changes its
     normaliser says nothing about the distribution and is taken out first.
     """
-    log_probs, old_log_probs, share, bound, weight, violated = primals
+    log_probs, old_log_probs, segments, bound, weight, violated = primals
     d_new, d_old, _, d_bound, _, _ = tangents
-    out = _interpolate(log_probs, old_log_probs, share, bound, weight, violated)
+    out = _interpolate(log_probs, old_log_probs, segments, bound, weight, violated)
+    regions = _Regions.of(segments)
     point, d = _at_solution(log_probs, old_log_probs, weight)
     probs = point.probs
     expect = lambda x: jnp.sum(probs * x, axis=-1)
@@ -331,17 +358,17 @@ def _interpolate_jvp(primals, tangents):
     centred = d - point.mean[..., None]
 
     # Where π̃ is zero, d is a constant.
-    u = d_old + weight * jnp.where(log_probs > -jnp.inf, d_new - d_old, 0.0)
+    u = d_old + weight[..., None] * jnp.where(log_probs > -jnp.inf, d_new - d_old, 0.0)
     covariance = expect(centred * u)
     growth = weight * point.variance
-    curvature = jnp.sum(share * growth)
+    curvature = regions.mean(growth)
     solvable = curvature > jnp.finfo(curvature.dtype).tiny
-    drift = d_bound + jnp.sum(share * (expect(d_old) - weight * covariance))
+    drift = d_bound + regions.mean(expect(d_old) - weight * covariance)
     # w = 1 is held there by its own limit, not by the bound: π_old has no mass on a part of π̃, the rest is inside.
     movable = violated & solvable & (weight < 1)
     d_weight = jnp.where(movable, drift / jnp.where(solvable, curvature, 1.0), 0.0)
-    d_tilted = u - expect(u)[..., None] + centred * d_weight
-    d_projected = jnp.where(violated, jnp.where(out[0] == -jnp.inf, 0.0, d_tilted), d_new)
+    d_tilted = u - expect(u)[..., None] + centred * d_weight[..., None]
+    d_projected = jnp.where(violated[..., None], jnp.where(out[0] == -jnp.inf, 0.0, d_tilted), d_new)
 
     d_kl = weight * covariance + growth * d_weight - expect(d_old)
     return out, (d_projected, d_weight, d_kl)

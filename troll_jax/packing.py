@@ -1,0 +1,161 @@
+"""Responses of different lengths, end to end in rows of one length; on the host, in numpy.
+
+A padded batch computes as many tokens as its longest response has, for all of them. Here sequences (a prompt and its
+response) share rows, which are told apart by segment ids, and rows are grouped into micro-batches of a token budget.
+All batches of a run have one shape, that of a batch in which every sequence is as long as it may be; what is not filled
+are whole micro-batches at the end, which an update does not compute.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from troll_jax.types import Batch, Rollout, SparseLogProbs
+
+
+class BatchShape(NamedTuple):
+    """The shape of a batch's arrays, see `Batch`."""
+
+    micro_batches: int  # M
+    rows: int  # Z
+    row_tokens: int  # S
+
+
+def batch_shape(
+    sequences: int,
+    max_length: int,
+    *,
+    row_tokens: int | None = None,
+    micro_batch_tokens: int | None = None,
+    devices: int = 1,
+) -> BatchShape:
+    """The shape that holds a number of sequences, whatever their lengths.
+
+    Args:
+      sequences: of a batch.
+      max_length: tokens of the longest possible sequence, prompt and response.
+      row_tokens: S; by default `max_length`.
+      micro_batch_tokens: the budget of a micro-batch on each device, in tokens; by default that of the whole batch.
+      devices: over which rows are spread, data × fsdp of the mesh.
+
+    Raises:
+      ValueError: a row does not hold the longest sequence, or a budget not one row.
+    """
+    row_tokens = max_length if row_tokens is None else row_tokens
+    if row_tokens < max_length:
+        raise ValueError(
+            f'row_tokens = {row_tokens} is less than the {max_length} tokens that a prompt and its response may have; '
+            'raise it, or lower max_prompt_length or max_response_length'
+        )
+    if micro_batch_tokens is not None and micro_batch_tokens < row_tokens:
+        raise ValueError(
+            f'micro_batch_tokens = {micro_batch_tokens} tokens on each device is less than one row of {row_tokens}; '
+            'raise it, or lower row_tokens'
+        )
+    # First-fit needs no more rows than this: a row that has no room for a sequence holds at least as many as fit at
+    # their greatest length.
+    needed = _ceil(sequences, row_tokens // max_length)
+    per_device = _ceil(needed, devices)
+    if micro_batch_tokens is not None:
+        per_device = min(per_device, micro_batch_tokens // row_tokens)
+    rows = per_device * devices
+    return BatchShape(_ceil(needed, rows), rows, row_tokens)
+
+
+def batch_shapes(shape: BatchShape, kept: int) -> Batch:
+    """A batch of `jax.ShapeDtypeStruct` whose distributions list `kept` tokens."""
+    array = lambda dtype, *more: jax.ShapeDtypeStruct((*shape, *more), dtype)
+    old = SparseLogProbs(array(jnp.int32, kept), array(jnp.float32, kept))
+    ints, floats = array(jnp.int32), array(jnp.float32)
+    return Batch(
+        tokens=ints,
+        positions=ints,
+        segment_ids=ints,
+        weights=floats,
+        advantages=floats,
+        old_log_probs=floats,
+        old=old,
+    )
+
+
+def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    """Packs sequences into rows by first-fit decreasing: the longest first, each into the first row with room for it.
+
+    Args:
+      lengths: [R] tokens, none more than `capacity`.
+      capacity: tokens of a row.
+
+    Returns:
+      The row of each sequence [R] and where in it the sequence begins [R].
+    """
+    rows, starts = np.empty(len(lengths), np.int64), np.empty(len(lengths), np.int64)
+    used = np.zeros(len(lengths), np.int64)
+    for i in np.argsort(-lengths, kind='stable'):
+        row = np.argmax(used + lengths[i] <= capacity)
+        rows[i], starts[i] = row, used[row]
+        used[row] += lengths[i]
+    return rows, starts
+
+
+def make_batch(rollout: Rollout, advantages: np.ndarray, weights: np.ndarray, shape: BatchShape) -> Batch:
+    """Packs responses and what is known of them into one batch.
+
+    Args:
+      rollout: R responses, in numpy.
+      advantages: [R]
+      weights: [R] of a response's tokens in the loss, see `troll_jax.ops.losses.token_mean`; 0 leaves it out.
+      shape: as `batch_shape` gives it for R sequences.
+
+    Returns:
+      A Batch in numpy.
+    """
+    lengths = rollout.prompt_lengths + rollout.response_lengths
+    rows, starts = first_fit(lengths, shape.row_tokens)
+    # Segments are numbered by where they begin, from 1.
+    order = np.lexsort((starts, rows))
+    new_row = np.diff(rows[order], prepend=-1) != 0
+    count = np.arange(len(order))
+    segments = np.empty_like(count)
+    segments[order] = 1 + count - np.maximum.accumulate(np.where(new_row, count, 0))
+
+    kept = rollout.support.tokens.shape[-1]
+    batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), batch_shapes(shape, kept))
+    batch.old.tokens.fill(-1)
+    batch.old.log_probs.fill(-np.inf)
+
+    def fill(array: np.ndarray, to: np.ndarray, values: np.ndarray) -> None:
+        array.reshape(-1, *array.shape[3:])[to] = values
+
+    begin = rows * shape.row_tokens + starts
+    source, position = _every_token(lengths)
+    to = begin[source] + position
+    fill(batch.tokens, to, rollout.tokens[source, position])
+    fill(batch.positions, to, position)
+    fill(batch.segment_ids, to, segments[source])
+
+    source, t = _every_token(rollout.response_lengths)
+    to = (begin + rollout.prompt_lengths)[source] + t
+    fill(batch.weights, to, weights[source])
+    fill(batch.advantages, to, advantages[source])
+    fill(batch.old_log_probs, to, rollout.log_probs[source, t])
+    fill(batch.old.tokens, to, rollout.support.tokens[source, t])
+    fill(batch.old.log_probs, to, rollout.support.log_probs[source, t])
+    return batch
+
+
+def padding_share(batch: Batch) -> float:
+    """The share of the positions that an update computes and that hold no token."""
+    computed = batch.segment_ids[np.any(batch.segment_ids > 0, axis=(1, 2))]
+    return float(np.mean(computed == 0)) if computed.size else 0.0
+
+
+def _every_token(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of all tokens of sequences of these lengths [R]: the sequence, and the index in it."""
+    source = np.repeat(np.arange(len(lengths)), lengths)
+    return source, np.arange(len(source)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _ceil(x: int, y: int) -> int:
+    return -(-x // y)
