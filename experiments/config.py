@@ -46,9 +46,6 @@ for _target in (
     support.bucket_tail,
     schedules.linear_bound,
     schedules.adaptive_bound,
-    losses.token_mean,
-    losses.sequence_mean,
-    losses.constant_length,
     advantages.group_normalised,
     adamw,
     make_mesh,
@@ -56,8 +53,10 @@ for _target in (
     GSM8K,
 ):
     register(_target)
+for _target in (losses.token_mean, losses.sequence_mean, losses.constant_length):
+    register(_target, fixed=('lengths', 'max_length'))  # which `train` passes
 for _target in (losses.token_region, losses.sequence_region):
-    register(_target, fixed=('new', 'old', 'mask', 'bound'))  # which `troll` passes
+    register(_target, fixed=('new', 'old', 'segments', 'bound'))  # which `troll` passes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,13 +129,44 @@ class Experiment:
 Experiment = register(Experiment)
 
 
-def parse_command_line(description: str) -> None:
-    """Reads the gin file and the bindings that a command was given, and turns on its log."""
+def command_line(description: str, name: str, help: str) -> argparse.ArgumentParser:
+    """What all commands take, the argument `name` first. Options may stand anywhere: use `parse_intermixed_args`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='a gin file')
-    parser.add_argument('bindings', nargs='*', help="gin bindings that win over the file's, such as 'train.steps = 20'")
-    arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format='%(levelname)s %(name)s: %(message)s')
+    parser.add_argument(name, help=help)
+    parser.add_argument('bindings', nargs='*', help="gin bindings that win over a file's, such as 'train.steps = 20'")
+    several = parser.add_argument_group('several processes', 'the same command on every host, see docs/pods.md')
+    several.add_argument(
+        '--distributed', action='store_true', help='join the other processes, as TPU pods, SLURM, Kubernetes or MPI say'
+    )
+    several.add_argument('--coordinator', help='host:port of the first process, where nothing says it')
+    several.add_argument('--num-processes', type=int)
+    several.add_argument('--process-id', type=int, help='from 0')
+    return parser
+
+
+def begin(arguments: argparse.Namespace, level: int = logging.INFO) -> None:
+    """Turns on the log and joins the other processes. Comes before anything that asks JAX for its devices.
+
+    Raises:
+      ValueError: where the other processes are is not known.
+    """
+    logging.basicConfig(level=level, format='%(levelname)s %(name)s: %(message)s')
+    if not arguments.distributed and arguments.coordinator is None:
+        return
+    try:
+        jax.distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    except ValueError as error:
+        raise ValueError(
+            f'cannot join the other processes: {error} Give --coordinator, --num-processes and --process-id.'
+        ) from error
+    if jax.process_index() > 0:
+        logging.getLogger().setLevel(logging.WARNING)
+
+
+def parse_command_line(description: str) -> None:
+    """Starts a command that takes a gin file and bindings, and reads these."""
+    arguments = command_line(description, 'config', help='a gin file').parse_intermixed_args()
+    begin(arguments)
     parse([arguments.config], arguments.bindings)
 
 

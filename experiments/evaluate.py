@@ -6,7 +6,6 @@ Step 0 is the model that the run started from. Prints a table and writes `evalua
 `responses_….jsonl` of that name into the run's folder.
 """
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 
 import experiments.train  # noqa: F401  registers what a run's config.gin binds
-from experiments.config import Experiment, parse, register
+from experiments.config import Experiment, begin, command_line, parse, register
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.evaluate import Evaluation, estimate, evaluate, pass_at_k
 from troll_jax.models import decoder as decoders
@@ -92,6 +91,8 @@ def evaluation(
         )
     summary = {'step': step, 'split': split, 'temperature': temperature} | summarise(result)
     name = f'{step}_{split}_{samples_per_prompt}'
+    if jax.process_index() > 0:
+        return summary
     (run_dir / f'evaluation_{name}.json').write_text(json.dumps(summary, indent=2) + '\n')
     with (run_dir / f'responses_{name}.jsonl').open('w') as file:
         for text, answer, responses, rewards in zip(
@@ -119,16 +120,14 @@ def summarise(result: Evaluation) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('run_dir', help='folder of a run')
+    parser = command_line(__doc__, 'run_dir', help='folder of a run')
     parser.add_argument('--step', type=int, help='of the checkpoint; the latest by default')
-    parser.add_argument('bindings', nargs='*', help="gin bindings, such as 'evaluation.samples_per_prompt = 16'")
     arguments = parser.parse_intermixed_args()
-    logging.basicConfig(level=logging.WARNING, format='%(levelname)s %(name)s: %(message)s')
+    begin(arguments, level=logging.WARNING)
     parse([Path(arguments.run_dir) / 'config.gin'], arguments.bindings)
     step = {} if arguments.step is None else {'step': arguments.step}
     summary = evaluation(arguments.run_dir, **step)
-    for name, value in summary.items():
+    for name, value in summary.items() if jax.process_index() == 0 else ():
         print(f'{name:20}', '{mean:.4f}  [{low:.4f}, {high:.4f}]'.format(**value) if isinstance(value, dict) else value)
 
 

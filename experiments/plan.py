@@ -28,11 +28,12 @@ from experiments.config import Experiment, parse  # noqa: E402
 from experiments.train import abstract_state, check_sizes, train  # noqa: E402
 from troll_jax.models.families import decoder_config  # noqa: E402
 from troll_jax.models.hf_weights import load_config  # noqa: E402
+from troll_jax.packing import batch_shape, batch_shapes  # noqa: E402
 from troll_jax.planning import CHIPS, count_flops, program_cost, roofline  # noqa: E402
 from troll_jax.rollout import make_sampler  # noqa: E402
 from troll_jax.sharding import make_mesh, named_sharding  # noqa: E402
 from troll_jax.types import Prompts  # noqa: E402
-from troll_jax.update import make_batch, make_update  # noqa: E402
+from troll_jax.update import make_update  # noqa: E402
 
 
 def plan(topology: str) -> list[dict]:
@@ -64,7 +65,15 @@ def plan(topology: str) -> list[dict]:
         settings[name] for name in ('prompts_per_step', 'samples_per_prompt', 'minibatch_prompts')
     )
     per_rollout = settings['prompts_per_rollout'] or prompts
-    check_sizes(experiment.mesh, prompts, samples, minibatch, per_rollout, settings['micro_batches'])
+    check_sizes(experiment.mesh, prompts, samples, minibatch, per_rollout)
+    length = experiment.max_prompt_length + experiment.max_response_length
+    shape = batch_shape(
+        minibatch * samples,
+        length,
+        row_tokens=settings['row_tokens'],
+        micro_batch_tokens=settings['micro_batch_tokens'],
+        devices=mesh.shape['data'] * mesh.shape['fsdp'],
+    )
     common = {name: settings[name] for name in ('temperature', 'max_tokens', 'mass')}
     sampler = make_sampler(
         config,
@@ -73,34 +82,26 @@ def plan(topology: str) -> list[dict]:
         stop_tokens=[0],
         **common,
     )
-    names = ('objective', 'aggregation', 'tail_rule', 'micro_batches', 'head_chunk')
+    names = ('objective', 'tail_rule', 'head_chunk')
     update = make_update(config, settings['optimizer'], **common, **{name: settings[name] for name in names})
 
-    def array(shape: tuple[int, ...], dtype=jnp.int32) -> jax.ShapeDtypeStruct:
-        sharding = named_sharding(mesh, ('batch', *[None] * (len(shape) - 1)))
+    def array(shape: tuple[int, ...], dtype=jnp.int32, axes=('batch',)) -> jax.ShapeDtypeStruct:
+        sharding = named_sharding(mesh, (*axes, *[None] * (len(shape) - len(axes))))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
     state = abstract_state(experiment, config, settings['optimizer'])
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        rows = [
-            Prompts(array((count, experiment.max_prompt_length)), array((count,))) for count in (per_rollout, minibatch)
-        ]
-        keys = [
-            jax.eval_shape(lambda n=count: jax.random.split(jax.random.key(0), n)) for count in (per_rollout, minibatch)
-        ]
-        keys = [jax.ShapeDtypeStruct(k.shape, k.dtype, sharding=named_sharding(mesh, ('batch',))) for k in keys]
-        rollout = jax.eval_shape(sampler, state.params, rows[1], keys[1])
-        batch = make_batch(rollout, jax.ShapeDtypeStruct(rollout.response_lengths.shape, jnp.float32))
-        batch = jax.tree.map(lambda x: array(x.shape, x.dtype), batch)
-        length = experiment.max_prompt_length + experiment.max_response_length
+        rows = Prompts(array((per_rollout, experiment.max_prompt_length)), array((per_rollout,)))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), per_rollout))
+        keys = array(keys.shape, keys.dtype)
+        batch = batch_shapes(shape, settings['max_tokens'])
+        batch = jax.tree.map(lambda x: array(x.shape, x.dtype, (None, 'batch')), batch)
         chip = CHIPS[generation]
         return [
             {'topology': topology, 'model': experiment.model}
             | examine('update', update, (state, batch), chip, len(devices), tokens=minibatch * samples * length),
             {'topology': topology, 'model': experiment.model}
-            | examine(
-                'decode', sampler, (state.params, rows[0], keys[0]), chip, len(devices), tokens=per_rollout * samples
-            ),
+            | examine('decode', sampler, (state.params, rows, keys), chip, len(devices), tokens=per_rollout * samples),
         ]
 
 

@@ -95,9 +95,7 @@ def test_tokens_outside_of_the_mask_are_left_out(count, mesh):
         outputs = function(hidden, unembedding)
         weights = [jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(outputs[:3])]
         real = [mask.reshape(-1, *[1] * (x.ndim - 1)) & (x > -jnp.inf) for x in outputs[:3]]
-        listed = [
-            jnp.sum(jnp.where(keep, x, 0) * w) for keep, x, w in zip(real, outputs[:3], weights, strict=True)
-        ]
+        listed = [jnp.sum(jnp.where(keep, x, 0) * w) for keep, x, w in zip(real, outputs[:3], weights, strict=True)]
         return sum(listed), outputs
 
     run = lambda function: jax.jit(jax.grad(functools.partial(total, function), argnums=(0, 1), has_aux=True))

@@ -1,17 +1,18 @@
 """Sampling responses to held-out prompts, grading them, and what the grades say."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from troll_jax.data.prompts import PromptSet
-from troll_jax.rewards.pool import Grader
-from troll_jax.sharding import named_sharding
+from troll_jax.rewards.pool import Grader, Grades
+from troll_jax.sharding import fetch, place
 from troll_jax.types import Prompts, Rollout
 
 
@@ -47,18 +48,29 @@ def rollouts(
     The key of a prompt depends on its place in `indices` and not on the batch, so `batch` changes memory and speed but
     no response. The last batch is filled up with the first prompts.
     """
-    sharding = named_sharding(mesh, ('batch',))
+    keys_of = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
     for start in range(0, len(indices), batch):
         places = np.arange(start, start + batch)
         rows = indices[places % len(indices)]
-        on_device = Prompts(*jax.device_put((prompts.tokens[rows], prompts.lengths[rows]), sharding))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jax.device_put(places, sharding))
-        yield sampler(params, on_device, keys)
+        on_device, places = place((Prompts(prompts.tokens[rows], prompts.lengths[rows]), places), mesh, ('batch',))
+        yield sampler(params, on_device, keys_of(key, places))
+
+
+def grade(grader: Grader, responses: Sequence[str], answers: Sequence[str]) -> Grades:
+    """Grades a batch that every process has, each of them its share, and gives all of them all grades."""
+    count, mine = jax.process_count(), jax.process_index()
+    if count == 1:
+        return grader(responses, answers)
+    grades = grader(responses[mine::count], answers[mine::count])
+    padded = np.zeros(-(-len(responses) // count), np.float32)
+    padded[: len(grades.rewards)] = grades.rewards
+    rewards, *failures = multihost_utils.process_allgather((padded, *grades[1:]))
+    return Grades(rewards.T.reshape(-1)[: len(responses)], *(int(np.sum(x)) for x in failures))
 
 
 def decode_responses(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each response [R], without special tokens."""
-    tokens, starts, lengths = jax.device_get((rollout.tokens, rollout.prompt_lengths, rollout.response_lengths))
+    """The text of each response [R] of a rollout in numpy, without special tokens."""
+    tokens, starts, lengths = rollout.tokens, rollout.prompt_lengths, rollout.response_lengths
     rows = [row[start : start + length] for row, start, length in zip(tokens, starts, lengths, strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
 
@@ -78,12 +90,13 @@ def evaluate(
     count = len(prompts)
     lengths, stopped, responses = [], [], []
     for rollout in rollouts(sampler, params, prompts, np.arange(count), key, batch=batch, mesh=mesh):
-        lengths.append(np.asarray(rollout.response_lengths))
-        stopped.append(np.asarray(rollout.stopped))
+        rollout = fetch(rollout)
+        lengths.append(rollout.response_lengths)
+        stopped.append(rollout.stopped)
         responses.extend(decode_responses(rollout, tokenizer))
     samples = len(responses) // (batch * len(lengths))
     responses = responses[: count * samples]
-    grades = grader(responses, [answer for answer in prompts.answers for _ in range(samples)])
+    grades = grade(grader, responses, [answer for answer in prompts.answers for _ in range(samples)])
     by_prompt = lambda x: np.concatenate(x)[: count * samples].reshape(count, samples)
     return Evaluation(
         rewards=grades.rewards.reshape(count, samples),

@@ -17,9 +17,13 @@ class MetricsWriter:
       folder: of the run; is created if it is not there.
       resume_after: the last step that counts. Lines of later steps, and a line that was torn by a crash, are removed,
         so that a resumed run has every step once. 0 is a fresh start, of which nothing counts, not even step 0.
+      write: False in all processes of a run but one, which then write nothing.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, resume_after: int = 0):
+    def __init__(self, folder: str | os.PathLike, *, resume_after: int = 0, write: bool = True):
+        self._write = write
+        if not write:
+            return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         first = resume_after + 1 if resume_after else 0
@@ -32,12 +36,16 @@ class MetricsWriter:
         return self
 
     def __exit__(self, *_) -> None:
+        if not self._write:
+            return
         self._file.close()
         self._tables.close()
         self._board.close()
 
     def write_table(self, step: int, rows: list[dict]) -> None:
         """Appends the tokens that an objective held back most at a step to `held_tokens.jsonl`."""
+        if not self._write:
+            return
         self._tables.write(json.dumps({'step': step, 'tokens': rows}, ensure_ascii=False) + '\n')
         self._tables.flush()
         lines = [f'- {row["text"]!r} {row["held"]} of {row["seen"]}' for row in rows]
@@ -49,6 +57,8 @@ class MetricsWriter:
         Raises:
           ValueError: the step does not come after the last one.
         """
+        if not self._write:
+            return
         if step <= self._last_step:
             raise ValueError(f'metrics of step {step} come after those of step {self._last_step}; steps must grow')
         self._last_step = step

@@ -5,8 +5,11 @@ Parameters and activations name their axes by meaning ('embed', 'mlp', 'batch');
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
@@ -58,6 +61,28 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
 
 def named_sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(axes))
+
+
+def place(tree: Any, mesh: Mesh, axes: Sequence[str | None]) -> Any:
+    """Puts host arrays onto the mesh, each process what its own devices hold.
+
+    Args:
+      tree: of numpy arrays that are the same on every process.
+      axes: logical names of their leading axes; the others are not sharded.
+    """
+
+    def put(x: np.ndarray) -> jax.Array:
+        x = np.asarray(x)
+        sharding = named_sharding(mesh, (*axes, *[None] * (x.ndim - len(axes))))
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(put, tree)
+
+
+def fetch(tree: Any) -> Any:
+    """The whole arrays in the memory of every host, as numpy."""
+    whole = lambda x: np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+    return jax.tree.map(whole, tree)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

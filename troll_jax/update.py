@@ -138,11 +138,11 @@ def make_recompute(
     mass: float,
     head_chunk: int = 1024,
 ) -> Callable[[dict, Batch], tuple[Batch, jax.Array]]:
-    """Builds the jitted recompute(params, batch) → (batch, kl [M, Z, S]).
+    """Builds the jitted recompute(params, batch) → (batch, kl []).
 
     π_old as the forward pass of training computes it takes the place of what the sampler recorded, which is how the
-    paper does it. `kl` is KL(recomputed ‖ recorded) of every token, the noise between the two. Arguments are those of
-    `make_update`; the parameters must be the ones that sampled.
+    paper does it. `kl` is the mean over the tokens of KL(recomputed ‖ recorded), the noise between the two. Arguments
+    are those of `make_update`; the parameters must be the ones that sampled.
     """
     graphdef, _ = decoders.abstract(config)
     policy = _Policy(temperature, tail_rule, max_tokens, mass, head_chunk)
@@ -166,7 +166,9 @@ def make_recompute(
 
         empty = batch.old_log_probs, batch.old, jnp.zeros_like(batch.weights)
         log_probs, old, kl = jax.lax.fori_loop(0, _micro_batches(batch), write, empty)
-        return batch._replace(old_log_probs=log_probs, old=old), kl
+        return batch._replace(old_log_probs=log_probs, old=old), jnp.sum(kl) / jnp.maximum(
+            jnp.sum(batch.weights > 0), 1
+        )
 
     return recompute
 

@@ -154,7 +154,7 @@ def sequence_mean(lengths: jax.Array, *, max_length: int) -> jax.Array:
 
 
 def constant_length(lengths: jax.Array, *, max_length: int) -> jax.Array:
-    """Weights of a mean over responses of the sum over their tokens / T (Dr.GRPO, arXiv 2503.20783); as `token_mean`."""
+    """Weights of a mean over responses of the sum of their tokens / T (Dr.GRPO, arXiv 2503.20783); as `token_mean`."""
     return jnp.full(lengths.shape, 1 / (max_length * jnp.maximum(jnp.sum(lengths > 0), 1)))
 
 

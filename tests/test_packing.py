@@ -1,0 +1,130 @@
+"""Packing responses into rows: every token where it belongs, little padding, and sizes that cannot work are refused."""
+
+import jax
+import numpy as np
+import pytest
+
+from troll_jax.packing import BatchShape, batch_shape, batch_shapes, first_fit, make_batch, padding_share
+from troll_jax.types import Rollout, SparseLogProbs
+
+PROMPT, RESPONSE, KEPT = 5, 11, 3
+
+
+def rollout(lengths) -> Rollout:
+    """Responses with prompts of these lengths [R, 2], in which every value is different."""
+    prompts, responses = np.asarray(lengths).T
+    count = len(prompts)
+    values = lambda first, *shape: first + np.arange(np.prod(shape)).reshape(shape)
+    tokens = values(1, count, PROMPT + RESPONSE).astype(np.int32)
+    floats = lambda first, *shape: values(first, *shape).astype(np.float32)
+    support = SparseLogProbs(values(7, count, RESPONSE, KEPT).astype(np.int32), floats(20_000, count, RESPONSE, KEPT))
+    return Rollout(
+        tokens,
+        prompts,
+        responses,
+        np.ones(count, bool),
+        floats(50_000, count, RESPONSE),
+        floats(60_000, count, RESPONSE),
+        support,
+    )
+
+
+def random_lengths(count: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.integers(1, PROMPT + 1, count), rng.integers(1, RESPONSE + 1, count)], axis=1)
+
+
+def sequences(batch, micro: int, row: int):
+    """The sequences of a row, each as indices into it."""
+    ids = batch.segment_ids[micro, row]
+    return [np.flatnonzero(ids == i) for i in range(1, ids.max() + 1)]
+
+
+@pytest.mark.parametrize('shape', [BatchShape(7, 3, 16), BatchShape(4, 2, 37), BatchShape(1, 21, 16)])
+def test_every_token_is_there_once(shape):
+    """Guards against values that stand one off, at another response's tokens, or twice; and gaps within a sequence."""
+    data, advantages = rollout(random_lengths(21)), np.linspace(-1, 1, 21, dtype=np.float32)
+    weights = np.linspace(1, 2, 21, dtype=np.float32)
+    batch = make_batch(data, advantages, weights, shape)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), batch_shapes(shape, KEPT)
+    )
+    found = set()
+    for micro, row in np.ndindex(*shape[:2]):
+        for at in sequences(batch, micro, row):
+            pick = lambda x, at=at, micro=micro, row=row: x[micro, row][at]
+            r = int(np.flatnonzero(data.tokens[:, 0] == pick(batch.tokens)[0])[0])
+            found.add(r)
+            start, length = data.prompt_lengths[r], data.response_lengths[r]
+            assert np.all(np.diff(at) == 1) and len(at) == start + length
+            np.testing.assert_array_equal(pick(batch.tokens), data.tokens[r, : start + length])
+            np.testing.assert_array_equal(pick(batch.positions), np.arange(start + length))
+            for got, expected in [
+                (batch.weights, np.full(length, weights[r])),
+                (batch.advantages, np.full(length, advantages[r])),
+                (batch.old_log_probs, data.log_probs[r, :length]),
+                (batch.old.tokens, data.support.tokens[r, :length]),
+                (batch.old.log_probs, data.support.log_probs[r, :length]),
+            ]:
+                np.testing.assert_array_equal(pick(got)[start:], expected)
+            assert np.all(pick(batch.weights)[:start] == 0) and np.all(pick(batch.old.tokens)[:start] == -1)
+    assert found == set(range(21))
+    empty = batch.segment_ids == 0
+    assert np.all(batch.tokens[empty] == 0) and np.all(batch.weights[empty] == 0)
+    assert (~empty).sum() == (data.prompt_lengths + data.response_lengths).sum()
+    used = np.any(~empty, axis=(1, 2))
+    assert np.all(used == (np.arange(shape.micro_batches) < used.sum())), 'empty micro-batches were meant to come last'
+
+
+def test_a_weight_of_zero_is_not_learnt_from():
+    """Guards responses that are masked: they are context for nothing, and the mask is the weight."""
+    batch = make_batch(
+        rollout([[2, 3], [1, 4]]), np.ones(2, np.float32), np.array([0, 0.5], np.float32), BatchShape(1, 1, 16)
+    )
+    assert np.sum(batch.weights > 0) == 4
+
+
+def test_log_normal_lengths_leave_little_padding():
+    """Guards the reason to pack: at most 5 % of what is computed is padding, where padded rows waste most of it."""
+    rng = np.random.default_rng(1)
+    responses = np.clip(rng.lognormal(5.5, 0.8, 256), 1, 2048).astype(np.int64)
+    prompts = np.clip(rng.lognormal(4.5, 0.4, 256), 1, 512).astype(np.int64)
+    tokens = np.zeros((256, 2560), np.int32)
+    small = lambda dtype: np.zeros((256, 2048), dtype)
+    support = SparseLogProbs(small(np.int32)[:, :, None], small(np.float32)[:, :, None])
+    data = Rollout(tokens, prompts, responses, np.ones(256, bool), small(np.float32), small(np.float32), support)
+    for devices in (1, 8):
+        shape = batch_shape(256, 2560, micro_batch_tokens=2560, devices=devices)
+        batch = make_batch(data, np.ones(256, np.float32), np.ones(256, np.float32), shape)
+        assert padding_share(batch) <= 0.05
+    padded = batch_shape(256, 2560)
+    assert padding_share(make_batch(data, np.ones(256), np.ones(256), padded)) > 0.8
+
+
+def test_the_longest_sequences_fit():
+    """Guards the number of rows that is promised: also where all are as long as they may be, or nearly."""
+    for seed, (row_tokens, budget, devices) in enumerate([(16, 16, 1), (37, 80, 3), (53, None, 2), (16, 160, 8)]):
+        shape = batch_shape(23, 16, row_tokens=row_tokens, micro_batch_tokens=budget, devices=devices)
+        assert shape.rows % devices == 0 and shape.row_tokens == row_tokens
+        assert budget is None or shape.rows // devices * row_tokens <= budget
+        for lengths in (np.full(23, 16), np.full(23, 15), np.random.default_rng(seed).integers(9, 17, 23)):
+            rows, starts = first_fit(lengths, row_tokens)
+            assert rows.max() < shape.micro_batches * shape.rows
+            taken = np.zeros((rows.max() + 1, row_tokens), int)
+            for row, start, length in zip(rows, starts, lengths, strict=True):
+                taken[row, start : start + length] += 1
+            assert taken.max() == 1
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'message'),
+    [
+        ({'row_tokens': 15}, 'row_tokens = 15 is less than the 16 tokens'),
+        ({'micro_batch_tokens': 15}, 'micro_batch_tokens = 15 .* one row of 16'),
+        ({'row_tokens': 32, 'micro_batch_tokens': 31}, 'one row of 32'),
+    ],
+)
+def test_a_budget_that_is_too_small_names_its_numbers(sizes, message):
+    """Guards against sequences that are cut silently, and against a micro-batch of no rows."""
+    with pytest.raises(ValueError, match=message):
+        batch_shape(23, 16, **sizes)
