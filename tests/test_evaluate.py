@@ -207,12 +207,12 @@ def test_responses_decode_without_special_tokens(tokenizer):
     prompt or past the response's end, and against spaces between tokens."""
     ids = lambda text: tokenizer(text)['input_ids']
     rows = [ids('1+1=#2' + EOS + '999'), ids('1+1=' + PAD + '7#3' + '99')]
-    nothing = jnp.zeros((2, 1))
+    nothing = np.zeros((2, 1))
     rollout = Rollout(
-        tokens=jnp.asarray(rows),
-        prompt_lengths=jnp.array([4, 4]),
-        response_lengths=jnp.array([3, 4]),
-        stopped=jnp.array([True, False]),
+        tokens=np.asarray(rows),
+        prompt_lengths=np.array([4, 4]),
+        response_lengths=np.array([3, 4]),
+        stopped=np.array([True, False]),
         log_probs=nothing,
         entropy=nothing,
         support=SparseLogProbs(nothing[..., None], nothing[..., None]),

@@ -118,8 +118,8 @@ def test_resuming_equals_not_stopping(tmp_path, model):
 ADAPTIVE = [
     'troll.bound = @adaptive_bound',
     'adaptive_bound.start = 1e-3',
-    'adaptive_bound.target = 0.5',
-    'adaptive_bound.gain = 0.5',
+    'adaptive_bound.target = 0.1',
+    'adaptive_bound.gain = 5.0',
     'troll.region = @sequence_region',
     'train.tail_rule = @bucket_tail',
     'train.max_tokens = 8',

@@ -48,12 +48,14 @@ def rollouts(
     The key of a prompt depends on its place in `indices` and not on the batch, so `batch` changes memory and speed but
     no response. The last batch is filled up with the first prompts.
     """
-    keys_of = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
     for start in range(0, len(indices), batch):
         places = np.arange(start, start + batch)
         rows = indices[places % len(indices)]
         on_device, places = place((Prompts(prompts.tokens[rows], prompts.lengths[rows]), places), mesh, ('batch',))
-        yield sampler(params, on_device, keys_of(key, places))
+        yield sampler(params, on_device, _fold_in_each(key, places))
+
+
+_fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
 
 
 def grade(grader: Grader, responses: Sequence[str], answers: Sequence[str]) -> Grades:

@@ -81,7 +81,11 @@ def place(tree: Any, mesh: Mesh, axes: Sequence[str | None]) -> Any:
 
 def fetch(tree: Any) -> Any:
     """The whole arrays in the memory of every host, as numpy."""
-    whole = lambda x: np.asarray(x) if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+
+    def whole(x: jax.Array | np.ndarray) -> np.ndarray:
+        here = getattr(x, 'is_fully_addressable', True)
+        return np.asarray(x) if here else multihost_utils.process_allgather(x, tiled=True)
+
     return jax.tree.map(whole, tree)
 
 

@@ -1,0 +1,102 @@
+"""Two processes on this machine run what one process runs: the whole loop, and evaluation, with CPU collectives."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from experiments.warm_start import warm_start
+from troll_jax.checkpoint import Checkpoints
+from troll_jax.data.tasks.arithmetic import Arithmetic
+from troll_jax.metrics import read_metrics
+
+REPOSITORY = Path(__file__).parent.parent
+BINDINGS = [
+    'Experiment.max_prompt_length = 4',
+    'Experiment.max_response_length = 3',
+    'Arithmetic.operands = 2',
+    'Arithmetic.train_size = 60',
+    'Arithmetic.test_size = 10',
+    'train.steps = 2',
+    'train.prompts_per_step = 8',
+    'train.samples_per_prompt = 4',
+    'train.minibatch_prompts = 4',
+    'train.micro_batch_tokens = 14',
+    'train.row_tokens = 14',
+    'train.evaluate_every = 2',
+    'adamw.learning_rate = 1e-3',
+]
+
+
+def start(devices: int, *command: str) -> subprocess.Popen:
+    flags = f'--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0'
+    return subprocess.Popen(
+        [sys.executable, '-m', *command],
+        cwd=REPOSITORY,
+        env=os.environ | {'XLA_FLAGS': flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def run(processes: int, *command: str) -> None:
+    """Runs a command as so many processes with two devices in all; each must succeed."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        address = f'localhost:{free.getsockname()[1]}'
+    where = lambda i: ['--coordinator', address, '--num-processes', str(processes), '--process-id', str(i)]
+    together = [start(2 // processes, *command, *(where(i) if processes > 1 else ())) for i in range(processes)]
+    try:
+        for process in together:
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+    finally:
+        for process in together:
+            process.kill()
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory) -> list[Path]:
+    """The folder of a run by one process, and by two. The model says an answer, and now and then the right one."""
+    folder = tmp_path_factory.mktemp('runs')
+    task = Arithmetic(operands=2, train_size=60, test_size=16)
+    sizes = {'width': 16, 'layers': 1, 'heads': 2, 'kv_heads': 1, 'head_dim': 8, 'mlp_width': 24, 'batch': 32}
+    warm_start(str(folder / 'model'), task, **sizes, accuracy=0.0, mixed_steps=100, worked_share=0.0)
+    for processes in (1, 2):
+        where = [f"train.run_dir = '{folder / str(processes)}'", f"Experiment.model = '{folder / 'model'}'"]
+        run(processes, 'experiments.train', 'configs/quickstart_clip.gin', *BINDINGS, *where)
+    return [folder / '1', folder / '2']
+
+
+def test_two_processes_learn_what_one_learns(runs):
+    """Guards sums, grades and data that a process keeps to itself, and files that two processes write at once."""
+    one, two = (read_metrics(folder / 'metrics.jsonl') for folder in runs)
+    assert [row['step'] for row in two] == [0, 1, 2]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            if not name.startswith('seconds') and not name.endswith('per_second'):
+                assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-5), name
+    assert one[1]['update/ratio_max'] > 1 + 1e-5, 'something was meant to be learnt'
+
+
+def test_a_checkpoint_of_two_processes_is_one(runs):
+    """Guards checkpoints of which each process keeps a half: one process evaluates it, two evaluate that of one."""
+    for processes, folder in zip((1, 2), reversed(runs), strict=True):
+        with Checkpoints(folder, read_only=True) as checkpoints:
+            assert checkpoints.steps == [2]
+        run(processes, 'experiments.evaluate', str(folder), 'evaluation.samples_per_prompt = 4')
+    results = [json.loads((folder / 'evaluation_2_test_4.json').read_text()) for folder in runs]
+    assert results[0]['success']['mean'] == pytest.approx(results[1]['success']['mean'], abs=1e-6)
+
+
+def test_processes_that_cannot_meet_are_an_error():
+    """Guards a command that goes on alone where several were meant."""
+    process = start(1, 'experiments.train', 'configs/quickstart_clip.gin', '--distributed')
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode and 'Give --coordinator' in output
