@@ -193,6 +193,11 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
         )
 
 
+def checkpoint_folder(run_dir: str | Path) -> str:
+    """Where a run whose configuration has been read keeps its checkpoints."""
+    return gin.get_bindings('train').get('checkpoint_dir') or str(run_dir)
+
+
 def check_bindings_used() -> None:
     """Raises a ValueError if a binding of the command line has changed nothing, once all that it could change is built.
 

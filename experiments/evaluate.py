@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import experiments.train  # noqa: F401  registers what a run's config.gin binds
-from experiments.config import Experiment, begin, command_line, parse, register
+from experiments.config import Experiment, begin, checkpoint_folder, command_line, parse, register
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.evaluate import Evaluation, estimate, evaluate, pass_at_k
 from troll_jax.models import decoder as decoders
@@ -74,7 +74,7 @@ def evaluation(
         if step == 0:
             _, params = load_pretrained(start.model, mesh=experiment.mesh)
         else:
-            with Checkpoints(run_dir, read_only=True) as checkpoints:
+            with Checkpoints(checkpoint_folder(run_dir), read_only=True) as checkpoints:
                 if not checkpoints.steps:
                     raise ValueError(f'no whole checkpoint in {checkpoints.path}; train first, or evaluate --step 0')
                 step = checkpoints.steps[-1] if step is None else step

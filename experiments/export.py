@@ -7,6 +7,8 @@ import argparse
 import shutil
 from pathlib import Path
 
+import experiments.train  # noqa: F401  registers what a run's config.gin binds
+from experiments.config import checkpoint_folder, parse
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.models import decoder as decoders
 from troll_jax.models.families import decoder_config
@@ -15,7 +17,7 @@ from troll_jax.sharding import make_mesh
 
 
 def export(run_dir: str, folder: str, step: int | None = None) -> int:
-    """Exports a checkpoint, the latest by default, and returns its step.
+    """Exports a checkpoint, the latest by default, of a run whose configuration has been read; returns its step.
 
     Raises:
       ValueError: no such checkpoint.
@@ -25,7 +27,7 @@ def export(run_dir: str, folder: str, step: int | None = None) -> int:
         raise FileNotFoundError(f'{run_dir!r} is not the folder of a run: there is no {run_dir}/model')
     hf_config = load_config(str(Path(run_dir) / 'model'))
     shapes = decoders.abstract(decoder_config(hf_config), make_mesh())[1]
-    with Checkpoints(run_dir, read_only=True) as checkpoints:
+    with Checkpoints(checkpoint_folder(run_dir), read_only=True) as checkpoints:
         if not checkpoints.steps:
             raise ValueError(f'no whole checkpoint in {checkpoints.path}')
         step = checkpoints.steps[-1] if step is None else step
@@ -41,6 +43,8 @@ def main() -> None:
     parser.add_argument('folder', help='to write to')
     parser.add_argument('--step', type=int, help='of the checkpoint; the latest by default')
     arguments = parser.parse_args()
+    if (config := Path(arguments.run_dir) / 'config.gin').is_file():
+        parse([config])
     step = export(arguments.run_dir, arguments.folder, arguments.step)
     print(f'wrote step {step} of {arguments.run_dir} to {arguments.folder}')
 

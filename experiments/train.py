@@ -4,7 +4,7 @@
 
 A run's folder holds `config.gin` (all that is needed to repeat or evaluate it), `model` (tokenizer and sizes),
 `checkpoints`, `metrics.jsonl`, `held_tokens.jsonl` and `tensorboard`. Started again, a run goes on from its latest
-checkpoint.
+checkpoint. On several hosts the same command runs on each: docs/pods.md.
 """
 
 import difflib
@@ -67,6 +67,7 @@ def train(
     evaluate_every: int = 10,
     table_every: int = 10,
     checkpoint_every: int = 10,
+    checkpoint_dir: str | None = None,
     keep_checkpoints: int = 2,
     seed: int = 0,
 ) -> None:
@@ -98,6 +99,7 @@ def train(
       table_every: steps between tables of the tokens that are projected or clipped most; 0 turns them off. With
         `@sequence_region` all tokens of a response count that is outside.
       checkpoint_every: steps between checkpoints. The last step is saved in any case.
+      checkpoint_dir: a folder or bucket (gs://…) to keep them in; None is `run_dir`.
       keep_checkpoints: how many of the latest to keep.
       seed: of the order of the data and of the sampling.
     """
@@ -138,7 +140,7 @@ def train(
     recompute = make_recompute(config, head_chunk=head_chunk, **policy)
     with (
         jax.set_mesh(mesh),
-        Checkpoints(run_dir, keep=keep_checkpoints) as checkpoints,
+        Checkpoints(checkpoint_dir or run_dir, keep=keep_checkpoints) as checkpoints,
         Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader,
         stop_on_signal() as stop,
     ):

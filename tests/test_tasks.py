@@ -62,6 +62,15 @@ def test_gsm8k_reads_a_path_with_a_split_in_it(folder):
     assert (len(task.load('train')), len(task.load('test'))) == (1, 3)
 
 
+def test_gsm8k_reads_a_url(folder):
+    """Guards buckets, by the one kind of URL that needs none, and URLs that would be taken for ids on the hub."""
+    write(folder / 'my_train.jsonl', ROWS[:1])
+    assert len(GSM8K(source=f'file://{folder}/my_{{split}}.jsonl').load('train')) == 1
+    for url in (f'file://{folder}', f'file://{folder}/my_train.jsonl', 'gs://bucket/{split}.csv'):
+        with pytest.raises(ValueError, match='must have {split} in it'):
+            GSM8K(source=url).load('train')
+
+
 def test_gsm8k_prompt_arguments_change_the_prompt(folder):
     """Guards against arguments that nothing reads."""
     write(folder / 'train.jsonl', ROWS)

@@ -373,6 +373,19 @@ def test_the_papers_configs_run_with_small_stand_ins(tmp_path, method):
     assert (tmp_path / 'run/checkpoints/2').is_dir()
 
 
+def test_checkpoints_may_lie_elsewhere(tmp_path, model):
+    """Guards a bucket for checkpoints: resuming, evaluation and export look for them where the run put them."""
+    elsewhere = f"train.checkpoint_dir = '{tmp_path / 'bucket'}'"
+    run(tmp_path / 'run', model, elsewhere, 'train.steps = 1', 'train.checkpoint_every = 1')
+    rows = run(tmp_path / 'run', model, elsewhere, 'train.steps = 2')
+    assert [row['step'] for row in rows] == [0, 1, 2]
+    assert not (tmp_path / 'run/checkpoints').exists() and (tmp_path / 'bucket/checkpoints/2').is_dir()
+    gin.clear_config()
+    parse([tmp_path / 'run/config.gin'])
+    assert export(str(tmp_path / 'run'), str(tmp_path / 'exported')) == 2
+    assert evaluation(str(tmp_path / 'run'))['step'] == 2
+
+
 def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path, model):
     """Guards against losing what was learnt since the last checkpoint to Ctrl-C, with the command that users type."""
     bindings = [

@@ -1,11 +1,11 @@
 """Checkpoints of a run, by Orbax: saved in the background, restored straight onto the mesh in use."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from troll_jax.types import Progress, TrainState
 
@@ -14,13 +14,14 @@ class Checkpoints:
     """The checkpoints in a run's folder. A context manager; leaving it waits until the last one is on disk.
 
     Args:
-      folder: of the run; checkpoints lie in `checkpoints/<step>` below it.
+      folder: of the run, or a bucket (gs://…); checkpoints lie in `checkpoints/<step>` below it.
       keep: how many of the latest to keep.
       read_only: touches nothing, so that a run that is under way can be looked into.
     """
 
     def __init__(self, folder: str | os.PathLike, *, keep: int = 2, read_only: bool = False):
-        self.path = Path(folder).absolute() / 'checkpoints'
+        folder = os.fspath(folder)
+        self.path = epath.Path(folder if '://' in folder else os.path.abspath(folder)) / 'checkpoints'
         options = (
             ocp.CheckpointManagerOptions(read_only=True, create=False)
             if read_only

@@ -20,7 +20,7 @@ import optax
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.head import logits
-from troll_jax.ops.losses import ResponseLogProbs, ppo_clip, token_mean, troll
+from troll_jax.ops.losses import TokenLogProbs, ppo_clip, troll
 from troll_jax.ops.support import bucket_tail, default_tail
 from troll_jax.optimizer import adamw
 from troll_jax.types import Batch, Progress, SparseLogProbs, TrainState
@@ -54,15 +54,15 @@ def plain_clip_update(config, optimizer):
     def update(state: TrainState, batch: Batch):
         def loss(params):
             decoder = decoders.bind(graphdef, params)
-            index = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1], dtype=jnp.int32), batch.tokens.shape)
-            hidden = decoder(batch.tokens, index, jnp.ones_like(index))[:, PROMPT - 1 : -1]
+            rows = jax.tree.map(lambda x: x[0], batch)
+            hidden = decoder(rows.tokens, rows.positions, rows.segment_ids)[:, PROMPT - 1 : -1]
             scores = logits(hidden, decoder.unembedding, temperature=1.0, dtype=config.compute_dtype)
-            tokens = batch.tokens[:, PROMPT:]
-            log_probs = jnp.take_along_axis(jax.nn.log_softmax(scores), tokens[:, :, None], axis=2)[:, :, 0]
-            advantages = jnp.broadcast_to(batch.advantages[:, None], tokens.shape)
-            mask = jnp.ones_like(tokens, bool)
-            response = ResponseLogProbs(tokens, mask, log_probs, batch.old_log_probs, None, None)
-            return jnp.mean(jax.vmap(ppo_clip)(response, advantages).loss)
+            response = jax.tree.map(lambda x: x[:, PROMPT:], rows)
+            log_probs = jnp.take_along_axis(jax.nn.log_softmax(scores), response.tokens[:, :, None], axis=2)[:, :, 0]
+            row = TokenLogProbs(
+                response.tokens, response.segment_ids, log_probs, response.old_log_probs, response.old, response.old
+            )
+            return jnp.mean(jax.vmap(ppo_clip)(row, response.advantages).loss)
 
         gradients = jax.grad(loss)(state.params)
         changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
@@ -73,14 +73,20 @@ def plain_clip_update(config, optimizer):
 
 def make_batch(rows: int, vocab_size: int) -> Batch:
     """Responses of full length to random prompts, sampled from a distribution over KEPT random tokens."""
-    keys = jax.random.split(jax.random.key(0), 4)
-    tokens = jax.random.randint(keys[0], (rows, PROMPT + RESPONSE), 0, vocab_size)
-    kept = jax.random.randint(keys[1], (rows, RESPONSE, KEPT), 0, vocab_size).at[:, :, 0].set(tokens[:, PROMPT:])
+    keys, shape = jax.random.split(jax.random.key(0), 4), (1, rows, PROMPT + RESPONSE)
+    tokens = jax.random.randint(keys[0], shape, 0, vocab_size)
+    kept = jax.random.randint(keys[1], (*shape, KEPT), 0, vocab_size).at[..., 0].set(tokens)
     log_probs = jax.nn.log_softmax(jax.random.normal(keys[2], kept.shape))
-    full = lambda length: jnp.full(rows, length, jnp.int32)
-    old = SparseLogProbs(kept.astype(jnp.int32), log_probs)
-    advantages = jax.random.normal(keys[3], (rows,))
-    return Batch(tokens, full(PROMPT), full(RESPONSE), advantages, log_probs[:, :, 0], old)
+    position = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
+    return Batch(
+        tokens=tokens,
+        positions=position,
+        segment_ids=jnp.ones_like(tokens),
+        weights=(position >= PROMPT) / (rows * RESPONSE),
+        advantages=jnp.broadcast_to(jax.random.normal(keys[3], (1, rows, 1)), shape),
+        old_log_probs=log_probs[..., 0],
+        old=SparseLogProbs(kept.astype(jnp.int32), log_probs),
+    )
 
 
 def main() -> None:
@@ -95,7 +101,6 @@ def main() -> None:
 
     config, optimizer = model(arguments.layers, arguments.dtype), adamw(learning_rate=1e-6)
     sparse = dict(
-        aggregation=token_mean,
         temperature=1.0,
         max_tokens=KEPT,
         mass=1 - 1e-5,

@@ -39,7 +39,8 @@ def load_rows(source: str, split: str, *, columns: tuple[str, ...], config: str 
     Args:
         source: one of
             - a folder that holds `train*` and `test*` files, each `.parquet` or `.jsonl`;
-            - a path with `{split}` in it, and `*` if there are several files: `data/gsm8k_{split}.jsonl`;
+            - a path with `{split}` in it, and `*` if there are several files: `data/gsm8k_{split}.jsonl`; also the URL
+              of a bucket, gs://…, which fsspec reads;
             - an id on the Hugging Face hub: `openai/gsm8k`.
         split: 'train' or 'test'.
         columns: columns that the data must have.
@@ -76,8 +77,12 @@ def load_rows(source: str, split: str, *, columns: tuple[str, ...], config: str 
 
 
 def _local_files(source: str, split: str) -> list[str]:
-    """The split's files; an empty list if `source` does not look like a path, and so is an id on the hub."""
+    """The split's files or URLs; an empty list if `source` does not look like a path, and so is an id on the hub."""
     suffixes = ' or '.join(_BUILDERS)
+    if '://' in source:
+        if '{split}' not in source or not source.endswith(tuple(_BUILDERS)):
+            raise ValueError(f'The URL {source!r} must have {{split}} in it and end in {suffixes}.')
+        return [source.replace('{split}', split)]
     if os.path.isdir(source):
         pattern = os.path.join(glob.escape(source), f'{split}*')
     elif '{split}' in source:
