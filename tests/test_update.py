@@ -5,6 +5,7 @@ Gradients are read off the parameters: with plain gradient descent at rate one, 
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import constant_length, ppo_clip, sequence_mean, sequence_region, token_mean, troll
 from troll_jax.ops.schedules import adaptive_bound
 from troll_jax.ops.support import bucket_tail, default_tail, sparsify
-from troll_jax.packing import BatchShape, batch_shape, make_batch
+from troll_jax.packing import BatchShape, batch_shape, batch_shapes, make_batch
 from troll_jax.sharding import make_mesh, place
 from troll_jax.types import Batch, Progress, Rollout, TrainState
 from troll_jax.update import _summarise, make_recompute, make_update
@@ -437,6 +438,23 @@ def test_a_schedule_moves_the_bound():
     np.testing.assert_allclose(log.metrics['loss'], expected['loss'], rtol=1e-4)
     np.testing.assert_allclose(log.metrics['kl_projected_max'], bound, rtol=1e-3)
     assert log.metrics['weight_mean'] > reference()[1]['weight_mean'] + 0.05
+
+
+@pytest.mark.parametrize('objective', [troll, ppo_clip])
+def test_no_array_of_tokens_by_vocabulary(objective):
+    """Guards the memory of a whole update, forward and backward: no more logits than those of one chunk of the head."""
+    vocabulary, chunk, shape = 4096, 8, BatchShape(2, 4, 32)
+    config = dataclasses.replace(CONFIG, vocab_size=vocabulary)
+    settings = dict(temperature=1.0, tail_rule=default_tail, max_tokens=KEPT, mass=MASS, head_chunk=chunk)
+    update = make_update(config, SGD, objective=objective, **settings)
+    _, params = decoders.abstract(config)
+    progress = Progress(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
+    state = TrainState(progress, params, jax.eval_shape(SGD.init, params))
+    text = update.lower(state, batch_shapes(shape, KEPT)).compile().as_text()
+    found = re.findall(r'\b(?:f|bf|s|u|pred)\d*\[([\d,]+)\]', text)
+    sizes = {tuple(int(n) for n in dims.split(',')) for dims in found}
+    largest = max(np.prod(size) for size in sizes if CONFIG.width not in size)  # of what is no weight
+    assert largest == chunk * vocabulary
 
 
 @pytest.mark.parametrize('tail_rule', [default_tail, bucket_tail])
