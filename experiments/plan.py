@@ -26,8 +26,6 @@ from jax.experimental import topologies  # noqa: E402
 
 from experiments.config import Experiment, parse  # noqa: E402
 from experiments.train import abstract_state, check_sizes, train  # noqa: E402
-from troll_jax.models.families import decoder_config  # noqa: E402
-from troll_jax.models.hf_weights import load_config  # noqa: E402
 from troll_jax.planning import CHIPS, count_flops, program_cost, roofline  # noqa: E402
 from troll_jax.rollout import make_sampler  # noqa: E402
 from troll_jax.sharding import make_mesh, named_sharding  # noqa: E402
@@ -55,9 +53,7 @@ def plan(topology: str) -> list[dict]:
     with gin.unlock_config():
         gin.bind_parameter('Experiment.mesh', None)  # it would be made of this machine's devices
     experiment = dataclasses.replace(Experiment(), mesh=mesh)
-    config = decoder_config(
-        load_config(experiment.model), compute_dtype=experiment.compute_dtype, remat=experiment.remat
-    )
+    config = experiment.decoder_config()
     defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
     settings = defaults | gin.get_bindings('train')
     prompts, samples, minibatch = (
