@@ -26,7 +26,7 @@ from jax.experimental import topologies  # noqa: E402
 
 from experiments.config import Experiment, parse  # noqa: E402
 from experiments.train import abstract_state, check_sizes, train  # noqa: E402
-from troll_jax.planning import CHIPS, count_flops, program_cost, roofline  # noqa: E402
+from troll_jax.planning import CHIPS, Chip, add_iterations, count_flops, program_cost, roofline  # noqa: E402
 from troll_jax.rollout import make_sampler  # noqa: E402
 from troll_jax.sharding import make_mesh, named_sharding  # noqa: E402
 from troll_jax.types import Prompts  # noqa: E402
@@ -92,7 +92,15 @@ def plan(topology: str) -> list[dict]:
         chip = CHIPS[generation]
         return [
             {'topology': topology, 'model': experiment.model}
-            | examine('update', update, (state, batch), chip, len(devices), tokens=minibatch * samples * length),
+            | examine(
+                'update',
+                update,
+                (state, batch),
+                chip,
+                len(devices),
+                tokens=minibatch * samples * length,
+                iterations=1,
+            ),
             {'topology': topology, 'model': experiment.model}
             | examine(
                 'decode', sampler, (state.params, rows[0], keys[0]), chip, len(devices), tokens=per_rollout * samples
@@ -100,8 +108,21 @@ def plan(topology: str) -> list[dict]:
         ]
 
 
-def examine(name: str, program, arguments, chip, devices: int, tokens: int) -> dict:
-    """Compiles a program. Time and rates of `decode` are those of one step of its loop, of `update` those of a call."""
+def examine(
+    name: str, program, arguments, chip: Chip, devices: int, *, tokens: int, iterations: int | None = None
+) -> dict:
+    """Compiles a program and returns what it needs.
+
+    Args:
+      name: of the program, for the table.
+      program: a jitted function.
+      arguments: shapes with shardings.
+      chip: what one device is.
+      devices: of the mesh.
+      tokens: that it works on, in a call, or in an iteration if `iterations` is None.
+      iterations: how often its loop of unknown length runs in a call. If None, time, rates and what is moved and sent
+        are those of one iteration alone.
+    """
     begin = time.perf_counter()
     traced = program.trace(*arguments)
     compiled = traced.lower().compile()
@@ -110,9 +131,13 @@ def examine(name: str, program, arguments, chip, devices: int, tokens: int) -> d
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     # What is donated is not needed twice.
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    which = 1 if name == 'decode' else 0
-    flops = count_flops(traced.jaxpr.jaxpr, devices)[which] / devices
-    cost = program_cost(compiled.as_text())[which]
+    once, per_iteration = (flops / devices for flops in count_flops(traced.jaxpr.jaxpr, devices))
+    cost_once, cost_per_iteration = program_cost(compiled.as_text())
+    if iterations is None:
+        flops, cost = per_iteration, cost_per_iteration
+    else:
+        flops = once + iterations * per_iteration
+        cost = add_iterations(cost_once, cost_per_iteration, iterations)
     bound = roofline(chip, flops, cost)
     return {
         'program': name,

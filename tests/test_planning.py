@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from troll_jax.planning import Chip, Cost, count_flops, program_cost, roofline
+from troll_jax.models.attention import splash_attention
+from troll_jax.planning import Chip, Cost, add_iterations, count_flops, program_cost, roofline
 from troll_jax.sharding import make_mesh, named_sharding
 
 REPOSITORY = Path(__file__).parent.parent
@@ -42,6 +43,40 @@ def test_flops_below_shard_map_are_those_of_all_devices():
         out_specs=PartitionSpec('fsdp'),
     )
     assert flops(local, (16, 4), (4, 4), devices=8) == flops(lambda x, y: x @ y, (16, 4), (4, 4))
+
+
+def micro_batches(x, count):
+    """A loop of unknown length, with a scan and another such loop inside."""
+
+    def body(_, c):
+        c, _ = jax.lax.scan(lambda c, _: (jnp.sin(c @ c), None), c, length=5)
+        return jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: jnp.cos(c @ c), c)
+
+    return jax.lax.fori_loop(0, count.astype(int)[0], body, jnp.sin(x @ x))
+
+
+def test_a_loop_of_unknown_length_counts_as_often_as_it_is_said_to_run():
+    """Guards the update's loop over micro-batches, which a plan multiplies itself, and loops of unknown length inside
+    of it, which count as one round."""
+    product = 2 * 8**3
+    assert flops(micro_batches, (8, 8), (1,)) == (product, 6 * product)
+    once, looped = program_cost(compiled(micro_batches, (64, 64), (1,)))
+    array = 4 * 64 * 64
+    assert 2 * array < once.bytes < 12 * array and 6 * 2 * array < looped.bytes < 6 * 12 * array
+    total = add_iterations(Cost(3.0, Counter(a=1)), Cost(2.0, Counter(a=5, b=7)), 11)
+    assert total == (25.0, {'a': 56, 'b': 77})
+
+
+def test_flops_of_splash_attention():
+    """Guards kernels, which are counted once per block, and not at all above the diagonal."""
+    batch, length, heads, head_dim, block = 3, 1100, 4, 16, 512  # 1,100 tokens fill 3 blocks
+    shapes = [jnp.zeros((batch, length, n, head_dim)) for n in (heads, 2, 2)]
+    attend = lambda q, k, v: jnp.sum(splash_attention(q, k, v, jnp.ones((batch, length), int)))
+    product = 2 * batch * heads * (6 * block**2) * head_dim
+    assert count_flops(jax.make_jaxpr(attend)(*shapes).jaxpr, 1) == (2 * product, 0)
+    # Backward: three for queries, four for keys and values, and outside of the kernels outputs with their gradients.
+    gradient = jax.make_jaxpr(jax.grad(attend, argnums=(0, 1, 2)))(*shapes)
+    assert count_flops(gradient.jaxpr, 1) == (9 * product + 2 * batch * heads * 3 * block * head_dim, 0)
 
 
 def compiled(function, *shapes, axes=(), mesh=None):
