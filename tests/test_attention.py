@@ -1,6 +1,7 @@
 """Every implementation of attention against a written-out float64 reference; what each platform gets."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,26 @@ def test_splash_equals_the_reference(monkeypatch):
     the split over a mesh of rows and heads."""
     monkeypatch.setattr(attentions, '_SPLASH_BLOCK', 128)
     check(functools.partial(splash_attention, interpret=True), make_mesh(1, 2, 2, devices=jax.devices()[:4]))
+
+
+def test_a_tpu_holds_no_logits_of_a_whole_row():
+    """Guards against a kernel that is left out: 'xla' shows what the text of such a program looks like."""
+    length = 1100
+    shapes = [jax.ShapeDtypeStruct((1, length, n, 16), jnp.bfloat16) for n in (HEADS, KV_HEADS, KV_HEADS)]
+    segments = jnp.ones((1, length), jnp.int32)
+    found = {}
+    for name in ('xla', 'splash'):
+        loss = lambda *qkv, name=name: jnp.sum(
+            packed_attention(*qkv, segments, implementation=name).astype(jnp.float32)
+        )
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*shapes)
+        text = traced.lower(lowering_platforms=('tpu',)).as_text()
+        rows = {length, 3 * 512}  # as it is, and filled up to whole blocks
+        found[name] = {
+            n for shape in re.findall(r'tensor<([\dx]+)x', text) for n in rows if shape.split('x').count(str(n)) > 1
+        }
+        assert ('tpu_custom_call' in text) == (name == 'splash')
+    assert found == {'xla': {length}, 'splash': set()}
 
 
 def test_cudnn_is_traced_for_a_gpu(monkeypatch):

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import PartitionSpec
 
+from experiments.plan import plan
 from troll_jax.models.attention import splash_attention
 from troll_jax.planning import Chip, Cost, add_iterations, count_flops, program_cost, roofline
 from troll_jax.sharding import make_mesh, named_sharding
@@ -124,37 +126,33 @@ def test_the_slowest_part_is_the_bound():
     assert roofline(chip, 300.0, Cost(40.0, Counter({'all-gather': 3, 'all-reduce': 2}))) == (5.0, 'network')
 
 
-def run_plan(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, '-m', 'experiments.plan', 'configs/qwen3_0_6b_gsm8k_troll.gin', *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-
-
 def test_a_real_plan(tmp_path):
     """Guards the whole way to the TPU compiler, with a small model: memory, a verdict, and rates."""
     config = json.loads((REPOSITORY / 'configs/models/qwen3-0.6b/config.json').read_text())
-    config |= {'num_hidden_layers': 2, 'vocab_size': 4096, 'hidden_size': 256, 'intermediate_size': 512}
+    config |= {'num_hidden_layers': 2, 'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256}
+    config |= {'num_attention_heads': 4, 'num_key_value_heads': 2}
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    result = run_plan(
-        '--topology',
-        'v5e:2x2',
+    bindings = [
         f'Experiment.model = "{tmp_path}"',
         'Experiment.max_response_length = 128',
         'Experiment.max_prompt_length = 128',
         'train.micro_batches = 2',
         'train.minibatch_prompts = 4',
-    )
+    ]
+    command = [sys.executable, '-m', 'experiments.plan', 'configs/qwen3_0_6b_gsm8k_troll.gin', '--topology', 'v5e:2x2']
+    result = subprocess.run([*command, *bindings], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     update, decode = json.loads(result.stdout.splitlines()[-1])
     assert (update['program'], decode['program']) == ('update', 'decode')
     for row in (update, decode):
         assert row['fits'] and 0 < row['argument_gb'] < row['needed_gb'] < 1 and row['tokens_per_second'] > 0
     # At least three products of every weight and token, on four devices.
-    weights = 2 * (256 * 128 * (16 + 8 + 8 + 16) + 3 * 256 * 512)
+    weights = 2 * (128 * 128 * (4 + 2 + 2 + 4) + 3 * 128 * 256)
     assert update['tflops'] > 6 * weights * 32 * 256 / 4 / 1e12
     assert '| v5e:2x2 | update |' in result.stdout and update['sent_gb']
 
 
 def test_an_unknown_topology_is_an_error():
     """Guards a mistyped slice: the message names what there is."""
-    result = run_plan('--topology', 'v9:2x2', "Experiment.model = 'configs/models/qwen3-0.6b'")
-    assert result.returncode and "'v9:2x2'" in result.stderr and 'v5e' in result.stderr
+    with pytest.raises(ValueError, match=r"'v9:2x2'.*v5e"):
+        plan('v9:2x2')
