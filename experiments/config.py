@@ -22,6 +22,7 @@ from troll_jax.data.tasks import Task
 from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tasks.gsm8k import GSM8K
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
+from troll_jax.models.attention import best_implementation
 from troll_jax.models.decoder import DecoderConfig
 from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_config
@@ -71,6 +72,7 @@ class Experiment:
       compute_dtype: of activations and matrix products, 'bfloat16' or 'float32'. Parameters and probabilities are
         float32.
       remat: what the backward pass computes again to save memory: None, 'dots' or 'full'.
+      attention: of whole sequences: 'xla', 'cudnn' or 'splash'; the best on the mesh's devices if None.
       chat_template_from: a model whose chat template to borrow.
       template_arguments: for the chat template.
       mesh: of devices, by `make_mesh`; all of them in `fsdp` if None.
@@ -82,6 +84,7 @@ class Experiment:
     max_response_length: int
     compute_dtype: str = 'bfloat16'
     remat: str | None = None
+    attention: str | None = None
     chat_template_from: str | None = None
     template_arguments: dict[str, Any] | None = None
     mesh: jax.sharding.Mesh | None = None
@@ -104,15 +107,18 @@ class Experiment:
             template_arguments=self.template_arguments,
         )
 
-    def decoder_config(self, tokenizer: PreTrainedTokenizerBase) -> DecoderConfig:
-        """The sizes of the model.
+    def decoder_config(self, tokenizer: PreTrainedTokenizerBase | None = None) -> DecoderConfig:
+        """The sizes of the model, and how it computes.
 
         Raises:
           ValueError: it has fewer tokens than the tokenizer, or a shorter context than the lengths ask for.
         """
         hf_config = load_config(self.model)
         config = decoder_config(hf_config, compute_dtype=self.compute_dtype, remat=self.remat)
-        if config.vocab_size < len(tokenizer):
+        platform = self.mesh.devices.flat[0].platform
+        attention = self.attention or best_implementation(platform, config.compute_dtype, config.head_dim)
+        config = dataclasses.replace(config, attention=attention)
+        if tokenizer is not None and config.vocab_size < len(tokenizer):
             raise ValueError(
                 f'the tokenizer of {self.model!r} has {len(tokenizer)} tokens, its model {config.vocab_size}; expected '
                 'at least as many in the model. Use the tokenizer that belongs to it, or resize the embeddings.'

@@ -15,6 +15,8 @@ import inspect
 import json
 import os
 import time
+from collections.abc import Sequence
+from functools import partial
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # the topologies are not devices of this machine
 os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
@@ -26,18 +28,18 @@ from jax.experimental import topologies  # noqa: E402
 
 from experiments.config import Experiment, parse  # noqa: E402
 from experiments.train import abstract_state, check_sizes, train  # noqa: E402
-from troll_jax.models.families import decoder_config  # noqa: E402
-from troll_jax.models.hf_weights import load_config  # noqa: E402
 from troll_jax.packing import batch_shape, batch_shapes  # noqa: E402
-from troll_jax.planning import CHIPS, count_flops, program_cost, roofline  # noqa: E402
+from troll_jax.planning import CHIPS, Chip, add_iterations, count_flops, program_cost, roofline  # noqa: E402
 from troll_jax.rollout import make_sampler  # noqa: E402
 from troll_jax.sharding import make_mesh, named_sharding  # noqa: E402
 from troll_jax.types import Prompts  # noqa: E402
 from troll_jax.update import make_update  # noqa: E402
 
+PROGRAMS = ('update', 'decode')
 
-def plan(topology: str) -> list[dict]:
-    """Compiles the parsed experiment for a topology and returns what update and sampler need there.
+
+def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
+    """Compiles these programs of the parsed experiment for a topology and returns what they need there.
 
     Raises:
       ValueError: an unknown topology, or sizes that do not go together on its devices.
@@ -56,9 +58,7 @@ def plan(topology: str) -> list[dict]:
     with gin.unlock_config():
         gin.bind_parameter('Experiment.mesh', None)  # it would be made of this machine's devices
     experiment = dataclasses.replace(Experiment(), mesh=mesh)
-    config = decoder_config(
-        load_config(experiment.model), compute_dtype=experiment.compute_dtype, remat=experiment.remat
-    )
+    config = experiment.decoder_config()
     defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
     settings = defaults | gin.get_bindings('train')
     prompts, samples, minibatch = (
@@ -96,17 +96,31 @@ def plan(topology: str) -> list[dict]:
         keys = array(keys.shape, keys.dtype)
         batch = batch_shapes(shape, settings['max_tokens'])
         batch = jax.tree.map(lambda x: array(x.shape, x.dtype, (None, 'batch')), batch)
-        chip = CHIPS[generation]
-        return [
-            {'topology': topology, 'model': experiment.model}
-            | examine('update', update, (state, batch), chip, len(devices), tokens=minibatch * samples * length),
-            {'topology': topology, 'model': experiment.model}
-            | examine('decode', sampler, (state.params, rows, keys), chip, len(devices), tokens=per_rollout * samples),
-        ]
+        on_chips = partial(examine, chip=CHIPS[generation], devices=len(devices))
+        results = []
+        if 'update' in programs:
+            tokens = minibatch * samples * length
+            results.append(on_chips('update', update, (state, batch), tokens=tokens, iterations=shape.micro_batches))
+        if 'decode' in programs:
+            results.append(on_chips('decode', sampler, (state.params, rows, keys), tokens=per_rollout * samples))
+        return [{'topology': topology, 'model': experiment.model} | result for result in results]
 
 
-def examine(name: str, program, arguments, chip, devices: int, tokens: int) -> dict:
-    """Compiles a program. Time and rates of `decode` are those of one step of its loop, of `update` those of a call."""
+def examine(
+    name: str, program, arguments, chip: Chip, devices: int, *, tokens: int, iterations: int | None = None
+) -> dict:
+    """Compiles a program and returns what it needs.
+
+    Args:
+      name: of the program, for the table.
+      program: a jitted function.
+      arguments: shapes with shardings.
+      chip: what one device is.
+      devices: of the mesh.
+      tokens: that it works on, in a call, or in an iteration if `iterations` is None.
+      iterations: how often its loop of unknown length runs in a call. If None, time, rates and what is moved and sent
+        are those of one iteration alone.
+    """
     begin = time.perf_counter()
     traced = program.trace(*arguments)
     compiled = traced.lower().compile()
@@ -115,9 +129,13 @@ def examine(name: str, program, arguments, chip, devices: int, tokens: int) -> d
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     # What is donated is not needed twice.
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    which = 1 if name == 'decode' else 0
-    flops = count_flops(traced.jaxpr.jaxpr, devices)[which] / devices
-    cost = program_cost(compiled.as_text())[which]
+    once, per_iteration = (flops / devices for flops in count_flops(traced.jaxpr.jaxpr, devices))
+    cost_once, cost_per_iteration = program_cost(compiled.as_text())
+    if iterations is None:
+        flops, cost = per_iteration, cost_per_iteration
+    else:
+        flops = once + iterations * per_iteration
+        cost = add_iterations(cost_once, cost_per_iteration, iterations)
     bound = roofline(chip, flops, cost)
     return {
         'program': name,
@@ -154,12 +172,16 @@ def main() -> None:
     parser.add_argument('config', help='a gin file')
     parser.add_argument('--topology', required=True, help='one or several, such as v5e:4x4,v5p:4x4x4')
     parser.add_argument('bindings', nargs='*', help="gin bindings that win over the file's")
+    parser.add_argument('--programs', default=','.join(PROGRAMS), help='which of them, to save time')
     arguments = parser.parse_intermixed_args()
+    programs = arguments.programs.split(',')
+    if unknown := set(programs) - set(PROGRAMS):
+        raise ValueError(f'no program {unknown}; expected some of {",".join(PROGRAMS)}')
     rows = []
     for topology in arguments.topology.split(','):
         gin.clear_config()
         parse([arguments.config], arguments.bindings)
-        rows += plan(topology)
+        rows += plan(topology, programs)
     print_table(rows)
     print(json.dumps(rows))
 

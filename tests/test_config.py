@@ -1,5 +1,6 @@
 """Configurations: nothing mistyped is dropped silently, every file is complete, and the paper's values are there."""
 
+import dataclasses
 import inspect
 from pathlib import Path
 
@@ -218,3 +219,12 @@ def test_a_context_must_hold_prompt_and_response(experiment):
     long = experiment(vocab_size=17, positions=20, prompt=12, response=9)
     with pytest.raises(ValueError, match=r'12 \+ 9 = 21 tokens, but .* has positions for 20'):
         long.decoder_config(long.load_tokenizer())
+
+
+def test_the_kernel_of_attention_is_that_of_the_devices_or_what_was_asked_for(experiment):
+    """Guards a binding that nothing reads, and a misspelt kernel that only shows when a TPU is there."""
+    build = experiment(vocab_size=17, positions=20, prompt=12, response=8)
+    assert build.decoder_config().attention == 'xla'
+    assert dataclasses.replace(build, attention='splash').decoder_config().attention == 'splash'
+    with pytest.raises(ValueError, match="attention must be one of .*'splash'.*; got 'flash'"):
+        dataclasses.replace(build, attention='flash').decoder_config()

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax.sharding import PartitionSpec
 
-from troll_jax.planning import Chip, Cost, count_flops, program_cost, roofline
+from experiments.plan import plan
+from troll_jax.models.attention import splash_attention
+from troll_jax.planning import Chip, Cost, add_iterations, count_flops, program_cost, roofline
 from troll_jax.sharding import make_mesh, named_sharding
 
 REPOSITORY = Path(__file__).parent.parent
@@ -42,6 +45,40 @@ def test_flops_below_shard_map_are_those_of_all_devices():
         out_specs=PartitionSpec('fsdp'),
     )
     assert flops(local, (16, 4), (4, 4), devices=8) == flops(lambda x, y: x @ y, (16, 4), (4, 4))
+
+
+def micro_batches(x, count):
+    """A loop of unknown length, with a scan and another such loop inside."""
+
+    def body(_, c):
+        c, _ = jax.lax.scan(lambda c, _: (jnp.sin(c @ c), None), c, length=5)
+        return jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: jnp.cos(c @ c), c)
+
+    return jax.lax.fori_loop(0, count.astype(int)[0], body, jnp.sin(x @ x))
+
+
+def test_a_loop_of_unknown_length_counts_as_often_as_it_is_said_to_run():
+    """Guards the update's loop over micro-batches, which a plan multiplies itself, and loops of unknown length inside
+    of it, which count as one round."""
+    product = 2 * 8**3
+    assert flops(micro_batches, (8, 8), (1,)) == (product, 6 * product)
+    once, looped = program_cost(compiled(micro_batches, (64, 64), (1,)))
+    array = 4 * 64 * 64
+    assert 2 * array < once.bytes < 12 * array and 6 * 2 * array < looped.bytes < 6 * 12 * array
+    total = add_iterations(Cost(3.0, Counter(a=1)), Cost(2.0, Counter(a=5, b=7)), 11)
+    assert total == (25.0, {'a': 56, 'b': 77})
+
+
+def test_flops_of_splash_attention():
+    """Guards kernels, which are counted once per block, and not at all above the diagonal."""
+    batch, length, heads, head_dim, block = 3, 1100, 4, 16, 512  # 1,100 tokens fill 3 blocks
+    shapes = [jnp.zeros((batch, length, n, head_dim)) for n in (heads, 2, 2)]
+    attend = lambda q, k, v: jnp.sum(splash_attention(q, k, v, jnp.ones((batch, length), int)))
+    product = 2 * batch * heads * (6 * block**2) * head_dim
+    assert count_flops(jax.make_jaxpr(attend)(*shapes).jaxpr, 1) == (2 * product, 0)
+    # Backward: three for queries, four for keys and values, and outside of the kernels outputs with their gradients.
+    gradient = jax.make_jaxpr(jax.grad(attend, argnums=(0, 1, 2)))(*shapes)
+    assert count_flops(gradient.jaxpr, 1) == (9 * product + 2 * batch * heads * 3 * block * head_dim, 0)
 
 
 def compiled(function, *shapes, axes=(), mesh=None):
@@ -89,37 +126,36 @@ def test_the_slowest_part_is_the_bound():
     assert roofline(chip, 300.0, Cost(40.0, Counter({'all-gather': 3, 'all-reduce': 2}))) == (5.0, 'network')
 
 
-def run_plan(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, '-m', 'experiments.plan', 'configs/qwen3_0_6b_gsm8k_troll.gin', *arguments]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
-
-
 def test_a_real_plan(tmp_path):
     """Guards the whole way to the TPU compiler, with a small model: memory, a verdict, and rates."""
     config = json.loads((REPOSITORY / 'configs/models/qwen3-0.6b/config.json').read_text())
-    config |= {'num_hidden_layers': 2, 'vocab_size': 4096, 'hidden_size': 256, 'intermediate_size': 512}
+    config |= {'num_hidden_layers': 2, 'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256}
+    config |= {'num_attention_heads': 4, 'num_key_value_heads': 2}
     (tmp_path / 'config.json').write_text(json.dumps(config))
-    result = run_plan(
-        '--topology',
-        'v5e:2x2',
+    bindings = [
         f'Experiment.model = "{tmp_path}"',
-        'Experiment.max_response_length = 128',
-        'Experiment.max_prompt_length = 128',
+        'Experiment.max_response_length = 32',
+        'Experiment.max_prompt_length = 32',
         'train.micro_batches = 2',
         'train.minibatch_prompts = 4',
-    )
+        'train.prompts_per_step = 4',
+        'train.prompts_per_rollout = 4',
+        'train.max_tokens = 8',
+    ]
+    command = [sys.executable, '-m', 'experiments.plan', 'configs/qwen3_0_6b_gsm8k_troll.gin', '--topology', 'v5e:2x2']
+    result = subprocess.run([*command, *bindings], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     update, decode = json.loads(result.stdout.splitlines()[-1])
     assert (update['program'], decode['program']) == ('update', 'decode')
     for row in (update, decode):
         assert row['fits'] and 0 < row['argument_gb'] < row['needed_gb'] < 1 and row['tokens_per_second'] > 0
     # At least three products of every weight and token, on four devices.
-    weights = 2 * (256 * 128 * (16 + 8 + 8 + 16) + 3 * 256 * 512)
-    assert update['tflops'] > 6 * weights * 32 * 256 / 4 / 1e12
+    weights = 2 * (128 * 128 * (4 + 2 + 2 + 4) + 3 * 128 * 256)
+    assert update['tflops'] > 6 * weights * 32 * 64 / 4 / 1e12
     assert '| v5e:2x2 | update |' in result.stdout and update['sent_gb']
 
 
 def test_an_unknown_topology_is_an_error():
     """Guards a mistyped slice: the message names what there is."""
-    result = run_plan('--topology', 'v9:2x2', "Experiment.model = 'configs/models/qwen3-0.6b'")
-    assert result.returncode and "'v9:2x2'" in result.stderr and 'v5e' in result.stderr
+    with pytest.raises(ValueError, match=r"'v9:2x2'.*v5e"):
+        plan('v9:2x2')

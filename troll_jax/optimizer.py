@@ -1,4 +1,4 @@
-"""The optimizer of the paper's experiments, from optax."""
+"""The optimizer of the paper's experiments, from optax, and where its state lives."""
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ def adamw(
     b2: float = 0.999,
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
+    mu_dtype: str | None = None,
+    offload: bool = False,
 ) -> optax.GradientTransformation:
     """AdamW with a constant learning rate after a linear warm-up, and gradients clipped by their global norm.
 
@@ -22,28 +24,57 @@ def adamw(
       b1, b2: decay of the two moments.
       weight_decay: per unit of learning rate.
       clip_norm: largest global norm of a gradient.
+      mu_dtype: of the first moment, such as 'bfloat16' to save memory; that of the parameters if None.
+      offload: keeps both moments in the host's memory between updates.
     """
     schedule = lambda done: learning_rate * jnp.minimum(1.0, (done + 1) / warmup_updates)
-    return optax.chain(
+    optimizer = optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule if warmup_updates else learning_rate, b1=b1, b2=b2, weight_decay=weight_decay),
+        optax.adamw(
+            schedule if warmup_updates else learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mu_dtype=mu_dtype
+        ),
     )
+    return Offloaded(*optimizer) if offload else optimizer
+
+
+class Offloaded(optax.GradientTransformation):
+    """An optimizer whose moments are to live in the host's memory, see `state_shapes` and `apply_gradients`."""
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, gradients, opt_state: optax.OptState, params, finite: jax.Array
+) -> tuple[optax.Params, optax.OptState]:
+    """One step of the optimizer, under `jax.jit`: new parameters and state, or the old ones if not `finite`.
+
+    What of the state lives in the host's memory is brought to the device for the step, and goes back there.
+    """
+    home = jax.tree.map(lambda x: jax.typeof(x).memory_space, opt_state)
+
+    # In a branch, because a compiler starts copies as early as it can: outside of one, the state would be on the device
+    # while gradients are computed, and nothing would be saved. Nothing else holds it back, not an optimization barrier.
+    def step(gradients, opt_state, params):
+        on_device = jax.device_put(opt_state, jax.memory.Space.Device)
+        changes, new_state = optimizer.update(gradients, on_device, params)
+        return optax.apply_updates(params, changes), jax.device_put(new_state, home)
+
+    return jax.lax.cond(finite, step, lambda gradients, *old: old[::-1], gradients, opt_state, params)
 
 
 def state_shapes(optimizer: optax.GradientTransformation, params) -> optax.OptState:
     """Shapes of the optimizer's state, with moments sharded like their parameters and all else replicated.
 
     Args:
-      optimizer: from optax.
+      optimizer: from optax. The moments of an `Offloaded` one are in the memory 'pinned_host'.
       params: nested dict of `jax.ShapeDtypeStruct` with shardings.
     """
     shapes = jax.eval_shape(optimizer.init, params)
     mesh = jax.tree.leaves(params)[0].sharding.mesh
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     with_sharding = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    kind = 'pinned_host' if isinstance(optimizer, Offloaded) else None
     return optax.tree_map_params(
         optimizer,
-        lambda moment, param: with_sharding(moment, param.sharding),
+        lambda moment, param: with_sharding(moment, param.sharding.with_memory_kind(kind)),
         shapes,
         params,
         transform_non_params=lambda x: with_sharding(x, replicated),

@@ -2,7 +2,12 @@
 
 XLA's own cost analysis counts the body of a loop once. Here FLOPs are counted on the jaxpr, with loops of known length
 counted fully, and bytes on the compiled program, with the trip counts of its loops. What runs an unknown number of
-times (a decode loop ends when all responses have) is counted apart, per iteration.
+times (a decode loop ends when all responses have, an update works through as many micro-batches as there are) is
+counted apart, per iteration; a loop of unknown length inside of another counts as one round.
+
+Kernels written in Pallas: FLOPs are those of the body times the grid, for splash attention without the blocks above the
+diagonal, which its causal mask skips. A kernel reads its operands and writes its results once, whatever it fetches
+again.
 """
 
 import math
@@ -38,6 +43,14 @@ class Cost(NamedTuple):
     collectives: Counter  # bytes by kind of collective
 
 
+def add_iterations(once: Cost, per_iteration: Cost, iterations: int) -> Cost:
+    """The cost of a program whose loop of unknown length runs this often."""
+    collectives = Counter(once.collectives)
+    for kind, size in per_iteration.collectives.items():
+        collectives[kind] += iterations * size
+    return Cost(once.bytes + iterations * per_iteration.bytes, collectives)
+
+
 def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
     """FLOPs of the matrix products on all devices: once, and per iteration of loops of unknown length.
 
@@ -58,6 +71,12 @@ def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
             per_iteration += sum(body)
             continue
         repeats = {'scan': params.get('length'), 'shard_map': devices}.get(name, 1)
+        if name == 'pallas_call':
+            grid = params['grid_mapping'].grid
+            repeats = math.prod(grid)
+            if params['name'].startswith('splash'):
+                # Square blocks: as many of keys as of queries, which are the grid's last axis.
+                repeats *= (grid[-1] + 1) / (2 * grid[-1])
         inner = [count_flops(sub, devices) for sub in _jaxprs(params)]
         if name == 'cond':
             inner = [max(inner)]

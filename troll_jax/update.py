@@ -13,6 +13,7 @@ from troll_jax.models.head import HeadOutput, sparse_head
 from troll_jax.ops.losses import TokenLogProbs, TokenLosses
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.support import needs_own_support
+from troll_jax.optimizer import apply_gradients
 from troll_jax.sharding import constrain
 from troll_jax.types import Batch, Progress, SparseLogProbs, TrainState
 
@@ -111,20 +112,18 @@ def make_update(
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         with jax.named_scope('optimizer'):
-            changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, changes)
-        keep = lambda new, old: jnp.where(finite, new, old)
+            params, opt_state = apply_gradients(optimizer, gradients, state.opt_state, state.params, finite)
         mask = batch.weights > 0
         metrics = {'loss': loss, 'gradient_norm': norm, 'skipped': 1.0 - finite, **_summarise(logs, mask)}
         progress = state.progress._replace(
             updates=state.progress.updates + 1,
             projected=state.progress.projected + metrics.get('projected_share', 0.0),
         )
-        new_state = jax.tree.map(keep, TrainState(progress, params, opt_state), state)
+        progress = jax.tree.map(lambda new, old: jnp.where(finite, new, old), progress, state.progress)
         held = logs.get('projected', logs.get('clipped', jnp.zeros_like(mask)))
         count = lambda which: jnp.zeros(config.vocab_size, jnp.int32).at[batch.tokens].add(which & mask)
         log = UpdateLog(metrics, seen=count(mask), held=count(held))
-        return new_state, log
+        return TrainState(progress, params, opt_state), log
 
     return update
 

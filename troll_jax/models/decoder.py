@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
+from troll_jax.models.attention import IMPLEMENTATIONS, attention, packed_attention
 from troll_jax.sharding import RULES, constrain, named_sharding
 
 # What the backward pass keeps of a layer instead of computing it again.
@@ -38,7 +39,7 @@ class DecoderConfig:
     """Sizes of a decoder, and how it computes.
 
     Raises:
-      ValueError: sizes that do not go together, an unknown `compute_dtype` or `remat`.
+      ValueError: sizes that do not go together, an unknown `compute_dtype`, `remat` or `attention`.
     """
 
     vocab_size: int
@@ -53,6 +54,7 @@ class DecoderConfig:
     tied_embeddings: bool
     compute_dtype: str = 'bfloat16'
     remat: str | None = None
+    attention: str = 'xla'  # of whole sequences; a cache is always read by XLA's
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -63,6 +65,8 @@ class DecoderConfig:
             raise ValueError(f'compute_dtype must be one of {COMPUTE_DTYPES}; got {self.compute_dtype!r}')
         if self.remat is not None and self.remat not in REMAT_POLICIES:
             raise ValueError(f'remat must be None or one of {tuple(REMAT_POLICIES)}; got {self.remat!r}')
+        if self.attention not in IMPLEMENTATIONS:
+            raise ValueError(f'attention must be one of {tuple(IMPLEMENTATIONS)}; got {self.attention!r}')
 
 
 class KVCache(NamedTuple):
@@ -96,26 +100,6 @@ def _write_slots(slots: jax.Array, layer: jax.Array, positions: jax.Array, new: 
         scatter_indices_batching_dims=(0,),
     )
     return jax.lax.scatter(slots, indices, new, dimensions, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled dot-product attention in which G query heads share a key-value head.
-
-    Args:
-      q: [B, S, H, F], k and v: [B, L, M, F], mask: [B, S, L] bool, true where a query may look. A query that may look
-        nowhere gets the mean of all values, not NaN.
-
-    Returns:
-      [B, S, H, F] in the dtype of `q`. Logits and probabilities are float32.
-    """
-    batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    logits = jnp.einsum('bsmgf,blmf->bmgsl', q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum('bmgsl,blmf->bsmgf', probs, v)
-    return mixed.reshape(batch, length, heads, head_dim)
 
 
 def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -255,15 +239,13 @@ class Decoder(nnx.Module):
           [B, S, D] in the compute dtype, after the final norm. Finite at padding too.
         """
         x, angles = self._embed(tokens, positions)
-        same = segment_ids[:, :, None] == segment_ids[:, None, :]
-        mask = same & jnp.tril(jnp.ones(same.shape[1:], bool))[None]
         graphdef, stacked = nnx.split(self.layers)
 
         def body(x: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
             layer = nnx.merge(graphdef, params)
             q, k, v = layer.qkv(x, angles)
             with jax.named_scope('attention'):
-                mixed = attention(q, k, v, mask)
+                mixed = packed_attention(q, k, v, segment_ids, implementation=self.config.attention)
             return layer.finish(x, mixed), None
 
         if self.config.remat is not None:

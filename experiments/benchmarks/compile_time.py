@@ -1,0 +1,69 @@
+"""Does the time to compile an update grow with depth?
+
+    python -m experiments.benchmarks.compile_time [--repeats 5]
+
+Compiles the update of TROLL for a model of Qwen3-0.6B's sizes with 4 and with 28 layers, in turns, for this machine's
+default device and without JAX's cache of compiled programs. Tracing counts too. The last line is one line of JSON: the
+ratio of the medians.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from experiments.benchmarks.update import KEPT, make_batch, model
+from troll_jax.models import decoder as decoders
+from troll_jax.ops.losses import token_mean, troll
+from troll_jax.ops.support import default_tail
+from troll_jax.optimizer import adamw
+from troll_jax.types import Progress, TrainState
+from troll_jax.update import make_update
+
+FEW, MANY = 4, 28
+
+
+def lower_update(layers: int, responses: int = 8) -> jax.stages.Lowered:
+    """The update for a model of this depth, traced and not yet compiled."""
+    config, optimizer = model(layers, 'float32'), adamw()
+    update = make_update(
+        config,
+        optimizer,
+        objective=troll,
+        aggregation=token_mean,
+        temperature=1.0,
+        tail_rule=default_tail,
+        max_tokens=KEPT,
+        mass=1 - 1e-5,
+    )
+    _, params = decoders.abstract(config)
+    progress = Progress(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
+    state = TrainState(progress, params, jax.eval_shape(optimizer.init, params))
+    return update.lower(state, jax.eval_shape(partial(make_batch, responses, config.vocab_size)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--repeats', type=int, default=5)
+    repeats = parser.parse_args().repeats
+    jax.config.update('jax_enable_compilation_cache', False)
+    times = {FEW: [], MANY: []}
+    for repeat in range(repeats + 1):
+        for layers, seconds in times.items():
+            jax.clear_caches()
+            begin = time.perf_counter()
+            lower_update(layers).compile()
+            if repeat:  # the first one loads libraries
+                seconds.append(time.perf_counter() - begin)
+    medians = {layers: statistics.median(seconds) for layers, seconds in times.items()}
+    for layers, seconds in times.items():
+        print(f'{layers:2} layers: median {medians[layers]:.2f} s of', ', '.join(f'{s:.2f}' for s in seconds))
+    print(json.dumps({f'compile_time_{MANY}_over_{FEW}': round(medians[MANY] / medians[FEW], 4)}))
+
+
+if __name__ == '__main__':
+    main()

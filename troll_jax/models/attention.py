@@ -1,0 +1,123 @@
+"""Attention: within packed rows, by the best kernel of a platform, and to a cache.
+
+Letters besides those of `troll_jax/types.py`: H query heads, M key-value heads, F head dimension, L cache length.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from troll_jax.sharding import partition_spec
+
+_SPLASH_LANES, _SPLASH_BLOCK = 128, 512  # a block is a multiple of the first and at most the second
+
+
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Scaled dot-product attention in which H / M query heads share a key-value head.
+
+    Args:
+      q: [B, S, H, F], k and v: [B, L, M, F], mask: [B, S, L] bool, true where a query may look. A query that may look
+        nowhere gets the mean of all values, not NaN.
+
+    Returns:
+      [B, S, H, F] in the dtype of `q`. Logits and probabilities are float32.
+    """
+    batch, length, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
+    logits = jnp.einsum('bsmgf,blmf->bmgsl', q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
+    probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    mixed = jnp.einsum('bmgsl,blmf->bsmgf', probs, v)
+    return mixed.reshape(batch, length, heads, head_dim)
+
+
+def packed_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, implementation: str
+) -> jax.Array:
+    """Causal attention of rows in which several sequences stand one after the other.
+
+    Args:
+      q: [B, S, H, F], k and v: [B, S, M, F].
+      segment_ids: [B, S] int32: a token sees itself and what stands before it in its row under the same id.
+      implementation: one of `IMPLEMENTATIONS`, see `best_implementation`. All compute logits and probabilities in
+        float32; only 'xla' ever holds those of a whole row, [B, H, S, S].
+
+    Returns:
+      [B, S, H, F] in the dtype of `q`.
+    """
+    return IMPLEMENTATIONS[implementation](q, k, v, segment_ids)
+
+
+def best_implementation(platform: str, compute_dtype: str, head_dim: int) -> str:
+    """The fastest implementation on the devices of a platform, as `jax.Device.platform` names it."""
+    if platform == 'tpu':
+        return 'splash'
+    # What cuDNN's kernels take on every GPU that has them.
+    if platform in ('gpu', 'cuda') and compute_dtype == 'bfloat16' and head_dim <= 128 and head_dim % 8 == 0:
+        return 'cudnn'
+    return 'xla'
+
+
+def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """Whatever the compiler makes of it, on any platform."""
+    return jax.nn.dot_product_attention(q, k, v, mask=_same(segment_ids), is_causal=True, implementation='xla')
+
+
+def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+    """cuDNN's flash attention, on NVIDIA's GPUs from Ampere on. bfloat16, head_dim ≤ 128 and a multiple of 8."""
+
+    def shard(q, k, v, segment_ids):
+        return jax.nn.dot_product_attention(q, k, v, mask=_same(segment_ids), is_causal=True, implementation='cudnn')
+
+    return _over_shards(shard, q, k, v, segment_ids, multiple=2)  # its backward pass takes no odd length with a mask
+
+
+def splash_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False
+) -> jax.Array:
+    """Pallas' splash attention, on TPUs. Blocks of keys that stand after a block of queries are skipped.
+
+    Args:
+      interpret: runs the kernel step by step on any platform, for tests.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second that others need not wait
+
+    length, lanes = q.shape[1], _SPLASH_LANES
+    block = min(_SPLASH_BLOCK, -(-length // lanes) * lanes)
+    names = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
+    sizes = splash.BlockSizes(**{f'block_{name}': block for name in names})
+
+    def shard(q, k, v, segment_ids):
+        heads, length = q.shape[2], q.shape[1]
+        causal = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
+        kernel = splash.make_splash_mha(causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+        heads_first = (x.swapaxes(1, 2) for x in (q * q.shape[3] ** -0.5, k, v))
+        return jax.vmap(kernel)(*heads_first, splash.SegmentIds(segment_ids, segment_ids)).swapaxes(1, 2)
+
+    return _over_shards(shard, q, k, v, segment_ids, multiple=block)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
+    'xla': xla_attention,
+    'cudnn': cudnn_attention,
+    'splash': splash_attention,
+}
+
+
+def _same(segment_ids: jax.Array) -> jax.Array:
+    """[B, 1, S, S], whether two tokens are of the same segment."""
+    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+
+
+def _over_shards(kernel: Callable[..., jax.Array], q, k, v, segment_ids, multiple: int) -> jax.Array:
+    """Calls a kernel, which no compiler can split, on each device's rows and heads, padded to a multiple in length."""
+    length = q.shape[1]
+    pad = lambda x: jnp.pad(x, [(0, 0), (0, -length % multiple)] + [(0, 0)] * (x.ndim - 2))
+    if not jax.sharding.get_abstract_mesh().empty:
+        heads = {name: partition_spec(('batch', 'length', name, 'head_dim')) for name in ('heads', 'kv_heads')}
+        in_specs = (heads['heads'], heads['kv_heads'], heads['kv_heads'], partition_spec(('batch', 'length')))
+        # A kernel does not say over which mesh axes its results vary.
+        kernel = jax.shard_map(kernel, in_specs=in_specs, out_specs=heads['heads'], check_vma=False)
+    return kernel(*(pad(x) for x in (q, k, v, segment_ids)))[:, :length]
