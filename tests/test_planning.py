@@ -136,7 +136,7 @@ def test_a_real_plan(tmp_path):
         f'Experiment.model = "{tmp_path}"',
         'Experiment.max_response_length = 32',
         'Experiment.max_prompt_length = 32',
-        'train.micro_batches = 2',
+        'train.micro_batch_tokens = 256',
         'train.minibatch_prompts = 4',
         'train.prompts_per_step = 4',
         'train.prompts_per_rollout = 4',

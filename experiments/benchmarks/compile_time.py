@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from experiments.benchmarks.update import KEPT, make_batch, model
 from troll_jax.models import decoder as decoders
-from troll_jax.ops.losses import token_mean, troll
+from troll_jax.ops.losses import troll
 from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import adamw
 from troll_jax.types import Progress, TrainState
@@ -34,7 +34,6 @@ def lower_update(layers: int, responses: int = 8) -> jax.stages.Lowered:
         config,
         optimizer,
         objective=troll,
-        aggregation=token_mean,
         temperature=1.0,
         tail_rule=default_tail,
         max_tokens=KEPT,
