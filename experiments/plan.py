@@ -63,14 +63,16 @@ def plan(topology: str) -> list[dict]:
     prompts, samples, minibatch = (
         settings[name] for name in ('prompts_per_step', 'samples_per_prompt', 'minibatch_prompts')
     )
-    per_rollout = settings['prompts_per_rollout'] or prompts
-    check_sizes(experiment.mesh, prompts, samples, minibatch, per_rollout, settings['micro_batches'])
+    slots = settings['slots']
+    check_sizes(experiment.mesh, prompts, samples, minibatch, slots, settings['micro_batches'])
     common = {name: settings[name] for name in ('temperature', 'max_tokens', 'mass')}
     sampler = make_sampler(
         config,
         samples_per_prompt=samples,
         max_response_length=experiment.max_response_length,
         stop_tokens=[0],
+        slots=slots,
+        gather_weights=settings['gather_weights'],
         **common,
     )
     names = ('objective', 'aggregation', 'tail_rule', 'micro_batches', 'head_chunk')
@@ -83,10 +85,10 @@ def plan(topology: str) -> list[dict]:
     state = abstract_state(experiment, config, settings['optimizer'])
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         rows = [
-            Prompts(array((count, experiment.max_prompt_length)), array((count,))) for count in (per_rollout, minibatch)
+            Prompts(array((count, experiment.max_prompt_length)), array((count,))) for count in (prompts, minibatch)
         ]
         keys = [
-            jax.eval_shape(lambda n=count: jax.random.split(jax.random.key(0), n)) for count in (per_rollout, minibatch)
+            jax.eval_shape(lambda n=count: jax.random.split(jax.random.key(0), n)) for count in (prompts, minibatch)
         ]
         keys = [jax.ShapeDtypeStruct(k.shape, k.dtype, sharding=named_sharding(mesh, ('batch',))) for k in keys]
         rollout = jax.eval_shape(sampler, state.params, rows[1], keys[1])
@@ -99,7 +101,12 @@ def plan(topology: str) -> list[dict]:
             | examine('update', update, (state, batch), chip, len(devices), tokens=minibatch * samples * length),
             {'topology': topology, 'model': experiment.model}
             | examine(
-                'decode', sampler, (state.params, rows[0], keys[0]), chip, len(devices), tokens=per_rollout * samples
+                'decode',
+                sampler.program,
+                (state.params, rows[0], keys[0], None),
+                chip,
+                len(devices),
+                tokens=slots or prompts * samples,
             ),
         ]
 

@@ -27,7 +27,7 @@ from transformers import GenerationConfig
 from experiments.config import Experiment, check_bindings_used, parse_command_line, register
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet, batch_indices
-from troll_jax.evaluate import decode_responses, evaluate, rollouts
+from troll_jax.evaluate import decode_responses, evaluate, sample_responses
 from troll_jax.metrics import MetricsWriter
 from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_config, load_pretrained
@@ -55,7 +55,8 @@ def train(
     temperature: float = 1.0,
     max_tokens: int = 64,
     mass: float = 1 - 1e-5,
-    prompts_per_rollout: int | None = None,
+    slots: int | None = None,
+    gather_weights: bool = True,
     micro_batches: int = 1,
     head_chunk: int = 1024,
     evaluate_every: int = 10,
@@ -80,7 +81,8 @@ def train(
         but the first of them are off-policy.
       temperature: of the sampling.
       max_tokens, mass: K and 1 − δ of the sparse distributions, see `troll_jax.sparsify`.
-      prompts_per_rollout: sampled at a time, to save memory; None is all B.
+      slots: responses that are decoded at a time, on all devices together; fewer save memory. None: all B · G.
+      gather_weights: lays the weights out for decoding once per rollout, see `make_sampler`.
       micro_batches: parts in which the gradient of a minibatch is computed, to save memory.
       head_chunk: tokens whose logits are in memory at a time in an update, on each device.
       evaluate_every: steps between greedy evaluations on the test split; 0 turns them off.
@@ -93,8 +95,8 @@ def train(
     if jax.process_count() > 1:
         raise ValueError(f'one process with all devices is expected; got {jax.process_count()} processes')
     experiment = Experiment()
-    mesh, prompts_per_rollout = experiment.mesh, prompts_per_rollout or prompts_per_step
-    check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, prompts_per_rollout, micro_batches)
+    mesh = experiment.mesh
+    check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, slots, micro_batches)
     check_limits(
         above_zero={'temperature': temperature, 'steps': steps, 'checkpoint_every': checkpoint_every}
         | {'keep_checkpoints': keep_checkpoints, 'head_chunk': head_chunk},
@@ -110,6 +112,8 @@ def train(
         config,
         max_response_length=experiment.max_response_length,
         stop_tokens=experiment.stop_tokens(tokenizer),
+        slots=slots,
+        gather_weights=gather_weights,
     )
     sampler = new_sampler(
         samples_per_prompt=samples_per_prompt, temperature=temperature, max_tokens=max_tokens, mass=mass
@@ -145,8 +149,7 @@ def train(
             logger.warning('nothing to do: %s is at step %d of %d', run_dir, first, steps)
 
         def evaluate_now() -> dict[str, float]:
-            batch = prompts_per_rollout * samples_per_prompt  # as many rows as a rollout for training has
-            result = evaluate(greedy_sampler, state.params, held_out, grader, tokenizer, key, batch=batch, mesh=mesh)
+            result = evaluate(greedy_sampler, state.params, held_out, grader, tokenizer, key, mesh=mesh)
             return {'eval/success': result.rewards.mean(), 'eval/response_length': result.lengths.mean()}
 
         with MetricsWriter(run_dir, resume_after=first) as metrics:
@@ -158,16 +161,9 @@ def train(
                     break
                 times = {'start': time.perf_counter()}
                 indices = batch_indices(len(prompts), prompts_per_step, seed=seed, step=step)
-                parts = rollouts(
-                    sampler,
-                    state.params,
-                    prompts,
-                    indices,
-                    jax.random.fold_in(key, step),
-                    batch=prompts_per_rollout,
-                    mesh=mesh,
-                )
-                rollout = jax.block_until_ready(jax.tree.map(lambda *x: jnp.concatenate(x), *parts))
+                key_of_step = jax.random.fold_in(key, step)
+                rollout = sample_responses(sampler, state.params, prompts, indices, key_of_step, mesh=mesh)
+                jax.block_until_ready(rollout)
                 times['rollout'] = time.perf_counter()
 
                 answers = [prompts.answers[i] for i in indices for _ in range(samples_per_prompt)]
@@ -211,14 +207,14 @@ def check_limits(above_zero: dict[str, float], at_least_zero: dict[str, float]) 
                 raise ValueError(f'{name} must be {limits} 0; got {value}')
 
 
-def check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, prompts_per_rollout, micro_batches):
+def check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, slots, micro_batches):
     """Raises a ValueError with both numbers if one of the run's sizes does not divide another."""
     devices = mesh.shape['data'] * mesh.shape['fsdp']
     rows = minibatch_prompts * samples_per_prompt
     for name, size, divisor_name, divisor in [
         ('prompts_per_step', prompts_per_step, 'minibatch_prompts', minibatch_prompts),
-        ('prompts_per_step', prompts_per_step, 'prompts_per_rollout', prompts_per_rollout),
-        ('prompts_per_rollout', prompts_per_rollout, 'data × fsdp devices of the mesh', devices),
+        ('prompts_per_step', prompts_per_step, 'data × fsdp devices of the mesh', devices),
+        ('slots', devices if slots is None else slots, 'data × fsdp devices of the mesh', devices),
         (
             'minibatch_prompts × samples_per_prompt',
             rows,
@@ -306,6 +302,9 @@ def summarise(rollout, grades, logs, times) -> dict[str, float]:
         'reward/crashes': grades.crashes,
         'reward/errors': grades.errors,
         'rollout/response_length': tokens / len(grades.rewards),
+        'rollout/longest_response': rollout.response_lengths.max(),
+        # The loop's last step is over when the last slot is empty.
+        'rollout/slots_in_use': tokens / float(rollout.work.steps * rollout.work.slots),
         'rollout/truncated_share': 1 - rollout.stopped.mean(),
         'rollout/entropy': jnp.sum(rollout.entropy * mask) / tokens,
         'rollout/kept_tokens': jnp.sum((rollout.support.tokens >= 0) * mask[:, :, None]) / tokens,

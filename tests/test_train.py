@@ -233,7 +233,7 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
     run(tmp_path / 'run', str(start))
     shutil.rmtree(start)
     gin.clear_config()
-    parse([tmp_path / 'run/config.gin'], ['evaluation.samples_per_prompt = 4', 'evaluation.responses_per_rollout = 40'])
+    parse([tmp_path / 'run/config.gin'], ['evaluation.samples_per_prompt = 4', 'evaluation.slots = 16'])
     summary = evaluation(str(tmp_path / 'run'))
     assert summary['step'] == 4 and summary['problems'] == 10
     assert summary['success']['low'] <= summary['success']['mean'] <= summary['success']['high']
@@ -255,7 +255,8 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
     ('binding', 'message'),
     [
         ('train.minibatch_prompts = 5', 'prompts_per_step = 16 .* minibatch_prompts = 5'),
-        ('train.prompts_per_rollout = 12', 'prompts_per_step = 16 .* prompts_per_rollout = 12'),
+        ('train.slots = 12', 'slots = 12 .* devices .* = 8'),
+        ('train.slots = 0', 'slots = 0'),
         ('train.micro_batches = 3', '= 32 .* = 24'),
         ('train.samples_per_prompt = 1', 'at least 2'),
         ('train.prompts_per_step = 64', '64 and there are 60 prompts'),
@@ -356,7 +357,7 @@ def test_the_papers_configs_run_with_small_stand_ins(tmp_path, method):
             'train.prompts_per_step = 16',
             'train.samples_per_prompt = 4',
             'train.minibatch_prompts = 8',
-            'train.prompts_per_rollout = 8',
+            'train.slots = 8',
             'train.micro_batches = 2',
             'train.max_tokens = 16',
             'train.evaluate_every = 1',

@@ -1,7 +1,7 @@
 """Sampling responses to held-out prompts, grading them, and what the grades say."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from troll_jax.data.prompts import PromptSet
 from troll_jax.rewards.pool import Grader
-from troll_jax.sharding import named_sharding
+from troll_jax.sharding import RULES, named_sharding
 from troll_jax.types import Prompts, Rollout
 
 
@@ -32,28 +32,25 @@ class Estimate(NamedTuple):
     high: float
 
 
-def rollouts(
-    sampler: Callable[..., Rollout],
-    params,
-    prompts: PromptSet,
-    indices: np.ndarray,
-    key: jax.Array,
-    *,
-    batch: int,
-    mesh: Mesh,
-) -> Iterator[Rollout]:
-    """Samples responses to `prompts[indices]`, `batch` prompts at a time.
+def sample_responses(
+    sampler: Callable[..., Rollout], params, prompts: PromptSet, indices: np.ndarray, key: jax.Array, *, mesh: Mesh
+) -> Rollout:
+    """Samples responses to `prompts[indices]`, one rollout of n · G rows.
 
-    The key of a prompt depends on its place in `indices` and not on the batch, so `batch` changes memory and speed but
-    no response. The last batch is filled up with the first prompts.
+    The key of a prompt depends on its place in `indices`. Where the devices do not divide the number of prompts it is
+    filled up with the first ones, whose rows are dropped again.
     """
     sharding = named_sharding(mesh, ('batch',))
-    for start in range(0, len(indices), batch):
-        places = np.arange(start, start + batch)
-        rows = indices[places % len(indices)]
-        on_device = Prompts(*jax.device_put((prompts.tokens[rows], prompts.lengths[rows]), sharding))
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jax.device_put(places, sharding))
-        yield sampler(params, on_device, keys)
+    shards = math.prod(mesh.shape[axis] for axis in RULES['batch'])
+    places = np.arange(len(indices) + -len(indices) % shards)
+    rows = indices[places % len(indices)]
+    on_device = Prompts(*jax.device_put((prompts.tokens[rows], prompts.lengths[rows]), sharding))
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jax.device_put(places, sharding))
+    rollout = sampler(params, on_device, keys)
+    if len(places) == len(indices):
+        return rollout
+    count = len(indices) * (len(rollout.response_lengths) // len(places))
+    return jax.tree.map(lambda x: x[:count] if x.ndim else x, rollout)
 
 
 def decode_responses(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -71,24 +68,19 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     key: jax.Array,
     *,
-    batch: int,
     mesh: Mesh,
 ) -> Evaluation:
-    """Samples and grades responses to all prompts, `batch` of them at a time."""
+    """Samples and grades responses to all prompts."""
     count = len(prompts)
-    lengths, stopped, responses = [], [], []
-    for rollout in rollouts(sampler, params, prompts, np.arange(count), key, batch=batch, mesh=mesh):
-        lengths.append(np.asarray(rollout.response_lengths))
-        stopped.append(np.asarray(rollout.stopped))
-        responses.extend(decode_responses(rollout, tokenizer))
-    samples = len(responses) // (batch * len(lengths))
-    responses = responses[: count * samples]
+    rollout = sample_responses(sampler, params, prompts, np.arange(count), key, mesh=mesh)
+    responses = decode_responses(rollout, tokenizer)
+    samples = len(responses) // count
     grades = grader(responses, [answer for answer in prompts.answers for _ in range(samples)])
-    by_prompt = lambda x: np.concatenate(x)[: count * samples].reshape(count, samples)
+    by_prompt = lambda x: np.asarray(x).reshape(count, samples)
     return Evaluation(
-        rewards=grades.rewards.reshape(count, samples),
-        lengths=by_prompt(lengths),
-        stopped=by_prompt(stopped),
+        rewards=by_prompt(grades.rewards),
+        lengths=by_prompt(rollout.response_lengths),
+        stopped=by_prompt(rollout.stopped),
         responses=[responses[i : i + samples] for i in range(0, len(responses), samples)],
     )
 
