@@ -227,6 +227,8 @@ def _check_settings(config, settings) -> None:
             f'max_tokens (kept tokens per position) must be between 1 and the vocabulary size {config.vocab_size}; '
             f'got {settings["max_tokens"]}'
         )
+    if not 0 < settings['mass'] <= 1:
+        raise ValueError(f'mass is the probability to keep, in (0, 1]; got {settings["mass"]}')
     if slots is not None and slots < 1:
         raise ValueError(f'slots (responses decoded at a time) must be at least 1, or None for all; got {slots}')
     if settings['prefill_chunk'] < 1:

@@ -370,7 +370,7 @@ class Decoder(nnx.Module):
                     before = attend_shared(q, prompts, layer_index, prompt_view)
                 with jax.named_scope('responses'):
                     own = attend(q, responses._replace(k=pool[0], v=pool[1]), layer_index, response_view)
-                both = merge(jax.tree.map(lambda *parts: jnp.stack(parts), before, own), axis=0)
+                both = merge([before, own])
                 mixed = both.mixed / jnp.maximum(both.total, jnp.finfo(jnp.float32).tiny)[..., None]
                 mixed = mixed.astype(x.dtype).reshape(shards * slots, 1, config.heads, config.head_dim)
             return (layer.finish(x, mixed), pool), None

@@ -10,7 +10,8 @@ Letters besides those of `decoder.py`: E shards of the batch (each with users an
 J pages that a user may have, X queries of a user per key-value head.
 """
 
-from functools import partial
+from collections.abc import Sequence
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -187,21 +188,24 @@ def attend(q: jax.Array, pages: Pages, layer: jax.Array, view: View) -> Partial:
     constrained = lambda x: constrain(x, 'batch', None, 'kv_heads', *[None] * (x.ndim - 3))
     empty = Partial(jnp.zeros((*shape, head_dim)), jnp.zeros(shape), jnp.zeros(shape))
     partials = jax.lax.fori_loop(0, view.chunks, read, jax.tree.map(constrained, empty))
-    pick = lambda fill: jax.vmap(lambda x, table: x.at[table].get(mode='fill', fill_value=fill))
-    parts = Partial(
-        pick(0.0)(partials.mixed, pages.table),
-        pick(0.0)(partials.total, pages.table),
-        pick(_NOTHING)(partials.largest, pages.table),
-    )
-    return merge(parts, axis=2)
+
+    def pick(j: int) -> Partial:
+        """What the j-th pages of all users say."""
+        page = pages.table[:, :, j]
+        get = lambda x, fill: jax.vmap(lambda x, page: x.at[page].get(mode='fill', fill_value=fill))(x, page)
+        return Partial(get(partials.mixed, 0.0), get(partials.total, 0.0), get(partials.largest, _NOTHING))
+
+    return merge([pick(j) for j in range(pages.table.shape[2])])
 
 
-def merge(parts: Partial, axis: int) -> Partial:
-    """Puts softmaxes over different keys together, which lie next to each other on `axis`."""
-    largest = jnp.max(parts.largest, axis=axis, keepdims=True)
-    scale = jnp.exp(parts.largest - largest)
-    mixed = jnp.sum(parts.mixed * scale[..., None], axis=axis)
-    return Partial(mixed, jnp.sum(parts.total * scale, axis=axis), jnp.squeeze(largest, axis))
+def merge(parts: Sequence[Partial]) -> Partial:
+    """Puts softmaxes over different keys together."""
+    # Sums of few terms instead of reductions of stacked ones: a compiler makes one pass of all this.
+    largest = reduce(jnp.maximum, (part.largest for part in parts))
+    scales = [jnp.exp(part.largest - largest) for part in parts]
+    add = partial(reduce, jnp.add)
+    mixed = add(part.mixed * scale[..., None] for part, scale in zip(parts, scales, strict=True))
+    return Partial(mixed, add(part.total * scale for part, scale in zip(parts, scales, strict=True)), largest)
 
 
 def attend_shared(q: jax.Array, prefixes: Prefixes, layer: jax.Array, view: View) -> Partial:
