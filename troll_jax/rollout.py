@@ -23,7 +23,7 @@ from troll_jax.models.head import logits
 from troll_jax.models.pages import Pages, Prefixes, grow, init_pages, release, write_pages
 from troll_jax.ops import categorical
 from troll_jax.ops.support import select
-from troll_jax.sharding import RULES, constrain
+from troll_jax.sharding import RULES, constrain, partition_spec
 from troll_jax.types import Prompts, Rollout, RolloutWork, SparseLogProbs
 
 _PAGES = 16  # that a text of full length takes, at least …
@@ -119,26 +119,32 @@ def make_sampler(
     graphdef, _ = decoders.abstract(config)
     stops = jnp.asarray(tuple(stop_tokens), jnp.int32)
     group, room = samples_per_prompt, max_response_length
+    truncated = top_k is not None or top_p is not None
 
-    def choose(hidden, unembedding, keys, t) -> _Record:
-        """Draws the next token of rows [N], and what is recorded of it."""
+    def choose(axis_name, hidden, unembedding, uniform) -> _Record:
+        """Draws the next token of rows [N], and what is recorded of it, on one device with its part of the vocabulary.
+
+        Args:
+          axis_name: over which the other parts lie; None: there are none.
+          hidden: [N, D], unembedding: [V', D], uniform: [N].
+        """
         scores = logits(hidden, unembedding, temperature=temperature or 1.0, dtype=config.compute_dtype)
-        scores = constrain(scores, 'batch', 'vocab')
+        if truncated and axis_name is not None:
+            scores, axis_name = jax.lax.all_gather(scores, axis_name, axis=1, tiled=True), None
 
-        def one_row(scores, key, t):
-            if top_k is not None or top_p is not None:
-                scores = categorical.truncate(scores, top_k_tokens=top_k, top_p=top_p)
-            blocks = categorical.summarise(scores)
+        def one_row(scores, uniform):
+            if truncated:
+                scores = categorical.truncate(scores, count=top_k, mass=top_p)
+            blocks = categorical.summarise(scores, axis_name)
             if temperature:
-                token = categorical.draw(jax.random.uniform(jax.random.fold_in(key, t)), blocks)
+                token, log_prob = categorical.draw(uniform, blocks, axis_name)
             else:
-                token = categorical.most_probable(blocks)
-            log_prob = categorical.log_prob(blocks, token)
-            best, best_log_probs = categorical.largest(blocks, max_tokens)
+                token, log_prob = categorical.most_probable(blocks, axis_name)
+            best, best_log_probs = categorical.largest(blocks, max_tokens, axis_name)
             support = select(best, best_log_probs, token, log_prob, mass=mass)
             return _Record(token, log_prob, blocks.entropy, support)
 
-        return jax.vmap(one_row)(scores, keys, t)
+        return jax.vmap(one_row)(scores, uniform)
 
     @jax.jit
     def program(params: dict, prompts: Prompts, keys: jax.Array, limits: jax.Array | None) -> Rollout:
@@ -146,7 +152,6 @@ def make_sampler(
         if gather_weights:
             params = decoders.decode_layout(params, config)
         decoder = decoders.bind(graphdef, params)
-        unembedding = decoder.unembedding
         shards = _batch_shards()
         requests = _queue(prompts, keys, limits, shards, group, room, prefill_chunk)
         chunk = min(prefill_chunk, prompts.tokens.shape[1])
@@ -173,10 +178,8 @@ def make_sampler(
                 state = _refill(state, group)
             with jax.named_scope('draw'):
                 rows = lambda x: x.reshape(-1, *x.shape[2:])
-                row_keys = jax.vmap(lambda keys, request: keys[jnp.minimum(request, len(keys) - 1)])(
-                    requests.keys, state.request
-                )
-                record = choose(rows(state.hidden), unembedding, rows(row_keys), rows(state.t))
+                uniform = jax.vmap(_uniform)(requests.keys, state.request, state.t)
+                record = _over_devices(choose)(rows(state.hidden), decoder.unembedding, rows(uniform))
                 record = jax.tree.map(lambda x: x.reshape(*state.t.shape, *x.shape[1:]), record)
             with jax.named_scope('record'):
                 state, ended = _write(state, record, requests, stops)
@@ -269,6 +272,21 @@ def _batch_shards() -> int:
     """E: over how many devices, or groups of them, the mesh in context spreads a batch."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES['batch'])
+
+
+def _over_devices(choose):
+    """`choose` on each device with its rows and its part of the vocabulary; outputs are the same over the latter."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return partial(choose, None)
+    rows = partition_spec(['batch'])
+    specs = (rows, partition_spec(['vocab', None]), rows)
+    return jax.shard_map(partial(choose, RULES['vocab']), in_specs=specs, out_specs=rows, check_vma=False)
+
+
+def _uniform(keys: jax.Array, request: jax.Array, t: jax.Array) -> jax.Array:
+    """The number in [0, 1) by which each slot [U] draws token t of its request: no other token has to do with it."""
+    draw = lambda key, t: jax.random.uniform(jax.random.fold_in(key, t))
+    return jax.vmap(draw)(keys.at[request].get(mode='clip'), t)
 
 
 def _shard(x: jax.Array, shards: int) -> jax.Array:

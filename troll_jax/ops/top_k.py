@@ -24,14 +24,7 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     if k >= -(-size // BLOCK):
         return jax.lax.top_k(x, k)
     blocks = to_blocks(x)
-    return top_k_of_blocks(blocks, jnp.max(blocks, axis=1), k)
-
-
-def top_k_of_blocks(blocks: jax.Array, maxima: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    """`top_k` of a row that lies in blocks, whose maxima are known."""
-    if k >= len(maxima):
-        return jax.lax.top_k(blocks.reshape(-1), k)
-    _, best = jax.lax.top_k(maxima, k)
+    _, best = jax.lax.top_k(jnp.max(blocks, axis=1), k)
     best = jnp.sort(best)  # so that the candidates are in the order of the vocabulary, for ties
     values, places = jax.lax.top_k(blocks[best].reshape(-1), k)
     return values, best[places // BLOCK] * BLOCK + places % BLOCK
