@@ -63,6 +63,7 @@ def train(
     table_every: int = 10,
     checkpoint_every: int = 10,
     keep_checkpoints: int = 2,
+    profile_step: int | None = None,
     seed: int = 0,
 ) -> None:
     """Samples a batch of responses, grades them, learns from them in minibatches; again and again.
@@ -90,6 +91,7 @@ def train(
         `@sequence_region` all tokens of a response count that is outside.
       checkpoint_every: steps between checkpoints. The last step is saved in any case.
       keep_checkpoints: how many of the latest to keep.
+      profile_step: the step of which a trace is written into the run's folder `profile`, for TensorBoard or Perfetto.
       seed: of the order of the data and of the sampling.
     """
     if jax.process_count() > 1:
@@ -99,7 +101,8 @@ def train(
     check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, slots, micro_batches)
     check_limits(
         above_zero={'temperature': temperature, 'steps': steps, 'checkpoint_every': checkpoint_every}
-        | {'keep_checkpoints': keep_checkpoints, 'head_chunk': head_chunk},
+        | {'keep_checkpoints': keep_checkpoints, 'head_chunk': head_chunk}
+        | ({} if profile_step is None else {'profile_step': profile_step}),
         at_least_zero={'evaluate_every': evaluate_every, 'table_every': table_every},
     )
     tokenizer = experiment.load_tokenizer()
@@ -159,6 +162,8 @@ def train(
             for step in progress:
                 if stop:
                     break
+                if step + 1 == profile_step:
+                    jax.profiler.start_trace(Path(run_dir) / 'profile')
                 times = {'start': time.perf_counter()}
                 indices = batch_indices(len(prompts), prompts_per_step, seed=seed, step=step)
                 key_of_step = jax.random.fold_in(key, step)
@@ -178,6 +183,8 @@ def train(
                     logs.append(log)
                 metrics_of_updates = jax.device_get([log.metrics for log in logs])
                 times['update'] = time.perf_counter()
+                if step + 1 == profile_step:
+                    jax.profiler.stop_trace()
 
                 state = state._replace(progress=state.progress._replace(step=state.progress.step + 1))
                 row = summarise(rollout, grades, metrics_of_updates, times)

@@ -193,6 +193,19 @@ def test_without_learning_the_sampler_is_the_trainer(tmp_path, model):
         assert row['update/projected_share'] == 0 and row['update/weight_p01'] == 1
 
 
+def test_few_slots_change_nothing_but_how_full_they_are(tmp_path, model):
+    """Guards a knob that nothing reads, and slots that change what is learnt; and the trace of one step."""
+    whole = run(tmp_path / 'whole', model, 'train.steps = 2')
+    few = run(tmp_path / 'few', model, 'train.steps = 2', 'train.slots = 16', 'train.profile_step = 2')
+    use = 'rollout/slots_in_use'
+    assert all(0.5 < row[use] <= 1 for row in few[1:]) and whole[1][use] != few[1][use]
+    for one, other in zip(without_times(few), without_times(whole), strict=True):
+        assert {k: v for k, v in one.items() if k != use} == pytest.approx({k: v for k, v in other.items() if k != use})
+    assert few[1]['rollout/response_length'] <= few[1]['rollout/longest_response'] <= 3
+    (trace,) = (tmp_path / 'few/profile').rglob('*.xplane.pb')
+    assert b'decode' in trace.read_bytes() or trace.stat().st_size > 1000
+
+
 def test_the_tokens_that_are_held_back_are_listed(tmp_path, model):
     """Guards a table with ids in place of text, in the wrong order, of other steps, or that counts more than there is.
 
@@ -270,6 +283,7 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
         ('Experiment.compute_dtype = "float64"', 'float64'),
         ('train.temperature = 0.0', 'temperature must be above 0'),
         ('train.checkpoint_every = 0', 'checkpoint_every must be above 0'),
+        ('train.profile_step = 0', 'profile_step must be above 0'),
         ('train.table_every = -1', 'table_every must be at least 0'),
         ('train.evaluate_every = -1', 'evaluate_every must be at least 0'),
     ],
