@@ -310,7 +310,7 @@ def summarise(rollout, grades, logs, times) -> dict[str, float]:
         'reward/errors': grades.errors,
         'rollout/response_length': tokens / len(grades.rewards),
         'rollout/longest_response': rollout.response_lengths.max(),
-        # The loop's last step is over when the last slot is empty.
+        'rollout/decode_steps': rollout.work.steps,
         'rollout/slots_in_use': tokens / float(rollout.work.steps * rollout.work.slots),
         'rollout/truncated_share': 1 - rollout.stopped.mean(),
         'rollout/entropy': jnp.sum(rollout.entropy * mask) / tokens,

@@ -66,7 +66,7 @@ def text(key: int, shape) -> jax.Array:
 
 
 def filled(users: int, lengths, k, v):
-    """Pages with texts of these lengths: k and v [E, users, LENGTH, M, F] in the second layer, written token by token."""
+    """Pages with texts of these lengths: k and v [E, users, LENGTH, M, F] in the second layer, token by token."""
     pages = init_pages(Sizes(), SHARDS, users, LENGTH, PAGE)
     # Pages in no order: some users had others before.
     pages = release(grow(pages, jnp.minimum(lengths, 4)), jnp.arange(users)[None] % 2 == jnp.zeros((SHARDS, 1), int))
@@ -112,7 +112,7 @@ def test_attention_over_pages_equals_plain_attention():
 
 
 def test_samples_share_the_pages_of_their_prompt():
-    """Guards queries that meet another prompt, or come back to another slot: 3 prompts, 5 slots in no order, one idle."""
+    """Guards queries that meet another prompt, or come back to another slot; 3 prompts, 5 slots, one of them idle."""
     lengths = jnp.array([[4, 11, 5], [11, 1, 8]])
     k, v = text(3, (SHARDS, 3, LENGTH, 2, 6)), text(4, (SHARDS, 3, LENGTH, 2, 6))
     q = text(5, (SHARDS, USERS, 2, 3, 6))

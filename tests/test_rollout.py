@@ -321,7 +321,7 @@ def test_a_prompt_is_in_memory_once():
 
 
 def test_greedy_tokens_equal_those_of_transformers(tmp_path):
-    """Guards the whole way, for 64 prompts of different lengths: chunks, places, pages, slots that are refilled, ends."""
+    """Guards the whole way, for 64 prompts of different lengths: chunks, places, pages, refilled slots, ends."""
     stop, room = [3, 11], 37
     torch.manual_seed(0)
     hf_config = Qwen3Config(
@@ -371,7 +371,7 @@ def test_greedy_tokens_equal_those_of_transformers(tmp_path):
 
 @pytest.mark.parametrize('changes', [dict(top_k=3), dict(top_p=0.6)])
 def test_truncated_sampling_records_what_it_sampled_from(changes):
-    """Guards against ratios that top-k or top-p bias: log-prob, entropy and support are those of the truncated policy."""
+    """Guards against ratios that top-k or top-p bias: the record is that of the truncated policy, renormalised."""
     result = rollout(**changes)
     scores = np.asarray(forward()(result.tokens))
     sizes = set()

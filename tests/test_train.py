@@ -197,13 +197,15 @@ def test_few_slots_change_nothing_but_how_full_they_are(tmp_path, model):
     """Guards a knob that nothing reads, and slots that change what is learnt; and the trace of one step."""
     whole = run(tmp_path / 'whole', model, 'train.steps = 2')
     few = run(tmp_path / 'few', model, 'train.steps = 2', 'train.slots = 16', 'train.profile_step = 2')
-    use = 'rollout/slots_in_use'
-    assert all(0.5 < row[use] <= 1 for row in few[1:]) and whole[1][use] != few[1][use]
+    of_slots = ('rollout/slots_in_use', 'rollout/decode_steps')
+    others = lambda row: {name: value for name, value in row.items() if name not in of_slots}
+    assert whole[1]['rollout/decode_steps'] <= 3 < 9 < few[1]['rollout/decode_steps'] <= 12
+    assert all(0.5 < row['rollout/slots_in_use'] <= 1 for row in few[1:])
     for one, other in zip(without_times(few), without_times(whole), strict=True):
-        assert {k: v for k, v in one.items() if k != use} == pytest.approx({k: v for k, v in other.items() if k != use})
+        assert others(one) == pytest.approx(others(other), rel=1e-3, abs=1e-6)
     assert few[1]['rollout/response_length'] <= few[1]['rollout/longest_response'] <= 3
     (trace,) = (tmp_path / 'few/profile').rglob('*.xplane.pb')
-    assert b'decode' in trace.read_bytes() or trace.stat().st_size > 1000
+    assert trace.stat().st_size > 1000
 
 
 def test_the_tokens_that_are_held_back_are_listed(tmp_path, model):

@@ -1,23 +1,24 @@
 """How fast responses are sampled: the rollout engine, the same with static batches, and transformers; one run.
 
-    python -m experiments.benchmarks.rollout [--slots 64] [--median 24] [--longest 384] [--kept 64] [--repeats 3]
+    python -m experiments.benchmarks.rollout [--slots 64] [--median 12] [--longest 192] [--kept 64] [--repeats 3]
 
-The model is a Qwen3 of 4 layers and width 256 with a vocabulary of 32,768 and random weights, the same in all, float32;
-with `--model FOLDER` it has the sizes of that folder's config.json. 64 prompts of 16 to 64 tokens get 8 samples each at
-temperature 1. Random weights end no response at a useful rate, so every response gets its length beforehand: log-normal
-(σ = 1) with a long tail, cut at `--longest`; in the second part all have the mean of those. Compared are the tokens that
-were asked for per second of
+The model is a Qwen3 of 4 layers and width 256 with a vocabulary of 32,768 and random weights, the same in all, float32
+on a CPU; with `--model FOLDER` it has the sizes of that folder's config.json. 64 prompts of 16 to 64 tokens get 8
+samples each at temperature 1. Random weights end no response at a useful rate, so every response gets its length
+beforehand: log-normal (σ = 1) with a long tail, cut at `--longest`; in the second part all have the mean of those.
+Compared are, by the tokens that were asked for per second,
 
-- ours: all requests in one queue for `--slots` slots, with the record of what was sampled from (`--kept` tokens of every
-  distribution) that training needs;
-- static: the same program for batches of `--slots` requests one after the other, each as long as its longest response;
+- ours: all requests in one queue for `--slots` slots, with the record of what was sampled from (`--kept` tokens of
+  every distribution) that training needs;
+- static: the same engine, given `--slots` requests at a time, so that none can be refilled: a batch takes as long as
+  its longest response;
 - transformers: `generate` in PyTorch in such batches, with padding on the left and a dynamic cache, no record. It runs
   to the longest response of its batch as well; what it samples past the others' lengths is not counted.
 
 The floor is the time that one pass over the weights and the live cache takes in every decode step (a response's own
-tokens, and its prompt's once for all its samples) at the memory bandwidth measured here. Compilation is not counted, nor is a
-warm-up of transformers. Medians of `--repeats` runs, in turn; transformers runs once, as it takes long. The last line
-of the output is one line of JSON.
+tokens, and its prompt's once for all its samples) at the memory bandwidth measured here. Compilation is not counted,
+nor is a warm-up of transformers. Times are medians of `--repeats` runs; transformers runs once, as it takes long. The
+last line of the output is one line of JSON.
 """
 
 import argparse
@@ -30,9 +31,11 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
 from troll_jax.models import decoder as decoders
+from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_pretrained
 from troll_jax.rollout import make_sampler
 from troll_jax.types import Prompts
@@ -60,24 +63,13 @@ def random_model(config, with_torch: bool):
     """Our config and parameters; and the PyTorch model that they are of, or None."""
     dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     if not with_torch:
-        with tempfile.TemporaryDirectory() as folder:
-            config.save_pretrained(folder)
-            ours = decoders_config(config, dtype)
+        ours = decoder_config(config, compute_dtype=dtype)
         return ours, decoders.init(ours, jax.random.key(0)), None
-    import torch
-
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        ours, params = load_pretrained(folder, compute_dtype=dtype)
-    return ours, params, model
-
-
-def decoders_config(config, dtype: str):
-    from troll_jax.models.families import decoder_config
-
-    return decoder_config(config, compute_dtype=dtype)
+        return *load_pretrained(folder, compute_dtype=dtype), model
 
 
 def work(vocab_size: int, median: float, longest: int) -> tuple[Prompts, np.ndarray]:
@@ -101,8 +93,6 @@ def seconds(function, repeats: int) -> float:
 
 def generate(model, prompts: Prompts, limits: np.ndarray, batch: int) -> float:
     """Seconds that transformers takes for all responses, `batch` of them at a time."""
-    import torch
-
     tokens, lengths = (np.asarray(x) for x in prompts)
     begin = time.perf_counter()
     for start in range(0, PROMPTS, batch // SAMPLES):
@@ -151,8 +141,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', help='a folder whose config.json gives the sizes')
     parser.add_argument('--slots', type=int, default=64, help='a multiple of 8 that divides 512')
-    parser.add_argument('--median', type=float, default=24, help='tokens of a response')
-    parser.add_argument('--longest', type=int, default=384, help='tokens of a response')
+    parser.add_argument('--median', type=float, default=12, help='tokens of a response')
+    parser.add_argument('--longest', type=int, default=192, help='tokens of a response')
     parser.add_argument('--kept', type=int, default=64, help='tokens that are recorded of every distribution')
     parser.add_argument('--repeats', type=int, default=3)
     parser.add_argument('--without-transformers', action='store_true')

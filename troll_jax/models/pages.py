@@ -1,10 +1,10 @@
 """Keys and values in pages, so that attention while decoding reads what there is and not what there could be.
 
 A user of pages is whatever has one growing text: a prompt, whose pages serve all of its samples, or a slot with the
-response that it is decoding. Users take pages of a common pool as they grow and give them back when they end; the lowest
-free ones come first, so that the pages in use lie close together and attention is a loop over few chunks of the pool.
-No page is ever copied: queries, which are small, are brought to the pages, and what each page says to them is put
-together per user by the rules of a softmax over parts.
+response that it is decoding. Users take pages of a common pool as they grow and give them back when they end; the
+lowest free ones come first, so that the pages in use lie close together and attention is a loop over few chunks of the
+pool. No page is ever copied: queries, which are small, are brought to the pages, and what each page says to them is put
+together per user, as the parts of one softmax.
 
 Letters besides those of `decoder.py`: E shards of the batch (each with users and pages of its own), U users, N pages,
 J pages that a user may have, X queries of a user per key-value head.
@@ -115,8 +115,8 @@ def write_token(pool: jax.Array, layer: jax.Array, page: jax.Array, offset: jax.
     Args:
       pool: [layers, E, N, M, page, F], page and offset: [E, U], new: [E, U, M, F].
 
-    Written as a scatter whose batch axis is named as such: by plain indexing it is the same, but the compiler cannot see
-    that a shard only writes to itself, and gathers `new` over the mesh's batch axes.
+    Written as a scatter whose batch axis is named as such: plain indexing is the same, but the compiler cannot see that
+    a shard only writes to itself, and gathers `new` over the mesh's batch axes.
     """
     indices = jnp.stack([jnp.full_like(page, layer), page, offset], axis=-1)
     dimensions = jax.lax.ScatterDimensionNumbers(

@@ -1,9 +1,9 @@
 """Categorical distributions over a whole vocabulary: what is wanted of each, in as few passes over it as it takes.
 
-A row of logits is cut into blocks of 64 neighbouring tokens. Drawing, the entropy and the most probable tokens then need
-no more than the maximum and the sum of every block, and the entries of few of them. The vocabulary may lie in parts on
-several devices, each with blocks of its own: below `jax.shard_map`, over the axis of that name, only maxima, sums and
-the few blocks travel.
+A row of logits is cut into blocks of 64 neighbouring tokens. Drawing, the entropy and the most probable tokens then
+need no more than the maximum and the sum of every block, and the entries of few of them. The vocabulary may lie in
+parts on several devices, each with blocks of its own: below `jax.shard_map`, over the axis of that name, only maxima,
+sums and the few blocks travel.
 """
 
 from typing import NamedTuple
