@@ -112,7 +112,10 @@ def plan(topology: str) -> list[dict]:
 
 
 def examine(name: str, program, arguments, chip, devices: int, tokens: int) -> dict:
-    """Compiles a program. Time and rates of `decode` are those of one step of its loop, of `update` those of a call."""
+    """Compiles a program. Time and rates of `update` are those of a call, of `decode` those of a step of its loop.
+
+    That step is one without a prefill, in which the tokens of all slots fit into as many pages as there are slots.
+    """
     begin = time.perf_counter()
     traced = program.trace(*arguments)
     compiled = traced.lower().compile()
@@ -121,9 +124,9 @@ def examine(name: str, program, arguments, chip, devices: int, tokens: int) -> d
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     # What is donated is not needed twice.
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    which = 1 if name == 'decode' else 0
-    flops = count_flops(traced.jaxpr.jaxpr, devices)[which] / devices
-    cost = program_cost(compiled.as_text())[which]
+    which, without = (1, 'prefill') if name == 'decode' else (0, None)
+    flops = count_flops(traced.jaxpr.jaxpr, devices, without)[which] / devices
+    cost = program_cost(compiled.as_text(), without)[which]
     bound = roofline(chip, flops, cost)
     return {
         'program': name,
