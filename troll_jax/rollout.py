@@ -183,7 +183,7 @@ def make_sampler(
                 record = jax.tree.map(lambda x: x.reshape(*state.t.shape, *x.shape[1:]), record)
             with jax.named_scope('record'):
                 state, ended = _write(state, record, requests, stops)
-            state, active = _end(state, ended, group)
+                state, active = _end(state, ended, group)
             with jax.named_scope('decode'):
                 response_lengths = jnp.where(active, state.t, 0)
                 responses = grow(state.responses, response_lengths)

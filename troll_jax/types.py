@@ -35,6 +35,14 @@ class Prompts(NamedTuple):
     lengths: jax.Array  # [B] int32, between 1 and P
 
 
+class RolloutWork(NamedTuple):
+    """What a rollout took."""
+
+    steps: jax.Array  # [] int32, decode steps
+    slots: jax.Array  # [] int32, responses that can be decoded at a time
+    prefills: jax.Array  # [] int32, batches of prompts that were prefilled
+
+
 class Rollout(NamedTuple):
     """Responses and what the policy that sampled them knew of each of their tokens.
 
@@ -49,20 +57,12 @@ class Rollout(NamedTuple):
     log_probs: jax.Array  # [R, T] float32, of the sampled tokens, at the sampling temperature
     entropy: jax.Array  # [R, T] float32, nats
     support: SparseLogProbs  # [R, T, K] what was sampled from
-    work: 'RolloutWork | None' = None
+    work: RolloutWork | None = None
 
     @property
     def stopped(self) -> jax.Array:
         """[R] bool: ended with an end-of-sequence token."""
         return self.stop_token >= 0
-
-
-class RolloutWork(NamedTuple):
-    """What a rollout took."""
-
-    steps: jax.Array  # [] int32, decode steps
-    slots: jax.Array  # [] int32, responses that can be decoded at a time
-    prefills: jax.Array  # [] int32, batches of prompts that were prefilled
 
 
 class Batch(NamedTuple):

@@ -17,8 +17,8 @@ Compared are, by the tokens that were asked for per second,
 
 The floor is the time that one pass over the weights and the live cache takes in every decode step (a response's own
 tokens, and its prompt's once for all its samples) at the memory bandwidth measured here. Compilation is not counted,
-nor is a warm-up of transformers. Times are medians of `--repeats` runs; transformers runs once, as it takes long. The
-last line of the output is one line of JSON.
+nor is a warm-up of transformers. Times are medians of `--repeats` runs, all kinds in turn; transformers runs once, as
+it takes long. The last line of the output is one line of JSON.
 """
 
 import argparse
@@ -82,19 +82,9 @@ def work(vocab_size: int, median: float, longest: int) -> tuple[Prompts, np.ndar
     return Prompts(jnp.asarray(tokens), jnp.asarray(lengths)), limits.astype(np.int32)
 
 
-def seconds(function, repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        jax.block_until_ready(function())
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
-
-
-def generate(model, prompts: Prompts, limits: np.ndarray, batch: int) -> float:
-    """Seconds that transformers takes for all responses, `batch` of them at a time."""
+def generate(model, prompts: Prompts, limits: np.ndarray, batch: int) -> None:
+    """Samples all responses with transformers, `batch` of them at a time."""
     tokens, lengths = (np.asarray(x) for x in prompts)
-    begin = time.perf_counter()
     for start in range(0, PROMPTS, batch // SAMPLES):
         some = slice(start, start + batch // SAMPLES)
         width = lengths[some].max()
@@ -116,15 +106,18 @@ def generate(model, prompts: Prompts, limits: np.ndarray, batch: int) -> float:
                 eos_token_id=None,
                 pad_token_id=0,
             )
-    return time.perf_counter() - begin
 
 
 def bandwidth() -> float:
     """Bytes per second that are read and written, of a copy that no cache holds."""
     x = jnp.zeros(2**27 if jax.default_backend() == 'cpu' else 2**31, jnp.uint8)
     add = jax.jit(lambda x: x + 1)
-    jax.block_until_ready(add(x))
-    return 2 * x.nbytes / seconds(lambda: add(x), 7)
+    times = []
+    for _ in range(8):
+        begin = time.perf_counter()
+        jax.block_until_ready(add(x))
+        times.append(time.perf_counter() - begin)
+    return 2 * x.nbytes / statistics.median(times[1:])
 
 
 def floor_bytes(config, params, prompts: Prompts, limits: np.ndarray, steps: int) -> float:
@@ -175,25 +168,38 @@ def main() -> None:
             )
 
     equal = np.full_like(limits, round(limits.mean()))
-    tokens, equal_tokens = int(limits.sum()), int(equal.sum())
+    tokens = int(limits.sum())
     print(f'{len(limits)} responses of {limits.min()} to {limits.max()} tokens, {limits.mean():.1f} on average')
     first = ours(limits)
     np.testing.assert_array_equal(first.response_lengths, limits)
     static(np.ones_like(limits))
     compiled = sample.program._cache_size()
-    rates = {'ours': tokens / seconds(lambda: ours(limits), arguments.repeats)}
-    rates['static'] = tokens / seconds(lambda: static(limits), arguments.repeats)
-    rates['ours, equal lengths'] = equal_tokens / seconds(lambda: ours(equal), arguments.repeats)
-    result = {'speedup_vs_static': rates['ours'] / rates['static']}
+    kinds = {
+        'ours': (lambda: ours(limits), limits),
+        'static': (lambda: static(limits), limits),
+        'ours, equal lengths': (lambda: ours(equal), equal),
+    }
     if model is not None:
         generate(model, prompts, np.full_like(limits, 2), arguments.slots)
-        rates['transformers'] = tokens / generate(model, prompts, limits, arguments.slots)
-        rates['transformers, equal lengths'] = equal_tokens / generate(model, prompts, equal, arguments.slots)
-        result |= {
-            'speedup_vs_transformers': rates['ours'] / rates['transformers'],
-            'speedup_vs_transformers_equal_lengths': rates['ours, equal lengths']
-            / rates['transformers, equal lengths'],
+        kinds |= {
+            'transformers': (lambda: generate(model, prompts, limits, arguments.slots), limits),
+            'transformers, equal lengths': (lambda: generate(model, prompts, equal, arguments.slots), equal),
         }
+    times = {name: [] for name in kinds}
+    for repeat in range(arguments.repeats):
+        for name, (run, _) in kinds.items():
+            if repeat and name.startswith('transformers'):
+                continue
+            begin = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - begin)
+            print(f'{name:28} {times[name][-1]:9.2f} s', flush=True)
+    rates = {name: int(lengths.sum()) / statistics.median(times[name]) for name, (_, lengths) in kinds.items()}
+    result = {'speedup_vs_static': rates['ours'] / rates['static']}
+    if model is not None:
+        ours_equal, theirs_equal = rates['ours, equal lengths'], rates['transformers, equal lengths']
+        result['speedup_vs_transformers'] = rates['ours'] / rates['transformers']
+        result['speedup_vs_transformers_equal_lengths'] = ours_equal / theirs_equal
     steps = int(first.work.steps)
     floor = floor_bytes(config, params, prompts, limits, steps) / bandwidth()
     result['share_of_floor'] = floor * rates['ours'] / tokens
