@@ -152,7 +152,6 @@ def test_a_real_plan(tmp_path):
         'train.micro_batch_tokens = 256',
         'train.minibatch_prompts = 4',
         'train.prompts_per_step = 4',
-        'train.prompts_per_rollout = 4',
         'train.max_tokens = 8',
     ]
     command = [sys.executable, '-m', 'experiments.plan', 'configs/qwen3_0_6b_gsm8k_troll.gin', '--topology', 'v5e:2x2']
