@@ -16,6 +16,7 @@ from troll_jax.models.pages import (
     merge,
     pages_of,
     release,
+    scratch,
     view,
     write_pages,
     write_token,
@@ -103,12 +104,15 @@ def test_attention_over_pages_equals_plain_attention():
     k, v = text(0, (SHARDS, USERS, LENGTH, 2, 6)), text(1, (SHARDS, USERS, LENGTH, 2, 6))
     q = 3 * text(2, (SHARDS, USERS, 2, 3, 6))
     pages = filled(USERS, lengths, k, v)
-    found = jax.jit(lambda q: attend(q, pages, jnp.int32(1), view(pages, lengths)))(q)
+    found, _ = jax.jit(lambda q: attend(q, pages, jnp.int32(1), view(pages, lengths), scratch(pages, 3)))(q)
     np.testing.assert_allclose(result(found), plain(q, k, v, lengths), atol=1e-5)
-    # An idle user is not seen, and sees nothing.
-    some = lengths.at[:, 1].set(0)
-    found = attend(q, pages, jnp.int32(1), view(pages, some))
+    # A user that has ended sees nothing, and what is left in the scratch from before does not matter.
+    ended = jnp.zeros((SHARDS, USERS), bool).at[:, 1].set(True)
+    pages, some = release(pages, ended), jnp.where(ended, 0, lengths)
+    rubbish = jax.tree.map(lambda x: jnp.full_like(x, 7.0), scratch(pages, 3))
+    found, _ = attend(q, pages, jnp.int32(1), view(pages, some), rubbish)
     assert np.all(np.asarray(found.total)[:, 1] == 0) and np.all(np.isfinite(found.mixed))
+    np.testing.assert_allclose(result(found)[~ended], plain(q, k, v, lengths)[~ended], atol=1e-5)
 
 
 def test_samples_share_the_pages_of_their_prompt():
@@ -124,7 +128,8 @@ def test_samples_share_the_pages_of_their_prompt():
             if at < 6:
                 slots[shard, at] = slot
     prefixes = Prefixes(pages, lengths, jnp.asarray(member), jnp.asarray(slots.reshape(SHARDS, 3, 2)))
-    found = jax.jit(lambda q: attend_shared(q, prefixes, jnp.int32(1), view(pages, lengths)))(q)
+    read = jax.jit(lambda q: attend_shared(q, prefixes, jnp.int32(1), view(pages, lengths), scratch(pages, 6)))
+    found, _ = read(q)
     place = np.minimum(member // 2, 2)
     of = lambda x: jnp.take_along_axis(x, jnp.asarray(place).reshape(place.shape + (1,) * (x.ndim - 2)), axis=1)
     expected = plain(q, of(k), of(v), of(lengths))

@@ -26,8 +26,10 @@ from troll_jax.ops.support import select
 from troll_jax.sharding import RULES, constrain, partition_spec
 from troll_jax.types import Prompts, Rollout, RolloutWork, SparseLogProbs
 
-_PAGES = 16  # that a text of full length takes, at least …
-_LEAST_PAGE = 16  # … unless pages would be smaller than this
+# A text of full length takes 16 pages, unless they would be smaller than this. What a page says to its queries is
+# written and read once more: with those of all samples, a small page of a prompt would cost more than its keys.
+_PAGES = 16
+_LEAST_PROMPT_PAGE, _LEAST_RESPONSE_PAGE = 128, 16
 
 
 class _Requests(NamedTuple):
@@ -315,8 +317,8 @@ def _start(config, requests: _Requests, slots: int | None, group: int, room: int
     def full(value, *sizes, dtype=jnp.int32):
         return constrain(jnp.full((shards, *sizes), value, dtype), 'batch', *[None] * len(sizes))
 
-    def pages(users, length):
-        return init_pages(config, shards, users, length, min(max(_LEAST_PAGE, -(-length // _PAGES)), length))
+    def pages(users, length, least):
+        return init_pages(config, shards, users, length, min(max(least, -(-length // _PAGES)), length))
 
     floats = partial(full, 0.0, dtype=jnp.float32)
     hidden = partial(full, 0.0, dtype=config.compute_dtype)
@@ -324,7 +326,7 @@ def _start(config, requests: _Requests, slots: int | None, group: int, room: int
     return _State(
         next_prompt=full(0),
         next_request=full(0),
-        prompts=pages(places, length),
+        prompts=pages(places, length, _LEAST_PROMPT_PAGE),
         prompt_lengths=full(0, places),
         prompt_hidden=hidden(places, config.width),
         unfinished=full(0, places),
@@ -332,7 +334,7 @@ def _start(config, requests: _Requests, slots: int | None, group: int, room: int
         request=full(count, slots),
         t=full(0, slots),
         hidden=hidden(slots, config.width),
-        responses=pages(slots, room),
+        responses=pages(slots, room, _LEAST_RESPONSE_PAGE),
         records=_Record(full(0, count, room), floats(count, room), floats(count, room), support),
         lengths=full(0, count),
         stop_token=full(-1, count),

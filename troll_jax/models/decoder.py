@@ -32,6 +32,7 @@ from troll_jax.models.pages import (
     attend_shared,
     merge,
     pages_of,
+    scratch,
     view,
     write_token,
 )
@@ -338,7 +339,7 @@ class Decoder(nnx.Module):
         graphdef, stacked = nnx.split(self.layers)
 
         def body(carry, layer_inputs):
-            x, pool = carry
+            x, pool, of_prompts, of_responses = carry
             layer_index, params = layer_inputs
             layer = nnx.merge(graphdef, params)
             q, k, v = (y.reshape(shards, slots, *y.shape[2:]) for y in layer.qkv(x, angles))
@@ -349,16 +350,19 @@ class Decoder(nnx.Module):
             q = q.reshape(shards, slots, config.kv_heads, groups, config.head_dim)
             with jax.named_scope('attention'):
                 with jax.named_scope('prompts'):
-                    before = attend_shared(q, prompts, layer_index, prompt_view)
+                    before, of_prompts = attend_shared(q, prompts, layer_index, prompt_view, of_prompts)
                 with jax.named_scope('responses'):
-                    own = attend(q, responses._replace(k=pool[0], v=pool[1]), layer_index, response_view)
+                    pages = responses._replace(k=pool[0], v=pool[1])
+                    own, of_responses = attend(q, pages, layer_index, response_view, of_responses)
                 both = merge([before, own])
                 mixed = both.mixed / jnp.maximum(both.total, jnp.finfo(jnp.float32).tiny)[..., None]
                 mixed = mixed.astype(x.dtype).reshape(shards * slots, 1, config.heads, config.head_dim)
-            return (layer.finish(x, mixed), pool), None
+            return (layer.finish(x, mixed), pool, of_prompts, of_responses), None
 
         with jax.named_scope('layers'):
-            (x, pool), _ = jax.lax.scan(body, (x, (responses.k, responses.v)), (jnp.arange(config.layers), stacked))
+            of_prompts, of_responses = scratch(prompts.pages, samples * groups), scratch(responses, groups)
+            carry = (x, (responses.k, responses.v), of_prompts, of_responses)
+            (x, pool, _, _), _ = jax.lax.scan(body, carry, (jnp.arange(config.layers), stacked))
         k, v = (constrain(x, *PAGE_AXES) for x in pool)
         hidden = self._final_norm(x).reshape(shards, slots, config.width)
         return hidden, responses._replace(k=k, v=v)

@@ -153,20 +153,28 @@ def view(pages: Pages, lengths: jax.Array) -> View:
     return View(limits, -(-last // pages.table.shape[1]))
 
 
-def attend(q: jax.Array, pages: Pages, layer: jax.Array, view: View) -> Partial:
+def scratch(pages: Pages, queries: int) -> Partial:
+    """Where `attend` keeps what each page says to its user's queries, [E, N, M, X]: handed from layer to layer."""
+    _, shards, count, kv_heads, _, head_dim = pages.k.shape
+    shape = (shards, count, kv_heads, queries)
+    zeros = lambda *shape: constrain(jnp.zeros(shape), 'batch', None, 'kv_heads', *[None] * (len(shape) - 3))
+    return Partial(zeros(*shape, head_dim), zeros(*shape), zeros(*shape))
+
+
+def attend(q: jax.Array, pages: Pages, layer: jax.Array, view: View, by_page: Partial) -> tuple[Partial, Partial]:
     """The attention of each user's queries over its own pages.
 
     Args:
       q: [E, U, M, X, F].
       pages, layer: keys and values.
-      view: which of them are seen.
+      view: which of them are seen; all of a user's pages have a token that is.
+      by_page: by `scratch`. What it holds is overwritten.
 
     Returns:
-      Partial over [E, U, M, X].
+      Partial over [E, U, M, X], and the scratch.
     """
-    (_, chunk, _), (_, count) = pages.table.shape, pages.owner.shape
-    _, _, _, queries, head_dim = q.shape
-    shards, kv_heads = q.shape[0], q.shape[2]
+    shards, chunk, _ = pages.table.shape
+    head_dim = q.shape[-1]
 
     def read(at, partials: Partial) -> Partial:
         begin = at * chunk
@@ -184,18 +192,15 @@ def attend(q: jax.Array, pages: Pages, layer: jax.Array, view: View) -> Partial:
         new = Partial(mixed, jnp.sum(weights, axis=-1), largest)
         return jax.tree.map(partial(jax.lax.dynamic_update_slice_in_dim, start_index=begin, axis=1), partials, new)
 
-    shape = (shards, count, kv_heads, queries)
-    constrained = lambda x: constrain(x, 'batch', None, 'kv_heads', *[None] * (x.ndim - 3))
-    empty = Partial(jnp.zeros((*shape, head_dim)), jnp.zeros(shape), jnp.zeros(shape))
-    partials = jax.lax.fori_loop(0, view.chunks, read, jax.tree.map(constrained, empty))
+    by_page = jax.lax.fori_loop(0, view.chunks, read, by_page)
 
     def pick(j: int) -> Partial:
         """What the j-th pages of all users say."""
         page = pages.table[:, :, j]
         get = lambda x, fill: jax.vmap(lambda x, page: x.at[page].get(mode='fill', fill_value=fill))(x, page)
-        return Partial(get(partials.mixed, 0.0), get(partials.total, 0.0), get(partials.largest, _NOTHING))
+        return Partial(get(by_page.mixed, 0.0), get(by_page.total, 0.0), get(by_page.largest, _NOTHING))
 
-    return merge([pick(j) for j in range(pages.table.shape[2])])
+    return merge([pick(j) for j in range(pages.table.shape[2])]), by_page
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
@@ -208,7 +213,9 @@ def merge(parts: Sequence[Partial]) -> Partial:
     return Partial(mixed, add(part.total * scale for part, scale in zip(parts, scales, strict=True)), largest)
 
 
-def attend_shared(q: jax.Array, prefixes: Prefixes, layer: jax.Array, view: View) -> Partial:
+def attend_shared(
+    q: jax.Array, prefixes: Prefixes, layer: jax.Array, view: View, by_page: Partial
+) -> tuple[Partial, Partial]:
     """The attention of each slot's queries [E, U, M, X, F] over the pages of its prompt, which all its samples share.
 
     Every page is read once for all samples of its prompt: their queries are brought together first.
@@ -217,11 +224,11 @@ def attend_shared(q: jax.Array, prefixes: Prefixes, layer: jax.Array, view: View
     _, places, samples = prefixes.slots.shape
     together = jax.vmap(lambda q, slots: q.at[slots].get(mode='fill', fill_value=0))(q, prefixes.slots)
     together = together.swapaxes(2, 3).reshape(shards, places, kv_heads, samples * queries, head_dim)
-    found = attend(together, prefixes.pages, layer, view)
+    found, by_page = attend(together, prefixes.pages, layer, view, by_page)
 
     def apart(x):
         x = x.reshape(shards, places, kv_heads, samples, queries, *x.shape[4:]).swapaxes(2, 3)
         x = x.reshape(shards, places * samples, *x.shape[3:])
         return jax.vmap(lambda x, member: x.at[member].get(mode='clip'))(x, prefixes.member)
 
-    return jax.tree.map(apart, found)
+    return jax.tree.map(apart, found), by_page
