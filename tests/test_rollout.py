@@ -14,12 +14,13 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_pretrained
-from troll_jax.ops.losses import ppo_clip, token_mean
+from troll_jax.ops.losses import ppo_clip
 from troll_jax.ops.support import default_tail
+from troll_jax.packing import batch_shape, make_batch
 from troll_jax.rollout import _queue, _start, make_sampler
 from troll_jax.sharding import make_mesh, named_sharding
 from troll_jax.types import Progress, Prompts, TrainState
-from troll_jax.update import make_batch, make_update
+from troll_jax.update import make_update
 
 VOCAB, PROMPT, RESPONSE, GROUP, KEPT, MASS = 38, 5, 7, 3, 11, 1 - 1e-5
 CONFIG = decoders.DecoderConfig(
@@ -133,14 +134,15 @@ def test_update_finds_the_policy_unchanged():
         CONFIG,
         optax.sgd(0.0),
         objective=ppo_clip,
-        aggregation=token_mean,
         temperature=1.0,
         tail_rule=default_tail,
         max_tokens=KEPT,
         mass=MASS,
     )
     params = jax.tree.map(jnp.copy, policy_params())
-    batch = make_batch(jax.tree.map(jnp.asarray, result), jnp.ones(len(result.tokens)))
+    count = len(result.tokens)
+    weights = np.full(count, 1 / result.response_lengths.sum(), np.float32)
+    batch = make_batch(result, np.ones(count, np.float32), weights, batch_shape(count, PROMPT + RESPONSE))
     start = Progress(jnp.int32(0), jnp.int32(0), jnp.float32(0))
     metrics = update(TrainState(start, params, optax.sgd(0.0).init(params)), batch)[1].metrics
     assert metrics['kl_max'] < 1e-4 and abs(metrics['ratio_max'] - 1) < 1e-4
