@@ -161,20 +161,45 @@ def _cost(computations, name: str) -> tuple[float, list[tuple[str, float]]]:
     for instruction in computations[name]:
         if instruction.opcode in _FREE or instruction.opcode.endswith('-done'):
             continue
-        operands = [sizes.get(operand, 0) for operand in _operands(instruction)]
+        names = _operands(instruction)
+        operands = [sizes.get(operand, 0) for operand in names]
         result = sizes[instruction.name]
-        kinds = {instruction.opcode}
-        for callee in _called(instruction.rest) if instruction.opcode == 'fusion' else []:
-            kinds |= {inner.opcode for inner in computations[callee]}
-        if kinds & {'dynamic-update-slice', 'scatter'}:
+        if _opcodes(computations, instruction) & {'dynamic-update-slice', 'scatter'}:
             # In place: the large operand, of the result's size, stays where it is.
             moved += 2 * sum(size for size in operands if size < max(operands))
-        elif kinds & {'dynamic-slice', 'gather'}:
-            moved += result + sum(min(size, result) for size in operands)
         else:
-            moved += sum(operands) + result
+            read = (_bytes_read(computations, [instruction], name, sizes[name]) for name in set(names) & sizes.keys())
+            moved += sum(read) + result
     # The parts of a collective that is spread over several instructions share a channel.
     return moved, list(dict(_collectives(computations, name)).values())
+
+
+def _opcodes(computations, instruction: _Instruction) -> set[str]:
+    """What an instruction does, with all that is fused into it."""
+    fused = _called(instruction.rest) if instruction.opcode == 'fusion' else []
+    inside = (_opcodes(computations, inner) for name in fused for inner in computations[name])
+    return {instruction.opcode}.union(*inside)
+
+
+def _bytes_read(computations, instructions: list[_Instruction], name: str, size: int) -> int:
+    """How much of an array these instructions read: of what they only take slices of, the slices."""
+    total = 0
+    for user in instructions:
+        operands = _operands(user)
+        if name not in operands:
+            continue
+        if user.opcode in ('dynamic-slice', 'gather', 'slice') and name not in operands[1:]:
+            total += _bytes(user.shape)
+        elif user.opcode == 'bitcast':
+            total += _bytes_read(computations, instructions, user.name, size)
+        elif user.opcode == 'fusion':
+            for position in (i for i, operand in enumerate(operands) if operand == name):
+                inner = computations[_called(user.rest)[0]]
+                parameter = next(x for x in inner if x.opcode == 'parameter' and x.rest.startswith(f'{position})'))
+                total += _bytes_read(computations, inner, parameter.name, size)
+        else:
+            return size
+    return min(total, size)
 
 
 def _collectives(computations, name: str):
