@@ -139,8 +139,14 @@ def _weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nn
 
 
 def _product(x: jax.Array, weight: nnx.Param) -> jax.Array:
-    """[..., I] times [I, O]. Flattened to two axes first: on a CPU a product with a batch axis is slower."""
-    flat = x.reshape(-1, x.shape[-1]) @ weight[...].astype(x.dtype)
+    """[..., I] times [I, O]. Flattened to two axes first: on a CPU a product with a batch axis is slower.
+
+    The parts of a weight that 'embed' spreads over devices are put together first, in the dtype of the product. Left to
+    the partitioner, masters travel in float32, and a TPU's compiler splits the product into one for each device's part,
+    of which each reads and writes all activations.
+    """
+    gathered = constrain(weight[...].astype(x.dtype), *(None if axis == 'embed' else axis for axis in weight.axes))
+    flat = x.reshape(-1, x.shape[-1]) @ gathered
     return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
 
