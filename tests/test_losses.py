@@ -1,4 +1,4 @@
-"""Objectives by hand, against each other, and against float64 differences; the weights of every aggregation."""
+"""Objectives by hand, against each other, and against float64 differences."""
 
 import functools
 
@@ -8,16 +8,8 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from troll_jax.ops.losses import (
-    TokenLogProbs,
-    constant_length,
-    ppo_clip,
-    sequence_mean,
-    sequence_region,
-    token_mean,
-    token_region,
-    troll,
-)
+from troll_jax.ops.categorical import entropy
+from troll_jax.ops.losses import TokenLogProbs, ppo_clip, sequence_region, token_region, troll
 from troll_jax.ops.projection import kl_divergence, project_sparse, project_sparse_sequence
 from troll_jax.ops.schedules import linear_bound
 from troll_jax.ops.support import at_tokens, bucket_tail, default_tail, sparsify
@@ -37,7 +29,7 @@ def response_of(new_scores, old_scores, tokens=TOKENS, kept=KEPT, tail_rule=defa
         own, listed = (sparsify(jax.lax.stop_gradient(x), token, max_tokens=kept, mass=1.0) for x in (new, old))
         own = own._replace(log_probs=at_tokens(new, own.tokens))
         on_support = tail_rule(at_tokens(new, listed.tokens), own, listed)
-        return TokenLogProbs(token, jnp.int32(1), new[token], old[token], *on_support)
+        return TokenLogProbs(token, jnp.int32(1), new[token], old[token], *on_support, entropy(new))
 
     return jax.vmap(one)(new_scores, old_scores, tokens)
 
@@ -272,7 +264,7 @@ def clip_response(ratios) -> TokenLogProbs:
     ratios = jnp.asarray(ratios)
     old = jnp.full(len(ratios), -1.5, ratios.dtype)
     return TokenLogProbs(
-        jnp.zeros(len(ratios), jnp.int32), jnp.ones(len(ratios), jnp.int32), old + jnp.log(ratios), old, None, None
+        jnp.zeros(len(ratios), jnp.int32), jnp.ones(len(ratios), jnp.int32), old + jnp.log(ratios), old, None, None, None
     )
 
 
@@ -313,28 +305,3 @@ def test_gradient_of_clip_equals_differences():
     ratios = np.exp(np.asarray(new - old)[range(LENGTH), TOKENS] - logsumexp(new, axis=1) + logsumexp(old, axis=1))
     assert np.abs(ratios - np.array([[0.8], [1.2]])).min() > 1e-3, 'no token was meant to be at a kink'
     assert held(losses).any() and not held(losses).all()
-
-
-# --- aggregation ------------------------------------------------------------------------------------------------------
-
-LENGTHS = jnp.array([3, 0, 5, 1])
-
-
-def test_aggregations_by_hand():
-    """Guards the denominators: tokens, responses that have tokens, and the length limit."""
-    np.testing.assert_allclose(token_mean(LENGTHS, max_length=5), np.full(4, 1 / 9), rtol=1e-6)
-    of_tokens = sequence_mean(LENGTHS, max_length=5) * LENGTHS  # what a response weighs in all
-    np.testing.assert_allclose(of_tokens, [1 / 3, 0, 1 / 3, 1 / 3], rtol=1e-6)
-    np.testing.assert_allclose(constant_length(LENGTHS, max_length=5), np.full(4, 1 / 15), rtol=1e-6)
-
-
-def test_aggregations_of_equal_lengths_agree():
-    """Guards scale: with full responses all modes are the same mean, so that learning rates carry over."""
-    for aggregation in (token_mean, sequence_mean, constant_length):
-        np.testing.assert_allclose(aggregation(jnp.full(3, 7), max_length=7), np.full(3, 1 / 21), rtol=1e-6)
-
-
-def test_aggregations_of_nothing_are_finite():
-    """Guards 0/0 in a batch that is masked altogether."""
-    for aggregation in (token_mean, sequence_mean, constant_length):
-        assert np.isfinite(aggregation(jnp.zeros(3, jnp.int32), max_length=5)).all()

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from troll_jax.models import decoder as decoders
-from troll_jax.ops.losses import ppo_clip, token_mean
+from troll_jax.ops.aggregation import token_mean
+from troll_jax.ops.losses import ppo_clip
 from troll_jax.ops.support import default_tail
 from troll_jax.rollout import make_sampler
 from troll_jax.sharding import make_mesh, named_sharding

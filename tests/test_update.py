@@ -15,7 +15,8 @@ import pytest
 
 from troll_jax.models import decoder as decoders
 from troll_jax.ops.categorical import entropy
-from troll_jax.ops.losses import constant_length, ppo_clip, sequence_mean, sequence_region, token_mean, troll
+from troll_jax.ops.aggregation import constant_length, sequence_mean, token_mean
+from troll_jax.ops.losses import ppo_clip, sequence_region, troll
 from troll_jax.ops.schedules import adaptive_bound
 from troll_jax.ops.support import bucket_tail, default_tail, sparsify
 from troll_jax.packing import BatchShape, batch_shape, batch_shapes, make_batch

@@ -9,6 +9,11 @@ def entropy(log_probs: jax.Array) -> jax.Array:
     return -jnp.sum(jnp.exp(log_probs) * jnp.where(log_probs > -jnp.inf, log_probs, 0.0))
 
 
+def total_variation(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """½ Σ |p − q| of two distributions [V]."""
+    return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)))
+
+
 def sample(uniform: jax.Array, log_probs: jax.Array) -> jax.Array:
     """Draws a token by inverting the cumulative distribution: one random number per draw instead of one per entry.
 
