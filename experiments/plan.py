@@ -28,12 +28,12 @@ from jax.experimental import topologies  # noqa: E402
 
 from experiments.config import CONFIG_HELP, Experiment, files_and_bindings, parse  # noqa: E402
 from experiments.train import abstract_state, check_sizes, train  # noqa: E402
+from troll_jax.ops.regularisers import regularised  # noqa: E402
 from troll_jax.packing import batch_shape, batch_shapes  # noqa: E402
 from troll_jax.planning import CHIPS, Chip, add_iterations, count_flops, program_cost, roofline  # noqa: E402
 from troll_jax.rollout import make_sampler  # noqa: E402
 from troll_jax.sharding import make_mesh, named_sharding  # noqa: E402
 from troll_jax.types import Prompts  # noqa: E402
-from troll_jax.ops.regularisers import regularised  # noqa: E402
 from troll_jax.update import make_update  # noqa: E402
 
 PROGRAMS = ('update', 'decode')

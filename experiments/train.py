@@ -168,6 +168,8 @@ def train(
         grader.start()
         shapes = abstract_state(experiment, config, optimizer)
         check_programs(sampler, estimator, aggregation, update, shapes, prompts, minibatch_prompts, shape)
+        if length_penalty is not None:
+            length_penalty(np.ones(1), max_length=experiment.max_response_length)  # an error now if it has one
         check_bindings_used()
         state = restore_or_start(checkpoints, experiment, optimizer, shapes)
         first = int(state.progress.step)
@@ -312,7 +314,7 @@ def minibatches(
     responses: int,
     shape: BatchShape,
 ) -> Iterator[Batch]:
-    """Packs each next `responses` of a rollout. The aggregation weighs, over that minibatch, those that are learnt from."""
+    """Packs each next `responses` of a rollout. The aggregation weighs those of that minibatch that are learnt from."""
     for start in range(0, len(advantages), responses):
         part = slice(start, start + responses)
         some = jax.tree.map(lambda x, part=part: x[part], rollout)

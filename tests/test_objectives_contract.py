@@ -111,7 +111,7 @@ class StopGradients:
 
 @functools.cache
 def gradient_of(name: str, tail_rule):
-    """The program that most tests here share: gradient [T, V] by the new scores, the TokenLosses, what is held fixed."""
+    """The program that tests here share: gradient [T, V] by the new scores, the TokenLosses, what is held fixed."""
     objective = OBJECTIVES[name][0]
 
     def total(new_scores, old_scores, advantages):
@@ -169,7 +169,7 @@ def test_responses_do_not_touch_each_other(name, tail_rule):
 
 @for_all
 def test_gradient_equals_differences(name, tail_rule):
-    """Guards every factor of the loss, with what an objective holds fixed held fixed; tokens of both kinds are there."""
+    """Guards every factor of the loss, with what an objective holds fixed held fixed, at tokens of both kinds."""
     gradient, (result, fixed) = gradient_of(name, tail_rule)(NEW, OLD, ADVANTAGES)
     for log in {'projected', 'clipped'} & result.logs.keys():
         assert 0 < np.sum(result.logs[log][INSIDE]) < np.sum(INSIDE), 'some tokens were meant to be held, not all'

@@ -1,7 +1,7 @@
 """Advantages, of the samples of one prompt or the tokens of one response. Batch them with `jax.vmap`.
 
-An estimator of `experiments.train` is a function of the rewards [G] of one prompt's samples. `whiten` alone looks at all
-prompts of a batch, and takes what any of the others gives.
+An estimator of `experiments.train` is a function of the rewards [G] of one prompt's samples. `whiten` alone looks at
+all prompts of a batch, and takes what any of the others gives.
 """
 
 import chex
@@ -25,7 +25,7 @@ def group_normalised(rewards: jax.Array, *, epsilon: float = 1e-6) -> jax.Array:
 
 
 def mean_centred(rewards: jax.Array) -> jax.Array:
-    """Dr.GRPO (arXiv 2503.20783): rewards less their mean, which does not favour prompts whose samples are all but equal.
+    """Dr.GRPO (arXiv 2503.20783): rewards less their mean, without more weight for prompts of little spread.
 
         A_i = r_i − mean(r)
 

@@ -224,7 +224,7 @@ def dppo(
 
 
 def importance_weighted(row: TokenLogProbs, advantages: jax.Array, progress: Progress = START) -> TokenLosses:
-    """The policy gradient by importance sampling, without a bound on the step: loss = − r A, with arguments as `cispo`."""
+    """The policy gradient by importance sampling, without a bound on the step: loss = − r A. Arguments as `cispo`."""
     del progress
     chex.assert_equal_shape([row.new_log_probs, row.old_log_probs, advantages])
     return TokenLosses(-token_ratio(row.new_log_probs - row.old_log_probs, row.segments) * advantages, {})

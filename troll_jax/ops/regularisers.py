@@ -12,7 +12,9 @@ from troll_jax.types import START, Progress
 Regulariser = Callable[[TokenLogProbs], jax.Array]
 
 
-def regularised(objective: Callable[..., TokenLosses], regularisers: Sequence[Regulariser]) -> Callable[..., TokenLosses]:
+def regularised(
+    objective: Callable[..., TokenLosses], regularisers: Sequence[Regulariser]
+) -> Callable[..., TokenLosses]:
     """An objective and regularisers, each a loss [T] of a row, as one objective: their losses are added up."""
 
     def with_regularisers(row: TokenLogProbs, advantages: jax.Array, progress: Progress = START) -> TokenLosses:

@@ -4,7 +4,7 @@ import numpy as np
 
 
 def soft_overlong(lengths: np.ndarray, *, max_length: int, share: float = 0.2) -> np.ndarray:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, section 3.4): from 0 to −1 over the last tokens before the limit.
+    """DAPO's soft overlong punishment (arXiv 2503.14476, section 3.4): from 0 to −1 before the length limit.
 
         min( 0, (T − c − length) / c ),   c = share · T
 
