@@ -198,7 +198,7 @@ def dppo(
     advantages: jax.Array,
     progress: Progress = START,
     *,
-    bound=0.15,
+    bound: float = 0.15,
     divergence=total_variation,
 ) -> TokenLosses:
     """DPPO (arXiv 2602.04879, equation 12): a token that leads further out of the trust region is left out.
@@ -211,14 +211,14 @@ def dppo(
     Args:
       row: T tokens.
       advantages: [T]
-      progress: of the run, for a bound that changes.
-      bound: δ, or a schedule of it, see `troll_jax.ops.schedules`; the paper's are 0.15 or 0.2 for the total variation
-        and 0.05 nats for the KL divergence.
+      progress: not used.
+      bound: δ; the paper's are 0.15 or 0.2 for the total variation and 0.05 nats for the KL divergence.
       divergence: `total_variation` or `kl_divergence`.
     """
+    del progress
     chex.assert_equal_shape([row.tokens, row.new_log_probs, row.old_log_probs, advantages])
     r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
-    outside = jax.vmap(divergence)(row.old.log_probs, row.new.log_probs) > bound_at(bound, progress)
+    outside = jax.vmap(divergence)(row.old.log_probs, row.new.log_probs) > bound
     blocked = outside & jnp.where(advantages > 0, r > 1, (advantages < 0) & (r < 1))
     return TokenLosses(-jnp.where(blocked, 0.0, r) * advantages, {'clipped': blocked})
 
