@@ -33,7 +33,9 @@ def evaluation(
     split: str = 'test',
     samples_per_prompt: int = 1,
     temperature: float | None = None,
-    responses_per_rollout: int = 128,
+    slots: int | None = 128,
+    top_k: int | None = None,
+    top_p: float | None = None,
     seed: int = 0,
 ) -> dict:
     """Restores a checkpoint, samples responses to a split, grades them, and writes and returns the estimates.
@@ -44,7 +46,8 @@ def evaluation(
       split: 'test' or 'train'.
       samples_per_prompt: n, for mean@n and pass@k with k up to n.
       temperature: of the sampling; by default 0, greedy, for one sample and 1 for several.
-      responses_per_rollout: sampled at a time, about, to save memory.
+      slots: responses that are decoded at a time, on all devices together; fewer save memory. None: all.
+      top_k, top_p: sample from the most probable tokens only; off by default.
       seed: of the sampling.
 
     Raises:
@@ -67,8 +70,10 @@ def evaluation(
         stop_tokens=experiment.stop_tokens(tokenizer),
         max_tokens=1,  # nothing is learnt from these samples
         mass=1.0,
+        top_k=top_k,
+        top_p=top_p,
+        slots=slots,
     )
-    devices = experiment.mesh.shape['data'] * experiment.mesh.shape['fsdp']
     with jax.set_mesh(experiment.mesh), Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader:
         grader.start()
         if step == 0:
@@ -86,7 +91,6 @@ def evaluation(
             grader,
             tokenizer,
             jax.random.key(seed),
-            batch=max(1, responses_per_rollout // (samples_per_prompt * devices)) * devices,
             mesh=experiment.mesh,
         )
     summary = {'step': step, 'split': split, 'temperature': temperature} | summarise(result)

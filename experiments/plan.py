@@ -65,8 +65,8 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
     prompts, samples, minibatch = (
         settings[name] for name in ('prompts_per_step', 'samples_per_prompt', 'minibatch_prompts')
     )
-    per_rollout = settings['prompts_per_rollout'] or prompts
-    check_sizes(experiment.mesh, prompts, samples, minibatch, per_rollout)
+    slots = settings['slots']
+    check_sizes(experiment.mesh, prompts, samples, minibatch, slots)
     length = experiment.max_prompt_length + experiment.max_response_length
     shape = batch_shape(
         minibatch * samples,
@@ -81,6 +81,8 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
         samples_per_prompt=samples,
         max_response_length=experiment.max_response_length,
         stop_tokens=[0],
+        slots=slots,
+        gather_weights=settings['gather_weights'],
         **common,
     )
     common |= {name: settings[name] for name in ('tail_rule', 'head_chunk')}
@@ -93,8 +95,8 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
 
     state = abstract_state(experiment, config, settings['optimizer'])
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        rows = Prompts(array((per_rollout, experiment.max_prompt_length)), array((per_rollout,)))
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), per_rollout))
+        rows = Prompts(array((prompts, experiment.max_prompt_length)), array((prompts,)))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
         keys = array(keys.shape, keys.dtype)
         batch = batch_shapes(shape, settings['max_tokens'])
         batch = jax.tree.map(lambda x: array(x.shape, x.dtype, (None, 'batch')), batch)
@@ -104,12 +106,22 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
             tokens = minibatch * samples * length
             results.append(on_chips('update', update, (state, batch), tokens=tokens, iterations=shape.micro_batches))
         if 'decode' in programs:
-            results.append(on_chips('decode', sampler, (state.params, rows, keys), tokens=per_rollout * samples))
+            # A step without a prefill, in which the tokens of all slots fit into as many pages as there are slots.
+            decode = partial(on_chips, 'decode', tokens=slots or prompts * samples, without='prefill')
+            results.append(decode(sampler.program, (state.params, rows, keys, None)))
         return [{'topology': topology, 'model': experiment.model} | result for result in results]
 
 
 def examine(
-    name: str, program, arguments, chip: Chip, devices: int, *, tokens: int, iterations: int | None = None
+    name: str,
+    program,
+    arguments,
+    *,
+    chip: Chip,
+    devices: int,
+    tokens: int,
+    iterations: int | None = None,
+    without: str | None = None,
 ) -> dict:
     """Compiles a program and returns what it needs.
 
@@ -122,6 +134,7 @@ def examine(
       tokens: that it works on, in a call, or in an iteration if `iterations` is None.
       iterations: how often its loop of unknown length runs in a call. If None, time, rates and what is moved and sent
         are those of one iteration alone.
+      without: a named scope that does not count.
     """
     begin = time.perf_counter()
     traced = program.trace(*arguments)
@@ -131,8 +144,8 @@ def examine(
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     # What is donated is not needed twice.
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    once, per_iteration = (flops / devices for flops in count_flops(traced.jaxpr.jaxpr, devices))
-    cost_once, cost_per_iteration = program_cost(compiled.as_text())
+    once, per_iteration = (flops / devices for flops in count_flops(traced.jaxpr.jaxpr, devices, without))
+    cost_once, cost_per_iteration = program_cost(compiled.as_text(), without)
     if iterations is None:
         flops, cost = per_iteration, cost_per_iteration
     else:

@@ -29,7 +29,7 @@ from transformers import GenerationConfig
 from experiments.config import Experiment, check_bindings_used, parse_command_line, register
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet, batch_indices
-from troll_jax.evaluate import decode_responses, evaluate, grade, rollouts
+from troll_jax.evaluate import decode_responses, evaluate, grade, sample_responses
 from troll_jax.metrics import MetricsWriter
 from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_config, load_pretrained
@@ -63,7 +63,8 @@ def train(
     max_tokens: int = 64,
     mass: float = 1 - 1e-5,
     old_policy: str = 'rollout',
-    prompts_per_rollout: int | None = None,
+    slots: int | None = None,
+    gather_weights: bool = True,
     row_tokens: int | None = None,
     micro_batch_tokens: int | None = None,
     head_chunk: int = 1024,
@@ -72,6 +73,7 @@ def train(
     checkpoint_every: int = 10,
     checkpoint_dir: str | None = None,
     keep_checkpoints: int = 2,
+    profile_step: int | None = None,
     seed: int = 0,
     regularisers: Sequence[Regulariser] = (),
     whiten_advantages: bool = False,
@@ -97,7 +99,8 @@ def train(
       max_tokens, mass: K and 1 − δ of the sparse distributions, see `troll_jax.sparsify`.
       old_policy: where π_old comes from: 'rollout', what the sampler recorded, or 'recompute', a forward pass of
         training over all responses before the first update, as in the paper.
-      prompts_per_rollout: sampled at a time, to save memory; None is all B.
+      slots: responses that are decoded at a time, on all devices together; fewer save memory. None: all B · G.
+      gather_weights: lays the weights out for decoding once per rollout, see `make_sampler`.
       row_tokens: S, of the rows into which responses are packed for an update, at least as many as a prompt and its
         response may have, which is the default.
       micro_batch_tokens: a minibatch is worked through in parts of at most so many tokens on each device, to save
@@ -109,6 +112,7 @@ def train(
       checkpoint_every: steps between checkpoints. The last step is saved in any case.
       checkpoint_dir: a folder or bucket (gs://…) to keep them in; None is `run_dir`.
       keep_checkpoints: how many of the latest to keep.
+      profile_step: the step of which a trace is written into the run's folder `profile`, for TensorBoard or Perfetto.
       seed: of the order of the data and of the sampling.
       regularisers: what is added to the objective, e.g. `[@entropy_bonus]`; see `troll_jax.ops.regularisers`.
       whiten_advantages: over all responses of a rollout batch, after the estimator; see `whiten`.
@@ -119,8 +123,8 @@ def train(
         this, see `truncated_importance_weights`; None does not weight.
     """
     experiment = Experiment()
-    mesh, prompts_per_rollout = experiment.mesh, prompts_per_rollout or prompts_per_step
-    check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, prompts_per_rollout)
+    mesh = experiment.mesh
+    check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, slots)
     shape = batch_shape(
         minibatch_prompts * samples_per_prompt,
         experiment.max_prompt_length + experiment.max_response_length,
@@ -137,7 +141,8 @@ def train(
         )
     check_limits(
         above_zero={'temperature': temperature, 'steps': steps, 'checkpoint_every': checkpoint_every}
-        | {'keep_checkpoints': keep_checkpoints, 'head_chunk': head_chunk},
+        | {'keep_checkpoints': keep_checkpoints, 'head_chunk': head_chunk}
+        | ({} if profile_step is None else {'profile_step': profile_step}),
         at_least_zero={'evaluate_every': evaluate_every, 'table_every': table_every},
     )
     tokenizer = experiment.load_tokenizer()
@@ -150,6 +155,8 @@ def train(
         config,
         max_response_length=experiment.max_response_length,
         stop_tokens=experiment.stop_tokens(tokenizer),
+        slots=slots,
+        gather_weights=gather_weights,
     )
     sampler = new_sampler(
         samples_per_prompt=samples_per_prompt, temperature=temperature, max_tokens=max_tokens, mass=mass
@@ -167,7 +174,7 @@ def train(
     ):
         grader.start()
         shapes = abstract_state(experiment, config, optimizer)
-        check_programs(sampler, estimator, aggregation, update, shapes, prompts, minibatch_prompts, shape)
+        check_programs(sampler, estimator, aggregation, update, shapes, prompts, prompts_per_step, shape)
         if length_penalty is not None:
             length_penalty(np.ones(1), max_length=experiment.max_response_length)  # an error now if it has one
         check_bindings_used()
@@ -181,8 +188,7 @@ def train(
             logger.warning('nothing to do: %s is at step %d of %d', run_dir, first, steps)
 
         def evaluate_now() -> dict[str, float]:
-            batch = prompts_per_rollout * samples_per_prompt  # as many rows as a rollout for training has
-            result = evaluate(greedy_sampler, state.params, held_out, grader, tokenizer, key, batch=batch, mesh=mesh)
+            result = evaluate(greedy_sampler, state.params, held_out, grader, tokenizer, key, mesh=mesh)
             return {'eval/success': result.rewards.mean(), 'eval/response_length': result.lengths.mean()}
 
         with MetricsWriter(run_dir, resume_after=first, write=is_first_process) as metrics:
@@ -191,18 +197,12 @@ def train(
             hide = None if is_first_process else True  # None: hidden if there is no terminal
             progress = tqdm(range(first, steps), initial=first, total=steps, unit='step', disable=hide)
             for step in progress:
+                if step + 1 == profile_step:
+                    jax.profiler.start_trace(Path(run_dir) / 'profile')
                 times = {'start': time.perf_counter()}
                 indices = batch_indices(len(prompts), prompts_per_step, seed=seed, step=step)
-                parts = rollouts(
-                    sampler,
-                    state.params,
-                    prompts,
-                    indices,
-                    jax.random.fold_in(key, step),
-                    batch=prompts_per_rollout,
-                    mesh=mesh,
-                )
-                rollout = jax.tree.map(lambda *x: np.concatenate(x), *[fetch(part) for part in parts])
+                key_of_step = jax.random.fold_in(key, step)
+                rollout = sample_responses(sampler, state.params, prompts, indices, key_of_step, mesh=mesh)
                 times['rollout'] = time.perf_counter()
 
                 answers = [prompts.answers[i] for i in indices for _ in range(samples_per_prompt)]
@@ -229,6 +229,8 @@ def train(
                     logs.append(log)
                 metrics_of_updates = fetch([log.metrics for log in logs])
                 times['update'] = time.perf_counter()
+                if step + 1 == profile_step:
+                    jax.profiler.stop_trace()
 
                 state = state._replace(progress=state.progress._replace(step=state.progress.step + 1))
                 row = summarise(rollout, grades, metrics_of_updates, times) | {'update/padding_share': padding}
@@ -263,13 +265,13 @@ def check_limits(above_zero: dict[str, float], at_least_zero: dict[str, float]) 
                 raise ValueError(f'{name} must be {limits} 0; got {value}')
 
 
-def check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, prompts_per_rollout):
+def check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, slots):
     """Raises a ValueError with both numbers if one of the run's sizes does not divide another."""
     devices = mesh.shape['data'] * mesh.shape['fsdp']
     for name, size, divisor_name, divisor in [
         ('prompts_per_step', prompts_per_step, 'minibatch_prompts', minibatch_prompts),
-        ('prompts_per_step', prompts_per_step, 'prompts_per_rollout', prompts_per_rollout),
-        ('prompts_per_rollout', prompts_per_rollout, 'data × fsdp devices of the mesh', devices),
+        ('prompts_per_step', prompts_per_step, 'data × fsdp devices of the mesh', devices),
+        ('slots', devices if slots is None else slots, 'data × fsdp devices of the mesh', devices),
     ]:
         if divisor < 1 or size < 1 or size % divisor:
             raise ValueError(f'{name} = {size} must be a positive multiple of {divisor_name} = {divisor}')
@@ -293,14 +295,14 @@ def check_programs(
     update,
     shapes: TrainState,
     prompts: PromptSet,
-    minibatch_prompts: int,
+    prompts_per_step: int,
     shape: BatchShape,
 ) -> None:
     """Traces all programs on shapes alone: a setting that they refuse is an error before any weight is loaded."""
-    some = jax.eval_shape(lambda: Prompts(prompts.tokens[:minibatch_prompts], prompts.lengths[:minibatch_prompts]))
-    keys = jax.eval_shape(partial(jax.random.split, num=minibatch_prompts), jax.random.key(0))
+    some = jax.eval_shape(lambda: Prompts(prompts.tokens[:prompts_per_step], prompts.lengths[:prompts_per_step]))
+    keys = jax.eval_shape(partial(jax.random.split, num=prompts_per_step), jax.random.key(0))
     rollout = jax.eval_shape(sampler, shapes.params, some, keys)
-    rewards = jax.ShapeDtypeStruct((minibatch_prompts, len(rollout.tokens) // minibatch_prompts), jnp.float32)
+    rewards = jax.ShapeDtypeStruct((prompts_per_step, len(rollout.tokens) // prompts_per_step), jnp.float32)
     jax.eval_shape(jax.vmap(estimator), rewards)
     jax.eval_shape(partial(aggregation, max_length=rollout.log_probs.shape[1]), rollout.response_lengths)
     jax.eval_shape(update, shapes, batch_shapes(shape, rollout.support.tokens.shape[-1]))
@@ -317,7 +319,7 @@ def minibatches(
     """Packs each next `responses` of a rollout. The aggregation weighs those of that minibatch that are learnt from."""
     for start in range(0, len(advantages), responses):
         part = slice(start, start + responses)
-        some = jax.tree.map(lambda x, part=part: x[part], rollout)
+        some = jax.tree.map(lambda x, part=part: x[part], rollout._replace(work=None))
         lengths = np.where(learnt[part], some.response_lengths, 0)
         weights = np.asarray(aggregation(lengths, max_length=rollout.log_probs.shape[1]))
         yield make_batch(some, advantages[part], np.where(learnt[part], weights, 0), shape)
@@ -387,6 +389,9 @@ def summarise(rollout, grades, logs, times) -> dict[str, float]:
         'reward/crashes': grades.crashes,
         'reward/errors': grades.errors,
         'rollout/response_length': tokens / len(grades.rewards),
+        'rollout/longest_response': rollout.response_lengths.max(),
+        'rollout/decode_steps': rollout.work.steps,
+        'rollout/slots_in_use': tokens / float(rollout.work.steps * rollout.work.slots),
         'rollout/truncated_share': 1 - rollout.stopped.mean(),
         'rollout/entropy': np.sum(rollout.entropy, where=mask) / tokens,
         'rollout/kept_tokens': np.sum(rollout.support.tokens >= 0, where=mask[:, :, None]) / tokens,

@@ -167,9 +167,7 @@ def _report(config, params, held_out: PromptSet, tokenizer, task: Arithmetic, re
         mass=1.0,
     )
     with Grader(task.grade, deadline=task.deadline) as grader:
-        result = evaluate(
-            sampler, params, held_out, grader, tokenizer, jax.random.key(0), batch=len(held_out), mesh=make_mesh()
-        )
+        result = evaluate(sampler, params, held_out, grader, tokenizer, jax.random.key(0), mesh=make_mesh())
     rewards = result.rewards[:, 0]
     worked = np.array([len(responses[0]) > 2 for responses in result.responses])
     logger.info(

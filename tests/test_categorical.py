@@ -1,11 +1,17 @@
 """Entropy and sampling from the log-probabilities of a whole vocabulary."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
 from scipy.stats import chisquare
 
+from troll_jax.ops import categorical
 from troll_jax.ops.categorical import entropy, sample
+from troll_jax.sharding import make_mesh
 
 INF = np.inf
 draw = jax.jit(jax.vmap(sample, (0, None)))
@@ -77,3 +83,78 @@ def test_last_token_is_reached():
     uniforms = jnp.array([0.5, np.nextafter(np.float32(1), np.float32(0))])
     middle, last = draw(uniforms, uniform)
     assert abs(middle - 25_010) < 10 and last > 50_010
+
+
+def everything(uniform, logits, axis_name=None, k=5):
+    """All that the blocks of one row are good for."""
+    blocks = categorical.summarise(logits, axis_name)
+    return (
+        categorical.draw(uniform, blocks, axis_name),
+        categorical.most_probable(blocks, axis_name),
+        categorical.largest(blocks, k, axis_name),
+        (blocks.log_partition, blocks.entropy),
+    )
+
+
+def logits_of(size: int) -> jax.Array:
+    """Rows far from normalised, some entries impossible, the largest in two places of the third row."""
+    logits = 30 + 3 * jax.random.normal(jax.random.key(size), (7, size))
+    logits = jnp.where(jax.random.bernoulli(jax.random.key(1), 0.3, logits.shape), -INF, logits)
+    return logits.at[2, jnp.array([3, size - 2])].set(99.0)
+
+
+@pytest.mark.parametrize('size', [38, 1009])
+def test_blocks_tell_what_the_whole_row_tells(size):
+    """Guards sizes below one block and no multiple of one, zeros, and the order of equal logits."""
+    logits = logits_of(size)
+    uniforms = jax.random.uniform(jax.random.key(2), 7)
+    drawn, best, (tokens, log_probs), (log_partition, entropies) = jax.vmap(everything)(uniforms, logits)
+    expected = jax.nn.log_softmax(logits)
+    np.testing.assert_allclose(log_partition, jax.nn.logsumexp(logits, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(entropies, jax.vmap(entropy)(expected), atol=1e-5)
+    np.testing.assert_array_equal(best.token, jnp.argmax(logits, axis=1))
+    for token, log_prob in (drawn, best):
+        np.testing.assert_allclose(log_prob, expected[jnp.arange(7), token], atol=1e-5)
+    values, order = jax.lax.top_k(expected, 5)
+    np.testing.assert_array_equal(tokens, order)
+    np.testing.assert_allclose(log_probs, values, atol=1e-5)
+
+
+@pytest.mark.parametrize('k', [5, 16])
+def test_parts_of_a_vocabulary_tell_what_the_whole_row_tells(k):
+    """Guards a vocabulary on several devices, whose parts are no multiple of a block: of 1,016 tokens, 254 on each."""
+    logits, uniforms = logits_of(1016), jax.random.uniform(jax.random.key(2), 7)
+    mesh = make_mesh(2, 1, 4)
+    parts = jax.shard_map(
+        jax.vmap(functools.partial(everything, axis_name='tensor', k=k)),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(None, 'tensor')),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-5)
+    jax.tree.map(
+        close, jax.jit(parts)(uniforms, logits), jax.vmap(functools.partial(everything, k=k))(uniforms, logits)
+    )
+
+
+def test_impossible_tokens_are_padding():
+    """Guards a list of the most probable tokens that has more places than there are possible ones."""
+    blocks = categorical.summarise(jnp.full(70, -INF).at[jnp.array([66, 3])].set(jnp.array([1.0, 0.0])))
+    tokens, log_probs = categorical.largest(blocks, 4)
+    np.testing.assert_array_equal(tokens, [66, 3, -1, -1])
+    assert np.all(np.isneginf(log_probs[2:])) and np.all(np.isfinite(log_probs[:2]))
+
+
+def test_truncation_by_hand():
+    """Guards the order of top-k and top-p, the token that crosses the mass, and ties."""
+    probs = jnp.array([0.1, 0.4, 0.05, 0.25, 0.2])
+    kept = lambda **changes: np.flatnonzero(
+        np.isfinite(categorical.truncate(jnp.log(probs), **dict(count=None, mass=None) | changes))
+    ).tolist()
+    assert kept() == [0, 1, 2, 3, 4] and kept(count=2) == [1, 3] and kept(count=1) == [1]
+    assert kept(mass=0.39) == [1] and kept(mass=0.41) == [1, 3] and kept(mass=0.84) == [1, 3, 4]
+    # Of what top-k leaves: 0.4 / 0.65 = 0.62 of the mass is that of the first.
+    assert kept(count=2, mass=0.6) == [1] and kept(count=2, mass=0.7) == [1, 3]
+    probs = jnp.array([0.3, 0.2, 0.2, 0.2, 0.1])
+    assert kept(count=2) == [0, 1, 2, 3] and kept(mass=0.4) == [0, 1, 2, 3]

@@ -1,4 +1,4 @@
-"""Evaluation: unbiased estimates, and responses that meet their own prompt and answer in whatever batches."""
+"""Evaluation: unbiased estimates, and responses that meet their own prompt and answer on whatever mesh."""
 
 import itertools
 
@@ -121,15 +121,14 @@ def grade(response: str, answer: str) -> float:
     return 10.0 * len(response) + float(answer)
 
 
-def run(sampler, params, prompts, tokenizer, batch, mesh, key=0):
+def run(sampler, params, prompts, tokenizer, mesh, key=0):
     with Grader(grade, deadline=None) as grader:
-        return evaluate(sampler, params, prompts, grader, tokenizer, jax.random.key(key), batch=batch, mesh=mesh)
+        return evaluate(sampler, params, prompts, grader, tokenizer, jax.random.key(key), mesh=mesh)
 
 
 @pytest.fixture(scope='module')
 def together(policy, prompts, tokenizer, one_device):
-    """All prompts in one batch."""
-    return run(*policy, prompts, tokenizer, PROMPTS, one_device)
+    return run(*policy, prompts, tokenizer, one_device)
 
 
 def test_shapes_and_contents(together, prompts):
@@ -142,20 +141,12 @@ def test_shapes_and_contents(together, prompts):
     assert np.all(together.lengths[~together.stopped] == ROOM)
 
 
-@pytest.mark.parametrize('batch', [1, 2, 8])
-def test_the_batch_changes_nothing(batch, together, policy, prompts, tokenizer, one_device):
-    """Guards keys that depend on the batch, and the last batch's filling: 1 divides the 5 prompts, 2 and 8 do not."""
-    result = run(*policy, prompts, tokenizer, batch, one_device)
-    jax.tree.map(np.testing.assert_array_equal, result[:3], together[:3])
-    assert result.responses == together.responses
-
-
 def test_the_mesh_changes_nothing(together, policy, prompts, tokenizer):
     """Guards prompts that are laid out over eight devices, of which three hold nothing but filling."""
     sampler, params = policy
     mesh = make_mesh(2, 4, 1)
     with jax.set_mesh(mesh):
-        result = run(sampler, params, prompts, tokenizer, 8, mesh)
+        result = run(sampler, params, prompts, tokenizer, mesh)
     jax.tree.map(np.testing.assert_array_equal, result[:3], together[:3])
     assert result.responses == together.responses
 
@@ -163,7 +154,7 @@ def test_the_mesh_changes_nothing(together, policy, prompts, tokenizer):
 def test_the_key_changes_the_responses(together, policy, prompts, tokenizer, one_device):
     """Guards against a key that nothing reads, without which the tests above would prove nothing; and against samples
     of a prompt that are copies of each other."""
-    assert run(*policy, prompts, tokenizer, PROMPTS, one_device, key=1).responses != together.responses
+    assert run(*policy, prompts, tokenizer, one_device, key=1).responses != together.responses
     assert any(len(set(responses)) == SAMPLES for responses in together.responses)
 
 
@@ -182,17 +173,16 @@ def echo(params, prompts, keys) -> Rollout:
         tokens=jnp.asarray(tokens),
         prompt_lengths=jnp.asarray(lengths),
         response_lengths=jnp.asarray(lengths + 2),
-        stopped=jnp.ones(rows * SAMPLES, bool),
+        stop_token=jnp.ones(rows * SAMPLES, jnp.int32),
         log_probs=nothing,
         entropy=nothing,
         support=SparseLogProbs(nothing[..., None].astype(np.int32), nothing[..., None]),
     )
 
 
-@pytest.mark.parametrize('batch', [2, 5])
-def test_responses_meet_their_own_prompt_and_answer(batch, prompts, tokenizer, one_device):
+def test_responses_meet_their_own_prompt_and_answer(prompts, tokenizer, one_device):
     """Guards the order of prompts, samples and answers, which random responses would not show."""
-    result = run(echo, None, prompts, tokenizer, batch, one_device)
+    result = run(echo, None, prompts, tokenizer, one_device)
     assert result.responses == [[f'{text}{g}' for g in range(SAMPLES)] for text in prompts.texts]
     expected = [
         [10.0 * (len(text) + 1) + int(answer)] * SAMPLES
@@ -212,7 +202,7 @@ def test_responses_decode_without_special_tokens(tokenizer):
         tokens=np.asarray(rows),
         prompt_lengths=np.array([4, 4]),
         response_lengths=np.array([3, 4]),
-        stopped=np.array([True, False]),
+        stop_token=np.array([1, -1]),
         log_probs=nothing,
         entropy=nothing,
         support=SparseLogProbs(nothing[..., None], nothing[..., None]),

@@ -22,7 +22,7 @@ def rollout(lengths) -> Rollout:
         tokens,
         prompts,
         responses,
-        np.ones(count, bool),
+        np.full(count, -1, np.int32),
         floats(50_000, count, RESPONSE),
         floats(60_000, count, RESPONSE),
         support,
@@ -93,7 +93,7 @@ def test_log_normal_lengths_leave_little_padding(seed):
     tokens = np.zeros((256, 2560), np.int32)
     small = lambda dtype: np.zeros((256, 2048), dtype)
     support = SparseLogProbs(small(np.int32)[:, :, None], small(np.float32)[:, :, None])
-    data = Rollout(tokens, prompts, responses, np.ones(256, bool), small(np.float32), small(np.float32), support)
+    data = Rollout(tokens, prompts, responses, np.full(256, -1), small(np.float32), small(np.float32), support)
     packed, padded = batch_shape(256, 2560, micro_batch_tokens=2560), BatchShape(1, 256, 2560)
     share = lambda shape: padding_share(make_batch(data, np.ones(256), np.ones(256), shape))
     assert share(packed) <= 0.05 and share(padded) > 0.8

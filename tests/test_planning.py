@@ -81,6 +81,19 @@ def test_flops_of_splash_attention():
     assert count_flops(gradient.jaxpr, 1) == (9 * product + 2 * batch * heads * 3 * block * head_dim, 0)
 
 
+def test_a_scope_can_be_left_out():
+    """Guards the cost of a decode step, which must not be that of the prefills that some steps begin with."""
+
+    def rarely(x):
+        with jax.named_scope('rarely'):
+            return jax.lax.while_loop(lambda c: c[0, 0] < 0, lambda c: jnp.sin(c @ c) @ c, x)
+
+    program = lambda x: jax.lax.while_loop(lambda c: c[0, 0] < 1, lambda c: rarely(c) @ c, x)
+    jaxpr, text = jax.make_jaxpr(program)(jnp.zeros((4, 4))).jaxpr, compiled(program, (4, 4))
+    assert count_flops(jaxpr, 1) == (0, 3 * 128) and count_flops(jaxpr, 1, 'rarely') == (0, 128)
+    assert program_cost(text)[1].bytes > 2 * program_cost(text, 'rarely')[1].bytes > 0
+
+
 def compiled(function, *shapes, axes=(), mesh=None):
     shardings = [named_sharding(mesh, names) for names in axes] if mesh else [None] * len(shapes)
     arguments = [jax.ShapeDtypeStruct(s, jnp.float32, sharding=x) for s, x in zip(shapes, shardings, strict=True)]
@@ -139,7 +152,6 @@ def test_a_real_plan(tmp_path):
         'train.micro_batch_tokens = 256',
         'train.minibatch_prompts = 4',
         'train.prompts_per_step = 4',
-        'train.prompts_per_rollout = 4',
         'train.max_tokens = 8',
     ]
     command = [sys.executable, '-m', 'experiments.plan', 'configs/qwen3_0_6b_gsm8k_troll.gin', '--topology', 'v5e:2x2']

@@ -1,21 +1,26 @@
-"""Sampling on a tiny decoder: what is recorded is what was sampled from, and lengths are exact."""
+"""Sampling on a tiny decoder: what is recorded is what was sampled from, in whichever slot, and lengths are exact."""
 
 import functools
+import heapq
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from troll_jax.models import decoder as decoders
-from troll_jax.ops.aggregation import token_mean
+from troll_jax.models.hf_weights import load_pretrained
 from troll_jax.ops.losses import ppo_clip
 from troll_jax.ops.support import default_tail
-from troll_jax.rollout import make_sampler
+from troll_jax.packing import batch_shape, make_batch
+from troll_jax.rollout import _queue, _start, make_sampler
 from troll_jax.sharding import make_mesh, named_sharding
 from troll_jax.types import Progress, Prompts, TrainState
-from troll_jax.update import make_batch, make_update
+from troll_jax.update import make_update
 
 VOCAB, PROMPT, RESPONSE, GROUP, KEPT, MASS = 38, 5, 7, 3, 11, 1 - 1e-5
 CONFIG = decoders.DecoderConfig(
@@ -32,6 +37,7 @@ CONFIG = decoders.DecoderConfig(
     compute_dtype='float32',
 )
 NEVER = VOCAB + 1  # a token that no model says
+NO_LIMITS = np.full(8 * GROUP, RESPONSE)
 
 
 @functools.cache
@@ -54,7 +60,7 @@ def keys_of(batch: int = 4) -> jax.Array:
 
 
 @functools.cache
-def sampler(temperature=1.0, stop=(NEVER,), group=GROUP):
+def sampler(temperature=1.0, stop=(NEVER,), group=GROUP, **changes):
     return make_sampler(
         CONFIG,
         samples_per_prompt=group,
@@ -63,12 +69,24 @@ def sampler(temperature=1.0, stop=(NEVER,), group=GROUP):
         stop_tokens=stop,
         max_tokens=KEPT,
         mass=MASS,
+        **changes,
     )
 
 
 @functools.cache
-def rollout(temperature=1.0, stop=(NEVER,), group=GROUP):
-    return jax.tree.map(np.asarray, sampler(temperature, stop, group)(policy_params(), some_prompts(), keys_of()))
+def rollout(temperature=1.0, stop=(NEVER,), group=GROUP, **changes):
+    run = sampler(temperature, stop, group, **changes)
+    return jax.tree.map(np.asarray, run(policy_params(), some_prompts(), keys_of()))
+
+
+def assert_same_responses(got, expected, rows=slice(None)):
+    """The same tokens, lengths and ends, and up to rounding the same record."""
+    for name in ('tokens', 'prompt_lengths', 'response_lengths', 'stop_token'):
+        np.testing.assert_array_equal(getattr(got, name), getattr(expected, name)[rows], err_msg=name)
+    for name in ('log_probs', 'entropy'):
+        np.testing.assert_allclose(getattr(got, name), getattr(expected, name)[rows], atol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(got.support.tokens, expected.support.tokens[rows])
+    np.testing.assert_allclose(got.support.log_probs, expected.support.log_probs[rows], atol=1e-5)
 
 
 def responses(result) -> list[list[int]]:
@@ -116,14 +134,15 @@ def test_update_finds_the_policy_unchanged():
         CONFIG,
         optax.sgd(0.0),
         objective=ppo_clip,
-        aggregation=token_mean,
         temperature=1.0,
         tail_rule=default_tail,
         max_tokens=KEPT,
         mass=MASS,
     )
     params = jax.tree.map(jnp.copy, policy_params())
-    batch = make_batch(jax.tree.map(jnp.asarray, result), jnp.ones(len(result.tokens)))
+    count = len(result.tokens)
+    weights = np.full(count, 1 / result.response_lengths.sum(), np.float32)
+    batch = make_batch(result, np.ones(count, np.float32), weights, batch_shape(count, PROMPT + RESPONSE))
     start = Progress(jnp.int32(0), jnp.int32(0), jnp.float32(0))
     metrics = update(TrainState(start, params, optax.sgd(0.0).init(params)), batch)[1].metrics
     assert metrics['kl_max'] < 1e-4 and abs(metrics['ratio_max'] - 1) < 1e-4
@@ -131,11 +150,17 @@ def test_update_finds_the_policy_unchanged():
     np.testing.assert_allclose(metrics['loss'], -1, atol=1e-5)
 
 
+@functools.cache
+def two_stops() -> tuple[int, int]:
+    """The first token of the first response, and the last of another that says it nowhere before."""
+    free = responses(rollout())
+    first = free[0][0]
+    return first, next(tokens[-1] for tokens in free if tokens[-1] not in tokens[:-1] and first not in tokens)
+
+
 def test_rows_are_prompt_and_response_without_a_gap():
     """Guards positions and what follows a response: the prompt as it was, and zeros past the end."""
-    free = rollout()
-    stop = int(free.tokens[0, free.prompt_lengths[0] + 2])
-    result, prompts = rollout(stop=(stop,)), jax.tree.map(np.asarray, some_prompts())
+    result, prompts = rollout(stop=two_stops()), jax.tree.map(np.asarray, some_prompts())
     assert result.tokens.shape == (4 * GROUP, PROMPT + RESPONSE) and result.tokens.dtype == np.int32
     np.testing.assert_array_equal(result.prompt_lengths, np.repeat(prompts.lengths, GROUP))
     for row, tokens in enumerate(result.tokens):
@@ -147,35 +172,25 @@ def test_rows_are_prompt_and_response_without_a_gap():
 def test_without_a_stop_token_the_limit_cuts():
     """Guards the limit: T tokens, not T ± 1, and not counted as stopped."""
     result = rollout()
-    assert np.all(result.response_lengths == RESPONSE) and not result.stopped.any()
+    assert np.all(result.response_lengths == RESPONSE) and np.all(result.stop_token == -1) and not result.stopped.any()
 
 
-@pytest.mark.parametrize('count', [1, 2])
-def test_responses_end_with_the_first_stop_token(count):
+def test_responses_end_with_the_first_stop_token():
     """Guards every stop id, wherever it comes first: at the first position, at the last, or not at all.
 
-    What comes before does not depend on where a response stops, so the unstopped rollout says what to expect.
+    What comes before does not depend on where a response stops, so the unstopped rollout says what to expect. Two ends
+    have the same length: by a stop token at the last position, and by the limit.
     """
-    free = responses(rollout())
-    first, last = free[0][0], free[1][-1]
-    stop = (first,) if count == 1 else (first, last)
-    result = rollout(stop=stop)
+    stop, free, result = two_stops(), responses(rollout()), rollout(stop=two_stops())
     expected = []
     for tokens in free:
         at = [t for t, token in enumerate(tokens) if token in stop]
         expected.append(tokens[: at[0] + 1] if at else tokens)
     assert responses(result) == expected
-    assert len(expected[0]) == 1 and any(len(tokens) == RESPONSE for tokens in expected)
-    np.testing.assert_array_equal(result.stopped, [tokens[-1] in stop for tokens in expected])
-    assert result.stopped.any() and not result.stopped.all()
-
-
-def test_stop_at_the_last_position_counts_as_stopped():
-    """Guards the two ends that have the same length: by a stop token, and by the limit."""
-    free = responses(rollout())
-    row = next(row for row, tokens in enumerate(free) if tokens[-1] not in tokens[:-1])
-    result = rollout(stop=(free[row][-1],))
-    assert result.response_lengths[row] == RESPONSE and result.stopped[row]
+    np.testing.assert_array_equal(result.stop_token, [x[-1] if x[-1] in stop else -1 for x in expected])
+    np.testing.assert_array_equal(result.stopped, [x[-1] in stop for x in expected])
+    assert len(expected[0]) == 1 and set(result.stop_token) == {-1, *stop}
+    assert len(set(result.stopped[result.response_lengths == RESPONSE])) == 2
 
 
 def test_stop_token_that_is_the_padding_token():
@@ -188,13 +203,13 @@ def test_stop_token_that_is_the_padding_token():
 
 
 def test_loop_ends_with_the_last_response():
-    """Guards the early end of the loop: what was never decoded is still zero in the record."""
+    """Guards the early end of the loop, and what was never decoded: it is still zero in the record."""
     free = responses(rollout())
     stop = tuple(sorted({tokens[1] for tokens in free}))
     result = rollout(stop=stop)
-    longest = result.response_lengths.max()
-    assert result.stopped.all() and longest <= 2
-    assert np.all(result.entropy[:, longest:] == 0) and np.all(result.entropy[:, :longest] > 0)
+    assert result.stopped.all() and result.work.steps == result.response_lengths.max() <= 2
+    decoded = np.arange(RESPONSE)[None] < result.response_lengths[:, None]
+    np.testing.assert_array_equal(result.entropy > 0, decoded)
 
 
 def test_greedy_decoding_takes_the_most_probable_token():
@@ -243,48 +258,191 @@ def test_samples_of_a_prompt_differ_and_keys_decide():
     assert np.any(np.asarray(other.tokens) != rollout().tokens)
 
 
-def test_responses_do_not_depend_on_the_batch():
-    """Guards resuming and evaluation in other batch sizes: order, company and number of prompts must not matter."""
-    prompts, keys = some_prompts(8), keys_of(8)
-    whole = jax.tree.map(np.asarray, sampler()(policy_params(), prompts, keys))
-    order = jnp.array([5, 2, 7])
-    part = sampler()(policy_params(), jax.tree.map(lambda x: x[order], prompts), keys[order])
-    rows = (np.asarray(order)[:, None] * GROUP + np.arange(GROUP)).reshape(-1)
-    np.testing.assert_array_equal(part.tokens, whole.tokens[rows])
-    np.testing.assert_allclose(part.log_probs, whole.log_probs[rows], atol=1e-5)
+@functools.cache
+def many():
+    """Responses of different lengths to 8 prompts, each with a slot of its own."""
+    return jax.tree.map(np.asarray, sampler(stop=two_stops())(policy_params(), some_prompts(8), keys_of(8)))
+
+
+def steps_of_a_queue(lengths, slots: int) -> int:
+    """Steps until all are done if every slot that becomes free takes the next one at once."""
+    ends = [0] * slots
+    for length in lengths:
+        heapq.heapreplace(ends, ends[0] + int(length))
+    return max(ends)
+
+
+def test_slots_change_nothing_and_are_never_empty():
+    """Guards what a slot could keep of its last response; and against slots that wait for others, or for a prefill.
+
+    5 slots take 24 requests in turn, prompts of up to 5 tokens in chunks of 2.
+    """
+    run = sampler(stop=two_stops(), slots=5, prefill_chunk=2)
+    result = jax.tree.map(np.asarray, run(policy_params(), some_prompts(8), keys_of(8), NO_LIMITS))
+    assert_same_responses(result, many())
+    assert result.work.slots == 5 and many().work.slots == 24
+    assert result.work.steps == steps_of_a_queue(result.response_lengths, 5)
+    assert many().work.steps == many().response_lengths.max()
+
+
+def test_order_and_company_change_nothing():
+    """Guards resuming and evaluation in other batches: order, company and number of prompts must not matter."""
+    order = np.array([5, 2, 7, 0, 6, 1, 4, 3])
+    run = sampler(stop=two_stops(), slots=5, prefill_chunk=2)
+    part = run(policy_params(), jax.tree.map(lambda x: x[order], some_prompts(8)), keys_of(8)[order], NO_LIMITS)
+    assert_same_responses(part, many(), (order[:, None] * GROUP + np.arange(GROUP)).reshape(-1))
+    rows = np.arange(4 * GROUP)
+    assert_same_responses(rollout(stop=two_stops()), many(), rows)
+
+
+def test_prompts_wait_for_places():
+    """Guards the end of a rollout whose prompts find no place at times: one sample of each holds it for long.
+
+    9 samples in 8 slots: there are places for 5 of 11 prompts, and of each the last sample alone is longer than one.
+    """
+    prompts, keys = jax.tree.map(lambda x: jnp.concatenate([x, x[:3]]), some_prompts(8)), keys_of(11)
+    limits = jnp.tile(jnp.array([1] * 8 + [RESPONSE]), 11)
+    run = sampler(group=9, slots=8)
+    result = jax.tree.map(np.asarray, run(policy_params(), prompts, keys, limits))
+    np.testing.assert_array_equal(result.response_lengths, limits)
+    whole = jax.tree.map(np.asarray, run(policy_params(), prompts, keys, jnp.full_like(limits, RESPONSE)))
+    assert responses(result) == [row[:limit] for row, limit in zip(responses(whole), limits, strict=True)]
+    assert steps_of_a_queue(limits, 8) <= result.work.steps <= 11 * RESPONSE and result.work.prefills == 11
+
+
+def test_a_prompt_is_in_memory_once():
+    """Guards against a cache of prompts that grows with the samples of each."""
+    sizes = []
+    for group in (1, 7):
+        prompts = jax.eval_shape(some_prompts)
+        requests = jax.eval_shape(
+            functools.partial(_queue, limits=None, shards=1, group=group, room=RESPONSE, chunk=2), prompts, keys_of()
+        )
+        sizes.append(jax.eval_shape(lambda r, g=group: _start(CONFIG, r, None, g, RESPONSE, KEPT), requests).prompts)
+    assert sizes[0] == sizes[1] and sizes[0].k.shape == (2, 1, 4, 2, 6, 6)
+
+
+def test_greedy_tokens_equal_those_of_transformers(tmp_path):
+    """Guards the whole way, for 64 prompts of different lengths: chunks, places, pages, refilled slots, ends."""
+    stop, room = [3, 11], 37
+    torch.manual_seed(0)
+    hf_config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=22,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=6,
+        intermediate_size=26,
+        initializer_range=0.4,
+        architectures=['Qwen3ForCausalLM'],
+    )
+    model = Qwen3ForCausalLM(hf_config).eval()
+    model.save_pretrained(tmp_path)
+    generator = np.random.default_rng(0)
+    lengths = generator.integers(1, 24, 64)
+    tokens = np.where(np.arange(23) < lengths[:, None], generator.integers(0, VOCAB, (64, 23)), 0)
+    left = np.stack([np.roll(row, 23 - length) for row, length in zip(tokens, lengths, strict=True)])
+    with torch.no_grad():
+        expected = model.generate(
+            torch.tensor(left),
+            attention_mask=torch.tensor(np.arange(23) >= 23 - lengths[:, None]).long(),
+            max_new_tokens=room,
+            do_sample=False,
+            eos_token_id=stop,
+            pad_token_id=0,
+        ).numpy()[:, 23:]
+    config, params = load_pretrained(str(tmp_path), compute_dtype='float32')
+    run = make_sampler(
+        config,
+        samples_per_prompt=1,
+        max_response_length=room,
+        temperature=0.0,
+        stop_tokens=stop,
+        max_tokens=1,
+        mass=1.0,
+        slots=13,
+        prefill_chunk=7,
+    )
+    result = jax.tree.map(np.asarray, run(params, Prompts(jnp.asarray(tokens), jnp.asarray(lengths)), keys_of(64)))
+    assert 3 < len(set(result.response_lengths)) and result.stopped.any() and not result.stopped.all()
+    for row, response in enumerate(responses(result)):
+        assert response == expected[row, : len(response)].tolist(), row
+        assert len(response) == room or response[-1] in stop
+
+
+@pytest.mark.parametrize('changes', [dict(top_k=3), dict(top_p=0.6)])
+def test_truncated_sampling_records_what_it_sampled_from(changes):
+    """Guards against ratios that top-k or top-p bias: the record is that of the truncated policy, renormalised."""
+    result = rollout(**changes)
+    scores = np.asarray(forward()(result.tokens))
+    sizes = set()
+    for row, tokens in enumerate(responses(result)):
+        for t, token in enumerate(tokens):
+            log_probs = scores[row, result.prompt_lengths[row] + t - 1]
+            falling = np.sort(log_probs)[::-1]
+            if 'top_k' in changes:
+                count = 3
+            else:
+                count = 1 + np.sum(np.cumsum(np.exp(falling)) < 0.6)
+            kept = np.flatnonzero(log_probs >= falling[count - 1])
+            log_probs = log_probs - np.log(np.sum(np.exp(log_probs[kept])))
+            assert token in kept
+            np.testing.assert_allclose(result.log_probs[row, t], log_probs[token], atol=1e-4)
+            entropy = -np.sum(np.exp(log_probs[kept]) * log_probs[kept])
+            np.testing.assert_allclose(result.entropy[row, t], entropy, atol=1e-4)
+            if count <= KEPT:
+                listed = result.support.tokens[row, t]
+                assert set(listed[listed >= 0]) == set(kept)
+                assert np.all(np.isneginf(result.support.log_probs[row, t][listed < 0]))
+            sizes.add(count)
+    assert min(sizes) <= 3 and (len(sizes) > 1) == ('top_p' in changes)
 
 
 def test_second_rollout_does_not_compile():
-    """Guards against lengths or keys that become part of the program."""
-    run = make_sampler(
-        CONFIG,
-        samples_per_prompt=1,
-        max_response_length=3,
-        temperature=1.0,
-        stop_tokens=(1,),
-        max_tokens=KEPT,
-        mass=MASS,
+    """Guards against lengths, limits or keys that become part of the program."""
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if 'backend_compile' in name else None
     )
+    run = sampler(stop=two_stops(), slots=5, prefill_chunk=2)
+    arguments = []
     for seed in range(3):
-        prompts = some_prompts()._replace(lengths=jnp.array([1 + seed, 5, 2, 1]))
-        run(policy_params(), prompts, jax.random.split(jax.random.key(seed), 4))
-    assert run._cache_size() == 1
+        prompts = some_prompts(8)._replace(lengths=jnp.array([1 + seed, 5, 2, 1, 4, 3, 3, 5]))
+        limits = jnp.full(8 * GROUP, 2 + seed)
+        arguments.append((policy_params(), prompts, jax.random.split(jax.random.key(seed), 8), limits))
+    first = jax.block_until_ready(run(*arguments[0]))
+    compiled.clear()
+    others = [jax.block_until_ready(run(*one)) for one in arguments[1:]]
+    assert not compiled
+    assert [int(x.response_lengths.max()) for x in (first, *others)] == [2, 3, 4]
 
 
-@pytest.mark.parametrize('shape', [(4, 1, 2), (2, 2, 2)])
-def test_mesh_does_not_matter(shape):
-    """Guards the sharded vocabulary, cache and rows: the same responses, and the same record."""
+@pytest.mark.parametrize('shape, gather', [((4, 1, 2), True), ((2, 2, 2), False)])
+def test_mesh_does_not_matter(shape, gather):
+    """Guards the sharded vocabulary, caches, queues and slots: the same responses, and the same record.
+
+    Each of the four parts of the batch decodes its 6 requests in 2 slots, and within the loop sends nothing of a row to
+    another: neither cache nor queue nor record, but weights that stay as they lie for training.
+    """
     mesh = make_mesh(*shape)
     _, shapes = decoders.abstract(CONFIG, mesh)
+    run = sampler(stop=two_stops(), slots=8, gather_weights=gather)
     with jax.set_mesh(mesh):
         params = jax.device_put(policy_params(), jax.tree.map(lambda leaf: leaf.sharding, shapes))
         put = lambda x: jax.device_put(x, named_sharding(mesh, ('batch', *[None] * (x.ndim - 1))))
-        result = jax.tree.map(np.asarray, sampler()(params, jax.tree.map(put, some_prompts()), put(keys_of())))
-    expected = rollout()
-    np.testing.assert_array_equal(result.tokens, expected.tokens)
-    np.testing.assert_array_equal(result.support.tokens, expected.support.tokens)
-    for name in ('log_probs', 'entropy'):
-        np.testing.assert_allclose(getattr(result, name), getattr(expected, name), atol=1e-5)
+        arguments = params, jax.tree.map(put, some_prompts(8)), put(keys_of(8))
+        result = run(*arguments)
+        text = run.program.lower(*arguments, None).compile().as_text()
+    assert_same_responses(jax.tree.map(np.asarray, result), many())
+    assert result.entropy.sharding.shard_shape(result.entropy.shape) == (8 * GROUP // 4, RESPONSE)
+    per_shard = many().response_lengths.reshape(4, -1)
+    assert result.work.steps == max(steps_of_a_queue(lengths, 2) for lengths in per_shard)
+    moved = re.findall(r' (?:all-gather|all-to-all|collective-permute)(?:-start)?\(.*op_name="([^"]*)"', text)
+    moved = [name for name in moved if 'while' in name and 'all_gather' not in name]
+    weights = r'/(dot_general|mul|embed/sharding_constraint|draw/shard_map)$'
+    assert all(not gather and re.search(weights, name) for name in moved), moved
+    assert gather or moved
 
 
 def test_bad_settings_are_refused():
@@ -298,6 +456,28 @@ def test_bad_settings_are_refused():
         (dict(samples_per_prompt=0), 'got 0 and 3'),
         (dict(max_response_length=0), 'got 2 and 0'),
         (dict(max_tokens=VOCAB + 1), f'vocabulary size {VOCAB}; got {VOCAB + 1}'),
+        (dict(mass=1.5), r'mass .* got 1\.5'),
+        (dict(slots=0), 'slots .* got 0'),
+        (dict(prefill_chunk=0), 'prefill_chunk .* got 0'),
+        (dict(top_k=VOCAB + 1), f'top_k .* {VOCAB}, .*; got {VOCAB + 1}'),
+        (dict(top_p=0.0), r'top_p .* got 0\.0'),
     ]:
         with pytest.raises(ValueError, match=message):
             make_sampler(CONFIG, **good | change)
+
+
+def test_bad_requests_are_refused_before_anything_is_compiled():
+    """Guards prompts and limits that no shape gives away, and numbers that the devices do not divide."""
+    run = sampler(slots=9)
+    prompts = some_prompts()
+    for lengths, message in [([3, 6, 1, 4], 'between 1 and 6 .* expected 1 to 5'), ([3, 5, 0, 4], 'between 0 and 5')]:
+        with pytest.raises(ValueError, match=message):
+            run(policy_params(), prompts._replace(lengths=jnp.array(lengths)), keys_of())
+    with pytest.raises(ValueError, match='limits are between 1 and 8 .* expected 1 to 7'):
+        run(policy_params(), prompts, keys_of(), jnp.arange(12) % 8 + 1)
+    with jax.set_mesh(make_mesh()):
+        with pytest.raises(ValueError, match='prompts = 4 must be a multiple of the 8 devices'):
+            run(policy_params(), prompts, keys_of())
+        with pytest.raises(ValueError, match='slots = 9 must be a multiple of the 8 devices'):
+            run(policy_params(), some_prompts(8), keys_of(8))
+    assert run.program._cache_size() == 0

@@ -227,6 +227,21 @@ def test_without_learning_the_sampler_is_the_trainer(tmp_path, model):
         assert row['update/projected_share'] == 0 and row['update/weight_p01'] == 1
 
 
+def test_few_slots_change_nothing_but_how_full_they_are(tmp_path, model):
+    """Guards a knob that nothing reads, and slots that change what is learnt; and the trace of one step."""
+    whole = run(tmp_path / 'whole', model, 'train.steps = 2')
+    few = run(tmp_path / 'few', model, 'train.steps = 2', 'train.slots = 16', 'train.profile_step = 2')
+    of_slots = ('rollout/slots_in_use', 'rollout/decode_steps')
+    others = lambda row: {name: value for name, value in row.items() if name not in of_slots}
+    assert whole[1]['rollout/decode_steps'] <= 3 < 9 < few[1]['rollout/decode_steps'] <= 12
+    assert all(0.5 < row['rollout/slots_in_use'] <= 1 for row in few[1:])
+    for one, other in zip(without_times(few), without_times(whole), strict=True):
+        assert others(one) == pytest.approx(others(other), rel=1e-3, abs=1e-6)
+    assert few[1]['rollout/response_length'] <= few[1]['rollout/longest_response'] <= 3
+    (trace,) = (tmp_path / 'few/profile').rglob('*.xplane.pb')
+    assert trace.stat().st_size > 1000
+
+
 def test_the_tokens_that_are_held_back_are_listed(tmp_path, model):
     """Guards a table with ids in place of text, in the wrong order, of other steps, or that counts more than there is.
 
@@ -267,7 +282,7 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
     run(tmp_path / 'run', str(start))
     shutil.rmtree(start)
     gin.clear_config()
-    parse([tmp_path / 'run/config.gin'], ['evaluation.samples_per_prompt = 4', 'evaluation.responses_per_rollout = 40'])
+    parse([tmp_path / 'run/config.gin'], ['evaluation.samples_per_prompt = 4', 'evaluation.slots = 16'])
     summary = evaluation(str(tmp_path / 'run'))
     assert summary['step'] == 4 and summary['problems'] == 10
     assert summary['success']['low'] <= summary['success']['mean'] <= summary['success']['high']
@@ -289,7 +304,8 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
     ('binding', 'message'),
     [
         ('train.minibatch_prompts = 5', 'prompts_per_step = 16 .* minibatch_prompts = 5'),
-        ('train.prompts_per_rollout = 12', 'prompts_per_step = 16 .* prompts_per_rollout = 12'),
+        ('train.slots = 12', 'slots = 12 .* devices .* = 8'),
+        ('train.slots = 0', 'slots = 0'),
         ('train.row_tokens = 6', 'row_tokens = 6 .* 7 tokens'),
         ('train.micro_batch_tokens = 6', 'micro_batch_tokens = 6 .* one row of 7'),
         ('train.old_policy = "sampler"', "one of .*'recompute'.*'sampler'"),
@@ -307,6 +323,7 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
         ('Experiment.compute_dtype = "float64"', 'float64'),
         ('train.temperature = 0.0', 'temperature must be above 0'),
         ('train.checkpoint_every = 0', 'checkpoint_every must be above 0'),
+        ('train.profile_step = 0', 'profile_step must be above 0'),
         ('train.table_every = -1', 'table_every must be at least 0'),
         ('train.evaluate_every = -1', 'evaluate_every must be at least 0'),
     ],
@@ -394,7 +411,7 @@ def test_the_papers_configs_run_with_small_stand_ins(tmp_path, method):
             'train.prompts_per_step = 16',
             'train.samples_per_prompt = 4',
             'train.minibatch_prompts = 8',
-            'train.prompts_per_rollout = 8',
+            'train.slots = 8',
             'train.row_tokens = 100',
             'train.micro_batch_tokens = 100',
             'train.max_tokens = 16',

@@ -95,10 +95,8 @@ def rollout() -> Rollout:
         one = lambda row, token: (row[token], entropy(row), sparsify(row, token, max_tokens=KEPT, mass=MASS))
         return jax.vmap(jax.vmap(one))(log_probs, sampled)
 
-    stopped = jnp.ones(ROWS, bool)
-    return jax.tree.map(
-        np.asarray, Rollout(tokens, prompt_lengths, response_lengths, stopped, *record(policy_params()))
-    )
+    cut = jnp.full(ROWS, -1)
+    return jax.tree.map(np.asarray, Rollout(tokens, prompt_lengths, response_lengths, cut, *record(policy_params())))
 
 
 ADVANTAGES = np.array([1.0, -0.5, 0.3, 0.0, -1.2, 0.8, -0.1, 2.0], np.float32)

@@ -1,7 +1,7 @@
 """Sampling responses to held-out prompts, grading them, and what the grades say."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from troll_jax.data.prompts import PromptSet
 from troll_jax.rewards.pool import Grader, Grades
-from troll_jax.sharding import fetch, place
+from troll_jax.sharding import RULES, fetch, place
 from troll_jax.types import Prompts, Rollout
 
 
@@ -33,26 +33,21 @@ class Estimate(NamedTuple):
     high: float
 
 
-def rollouts(
-    sampler: Callable[..., Rollout],
-    params,
-    prompts: PromptSet,
-    indices: np.ndarray,
-    key: jax.Array,
-    *,
-    batch: int,
-    mesh: Mesh,
-) -> Iterator[Rollout]:
-    """Samples responses to `prompts[indices]`, `batch` prompts at a time.
+def sample_responses(
+    sampler: Callable[..., Rollout], params, prompts: PromptSet, indices: np.ndarray, key: jax.Array, *, mesh: Mesh
+) -> Rollout:
+    """Samples responses to `prompts[indices]`, one rollout of n · G rows.
 
-    The key of a prompt depends on its place in `indices` and not on the batch, so `batch` changes memory and speed but
-    no response. The last batch is filled up with the first prompts.
+    The key of a prompt depends on its place in `indices`. Where the devices do not divide the number of prompts it is
+    filled up with the first ones, whose rows are dropped again.
     """
-    for start in range(0, len(indices), batch):
-        places = np.arange(start, start + batch)
-        rows = indices[places % len(indices)]
-        on_device, places = place((Prompts(prompts.tokens[rows], prompts.lengths[rows]), places), mesh, ('batch',))
-        yield sampler(params, on_device, _fold_in_each(key, places))
+    shards = math.prod(mesh.shape[axis] for axis in RULES['batch'])
+    places = np.arange(len(indices) + -len(indices) % shards)
+    rows = indices[places % len(indices)]
+    on_device, places = place((Prompts(prompts.tokens[rows], prompts.lengths[rows]), places), mesh, ('batch',))
+    rollout = fetch(sampler(params, on_device, _fold_in_each(key, places)))
+    count = len(indices) * (len(rollout.response_lengths) // len(places))
+    return jax.tree.map(lambda x: x[:count] if x.ndim else x, rollout)
 
 
 _fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
@@ -85,25 +80,19 @@ def evaluate(
     tokenizer: PreTrainedTokenizerBase,
     key: jax.Array,
     *,
-    batch: int,
     mesh: Mesh,
 ) -> Evaluation:
-    """Samples and grades responses to all prompts, `batch` of them at a time."""
+    """Samples and grades responses to all prompts."""
     count = len(prompts)
-    lengths, stopped, responses = [], [], []
-    for rollout in rollouts(sampler, params, prompts, np.arange(count), key, batch=batch, mesh=mesh):
-        rollout = fetch(rollout)
-        lengths.append(rollout.response_lengths)
-        stopped.append(rollout.stopped)
-        responses.extend(decode_responses(rollout, tokenizer))
-    samples = len(responses) // (batch * len(lengths))
-    responses = responses[: count * samples]
+    rollout = sample_responses(sampler, params, prompts, np.arange(count), key, mesh=mesh)
+    responses = decode_responses(rollout, tokenizer)
+    samples = len(responses) // count
     grades = grade(grader, responses, [answer for answer in prompts.answers for _ in range(samples)])
-    by_prompt = lambda x: np.concatenate(x)[: count * samples].reshape(count, samples)
+    by_prompt = lambda x: x.reshape(count, samples)
     return Evaluation(
-        rewards=grades.rewards.reshape(count, samples),
-        lengths=by_prompt(lengths),
-        stopped=by_prompt(stopped),
+        rewards=by_prompt(grades.rewards),
+        lengths=by_prompt(rollout.response_lengths),
+        stopped=by_prompt(rollout.stopped),
         responses=[responses[i : i + samples] for i in range(0, len(responses), samples)],
     )
 

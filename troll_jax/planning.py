@@ -51,12 +51,13 @@ def add_iterations(once: Cost, per_iteration: Cost, iterations: int) -> Cost:
     return Cost(once.bytes + iterations * per_iteration.bytes, collectives)
 
 
-def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
+def count_flops(jaxpr: Jaxpr, devices: int, without: str | None = None) -> tuple[float, float]:
     """FLOPs of the matrix products on all devices: once, and per iteration of loops of unknown length.
 
     Args:
       jaxpr: of the whole program; what is below `jax.shard_map` is one device's part.
       devices: of the mesh.
+      without: a `jax.named_scope` whose loops are left out, because few iterations of the loop around it run them.
     """
     once = per_iteration = 0.0
     for equation in jaxpr.eqns:
@@ -67,7 +68,9 @@ def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
             once += 2 * math.prod(equation.outvars[0].aval.shape) * contracted
             continue
         if name == 'while':
-            body = count_flops(params['body_jaxpr'].jaxpr, devices)
+            if without is not None and without in str(equation.source_info.name_stack).split('/'):
+                continue
+            body = count_flops(params['body_jaxpr'].jaxpr, devices, without)
             per_iteration += sum(body)
             continue
         repeats = {'scan': params.get('length'), 'shard_map': devices}.get(name, 1)
@@ -77,7 +80,7 @@ def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
             if params['name'].startswith('splash'):
                 # Square blocks: as many of keys as of queries, which are the grid's last axis.
                 repeats *= (grid[-1] + 1) / (2 * grid[-1])
-        inner = [count_flops(sub, devices) for sub in _jaxprs(params)]
+        inner = [count_flops(sub, devices, without) for sub in _jaxprs(params)]
         if name == 'cond':
             inner = [max(inner)]
         once += repeats * sum(fixed for fixed, _ in inner)
@@ -108,8 +111,10 @@ class _Instruction(NamedTuple):
     rest: str
 
 
-def program_cost(text: str) -> tuple[Cost, Cost]:
+def program_cost(text: str, without: str | None = None) -> tuple[Cost, Cost]:
     """Bytes of a compiled program, `compiled.as_text()`: once, and per iteration of loops of unknown length.
+
+    Loops in the `jax.named_scope` of the name `without` are left out, as in `count_flops`.
 
     Every instruction that is not fused into another reads its operands and writes its result. That is an upper bound of
     what has to move: what stays in fast memory from one instruction to the next is counted too.
@@ -123,7 +128,7 @@ def program_cost(text: str) -> tuple[Cost, Cost]:
             current.append(_Instruction(*found.groups()))
     once, looped = Cost(0.0, Counter()), Cost(0.0, Counter())
     # Computations that run a known number of times, and those below a loop of unknown length.
-    for name, count, unknown in _runs(computations, entry, 1, False):
+    for name, count, unknown in _runs(computations, entry, 1, False, without):
         total = looped if unknown else once
         moved, collectives = _cost(computations, name)
         total = Cost(total.bytes + count * moved, total.collectives)
@@ -133,18 +138,20 @@ def program_cost(text: str) -> tuple[Cost, Cost]:
     return once, looped
 
 
-def _runs(computations, name: str, count: int, unknown: bool):
+def _runs(computations, name: str, count: int, unknown: bool, without: str | None):
     """Yields (computation, how often it runs, whether below a loop of unknown length) from `name` on, loops inside."""
     yield name, count, unknown
     for instruction in computations[name]:
         rest = instruction.rest
         if instruction.opcode == 'while':
+            if without is not None and re.search(rf'op_name="[^"]*/{without}/', rest):
+                continue
             trips = _trip_count(computations, rest)
             body = re.search(r'body=%?([\w.\-]+)', rest)[1]
-            yield from _runs(computations, body, count * (trips or 1), unknown or trips is None)
+            yield from _runs(computations, body, count * (trips or 1), unknown or trips is None, without)
         elif instruction.opcode in ('call', 'conditional'):
             for callee in _called(rest):
-                yield from _runs(computations, callee, count, unknown)
+                yield from _runs(computations, callee, count, unknown, without)
 
 
 def _cost(computations, name: str) -> tuple[float, list[tuple[str, float]]]:
@@ -154,20 +161,45 @@ def _cost(computations, name: str) -> tuple[float, list[tuple[str, float]]]:
     for instruction in computations[name]:
         if instruction.opcode in _FREE or instruction.opcode.endswith('-done'):
             continue
-        operands = [sizes.get(operand, 0) for operand in _operands(instruction)]
+        names = _operands(instruction)
+        operands = [sizes.get(operand, 0) for operand in names]
         result = sizes[instruction.name]
-        kinds = {instruction.opcode}
-        for callee in _called(instruction.rest) if instruction.opcode == 'fusion' else []:
-            kinds |= {inner.opcode for inner in computations[callee]}
-        if kinds & {'dynamic-update-slice', 'scatter'}:
+        if _opcodes(computations, instruction) & {'dynamic-update-slice', 'scatter'}:
             # In place: the large operand, of the result's size, stays where it is.
             moved += 2 * sum(size for size in operands if size < max(operands))
-        elif kinds & {'dynamic-slice', 'gather'}:
-            moved += result + sum(min(size, result) for size in operands)
         else:
-            moved += sum(operands) + result
+            read = (_bytes_read(computations, [instruction], name, sizes[name]) for name in set(names) & sizes.keys())
+            moved += sum(read) + result
     # The parts of a collective that is spread over several instructions share a channel.
     return moved, list(dict(_collectives(computations, name)).values())
+
+
+def _opcodes(computations, instruction: _Instruction) -> set[str]:
+    """What an instruction does, with all that is fused into it."""
+    fused = _called(instruction.rest) if instruction.opcode == 'fusion' else []
+    inside = (_opcodes(computations, inner) for name in fused for inner in computations[name])
+    return {instruction.opcode}.union(*inside)
+
+
+def _bytes_read(computations, instructions: list[_Instruction], name: str, size: int) -> int:
+    """How much of an array these instructions read: of what they only take slices of, the slices."""
+    total = 0
+    for user in instructions:
+        operands = _operands(user)
+        if name not in operands:
+            continue
+        if user.opcode in ('dynamic-slice', 'gather', 'slice') and name not in operands[1:]:
+            total += _bytes(user.shape)
+        elif user.opcode == 'bitcast':
+            total += _bytes_read(computations, instructions, user.name, size)
+        elif user.opcode == 'fusion':
+            for position in (i for i, operand in enumerate(operands) if operand == name):
+                inner = computations[_called(user.rest)[0]]
+                parameter = next(x for x in inner if x.opcode == 'parameter' and x.rest.startswith(f'{position})'))
+                total += _bytes_read(computations, inner, parameter.name, size)
+        else:
+            return size
+    return min(total, size)
 
 
 def _collectives(computations, name: str):

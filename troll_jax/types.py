@@ -37,6 +37,14 @@ class Prompts(NamedTuple):
     lengths: jax.Array  # [B] int32, between 1 and P
 
 
+class RolloutWork(NamedTuple):
+    """What a rollout took."""
+
+    steps: jax.Array  # [] int32, decode steps
+    slots: jax.Array  # [] int32, responses that can be decoded at a time
+    prefills: jax.Array  # [] int32, batches of prompts that were prefilled
+
+
 class Rollout(NamedTuple):
     """Responses and what the policy that sampled them knew of each of their tokens.
 
@@ -47,10 +55,16 @@ class Rollout(NamedTuple):
     tokens: jax.Array  # [R, S] int32
     prompt_lengths: jax.Array  # [R] int32
     response_lengths: jax.Array  # [R] int32, between 1 and T
-    stopped: jax.Array  # [R] bool: ended with an end-of-sequence token (false: the length limit cut it)
+    stop_token: jax.Array  # [R] int32, the end-of-sequence token that it ended with; −1: the length limit cut it
     log_probs: jax.Array  # [R, T] float32, of the sampled tokens, at the sampling temperature
     entropy: jax.Array  # [R, T] float32, nats
     support: SparseLogProbs  # [R, T, K] what was sampled from
+    work: RolloutWork | None = None
+
+    @property
+    def stopped(self) -> jax.Array:
+        """[R] bool: ended with an end-of-sequence token."""
+        return self.stop_token >= 0
 
 
 class Batch(NamedTuple):

@@ -24,6 +24,18 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from troll_jax.models.attention import IMPLEMENTATIONS, attention, packed_attention
+from troll_jax.models.pages import (
+    PAGE_AXES,
+    Pages,
+    Prefixes,
+    attend,
+    attend_shared,
+    merge,
+    pages_of,
+    scratch,
+    view,
+    write_token,
+)
 from troll_jax.sharding import RULES, constrain, named_sharding
 
 # What the backward pass keeps of a layer instead of computing it again.
@@ -295,6 +307,66 @@ class Decoder(nnx.Module):
             (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.config.layers), stacked))
         return self._final_norm(x), KVCache(*(constrain(slots, *CACHE_AXES) for slots in cache))
 
+    def decode(
+        self, tokens: jax.Array, response_lengths: jax.Array, prompts: Prefixes, responses: Pages
+    ) -> tuple[jax.Array, Pages]:
+        """Hidden states of the next token of each slot, which sees its prompt and its response so far.
+
+        Args:
+          tokens: [E, U] int32, the last tokens of the responses.
+          response_lengths: [E, U] int32, with these tokens; their pages exist. A slot of length 0 is idle: its token is
+            not written, and what comes out for it is meaningless.
+          prompts: whose pages may be shared by many slots.
+          responses: pages of the slots.
+
+        Returns:
+          hidden [E, U, D] as `__call__` gives it, and the pages with the new tokens.
+        """
+        shards, slots = tokens.shape
+        config = self.config
+        _, places, samples = prompts.slots.shape
+        place = jnp.minimum(prompts.member // samples, places - 1)
+        prompt_lengths = jnp.take_along_axis(prompts.lengths, place, axis=1)
+        index = jnp.maximum(response_lengths - 1, 0)
+        rows = lambda x: x.reshape(shards * slots, 1, *x.shape[2:])
+        x, angles = self._embed(rows(tokens), rows(prompt_lengths + index))
+        with jax.named_scope('pages'):
+            page = jnp.where(response_lengths > 0, pages_of(responses, index), responses.owner.shape[1])
+            offset = index % responses.size
+            prompt_view = view(prompts.pages, prompts.lengths)
+            response_view = view(responses, response_lengths)
+        groups = config.heads // config.kv_heads
+        graphdef, stacked = nnx.split(self.layers)
+
+        def body(carry, layer_inputs):
+            x, pool, of_prompts, of_responses = carry
+            layer_index, params = layer_inputs
+            layer = nnx.merge(graphdef, params)
+            q, k, v = (y.reshape(shards, slots, *y.shape[2:]) for y in layer.qkv(x, angles))
+            with jax.named_scope('cache'):
+                pool = tuple(
+                    write_token(p, layer_index, page, offset, new) for p, new in zip(pool, (k, v), strict=True)
+                )
+            q = q.reshape(shards, slots, config.kv_heads, groups, config.head_dim)
+            with jax.named_scope('attention'):
+                with jax.named_scope('prompts'):
+                    before, of_prompts = attend_shared(q, prompts, layer_index, prompt_view, of_prompts)
+                with jax.named_scope('responses'):
+                    pages = responses._replace(k=pool[0], v=pool[1])
+                    own, of_responses = attend(q, pages, layer_index, response_view, of_responses)
+                both = merge([before, own])
+                mixed = both.mixed / jnp.maximum(both.total, jnp.finfo(jnp.float32).tiny)[..., None]
+                mixed = mixed.astype(x.dtype).reshape(shards * slots, 1, config.heads, config.head_dim)
+            return (layer.finish(x, mixed), pool, of_prompts, of_responses), None
+
+        with jax.named_scope('layers'):
+            of_prompts, of_responses = scratch(prompts.pages, samples * groups), scratch(responses, groups)
+            carry = (x, (responses.k, responses.v), of_prompts, of_responses)
+            (x, pool, _, _), _ = jax.lax.scan(body, carry, (jnp.arange(config.layers), stacked))
+        k, v = (constrain(x, *PAGE_AXES) for x in pool)
+        hidden = self._final_norm(x).reshape(shards, slots, config.width)
+        return hidden, responses._replace(k=k, v=v)
+
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         with jax.named_scope('embed'):
             # The table is gathered over 'embed' first: its rows cannot be split over the mesh axes of the batch and
@@ -323,8 +395,7 @@ def abstract(config: DecoderConfig, mesh: Mesh | None = None) -> tuple[nnx.Graph
     graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, jax.random.key(0))))
 
     def shape(path: tuple[str, ...], param: nnx.Param) -> jax.ShapeDtypeStruct:
-        stacking = ('layers',) if path[0] == 'layers' else ()
-        sharding = None if mesh is None else named_sharding(mesh, stacking + param.axes)
+        sharding = None if mesh is None else named_sharding(mesh, _stacking(path) + param.axes)
         return jax.ShapeDtypeStruct(param.shape, param.dtype, sharding=sharding)
 
     flat = {path: shape(path, param) for path, param in nnx.to_flat_state(state)}
@@ -360,6 +431,22 @@ def cast_weights(params: dict[str, Any], dtype: str) -> dict[str, Any]:
         return param if path[-1].key == 'scale' else param.astype(dtype)
 
     return jax.tree.map_with_path(cast, params)
+
+
+def decode_layout(params: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
+    """The parameters laid out for decoding: whole along 'embed', which training splits, on every device."""
+    _, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, jax.random.key(0))))
+    axes = {path: _stacking(path) + param.axes for path, param in nnx.to_flat_state(state)}
+
+    def lay_out(path: tuple[Any, ...], param: jax.Array) -> jax.Array:
+        names = axes[tuple(part.key for part in path)]
+        return constrain(param, *(None if name == 'embed' else name for name in names))
+
+    return jax.tree.map_with_path(lay_out, params)
+
+
+def _stacking(path: tuple[str, ...]) -> tuple[str, ...]:
+    return ('layers',) if path[0] == 'layers' else ()
 
 
 def _check_divisible(config: DecoderConfig, mesh: Mesh) -> None:

@@ -1,7 +1,17 @@
-"""Categorical distributions given by the log-probabilities [V] of a whole vocabulary."""
+"""Categorical distributions over a whole vocabulary: what is wanted of each, in as few passes over it as it takes.
+
+A row of logits is cut into blocks of 64 neighbouring tokens. Drawing, the entropy and the most probable tokens then
+need no more than the maximum and the sum of every block, and the entries of few of them. The vocabulary may lie in
+parts on several devices, each with blocks of its own: below `jax.shard_map`, over the axis of that name, only maxima,
+sums and the few blocks travel.
+"""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from troll_jax.ops.top_k import BLOCK, to_blocks, top_k
 
 
 def entropy(log_probs: jax.Array) -> jax.Array:
@@ -14,21 +24,131 @@ def total_variation(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
     return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)))
 
 
-def sample(uniform: jax.Array, log_probs: jax.Array) -> jax.Array:
-    """Draws a token by inverting the cumulative distribution: one random number per draw instead of one per entry.
+class Blocks(NamedTuple):
+    """A row of logits in n blocks. On several devices each holds the entries of its own n' of them."""
+
+    logits: jax.Array  # [n', 64], past the end of a part −inf
+    tokens: jax.Array  # [n] int32, the first token of each
+    maxima: jax.Array  # [n]
+    sums: jax.Array  # [n], Σ exp(logit − largest of all)
+    log_partition: jax.Array  # []
+    entropy: jax.Array  # [] nats
+
+
+def summarise(logits: jax.Array, axis_name: str | None = None) -> Blocks:
+    """Two passes over logits, of which at least one is above −inf: for the maxima, and for the sums.
+
+    Args:
+      logits: [V]; or a device's part of them, all of the same size.
+      axis_name: over which the parts lie, in the order of the vocabulary.
+    """
+    gather = lambda x: x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
+    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * logits.size
+    blocks = to_blocks(logits)
+    maxima = gather(jnp.max(blocks, axis=1))
+    highest = jnp.max(maxima)
+    weights = jnp.exp(blocks - highest)
+    sums = gather(jnp.sum(weights, axis=1))
+    # Σ w x, with 0 · −inf = 0.
+    moment = jnp.sum(weights * jnp.maximum(blocks, jnp.finfo(blocks.dtype).min))
+    moment = moment if axis_name is None else jax.lax.psum(moment, axis_name)
+    total = jnp.sum(sums)
+    tokens = gather(first + BLOCK * jnp.arange(len(blocks), dtype=jnp.int32))
+    log_total = jnp.log(total)
+    return Blocks(blocks, tokens, maxima, sums, highest + log_total, highest + log_total - moment / total)
+
+
+def _entries(blocks: Blocks, index: jax.Array, axis_name: str | None) -> jax.Array:
+    """The logits [..., 64] of some blocks [...]."""
+    if axis_name is None:
+        return blocks.logits[index]
+    local = index - jax.lax.axis_index(axis_name) * len(blocks.logits)
+    here = (local >= 0) & (local < len(blocks.logits))
+    return jax.lax.pmax(jnp.where(here[..., None], blocks.logits[jnp.where(here, local, 0)], -jnp.inf), axis_name)
+
+
+class Token(NamedTuple):
+    """One token of a vocabulary."""
+
+    token: jax.Array  # [] int32
+    log_prob: jax.Array  # []
+
+
+def draw(uniform: jax.Array, blocks: Blocks, axis_name: str | None = None) -> Token:
+    """Draws a token by inverting the cumulative distribution: of the blocks first, then within one of them.
+
+    One random number per draw instead of one per entry, and no cumulative sum over the vocabulary.
 
     Args:
       uniform: [] in [0, 1).
-      log_probs: [V]
+      blocks, axis_name: by `summarise`.
 
     Returns:
-      [] int32, never a token of probability zero.
+      Token, never one of probability zero.
     """
-    probs = jnp.exp(log_probs)
-    possible = probs > 0
-    cumulative = jnp.cumsum(probs)
-    # The entries of a parallel sum are rounded apart from each other: where p = 0 the sum may yet rise a little.
-    above = possible & (cumulative > uniform * cumulative[-1])
-    # Rounding may lift the target to the sum itself; the last token of any probability is then the one meant.
+    cumulative = jnp.cumsum(blocks.sums)
+    target = uniform * cumulative[-1]
+    block = _first_above(cumulative, blocks.sums > 0, target)
+    entries = _entries(blocks, block, axis_name)
+    weights = jnp.exp(entries - jnp.max(blocks.maxima))
+    before = jnp.where(block > 0, cumulative[block - 1], 0.0)
+    return _token(blocks, block, entries, _first_above(jnp.cumsum(weights), weights > 0, target - before))
+
+
+def _first_above(cumulative: jax.Array, possible: jax.Array, target: jax.Array) -> jax.Array:
+    """The first possible entry whose cumulative sum is above the target; the last possible one if none is.
+
+    The entries of a parallel sum are rounded apart from each other: it may rise a little where nothing is added, and
+    the target may be the sum itself.
+    """
+    above = possible & (cumulative > target)
     last = possible.size - 1 - jnp.argmax(possible[::-1])
-    return jnp.where(jnp.any(above), jnp.argmax(above), last).astype(jnp.int32)
+    return jnp.where(jnp.any(above), jnp.argmax(above), last)
+
+
+def _token(blocks: Blocks, block: jax.Array, entries: jax.Array, within: jax.Array) -> Token:
+    return Token((blocks.tokens[block] + within).astype(jnp.int32), entries[within] - blocks.log_partition)
+
+
+def most_probable(blocks: Blocks, axis_name: str | None = None) -> Token:
+    """The token with the largest logit, of equal ones the first."""
+    block = jnp.argmax(blocks.maxima)
+    entries = _entries(blocks, block, axis_name)
+    return _token(blocks, block, entries, jnp.argmax(entries))
+
+
+def largest(blocks: Blocks, k: int, axis_name: str | None = None) -> tuple[jax.Array, jax.Array]:
+    """The k most probable tokens [k], most probable first, and their log-probabilities; of equal ones the first.
+
+    They lie in the k blocks with the largest maxima. Impossible tokens, and those past the vocabulary, are −1 and −inf.
+    """
+    count = len(blocks.maxima)
+    # In the order of the vocabulary, for ties.
+    best = jnp.arange(count) if k >= count else jnp.sort(jax.lax.top_k(blocks.maxima, k)[1])
+    logits, places = jax.lax.top_k(_entries(blocks, best, axis_name).reshape(-1), k)
+    tokens = blocks.tokens[best[places // BLOCK]] + places % BLOCK
+    return jnp.where(logits > -jnp.inf, tokens, -1), logits - blocks.log_partition
+
+
+def sample(uniform: jax.Array, log_probs: jax.Array) -> jax.Array:
+    """A token [] int32 drawn from the distribution `log_probs` [V] with a uniform number [] in [0, 1)."""
+    return draw(uniform, summarise(log_probs)).token
+
+
+def truncate(logits: jax.Array, *, count: int | None, mass: float | None) -> jax.Array:
+    """Logits [V] with −inf for all but the most probable tokens.
+
+    Args:
+      count: how many are kept (top-k); None: all.
+      mass: then, of what is left, the fewest whose probabilities sum to at least this (top-p); None: all.
+
+    Tokens that are as probable as the last one kept are kept too.
+    """
+    if count is not None:
+        logits = jnp.where(logits >= top_k(logits, count)[0][-1], logits, -jnp.inf)
+    if mass is not None:
+        falling = jnp.sort(logits)[::-1]
+        probs = jax.nn.softmax(falling)
+        kept = jnp.sum(jnp.cumsum(probs) - probs < mass)
+        logits = jnp.where(logits >= falling[kept - 1], logits, -jnp.inf)
+    return logits

@@ -3,7 +3,16 @@
 import jax
 import jax.numpy as jnp
 
-_BLOCK = 64
+BLOCK = 64
+
+
+def to_blocks(x: jax.Array) -> jax.Array:
+    """x [V] in blocks of neighbours [V / 64, 64]; the last one is filled up with −inf."""
+    (size,) = x.shape
+    count = -(-size // BLOCK)
+    if size % BLOCK:
+        x = jnp.pad(x, (0, count * BLOCK - size), constant_values=-jnp.inf)
+    return x.reshape(count, BLOCK)
 
 
 def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -12,11 +21,10 @@ def top_k(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     The same as `jax.lax.top_k`, in two stages: the k largest lie in the k blocks with the largest maxima.
     """
     (size,) = x.shape
-    count = -(-size // _BLOCK)
-    if k >= count:
+    if k >= -(-size // BLOCK):
         return jax.lax.top_k(x, k)
-    blocks = jnp.pad(x, (0, count * _BLOCK - size), constant_values=-jnp.inf).reshape(count, _BLOCK)
+    blocks = to_blocks(x)
     _, best = jax.lax.top_k(jnp.max(blocks, axis=1), k)
     best = jnp.sort(best)  # so that the candidates are in the order of the vocabulary, for ties
     values, places = jax.lax.top_k(blocks[best].reshape(-1), k)
-    return values, best[places // _BLOCK] * _BLOCK + places % _BLOCK
+    return values, best[places // BLOCK] * BLOCK + places % BLOCK
