@@ -26,9 +26,12 @@ from troll_jax.models.attention import best_implementation
 from troll_jax.models.decoder import DecoderConfig
 from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_config
-from troll_jax.ops import advantages, losses, schedules, support
+from troll_jax.ops import advantages, aggregation, categorical, losses, projection, regularisers, schedules, support
 from troll_jax.optimizer import adamw
+from troll_jax.rewards import length
 from troll_jax.sharding import make_mesh
+
+CONFIG_HELP = 'a gin file; more of them may follow, such as those of configs/objectives after a task'
 
 _registered: dict[str, list[str]] = {}  # names of what gin files can name, with those of their parameters
 _command_line: list[str] = []  # the bindings that `parse` was given last
@@ -43,21 +46,39 @@ def register(target, fixed: Sequence[str] = ()):
 for _target in (
     losses.troll,
     losses.ppo_clip,
+    losses.cispo,
+    losses.dppo,
+    losses.importance_weighted,
     support.default_tail,
     support.bucket_tail,
     schedules.linear_bound,
     schedules.adaptive_bound,
     advantages.group_normalised,
+    advantages.mean_centred,
+    advantages.leave_one_out,
+    advantages.no_baseline,
     adamw,
     make_mesh,
     Arithmetic,
     GSM8K,
 ):
     register(_target)
-for _target in (losses.token_mean, losses.sequence_mean, losses.constant_length):
+for _target in (
+    aggregation.token_mean,
+    aggregation.sequence_mean,
+    aggregation.sequence_sum,
+    aggregation.constant_length,
+    length.soft_overlong,
+):
     register(_target, fixed=('lengths', 'max_length'))  # which `train` passes
+for _target in (regularisers.entropy_bonus, regularisers.kl_to_old):
+    register(_target, fixed=('row',))
 for _target in (losses.token_region, losses.sequence_region):
     register(_target, fixed=('new', 'old', 'segments', 'bound'))  # which `troll` passes
+for _target in (losses.token_ratio, losses.sequence_ratio):
+    register(_target, fixed=('log_ratio', 'segments'))  # which the objectives pass
+for _target in (categorical.total_variation, projection.kl_divergence):
+    register(_target, fixed=('log_p', 'log_q'))  # which `dppo` passes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +160,7 @@ def command_line(description: str, name: str, help: str) -> argparse.ArgumentPar
     """What all commands take, the argument `name` first. Options may stand anywhere: use `parse_intermixed_args`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(name, help=help)
-    parser.add_argument('bindings', nargs='*', help="gin bindings that win over a file's, such as 'train.steps = 20'")
+    parser.add_argument('bindings', nargs='*', help="gin bindings that win over files', such as 'train.steps = 20'")
     several = parser.add_argument_group('several processes', 'the same command on every host, see docs/pods.md')
     several.add_argument(
         '--distributed', action='store_true', help='join the other processes, as TPU pods, SLURM, Kubernetes or MPI say'
@@ -169,15 +190,31 @@ def begin(arguments: argparse.Namespace, level: int = logging.INFO) -> None:
         logging.getLogger().setLevel(logging.WARNING)
 
 
-def parse_command_line(description: str) -> None:
-    """Starts a command that takes a gin file and bindings, and reads these."""
-    arguments = command_line(description, 'config', help='a gin file').parse_intermixed_args()
+def parse_command_line(description: str, named_after_files: str | None = None) -> None:
+    """Starts a command that takes gin files and bindings, and reads these.
+
+    Args:
+      description: of the command.
+      named_after_files: a parameter that is the folder 'runs/<file>_<file>' if neither files nor bindings set it.
+    """
+    arguments = command_line(description, 'config', help=CONFIG_HELP).parse_intermixed_args()
     begin(arguments)
-    parse([arguments.config], arguments.bindings)
+    files, bindings = files_and_bindings(arguments)
+    if named_after_files is not None:
+        name = '_'.join(Path(file).stem for file in files)
+        gin.parse_config(f'{named_after_files} = {f"runs/{name}"!r}')
+    parse(files, bindings)
+
+
+def files_and_bindings(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Of the arguments after the first configuration, those that end in '.gin' are files too."""
+    is_file = lambda argument: argument.endswith('.gin')
+    files = [arguments.config, *filter(is_file, arguments.bindings)]
+    return files, [argument for argument in arguments.bindings if not is_file(argument)]
 
 
 def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
-    """Reads gin files, then bindings, which win.
+    """Reads gin files, of which later ones win, then bindings, which win over all.
 
     Files that are included are looked for in the working folder and next to this package.
 

@@ -26,8 +26,9 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from experiments.config import Experiment, parse  # noqa: E402
+from experiments.config import CONFIG_HELP, Experiment, files_and_bindings, parse  # noqa: E402
 from experiments.train import abstract_state, check_sizes, train  # noqa: E402
+from troll_jax.ops.regularisers import regularised  # noqa: E402
 from troll_jax.packing import batch_shape, batch_shapes  # noqa: E402
 from troll_jax.planning import CHIPS, Chip, add_iterations, count_flops, program_cost, roofline  # noqa: E402
 from troll_jax.rollout import make_sampler  # noqa: E402
@@ -84,8 +85,9 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
         gather_weights=settings['gather_weights'],
         **common,
     )
-    names = ('objective', 'tail_rule', 'head_chunk')
-    update = make_update(config, settings['optimizer'], **common, **{name: settings[name] for name in names})
+    common |= {name: settings[name] for name in ('tail_rule', 'head_chunk')}
+    objective = regularised(settings['objective'], settings['regularisers'])
+    update = make_update(config, settings['optimizer'], objective=objective, **common)
 
     def array(shape: tuple[int, ...], dtype=jnp.int32, axes=('batch',)) -> jax.ShapeDtypeStruct:
         sharding = named_sharding(mesh, (*axes, *[None] * (len(shape) - len(axes))))
@@ -182,9 +184,9 @@ def print_table(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('config', help='a gin file')
+    parser.add_argument('config', help=CONFIG_HELP)
     parser.add_argument('--topology', required=True, help='one or several, such as v5e:4x4,v5p:4x4x4')
-    parser.add_argument('bindings', nargs='*', help="gin bindings that win over the file's")
+    parser.add_argument('bindings', nargs='*', help="gin bindings that win over files'")
     parser.add_argument('--programs', default=','.join(PROGRAMS), help='which of them, to save time')
     arguments = parser.parse_intermixed_args()
     programs = arguments.programs.split(',')
@@ -193,7 +195,7 @@ def main() -> None:
     rows = []
     for topology in arguments.topology.split(','):
         gin.clear_config()
-        parse([arguments.config], arguments.bindings)
+        parse(*files_and_bindings(arguments))
         rows += plan(topology, programs)
     print_table(rows)
     print(json.dumps(rows))

@@ -1,6 +1,7 @@
 """Trains a language model from verifiable rewards. Start here: this file is the whole loop.
 
     python -m experiments.train configs/quickstart_troll.gin ['train.steps = 20' 'troll.bound = 0.1' …]
+    python -m experiments.train configs/quickstart.gin configs/objectives/gspo.gin    # a task, then a method
 
 A run's folder holds `config.gin` (all that is needed to repeat or evaluate it), `model` (tokenizer and sizes),
 `checkpoints`, `metrics.jsonl`, `held_tokens.jsonl` and `tensorboard`. Started again, a run goes on from its latest
@@ -11,7 +12,7 @@ import difflib
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,8 @@ from troll_jax.evaluate import decode_responses, evaluate, grade, sample_respons
 from troll_jax.metrics import MetricsWriter
 from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_config, load_pretrained
+from troll_jax.ops.advantages import whiten
+from troll_jax.ops.regularisers import Regulariser, regularised
 from troll_jax.optimizer import state_shapes
 from troll_jax.packing import BatchShape, batch_shape, batch_shapes, make_batch, padding_share
 from troll_jax.rewards.pool import Grader
@@ -72,12 +75,17 @@ def train(
     keep_checkpoints: int = 2,
     profile_step: int | None = None,
     seed: int = 0,
+    regularisers: Sequence[Regulariser] = (),
+    whiten_advantages: bool = False,
+    length_penalty: Callable[..., np.ndarray] | None = None,
+    mask_truncated: bool = False,
+    importance_limit: float | None = None,
 ) -> None:
     """Samples a batch of responses, grades them, learns from them in minibatches; again and again.
 
     Args:
       run_dir: folder of the run.
-      objective: the policy loss, `@troll` or `@ppo_clip`.
+      objective: the policy loss: `@troll`, `@ppo_clip`, `@cispo`, `@dppo` or `@importance_weighted`.
       aggregation: the mean that is taken of token losses, e.g. `@token_mean`.
       estimator: from the rewards of a prompt's samples to their advantages, e.g. `@group_normalised`.
       tail_rule: what stands for the tokens that a sparse distribution leaves out, `@default_tail` or `@bucket_tail`.
@@ -106,6 +114,13 @@ def train(
       keep_checkpoints: how many of the latest to keep.
       profile_step: the step of which a trace is written into the run's folder `profile`, for TensorBoard or Perfetto.
       seed: of the order of the data and of the sampling.
+      regularisers: what is added to the objective, e.g. `[@entropy_bonus]`; see `troll_jax.ops.regularisers`.
+      whiten_advantages: over all responses of a rollout batch, after the estimator; see `whiten`.
+      length_penalty: what the length of a response adds to its reward, e.g. `@soft_overlong`; None is nothing.
+      mask_truncated: leaves responses that the length limit cut out of the loss, and out of its mean. Their rewards
+        still count for the advantages of the other samples.
+      importance_limit: with old_policy 'recompute', advantages are weighted by the ratio of trainer to sampler up to
+        this, see `truncated_importance_weights`; None does not weight.
     """
     experiment = Experiment()
     mesh = experiment.mesh
@@ -119,6 +134,11 @@ def train(
     )
     if old_policy not in OLD_POLICIES:
         raise ValueError(f'old_policy must be one of {OLD_POLICIES}; got {old_policy!r}')
+    if importance_limit is not None and old_policy != 'recompute':
+        raise ValueError(
+            f'importance_limit = {importance_limit} compares the sampler with what the trainer recomputes; set '
+            f"old_policy to 'recompute', or leave it out; got {old_policy!r}"
+        )
     check_limits(
         above_zero={'temperature': temperature, 'steps': steps, 'checkpoint_every': checkpoint_every}
         | {'keep_checkpoints': keep_checkpoints, 'head_chunk': head_chunk}
@@ -143,8 +163,9 @@ def train(
     )
     greedy_sampler = new_sampler(samples_per_prompt=1, temperature=0.0, max_tokens=1, mass=1.0)
     policy = {'temperature': temperature, 'tail_rule': tail_rule, 'max_tokens': max_tokens, 'mass': mass}
+    objective = regularised(objective, regularisers)
     update = make_update(config, optimizer, objective=objective, head_chunk=head_chunk, **policy)
-    recompute = make_recompute(config, head_chunk=head_chunk, **policy)
+    recompute = make_recompute(config, head_chunk=head_chunk, importance_limit=importance_limit, **policy)
     with (
         jax.set_mesh(mesh),
         Checkpoints(checkpoint_dir or run_dir, keep=keep_checkpoints) as checkpoints,
@@ -154,6 +175,8 @@ def train(
         grader.start()
         shapes = abstract_state(experiment, config, optimizer)
         check_programs(sampler, estimator, aggregation, update, shapes, prompts, prompts_per_step, shape)
+        if length_penalty is not None:
+            length_penalty(np.ones(1), max_length=experiment.max_response_length)  # an error now if it has one
         check_bindings_used()
         state = restore_or_start(checkpoints, experiment, optimizer, shapes)
         first = int(state.progress.step)
@@ -186,10 +209,15 @@ def train(
                 grades = grade(grader, decode_responses(rollout, tokenizer), answers)
                 times['reward'] = time.perf_counter()
 
-                groups = grades.rewards.reshape(prompts_per_step, samples_per_prompt)
-                advantages = np.asarray(jax.vmap(estimator)(groups)).reshape(-1)
+                penalties = np.zeros_like(grades.rewards)
+                if length_penalty is not None:
+                    penalties = length_penalty(rollout.response_lengths, max_length=experiment.max_response_length)
+                groups = (grades.rewards + penalties).reshape(prompts_per_step, samples_per_prompt)
+                advantages = jax.vmap(estimator)(groups)
+                advantages = np.asarray(whiten(advantages) if whiten_advantages else advantages).reshape(-1)
+                learnt = rollout.stopped | (not mask_truncated)
                 batches = list(
-                    minibatches(rollout, advantages, aggregation, minibatch_prompts * samples_per_prompt, shape)
+                    minibatches(rollout, advantages, learnt, aggregation, minibatch_prompts * samples_per_prompt, shape)
                 )
                 padding = np.mean([padding_share(batch) for batch in batches])
                 on_device = (place(batch, mesh, (None, 'batch')) for batch in batches)
@@ -206,6 +234,7 @@ def train(
 
                 state = state._replace(progress=state.progress._replace(step=state.progress.step + 1))
                 row = summarise(rollout, grades, metrics_of_updates, times) | {'update/padding_share': padding}
+                row['reward/length_penalty'] = penalties.mean()
                 # Before the first update the policy is the one that sampled: what is left is the noise between the two.
                 row['update/kl_noise'] = np.mean(noise) if noise else metrics_of_updates[0]['kl_mean']
                 warn_of_noise(row)
@@ -246,8 +275,8 @@ def check_sizes(mesh, prompts_per_step, samples_per_prompt, minibatch_prompts, s
     ]:
         if divisor < 1 or size < 1 or size % divisor:
             raise ValueError(f'{name} = {size} must be a positive multiple of {divisor_name} = {divisor}')
-    if samples_per_prompt < 2:
-        raise ValueError(f'samples_per_prompt = {samples_per_prompt}: a group needs at least 2 to compare')
+    if samples_per_prompt < 1:
+        raise ValueError(f'samples_per_prompt must be at least 1; got {samples_per_prompt}')
 
 
 def abstract_state(experiment, config, optimizer) -> TrainState:
@@ -280,14 +309,20 @@ def check_programs(
 
 
 def minibatches(
-    rollout: Rollout, advantages: np.ndarray, aggregation: Aggregation, responses: int, shape: BatchShape
+    rollout: Rollout,
+    advantages: np.ndarray,
+    learnt: np.ndarray,
+    aggregation: Aggregation,
+    responses: int,
+    shape: BatchShape,
 ) -> Iterator[Batch]:
-    """Packs each next `responses` of a rollout, whose tokens the aggregation weighs over that minibatch."""
+    """Packs each next `responses` of a rollout. The aggregation weighs those of that minibatch that are learnt from."""
     for start in range(0, len(advantages), responses):
         part = slice(start, start + responses)
         some = jax.tree.map(lambda x, part=part: x[part], rollout._replace(work=None))
-        weights = aggregation(some.response_lengths, max_length=rollout.log_probs.shape[1])
-        yield make_batch(some, advantages[part], np.asarray(weights), shape)
+        lengths = np.where(learnt[part], some.response_lengths, 0)
+        weights = np.asarray(aggregation(lengths, max_length=rollout.log_probs.shape[1]))
+        yield make_batch(some, advantages[part], np.where(learnt[part], weights, 0), shape)
 
 
 def warn_of_noise(row: dict[str, float]) -> None:
@@ -390,7 +425,7 @@ def stop_on_signal():
 
 
 def main() -> None:
-    parse_command_line(__doc__)
+    parse_command_line(__doc__, named_after_files='train.run_dir')
     train()
 
 

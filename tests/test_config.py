@@ -10,12 +10,12 @@ from transformers import Qwen3Config
 
 import experiments.train
 import experiments.warm_start  # noqa: F401  registers what its configuration binds
-from experiments.config import Experiment, parse
+from experiments.config import Experiment, parse, parse_command_line
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
 from troll_jax.data.tokenizer import character_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
-FILES = sorted(CONFIGS.glob('*.gin'))
+FILES = sorted(CONFIGS.rglob('*.gin'))
 COMPLETE = [file for file in FILES if '\ntrain.run_dir = ' in file.read_text()]
 PAPER = [CONFIGS / f'qwen3_0_6b_gsm8k_{method}.gin' for method in ('troll', 'clip')]
 
@@ -27,6 +27,9 @@ def no_bindings():
     gin.clear_config()
     yield
     gin.clear_config()
+
+
+METHODS = sorted(CONFIGS.glob('objectives/*.gin'))
 
 
 def bound(*names: str) -> list:
@@ -57,7 +60,7 @@ def test_a_mistyped_binding_is_an_error(binding, match):
 @pytest.mark.parametrize(
     'binding, meant',
     [
-        ('bound = 0.1', "'troll.bound'?"),
+        ('bound = 0.1', "'troll.bound' or 'dppo.bound'?"),
         ('checkpoint_evry = 5', "'train.checkpoint_every'?"),
         ('learning_rate = 1', "'adamw.learning_rate' or 'warm_start.learning_rate'?"),
     ],
@@ -117,6 +120,33 @@ def test_every_experiment_is_complete(file):
     assert experiment.mesh.size == 8 and callable(experiment.task.grade)
     objective = gin.query_parameter('train.objective').scoped_configurable_fn
     assert objective.__name__ == ('troll' if 'troll' in file.stem else 'ppo_clip')
+
+
+@pytest.mark.parametrize('file', METHODS, ids=named)
+def test_a_task_and_a_method_are_an_experiment(file, monkeypatch):
+    """Guards a method that leaves something to whatever came before it, and two methods in one folder."""
+    parse([file])
+    for name in ('train.objective', 'train.aggregation', 'train.estimator'):
+        gin.query_parameter(name)
+    gin.clear_config()
+    monkeypatch.setattr('sys.argv', ['train', str(CONFIGS / 'quickstart.gin'), 'train.steps = 3', str(file)])
+    parse_command_line('', named_after_files='train.run_dir')
+    assert bound('train.run_dir', 'train.steps') == [f'runs/quickstart_{file.stem}', 3]
+    for parameter in inspect.signature(experiments.train.train).parameters.values():
+        if parameter.default is gin.REQUIRED:
+            gin.query_parameter(f'train.{parameter.name}')  # raises if it is not bound
+
+
+def test_files_and_bindings_may_name_the_folder(monkeypatch):
+    """Guards against a default that wins over what somebody wrote."""
+    for arguments, folder in [
+        (['quickstart_troll.gin'], 'runs/quickstart/troll'),
+        (['quickstart_troll.gin', "train.run_dir = 'mine'"], 'mine'),
+    ]:
+        gin.clear_config()
+        monkeypatch.setattr('sys.argv', ['train', str(CONFIGS / arguments[0]), *arguments[1:]])
+        parse_command_line('', named_after_files='train.run_dir')
+        assert bound('train.run_dir') == [folder]
 
 
 @pytest.mark.parametrize('file', COMPLETE, ids=named)

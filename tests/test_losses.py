@@ -1,4 +1,4 @@
-"""Objectives by hand, against each other, and against float64 differences; the weights of every aggregation."""
+"""Objectives by hand, against each other, and against float64 differences."""
 
 import functools
 
@@ -8,20 +8,22 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
+from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import (
     TokenLogProbs,
-    constant_length,
+    cispo,
+    dppo,
+    importance_weighted,
     ppo_clip,
-    sequence_mean,
+    sequence_ratio,
     sequence_region,
-    token_mean,
     token_region,
     troll,
 )
 from troll_jax.ops.projection import kl_divergence, project_sparse, project_sparse_sequence
 from troll_jax.ops.schedules import linear_bound
 from troll_jax.ops.support import at_tokens, bucket_tail, default_tail, sparsify
-from troll_jax.types import Progress
+from troll_jax.types import Progress, SparseLogProbs
 
 INF = np.inf
 VOCAB, LENGTH, KEPT = 13, 5, 7
@@ -37,7 +39,7 @@ def response_of(new_scores, old_scores, tokens=TOKENS, kept=KEPT, tail_rule=defa
         own, listed = (sparsify(jax.lax.stop_gradient(x), token, max_tokens=kept, mass=1.0) for x in (new, old))
         own = own._replace(log_probs=at_tokens(new, own.tokens))
         on_support = tail_rule(at_tokens(new, listed.tokens), own, listed)
-        return TokenLogProbs(token, jnp.int32(1), new[token], old[token], *on_support)
+        return TokenLogProbs(token, jnp.int32(1), new[token], old[token], *on_support, entropy(new))
 
     return jax.vmap(one)(new_scores, old_scores, tokens)
 
@@ -272,7 +274,13 @@ def clip_response(ratios) -> TokenLogProbs:
     ratios = jnp.asarray(ratios)
     old = jnp.full(len(ratios), -1.5, ratios.dtype)
     return TokenLogProbs(
-        jnp.zeros(len(ratios), jnp.int32), jnp.ones(len(ratios), jnp.int32), old + jnp.log(ratios), old, None, None
+        jnp.zeros(len(ratios), jnp.int32),
+        jnp.ones(len(ratios), jnp.int32),
+        old + jnp.log(ratios),
+        old,
+        None,
+        None,
+        None,
     )
 
 
@@ -315,26 +323,79 @@ def test_gradient_of_clip_equals_differences():
     assert held(losses).any() and not held(losses).all()
 
 
-# --- aggregation ------------------------------------------------------------------------------------------------------
-
-LENGTHS = jnp.array([3, 0, 5, 1])
+# --- ratios, and what objectives do with one --------------------------------------------------------------------------
 
 
-def test_aggregations_by_hand():
-    """Guards the denominators: tokens, responses that have tokens, and the length limit."""
-    np.testing.assert_allclose(token_mean(LENGTHS, max_length=5), np.full(4, 1 / 9), rtol=1e-6)
-    of_tokens = sequence_mean(LENGTHS, max_length=5) * LENGTHS  # what a response weighs in all
-    np.testing.assert_allclose(of_tokens, [1 / 3, 0, 1 / 3, 1 / 3], rtol=1e-6)
-    np.testing.assert_allclose(constant_length(LENGTHS, max_length=5), np.full(4, 1 / 15), rtol=1e-6)
+def test_the_ratio_of_a_response_by_hand():
+    """Guards the geometric mean, whose gradient is each token's own, and the limit from above."""
+    log_ratios = jnp.log(jnp.array([2.0, 8.0, 9.0, 3.0]))
+    segments = jnp.array([2, 2, 0, 1])
+    ratio, backward = jax.vjp(lambda x: sequence_ratio(x, segments), log_ratios)
+    np.testing.assert_allclose(ratio[jnp.array([0, 1, 3])], [4, 4, 3], rtol=1e-6)  # √(2 · 8)
+    np.testing.assert_allclose(backward(jnp.array([1.0, 10.0, 0.0, 1.0]))[0], [4, 40, 0, 3], rtol=1e-6)
+    far = lambda x: sequence_ratio(x, jnp.ones(2, jnp.int32))
+    np.testing.assert_allclose(far(jnp.array([30.0, 50.0])), np.exp([10, 10]), rtol=1e-6)
+    np.testing.assert_array_equal(far(jnp.array([-300.0, -500.0])), [0, 0])
 
 
-def test_aggregations_of_equal_lengths_agree():
-    """Guards scale: with full responses all modes are the same mean, so that learning rates carry over."""
-    for aggregation in (token_mean, sequence_mean, constant_length):
-        np.testing.assert_allclose(aggregation(jnp.full(3, 7), max_length=7), np.full(3, 1 / 21), rtol=1e-6)
+def test_clip_on_the_ratio_of_the_response():
+    """Guards GSPO: a response whose mean is within the bounds is kept, though each of its tokens is far outside."""
+    ratios, advantages = jnp.array([0.1, 10.0, 2.0, 2.0]), jnp.ones(4)
+    row = clip_response(ratios)._replace(segments=jnp.array([1, 1, 2, 2]))
+    result = ppo_clip(row, advantages, ratio=sequence_ratio)
+    np.testing.assert_allclose(result.loss, [-1, -1, -1.2, -1.2], rtol=1e-5)
+    np.testing.assert_array_equal(result.logs['clipped'], [False, False, True, True])
 
 
-def test_aggregations_of_nothing_are_finite():
-    """Guards 0/0 in a batch that is masked altogether."""
-    for aggregation in (token_mean, sequence_mean, constant_length):
-        assert np.isfinite(aggregation(jnp.zeros(3, jnp.int32), max_length=5)).all()
+def test_cispo_by_hand():
+    """Guards the weight, clipped on each side, and that the gradient is lost nowhere."""
+    ratios, advantages = jnp.array([0.2, 0.9, 1.1, 4.0]), jnp.array([1.0, -2.0, 0.5, 3.0])
+
+    def total(new_log_probs):
+        result = cispo(clip_response(ratios)._replace(new_log_probs=new_log_probs), advantages, lower=0.5, upper=1.0)
+        return jnp.sum(result.loss), result
+
+    log_probs = clip_response(ratios).new_log_probs
+    gradient, result = jax.jit(jax.grad(total, has_aux=True))(log_probs)
+    weights = np.array([0.5, 0.9, 1.1, 2.0])
+    np.testing.assert_allclose(result.loss, -weights * advantages * log_probs, rtol=1e-5)
+    np.testing.assert_allclose(gradient, -weights * advantages, rtol=1e-5)
+    np.testing.assert_array_equal(result.logs['clipped'], [True, False, False, True])
+
+
+def test_dppo_by_hand():
+    """Guards the four corners: what leads further out is left out, what leads back or is inside is not; and δ."""
+    old, far = jnp.log(jnp.array([0.5, 0.3, 0.2])), jnp.log(jnp.array([0.7, 0.2, 0.1]))  # total variation 0.2
+    near = jnp.log(jnp.array([0.55, 0.25, 0.2]))  # 0.05
+    tokens = jnp.array([0, 1, 0, 1, 0, 1])
+    new = jnp.stack([far] * 4 + [near] * 2)
+    row = TokenLogProbs(
+        tokens,
+        jnp.ones(6, jnp.int32),
+        jnp.take_along_axis(new, tokens[:, None], axis=1)[:, 0],
+        old[tokens],
+        SparseLogProbs(jnp.tile(jnp.arange(3), (6, 1)), new),
+        SparseLogProbs(jnp.tile(jnp.arange(3), (6, 1)), jnp.tile(old, (6, 1))),
+        None,
+    )
+    advantages = jnp.array([1.0, -1.0, -1.0, 1.0, 1.0, -1.0])
+    result = dppo(row, advantages, bound=0.1)
+    np.testing.assert_array_equal(result.logs['clipped'], [True, True, False, False, False, False])
+    ratios = np.array([0, 0, 1.4, 2 / 3, 1.1, 5 / 6])
+    np.testing.assert_allclose(result.loss, -ratios * advantages, rtol=1e-5, atol=1e-7)
+    assert not dppo(row, advantages, bound=0.21).logs['clipped'].any()
+    all_outside = dppo(row, advantages, bound=0.04).logs['clipped']
+    np.testing.assert_array_equal(all_outside, [True, True, False, False, True, True])
+    # The divergence is that of the old policy from the new one.
+    by_kl = lambda bound: dppo(row, advantages, bound=bound, divergence=kl_divergence).logs['clipped']
+    kl_old_new = 0.5 * np.log(5 / 7) + 0.3 * np.log(3 / 2) + 0.2 * np.log(2)
+    kl_new_old = 0.7 * np.log(7 / 5) + 0.2 * np.log(2 / 3) + 0.1 * np.log(1 / 2)
+    assert kl_new_old + 1e-3 < kl_old_new
+    np.testing.assert_array_equal(by_kl(kl_old_new - 1e-4), [True, True, False, False, False, False])
+    assert not by_kl(kl_old_new + 1e-4).any()
+
+
+def test_importance_weighted_by_hand():
+    """Guards that nothing holds it back."""
+    result = importance_weighted(clip_response([0.2, 9.0]), jnp.array([-1.0, 2.0]))
+    np.testing.assert_allclose(result.loss, [0.2, -18], rtol=1e-5)

@@ -14,11 +14,12 @@ def test_the_file_tree_is_complete_and_true():
     for line in tree.splitlines():
         name, _, comment = line.strip().partition(' ')
         if not line.startswith(' '):
-            folder = name
+            folder = inner = name
         elif name.endswith('/'):
-            listed.update(folder + name + file for file in re.findall(r'[\w.]+\.py', comment))
+            inner = folder + name
+            listed.update(inner + file for file in re.findall(r'[\w.]+\.py', comment))
         else:
-            listed.add(folder + name)
+            listed.add((inner if line.startswith('    ') else folder) + name)
     files = {
         str(path.relative_to(REPOSITORY))
         for folder, pattern in [('experiments', '*.py'), ('configs', '*.gin'), ('troll_jax', '*.py')]
@@ -35,7 +36,7 @@ def test_links_and_commands_lead_somewhere():
     for link in links:
         assert link.startswith('https://') or (REPOSITORY / link).exists(), link
     modules = re.findall(r'python -m (experiments\.\w+)', README)
-    configs = re.findall(r'configs/\w+\.gin', README)
+    configs = re.findall(r'configs/[\w/]+\.gin', README)
     targets = re.findall(r'^make (\w+)', README, re.MULTILINE)
     assert modules and configs and targets
     for module in modules:

@@ -44,6 +44,8 @@ SMALL = [
 ]
 
 
+METHODS = sorted(file.stem for file in (REPOSITORY / 'configs/objectives').glob('*.gin'))
+
 ARITHMETIC = ['Arithmetic.operands = 2', 'Arithmetic.train_size = 60', 'Arithmetic.test_size = 10']
 
 
@@ -81,10 +83,11 @@ def model(tmp_path_factory) -> str:
 
 
 def run(folder, model: str, *bindings: str, method: str = 'troll', task=tuple(ARITHMETIC)) -> list[dict]:
-    """Trains with a quickstart configuration and returns the metrics."""
+    """Trains on the quickstart's task by one of the methods and returns the metrics."""
     gin.clear_config()
     names = [f"train.run_dir = '{folder}'", f"Experiment.model = '{model}'"]
-    parse([REPOSITORY / f'configs/quickstart_{method}.gin'], [*SMALL, *task, *names, *bindings])
+    files = [REPOSITORY / 'configs/quickstart.gin', REPOSITORY / f'configs/objectives/{method}.gin']
+    parse(files, [*SMALL, *task, *names, *bindings])
     train()
     return read_metrics(Path(folder) / 'metrics.jsonl')
 
@@ -184,6 +187,37 @@ def test_a_rewarded_response_is_learnt(tmp_path, model, method):
     assert rows[0]['reward/mean'] < 0.5 < 0.9 < rows[-1]['reward/mean']
 
 
+@pytest.mark.parametrize('method', METHODS)
+def test_every_method_trains(tmp_path, model, method):
+    """Guards files of methods that parse and do not run, or run and learn nothing."""
+    rows = run(tmp_path, model, 'train.steps = 2', method=method, task=HASH)
+    assert len(rows) == 2
+    for row in rows:
+        assert (
+            np.isfinite(list(row.values())).all() and row['update/gradient_norm'] > 1e-6 and not row['update/skipped']
+        )
+
+
+OPTIONS = [
+    ['train.regularisers = [@entropy_bonus]', 'entropy_bonus.coefficient = 1.0'],
+    ['train.whiten_advantages = True'],
+    ['train.length_penalty = @soft_overlong', 'soft_overlong.share = 1.0'],
+    ['train.mask_truncated = True'],
+]
+
+
+def test_options_of_the_loop_change_what_is_learnt(tmp_path, model):
+    """Guards options that the loop takes and forgets. The only update sees the same data with each of them."""
+    settings = ['train.steps = 1', 'train.minibatch_prompts = 16', 'train.table_every = 0']
+    plain = run(tmp_path / 'plain', model, *settings, task=HASH)[0]
+    assert plain['rollout/truncated_share'] > 0.1 and plain['reward/length_penalty'] == 0
+    for option in OPTIONS:
+        row = run(tmp_path / option[0], model, *settings, *option, task=HASH)[0]
+        assert row['reward/mean'] == plain['reward/mean']
+        assert abs(row['update/gradient_norm'] / plain['update/gradient_norm'] - 1) > 0.01, option
+        assert (row['reward/length_penalty'] < -0.1) == ('length_penalty' in option[0])
+
+
 def test_without_learning_the_sampler_is_the_trainer(tmp_path, model):
     """Guards against the sampler's and the trainer's log-probabilities drifting apart, which no error would show."""
     rows = run(tmp_path, model, 'adamw.learning_rate = 0.0', 'train.evaluate_every = 0')
@@ -275,7 +309,9 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
         ('train.row_tokens = 6', 'row_tokens = 6 .* 7 tokens'),
         ('train.micro_batch_tokens = 6', 'micro_batch_tokens = 6 .* one row of 7'),
         ('train.old_policy = "sampler"', "one of .*'recompute'.*'sampler'"),
-        ('train.samples_per_prompt = 1', 'at least 2'),
+        ('train.samples_per_prompt = 1', 'at least two'),
+        ('train.samples_per_prompt = 0', 'at least 1; got 0'),
+        ('train.importance_limit = 2.0', "importance_limit = 2.0 .* old_policy to 'recompute'"),
         ('train.prompts_per_step = 64', '64 and there are 60 prompts'),
         ('train.max_tokens = 18', 'vocabulary size 17; got 18'),
         ('train.mass = 1.5', 'mass .* got 1.5'),

@@ -14,8 +14,9 @@ import optax
 import pytest
 
 from troll_jax.models import decoder as decoders
+from troll_jax.ops.aggregation import constant_length, sequence_mean, token_mean
 from troll_jax.ops.categorical import entropy
-from troll_jax.ops.losses import constant_length, ppo_clip, sequence_mean, sequence_region, token_mean, troll
+from troll_jax.ops.losses import ppo_clip, sequence_region, troll
 from troll_jax.ops.schedules import adaptive_bound
 from troll_jax.ops.support import bucket_tail, default_tail, sparsify
 from troll_jax.packing import BatchShape, batch_shape, batch_shapes, make_batch
@@ -474,3 +475,19 @@ def test_recomputed_old_policy_is_the_recorded_one(tail_rule):
     np.testing.assert_allclose(metrics['ratio_max'], 1, atol=1e-4)
     for name in ('tokens', 'positions', 'segment_ids', 'weights', 'advantages'):
         np.testing.assert_array_equal(getattr(moved, name), getattr(data, name))
+
+
+def test_recompute_weighs_advantages():
+    """Guards which policy is above the line, the limit, and that nothing else depends on it."""
+    settings = dict(temperature=1.0, tail_rule=bucket_tail, max_tokens=KEPT, mass=MASS, head_chunk=7)
+    data = batch(PACKED[1])
+    plain, _ = jax.tree.map(np.asarray, make_recompute(CONFIG, **settings)(nearby_params(), data))
+    weighted, _ = jax.tree.map(
+        np.asarray, make_recompute(CONFIG, importance_limit=1.1, **settings)(nearby_params(), data)
+    )
+    ratio = np.exp(plain.old_log_probs - data.old_log_probs)
+    learnt = data.weights > 0
+    expected = data.advantages * np.minimum(ratio, 1.1)
+    np.testing.assert_allclose(weighted.advantages[learnt], expected[learnt], rtol=1e-4)
+    assert (ratio[learnt] > 1.1).any() and (ratio[learnt] < 1).any()
+    assert_same(weighted._replace(advantages=data.advantages), plain)

@@ -105,7 +105,7 @@ def make_batch(rollout: Rollout, advantages: np.ndarray, weights: np.ndarray, sh
     Args:
       rollout: R responses, in numpy.
       advantages: [R]
-      weights: [R] of a response's tokens in the loss, see `troll_jax.ops.losses.token_mean`; 0 leaves it out.
+      weights: [R] of a response's tokens in the loss, see `troll_jax.ops.aggregation`; 0 leaves it out.
       shape: as `batch_shape` gives it for R sequences.
 
     Returns:

@@ -12,6 +12,7 @@ from troll_jax.models import decoder as decoders
 from troll_jax.models.head import HeadOutput, sparse_head
 from troll_jax.ops.losses import TokenLogProbs, TokenLosses
 from troll_jax.ops.projection import kl_divergence
+from troll_jax.ops.regularisers import truncated_importance_weights
 from troll_jax.ops.support import needs_own_support
 from troll_jax.optimizer import apply_gradients
 from troll_jax.sharding import constrain
@@ -136,12 +137,16 @@ def make_recompute(
     max_tokens: int,
     mass: float,
     head_chunk: int = 1024,
+    importance_limit: float | None = None,
 ) -> Callable[[dict, Batch], tuple[Batch, jax.Array]]:
     """Builds the jitted recompute(params, batch) → (batch, kl []).
 
     π_old as the forward pass of training computes it takes the place of what the sampler recorded, which is how the
     paper does it. `kl` is the mean over the tokens of KL(recomputed ‖ recorded), the noise between the two. Arguments
     are those of `make_update`; the parameters must be the ones that sampled.
+
+    Args:
+      importance_limit: advantages are multiplied by `truncated_importance_weights` up to this; None leaves them.
     """
     graphdef, _ = decoders.abstract(config)
     policy = _Policy(temperature, tail_rule, max_tokens, mass, head_chunk)
@@ -165,9 +170,11 @@ def make_recompute(
 
         empty = batch.old_log_probs, batch.old, jnp.zeros_like(batch.weights)
         log_probs, old, kl = jax.lax.fori_loop(0, _micro_batches(batch), write, empty)
-        return batch._replace(old_log_probs=log_probs, old=old), jnp.sum(kl) / jnp.maximum(
-            jnp.sum(batch.weights > 0), 1
-        )
+        advantages = batch.advantages
+        if importance_limit is not None:
+            advantages *= truncated_importance_weights(log_probs, batch.old_log_probs, limit=importance_limit)
+        batch = batch._replace(old_log_probs=log_probs, old=old, advantages=advantages)
+        return batch, jnp.sum(kl) / jnp.maximum(jnp.sum(batch.weights > 0), 1)
 
     return recompute
 
@@ -223,7 +230,7 @@ def _evaluate_policy(decoder, part: Batch, policy: _Policy) -> tuple[TokenLogPro
     tokens = jnp.where(mask, part.tokens, 0)
     old_log_probs = jnp.where(mask, part.old_log_probs, 0.0)
     segments = jnp.where(mask, part.segment_ids, 0)
-    row = TokenLogProbs(tokens, segments, head.log_probs, old_log_probs, new, old)
+    row = TokenLogProbs(tokens, segments, head.log_probs, old_log_probs, new, old, head.entropy)
     # The mass that the current policy gives to what the old one did not list, whatever the tail rule makes of it.
     tail_mass = jnp.maximum(1 - jnp.sum(jnp.exp(head.at_old), axis=-1), 0.0)
     return row, {'entropy': head.entropy, 'tail_mass': tail_mass}

@@ -60,7 +60,13 @@ def plain_clip_update(config, optimizer):
             response = jax.tree.map(lambda x: x[:, PROMPT:], rows)
             log_probs = jnp.take_along_axis(jax.nn.log_softmax(scores), response.tokens[:, :, None], axis=2)[:, :, 0]
             row = TokenLogProbs(
-                response.tokens, response.segment_ids, log_probs, response.old_log_probs, response.old, response.old
+                response.tokens,
+                response.segment_ids,
+                log_probs,
+                response.old_log_probs,
+                response.old,
+                response.old,
+                None,
             )
             return jnp.mean(jax.vmap(ppo_clip)(row, response.advantages).loss)
 

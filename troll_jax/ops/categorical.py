@@ -19,6 +19,11 @@ def entropy(log_probs: jax.Array) -> jax.Array:
     return -jnp.sum(jnp.exp(log_probs) * jnp.where(log_probs > -jnp.inf, log_probs, 0.0))
 
 
+def total_variation(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
+    """½ Σ |p − q| of two distributions [V]."""
+    return 0.5 * jnp.sum(jnp.abs(jnp.exp(log_p) - jnp.exp(log_q)))
+
+
 class Blocks(NamedTuple):
     """A row of logits in n blocks. On several devices each holds the entries of its own n' of them."""
 

@@ -1,7 +1,8 @@
-"""Policy objectives on the tokens of one row of responses, and the weights that aggregate them over a batch.
+"""Policy objectives on the tokens of one row of responses.
 
 An objective sees log-probabilities of the current and the old policy, never a model. It returns a loss per token; which
-mean is taken of those is the aggregation's business. Swapping one objective for another is one line of gin.
+mean is taken of those is the business of `troll_jax.ops.aggregation`. What is added to any objective is in
+`troll_jax.ops.regularisers`.
 """
 
 from functools import partial
@@ -11,24 +12,29 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from troll_jax.ops.categorical import total_variation
 from troll_jax.ops.projection import Projection, kl_divergence, project_sparse, project_sparse_sequence
 from troll_jax.ops.schedules import bound_at
+from troll_jax.ops.segments import segment_mean
 from troll_jax.ops.support import at_token
 from troll_jax.types import START, Progress, SparseLogProbs
 
 # log π/π_old beyond which a ratio is held, so that one absurd token gives a large number and not an infinite one.
 _LOG_RATIO_LIMIT = 20.0
+# The same of a response's ratio, from above (TROLL's authors).
+_LOG_SEQUENCE_RATIO_LIMIT = 10.0
 
 
 class TokenLogProbs(NamedTuple):
-    """What an objective sees of a row of responses. `new` is the current policy, the only part with a gradient."""
+    """What an objective sees of a row of responses. Only what is of the current policy has a gradient."""
 
     tokens: jax.Array  # [T] int32, sampled from the old policy
     segments: jax.Array  # [T] int32, the response that a token belongs to; 0: none, what is computed there is not used
-    new_log_probs: jax.Array  # [T] of those tokens
+    new_log_probs: jax.Array  # [T] of those tokens, by the current policy
     old_log_probs: jax.Array  # [T]
     new: SparseLogProbs  # [T, K]
     old: SparseLogProbs  # [T, K], on the same tokens as `new`
+    entropy: jax.Array  # [T] nats, of the current policy over the whole vocabulary; with a gradient
 
 
 class TokenLosses(NamedTuple):
@@ -49,6 +55,28 @@ def sequence_region(new: SparseLogProbs, old: SparseLogProbs, segments: jax.Arra
     return project_sparse_sequence(new, old, segments, bound=bound)
 
 
+def token_ratio(log_ratio: jax.Array, segments: jax.Array) -> jax.Array:
+    """The ratio π/π_old of each token on its own, from its log [T]; held within e^±20."""
+    del segments
+    return jnp.exp(jnp.clip(log_ratio, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT))
+
+
+def sequence_ratio(log_ratio: jax.Array, segments: jax.Array) -> jax.Array:
+    """The ratio of a whole response at each of its tokens (GSPO-token, arXiv 2507.18071, section 4.3).
+
+        s_t = ⌊exp(mean_t log r_t)⌋ · π(o_t) / ⌊π(o_t)⌋,   log s_t at most 10
+
+    Its value is the geometric mean of the response's ratios, its gradient that of the token's own log-probability.
+
+    Args:
+      log_ratio: [T] log r_t
+      segments: [T] the response that a token belongs to; 0: none.
+    """
+    mean = jax.lax.stop_gradient(segment_mean(log_ratio, segments))
+    own = log_ratio - jax.lax.stop_gradient(log_ratio)
+    return jnp.exp(jnp.minimum(mean + own, _LOG_SEQUENCE_RATIO_LIMIT))
+
+
 def troll(
     row: TokenLogProbs,
     advantages: jax.Array,
@@ -57,6 +85,7 @@ def troll(
     bound=0.05,
     alpha: float = 1.0,
     region=token_region,
+    ratio=token_ratio,
 ) -> TokenLosses:
     """TROLL (arXiv 2510.03817, equations 4 to 6): the ratio of the projected policy, and a pull towards it.
 
@@ -69,6 +98,7 @@ def troll(
       bound: ε, nats per token, or a schedule of it, see `troll_jax.ops.schedules`.
       alpha: α ≥ 0.
       region: `token_region` or `sequence_region`.
+      ratio: of π to π_old, `token_ratio` or `sequence_ratio`.
     """
     chex.assert_equal_shape([row.tokens, row.segments, advantages])
     chex.assert_equal_shape([row.new.tokens, row.new.log_probs, row.old.tokens, row.old.log_probs])
@@ -94,7 +124,7 @@ def troll(
         'kl_projected': projection.kl,
         'evaluations': projection.evaluations.astype(jnp.float32),
     }
-    return TokenLosses(regression - _bounded_exp(log_ratio) * advantages, jax.lax.stop_gradient(logs))
+    return TokenLosses(regression - ratio(log_ratio, row.segments) * advantages, jax.lax.stop_gradient(logs))
 
 
 def ppo_clip(
@@ -105,10 +135,14 @@ def ppo_clip(
     lower: float = 0.2,
     upper: float = 0.2,
     dual: float | None = 10.0,
+    ratio=token_ratio,
 ) -> TokenLosses:
     """PPO's clipped surrogate (arXiv 1707.06347) with its own bound on each side and dual clip (arXiv 1912.09729).
 
         loss = − min( r A, clip(r, 1 − lower, 1 + upper) A ),   for A < 0 at most  − dual · A
+
+    With upper > lower it is DAPO's clip-higher (arXiv 2503.14476, section 3.1), with `sequence_ratio` GSPO
+    (arXiv 2507.18071, section 4).
 
     Args:
       row: T tokens; only the log-probabilities of the sampled tokens are used.
@@ -117,6 +151,7 @@ def ppo_clip(
       lower, upper: the ratio is clipped to [1 − lower, 1 + upper].
       dual: the ratio at which the loss of a token with a negative advantage stops growing, more than 1 + upper; None
         turns this off.
+      ratio: r, `token_ratio` or `sequence_ratio`.
 
     Raises:
       ValueError: `dual` is within the clip.
@@ -125,38 +160,71 @@ def ppo_clip(
     chex.assert_equal_shape([row.new_log_probs, row.old_log_probs, advantages])
     if dual is not None and not dual > 1 + upper:
         raise ValueError(f'dual must be more than 1 + upper = {1 + upper}, or None; got {dual}')
-    ratio = _bounded_exp(row.new_log_probs - row.old_log_probs)
-    plain = -ratio * advantages
-    clipped = -jnp.clip(ratio, 1 - lower, 1 + upper) * advantages
+    r = ratio(row.new_log_probs - row.old_log_probs, row.segments)
+    plain = -r * advantages
+    clipped = -jnp.clip(r, 1 - lower, 1 + upper) * advantages
     loss = jnp.maximum(plain, clipped)
     ceiling = jnp.where(advantages < 0, -dual * advantages, jnp.inf) if dual is not None else jnp.inf
     return TokenLosses(jnp.minimum(loss, ceiling), {'clipped': (clipped > plain) | (loss > ceiling)})
 
 
-def token_mean(lengths: jax.Array, *, max_length: int) -> jax.Array:
-    """Weights of a mean over all tokens of a batch (GRPO and PPO in the paper).
+def cispo(
+    row: TokenLogProbs,
+    advantages: jax.Array,
+    progress: Progress = START,
+    *,
+    lower: float = 1.0,
+    upper: float = 4.0,
+) -> TokenLosses:
+    """CISPO (MiniMax-M1, arXiv 2506.13585, equations 4 and 5): the ratio is clipped as a weight, and no token is lost.
+
+        loss = − ⌊clip(r, 1 − lower, 1 + upper)⌋ A log π(o_t)
 
     Args:
-      lengths: [R] tokens of each response; those without any do not count.
-      max_length: T, tokens of the longest possible response.
-
-    Returns:
-      [R] the weight of each token of a response in the loss.
+      row: T tokens; only the log-probabilities of the sampled tokens are used.
+      advantages: [T]
+      progress: not used.
+      lower, upper: the weight is clipped to [1 − lower, 1 + upper]; lower = 1 is no lower bound.
     """
-    del max_length
-    return jnp.full(lengths.shape, 1 / jnp.maximum(jnp.sum(lengths), 1))
+    del progress
+    chex.assert_equal_shape([row.new_log_probs, row.old_log_probs, advantages])
+    r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
+    weight = jax.lax.stop_gradient(jnp.clip(r, 1 - lower, 1 + upper))
+    return TokenLosses(-weight * advantages * row.new_log_probs, {'clipped': weight != r})
 
 
-def sequence_mean(lengths: jax.Array, *, max_length: int) -> jax.Array:
-    """Weights of a mean over responses of the mean over their tokens (GRPO as published, GSPO); as `token_mean`."""
-    del max_length
-    return 1 / (jnp.maximum(lengths, 1) * jnp.maximum(jnp.sum(lengths > 0), 1))
+def dppo(
+    row: TokenLogProbs,
+    advantages: jax.Array,
+    progress: Progress = START,
+    *,
+    bound: float = 0.15,
+    divergence=total_variation,
+) -> TokenLosses:
+    """DPPO (arXiv 2602.04879, equation 12): a token that leads further out of the trust region is left out.
+
+        loss = − m r A,   m = 0 where D(π_old ‖ π̃) > bound and r is on A's side of one, else 1
+
+    D is taken over the tokens that the supports list. With `bucket_tail` that is the paper's top-K approximation
+    (equations 15 and 16).
+
+    Args:
+      row: T tokens.
+      advantages: [T]
+      progress: not used.
+      bound: δ; the paper's are 0.15 or 0.2 for the total variation and 0.05 nats for the KL divergence.
+      divergence: `total_variation` or `kl_divergence`.
+    """
+    del progress
+    chex.assert_equal_shape([row.tokens, row.new_log_probs, row.old_log_probs, advantages])
+    r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
+    outside = jax.vmap(divergence)(row.old.log_probs, row.new.log_probs) > bound
+    blocked = outside & jnp.where(advantages > 0, r > 1, (advantages < 0) & (r < 1))
+    return TokenLosses(-jnp.where(blocked, 0.0, r) * advantages, {'clipped': blocked})
 
 
-def constant_length(lengths: jax.Array, *, max_length: int) -> jax.Array:
-    """Weights of a mean over responses of the sum of their tokens / T (Dr.GRPO, arXiv 2503.20783); as `token_mean`."""
-    return jnp.full(lengths.shape, 1 / (max_length * jnp.maximum(jnp.sum(lengths > 0), 1)))
-
-
-def _bounded_exp(log_ratio: jax.Array) -> jax.Array:
-    return jnp.exp(jnp.clip(log_ratio, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT))
+def importance_weighted(row: TokenLogProbs, advantages: jax.Array, progress: Progress = START) -> TokenLosses:
+    """The policy gradient by importance sampling, without a bound on the step: loss = − r A. Arguments as `cispo`."""
+    del progress
+    chex.assert_equal_shape([row.new_log_probs, row.old_log_probs, advantages])
+    return TokenLosses(-token_ratio(row.new_log_probs - row.old_log_probs, row.segments) * advantages, {})

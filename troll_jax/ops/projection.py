@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from troll_jax.ops.segments import segment_max, segment_mean
 from troll_jax.types import SparseLogProbs
 
 # What log π̃ − log π_old counts as where π̃ is zero and π_old is not. Finite, so that the family stays defined when the
@@ -244,15 +245,7 @@ class _Regions(NamedTuple):
         """Of tokens in these segments [T], of which 0 is no region; or of a token on its own."""
         if segments is None:
             return cls(lambda x: x, lambda x: x)
-        (count,) = segments.shape
-
-        def total(x):
-            return jax.ops.segment_sum(jnp.where(segments > 0, x, 0), segments, num_segments=count + 1)[segments]
-
-        def mean(x):
-            return total(x) / jnp.maximum(total(jnp.ones_like(x)), 1)
-
-        return cls(mean, lambda x: jax.ops.segment_max(x, segments, num_segments=count + 1)[segments])
+        return cls(partial(segment_mean, segments=segments), partial(segment_max, segments=segments))
 
 
 @partial(jax.jit, static_argnames='max_evaluations')

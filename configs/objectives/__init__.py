@@ -1,0 +1,1 @@
+# A package, so that gin finds what these files include from any working folder.

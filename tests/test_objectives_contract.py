@@ -1,0 +1,198 @@
+"""What every policy objective promises, whatever it is: one set of tests over all of them.
+
+A row holds three responses with tokens of none between and behind them; all is in float64.
+"""
+
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from troll_jax.ops import losses
+from troll_jax.ops.categorical import entropy
+from troll_jax.ops.losses import (
+    TokenLogProbs,
+    cispo,
+    dppo,
+    importance_weighted,
+    ppo_clip,
+    sequence_ratio,
+    sequence_region,
+    troll,
+)
+from troll_jax.ops.projection import kl_divergence
+from troll_jax.ops.regularisers import kl_to_old, regularised
+from troll_jax.ops.support import at_tokens, bucket_tail, default_tail, sparsify
+
+VOCAB, KEPT = 7, 5
+SEGMENTS = np.array([1, 1, 1, 0, 2, 2, 2, 2, 3, 0, 0])
+LENGTH = len(SEGMENTS)
+INSIDE = SEGMENTS > 0
+TOKENS = np.array([3, 6, 0, 1, 2, 3, 5, 4, 1, 0, 2])
+# Not one per response, as all estimators but GAE give them: an objective must not count on that.
+ADVANTAGES = np.array([1.0, -0.5, 2.0, 7.0, -1.5, 0.7, 1.1, -0.4, 0.9, 5.0, -3.0])
+
+with_settings = functools.partial
+OBJECTIVES = {  # with the tail rules that make a difference to them
+    'TROLL': (troll, default_tail, bucket_tail),
+    'TROLL without regression': (with_settings(troll, alpha=0.0), default_tail, bucket_tail),
+    'TROLL, ratio of the response': (with_settings(troll, ratio=sequence_ratio), default_tail, bucket_tail),
+    'TROLL, region of the response': (with_settings(troll, region=sequence_region), default_tail, bucket_tail),
+    'Clip': (ppo_clip, default_tail),
+    'DAPO': (with_settings(ppo_clip, upper=0.28, dual=None), default_tail),
+    'GSPO': (with_settings(ppo_clip, ratio=sequence_ratio, lower=0.05, upper=0.1, dual=None), default_tail),
+    'CISPO': (with_settings(cispo, upper=0.3), default_tail),
+    'DPPO, total variation': (dppo, default_tail, bucket_tail),
+    'DPPO, KL': (with_settings(dppo, bound=0.05, divergence=kl_divergence), default_tail, bucket_tail),
+    'Clip plus KL': (
+        regularised(ppo_clip, [with_settings(kl_to_old, coefficient=0.5)]),
+        default_tail,
+        bucket_tail,
+    ),
+    'importance-weighted': (importance_weighted, default_tail),
+}
+CASES = [(name, rule) for name, (_, *rules) in OBJECTIVES.items() for rule in rules]
+PULLED = ('TROLL', 'TROLL, ratio of the response', 'TROLL, region of the response', 'Clip plus KL')
+for_all = pytest.mark.parametrize(('name', 'tail_rule'), CASES)
+
+
+@pytest.fixture(autouse=True)
+def in_float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(LENGTH, VOCAB))
+
+
+OLD = normal(0)
+# Tokens far from the old policy and near it, and responses of both kinds. The seed is one at which every objective
+# holds some of them back.
+NEW = OLD + np.array([0.1, 0.05, 0.3, 1.0, 1.0, 0.1, 1.4, 0.02, 0.6, 1.0, 1.0])[:, None] * normal(8)
+
+
+def row_of(new_scores, old_scores, tail_rule) -> TokenLogProbs:
+    """What an update would hand to an objective, from scores [T, V] of both policies."""
+
+    def one(new, old, token, segment):
+        new, old = jax.nn.log_softmax(new), jax.nn.log_softmax(old)
+        own, listed = (sparsify(jax.lax.stop_gradient(x), token, max_tokens=KEPT, mass=1.0) for x in (new, old))
+        own = own._replace(log_probs=at_tokens(new, own.tokens))
+        on_support = tail_rule(at_tokens(new, listed.tokens), own, listed)
+        return TokenLogProbs(token, segment, new[token], old[token], *on_support, entropy(new))
+
+    return jax.vmap(one)(new_scores, old_scores, jnp.asarray(TOKENS), jnp.asarray(SEGMENTS))
+
+
+class StopGradients:
+    """`jax.lax.stop_gradient` for `troll_jax.ops.losses`: notes what is held fixed, or gives back what was noted."""
+
+    def __init__(self, noted=None):
+        self.noted, self.replayed = [], noted and list(noted)
+
+    def __call__(self, x):
+        if self.replayed is not None:
+            return self.replayed.pop(0)
+        self.noted.append(jax.lax.stop_gradient(x))
+        return self.noted[-1]
+
+    def __enter__(self):
+        lax = SimpleNamespace(**(vars(jax.lax) | {'stop_gradient': self}))
+        losses.jax = SimpleNamespace(**(vars(jax) | {'lax': lax}))
+        return self
+
+    def __exit__(self, *_):
+        losses.jax = jax
+
+
+@functools.cache
+def gradient_of(name: str, tail_rule):
+    """The program that tests here share: gradient [T, V] by the new scores, the TokenLosses, what is held fixed."""
+    objective = OBJECTIVES[name][0]
+
+    def total(new_scores, old_scores, advantages):
+        with StopGradients() as stopped:
+            result = objective(row_of(new_scores, old_scores, tail_rule), advantages)
+        return jnp.sum(jnp.where(INSIDE, result.loss, 0.0)), (result, stopped.noted)
+
+    return jax.jit(jax.grad(total, has_aux=True))
+
+
+@for_all
+def test_zero_advantage_has_no_policy_gradient(name, tail_rule):
+    """Guards groups without a signal: nothing but what pulls at the policy by itself may move it."""
+    gradient, (result, _) = gradient_of(name, tail_rule)(NEW, OLD, np.zeros(LENGTH))
+    if name not in PULLED:
+        assert np.all(gradient == 0) and np.all(np.asarray(result.loss) == 0)
+    else:
+        assert np.abs(gradient[INSIDE]).max() > 1e-3, 'a pull was meant to be there'
+
+
+@for_all
+def test_masked_tokens_change_nothing(name, tail_rule):
+    """Guards means over a response, and NaN from where there is no token."""
+    run = gradient_of(name, tail_rule)
+    hide = lambda x: np.where(INSIDE.reshape(-1, *[1] * (x.ndim - 1)), x, np.nan)
+    gradient, (result, _) = run(NEW, OLD, ADVANTAGES)
+    other_gradient, (other, _) = run(hide(NEW), hide(OLD), hide(ADVANTAGES))
+    np.testing.assert_array_equal(other_gradient[INSIDE], gradient[INSIDE])
+    np.testing.assert_array_equal(other.loss[INSIDE], result.loss[INSIDE])
+    assert np.isfinite(gradient).all()
+
+
+@for_all
+def test_on_policy_gradient_is_the_plain_one(name, tail_rule):
+    """Guards the first update of every rollout: whatever comes later, it is that of −Σ A log π(o)."""
+    gradient, (result, _) = gradient_of(name, tail_rule)(OLD, OLD, ADVANTAGES)
+    expected = -ADVANTAGES[:, None] * (np.eye(VOCAB)[TOKENS] - jax.nn.softmax(OLD))
+    np.testing.assert_allclose(gradient, np.where(INSIDE[:, None], expected, 0), atol=1e-12)
+    for log in ('projected', 'clipped'):
+        assert not np.any(result.logs.get(log, False))
+
+
+@for_all
+def test_responses_do_not_touch_each_other(name, tail_rule):
+    """Guards sums over the row where sums over the response are meant."""
+    run, others = gradient_of(name, tail_rule), INSIDE & (SEGMENTS != 2)
+    second = SEGMENTS == 2
+    gradient, (result, _) = run(NEW, OLD, ADVANTAGES)
+    moved = np.where(second[:, None], NEW + normal(2), NEW)
+    other_gradient, (other, _) = run(moved, OLD, np.where(second, -2 * ADVANTAGES, ADVANTAGES))
+    np.testing.assert_array_equal(other_gradient[others], gradient[others])
+    np.testing.assert_array_equal(other.loss[others], result.loss[others])
+    assert np.abs(other_gradient - gradient)[second].max() > 1e-3
+
+
+@for_all
+def test_gradient_equals_differences(name, tail_rule):
+    """Guards every factor of the loss, with what an objective holds fixed held fixed, at tokens of both kinds."""
+    gradient, (result, fixed) = gradient_of(name, tail_rule)(NEW, OLD, ADVANTAGES)
+    for log in {'projected', 'clipped'} & result.logs.keys():
+        assert 0 < np.sum(result.logs[log][INSIDE]) < np.sum(INSIDE), 'some tokens were meant to be held, not all'
+    objective, step = OBJECTIVES[name][0], 1e-5
+
+    @jax.jit
+    def total(new_scores, fixed):
+        with StopGradients(fixed):
+            result = objective(row_of(new_scores, OLD, tail_rule), jnp.asarray(ADVANTAGES))
+        return jnp.sum(jnp.where(INSIDE, result.loss, 0.0))
+
+    expected = np.zeros_like(NEW)
+    for index in np.ndindex(*NEW.shape):
+        change = np.zeros_like(NEW)
+        change[index] = step
+        expected[index] = (total(NEW + change, fixed) - total(NEW - change, fixed)) / (2 * step)
+    np.testing.assert_allclose(gradient, expected, atol=1e-7)
+
+
+@for_all
+def test_a_second_call_does_not_compile(name, tail_rule):
+    """Guards numbers that become part of the program."""
+    run = gradient_of(name, tail_rule)
+    run(NEW, OLD, ADVANTAGES)
+    run(OLD, NEW, -ADVANTAGES)
+    assert run._cache_size() == 1

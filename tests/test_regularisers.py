@@ -1,0 +1,86 @@
+"""Regularisers and estimates of a KL divergence, against definitions."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from troll_jax.ops.categorical import entropy
+from troll_jax.ops.losses import TokenLogProbs, ppo_clip
+from troll_jax.ops.projection import kl_divergence
+from troll_jax.ops.regularisers import (
+    entropy_bonus,
+    k1,
+    k2,
+    k3,
+    kl_to_old,
+    regularised,
+    truncated_importance_weights,
+)
+from troll_jax.types import SparseLogProbs
+
+P, Q = (jax.nn.log_softmax(jax.random.normal(jax.random.key(seed), 7)) for seed in (0, 1))
+
+
+def row_of(scores) -> TokenLogProbs:
+    """Three tokens of one response, sampled from Q; `scores` [3, 7] are those of the current policy."""
+    new, tokens = jax.nn.log_softmax(scores), jnp.array([2, 0, 5])
+    old = jnp.tile(Q, (3, 1))
+    pick = lambda x: jnp.take_along_axis(x, tokens[:, None], axis=1)[:, 0]
+    support = jnp.tile(jnp.arange(7), (3, 1))
+    supports = SparseLogProbs(support, new), SparseLogProbs(support, old)
+    return TokenLogProbs(tokens, jnp.ones(3, jnp.int32), pick(new), pick(old), *supports, jax.vmap(entropy)(new))
+
+
+def test_regularisers_are_added():
+    """Guards the sum and the signs: entropy is to grow, a divergence to shrink; the objective's log stays its own."""
+    scores, advantages = jax.random.normal(jax.random.key(2), (3, 7)), jnp.array([1.0, -1.0, 0.5])
+    row = row_of(scores)
+    bonus, pull = functools.partial(entropy_bonus, coefficient=0.3), functools.partial(kl_to_old, coefficient=0.7)
+    plain, both = ppo_clip(row, advantages), regularised(ppo_clip, [bonus, pull])(row, advantages)
+    new = jax.nn.log_softmax(scores)
+    kl = jnp.sum(jnp.exp(new) * (new - Q[None]), axis=1)
+    expected = plain.loss + 0.3 * jnp.sum(jnp.exp(new) * new, axis=1) + 0.7 * kl
+    np.testing.assert_allclose(both.loss, expected, rtol=1e-5)
+    np.testing.assert_array_equal(both.logs['clipped'], plain.logs['clipped'])
+    np.testing.assert_array_equal(regularised(ppo_clip, [])(row, advantages).loss, plain.loss)
+
+
+def test_the_bonus_raises_the_entropy_and_the_pull_lowers_the_divergence():
+    """Guards gradients: a step along each does what it is named for, and at π̃ = π_old the pull has none."""
+    scores = 2 * jax.random.normal(jax.random.key(3), (3, 7))
+    step = lambda loss: scores - 0.1 * jax.grad(lambda x: jnp.sum(loss(row_of(x), coefficient=1.0)))(scores)
+    assert np.all(row_of(step(entropy_bonus)).entropy > row_of(scores).entropy)
+    assert np.all(kl_to_old(row_of(step(kl_to_old)), coefficient=1.0) < kl_to_old(row_of(scores), coefficient=1.0))
+    at_old = jax.grad(lambda x: jnp.sum(kl_to_old(row_of(x), coefficient=1.0)))(jnp.tile(Q, (3, 1)))
+    np.testing.assert_allclose(at_old, 0, atol=1e-6)
+
+
+def test_estimates_of_the_divergence():
+    """Guards what each is an estimate of: expectations under P, of values and of gradients, exactly."""
+    exact = kl_divergence(P, Q)
+    expect = lambda values: jnp.sum(jnp.exp(P) * values)
+    np.testing.assert_allclose([expect(k1(P, Q)), expect(k3(P, Q))], [exact, exact], rtol=1e-5)
+    assert np.all(k3(P, Q) >= 0) and np.all(k2(P, Q) >= 0) and np.any(k1(P, Q) < 0)
+    np.testing.assert_allclose(k2(P, Q), 0.5 * (P - Q) ** 2, rtol=1e-6)
+    np.testing.assert_allclose([k(P, P) for k in (k1, k2, k3)], np.zeros((3, 7)), atol=1e-7)
+
+    def gradient(k):
+        """By the scores of P, of the expectation over tokens that P sampled, which is not differentiated itself."""
+        return jax.grad(lambda x: jnp.sum(jnp.exp(P) * k(jax.nn.log_softmax(x), Q)))(P)
+
+    np.testing.assert_allclose(gradient(k1), 0, atol=1e-6)
+    forward = jax.grad(lambda x: kl_divergence(jax.nn.log_softmax(x), Q))(P)
+    backward = jax.grad(lambda x: kl_divergence(Q, jax.nn.log_softmax(x)))(P)
+    np.testing.assert_allclose(gradient(k2), forward, atol=1e-6)
+    np.testing.assert_allclose(gradient(k3), backward, atol=1e-6)
+    assert np.abs(forward).max() > 0.05 and np.abs(forward - backward).max() > 0.05
+
+
+def test_truncated_importance_weights_by_hand():
+    """Guards which of the two is above the line, the limit, and that nothing is learnt through the weight."""
+    trainer, sampler = jnp.log(jnp.array([0.5, 0.1, 0.9, 1.0])), jnp.log(jnp.array([0.25, 0.2, 0.1, 1e-30]))
+    np.testing.assert_allclose(truncated_importance_weights(trainer, sampler, limit=3.0), [2, 0.5, 3, 3], rtol=1e-5)
+    gradient = jax.grad(lambda x: jnp.sum(truncated_importance_weights(x, sampler)))(trainer)
+    assert np.all(gradient == 0)

@@ -1,0 +1,79 @@
+"""What can be added to any policy objective, and estimates of how far two policies are apart."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from troll_jax.ops.losses import TokenLogProbs, TokenLosses
+from troll_jax.ops.projection import kl_divergence
+from troll_jax.types import START, Progress
+
+Regulariser = Callable[[TokenLogProbs], jax.Array]
+
+
+def regularised(
+    objective: Callable[..., TokenLosses], regularisers: Sequence[Regulariser]
+) -> Callable[..., TokenLosses]:
+    """An objective and regularisers, each a loss [T] of a row, as one objective: their losses are added up."""
+
+    def with_regularisers(row: TokenLogProbs, advantages: jax.Array, progress: Progress = START) -> TokenLosses:
+        losses = objective(row, advantages, progress)
+        return losses._replace(loss=losses.loss + sum(regulariser(row) for regulariser in regularisers))
+
+    return with_regularisers
+
+
+def entropy_bonus(row: TokenLogProbs, *, coefficient: float) -> jax.Array:
+    """loss = − coefficient · H(π̃), the entropy over the whole vocabulary in nats; [T]."""
+    return -coefficient * row.entropy
+
+
+def kl_to_old(row: TokenLogProbs, *, coefficient: float) -> jax.Array:
+    """loss = coefficient · KL(π̃ ‖ π_old), exact on the tokens that the supports list; [T].
+
+    Added to `ppo_clip`, it is the control for TROLL's regression: a pull towards π_old itself, at every token, in place
+    of one towards the projection.
+    """
+    return coefficient * jax.vmap(kl_divergence)(row.new.log_probs, row.old.log_probs)
+
+
+def k1(log_probs: jax.Array, other_log_probs: jax.Array) -> jax.Array:
+    """log p/q: unbiased for KL(p ‖ q) at tokens that were sampled from p, negative at some, of high variance.
+
+    The names k1 to k3 are Schulman's ("Approximating KL divergence", joschu.net/blog/kl-approx.html, 2020). This one
+    belongs into a reward: as a loss its expected gradient is zero.
+
+    Args:
+      log_probs: [T] log p of the sampled tokens.
+      other_log_probs: [T] log q of them.
+    """
+    return log_probs - other_log_probs
+
+
+def k2(log_probs: jax.Array, other_log_probs: jax.Array) -> jax.Array:
+    """½ (log p/q)²: biased, with little variance; as a loss its expected gradient is that of KL(p ‖ q). As `k1`."""
+    return 0.5 * (log_probs - other_log_probs) ** 2
+
+
+def k3(log_probs: jax.Array, other_log_probs: jax.Array) -> jax.Array:
+    """q/p − 1 − log q/p: unbiased and never negative; as a loss its expected gradient is that of KL(q ‖ p). As `k1`."""
+    x = other_log_probs - log_probs
+    return jnp.expm1(x) - x
+
+
+def truncated_importance_weights(
+    log_probs: jax.Array, sampler_log_probs: jax.Array, *, limit: float = 2.0
+) -> jax.Array:
+    """min(π_trainer / π_sampler, limit): what is sampled by one policy and learnt from as if by another.
+
+    Sampler and trainer compute the same policy with different kernels, and their probabilities differ. Multiplied by
+    this weight, an advantage counts for how likely the trainer finds the token (Yao et al., 2025,
+    fengyao.notion.site/off-policy-rl; truncated as by Ionides, 2008, who gives up some bias for variance).
+
+    Args:
+      log_probs: [...] of the sampled tokens, as the trainer computes them.
+      sampler_log_probs: [...] as the sampler recorded them.
+      limit: C, at least 1.
+    """
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.minimum(log_probs - sampler_log_probs, 20.0)), limit))

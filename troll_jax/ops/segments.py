@@ -1,0 +1,29 @@
+"""What the tokens of one response have in common, where several responses lie in one row."""
+
+import jax
+import jax.numpy as jnp
+
+
+def segment_mean(values: jax.Array, segments: jax.Array) -> jax.Array:
+    """The mean over the tokens of a segment, at each of its tokens.
+
+    Args:
+      values: [T]
+      segments: [T] int, at most T: the segment that a token belongs to. Tokens of segment 0 belong to none; what they
+        hold does not matter, and they get zero.
+
+    Returns:
+      [T]
+    """
+    inside = segments > 0
+    total = lambda x: _total(jnp.where(inside, x, 0), segments)
+    return total(values) / jnp.maximum(total(jnp.ones_like(values)), 1)
+
+
+def segment_max(values: jax.Array, segments: jax.Array) -> jax.Array:
+    """The largest value of a segment, at each of its tokens; as `segment_mean`, but 0 is a segment like any other."""
+    return jax.ops.segment_max(values, segments, num_segments=len(segments) + 1)[segments]
+
+
+def _total(values: jax.Array, segments: jax.Array) -> jax.Array:
+    return jax.ops.segment_sum(values, segments, num_segments=len(segments) + 1)[segments]
