@@ -136,8 +136,8 @@ class Experiment:
         """
         hf_config = load_config(self.model)
         config = decoder_config(hf_config, compute_dtype=self.compute_dtype, remat=self.remat)
-        platform = self.mesh.devices.flat[0].platform
-        attention = self.attention or best_implementation(platform, config.compute_dtype, config.head_dim)
+        device = self.mesh.devices.flat[0]
+        attention = self.attention or best_implementation(device, config.compute_dtype, config.head_dim)
         config = dataclasses.replace(config, attention=attention)
         if tokenizer is not None and config.vocab_size < len(tokenizer):
             raise ValueError(
@@ -178,10 +178,11 @@ def begin(arguments: argparse.Namespace, level: int = logging.INFO) -> None:
       ValueError: where the other processes are is not known.
     """
     logging.basicConfig(level=level, format='%(levelname)s %(name)s: %(message)s')
-    if not arguments.distributed and arguments.coordinator is None:
+    where = (arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if not arguments.distributed and where == (None, None, None):
         return
     try:
-        jax.distributed.initialize(arguments.coordinator, arguments.num_processes, arguments.process_id)
+        jax.distributed.initialize(*where)
     except ValueError as error:
         raise ValueError(
             f'cannot join the other processes: {error} Give --coordinator, --num-processes and --process-id.'

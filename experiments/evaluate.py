@@ -11,6 +11,7 @@ import json
 import logging
 from pathlib import Path
 
+import gin
 import jax
 import numpy as np
 
@@ -33,7 +34,7 @@ def evaluation(
     split: str = 'test',
     samples_per_prompt: int = 1,
     temperature: float | None = None,
-    slots: int | None = 128,
+    slots: int | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
@@ -46,7 +47,7 @@ def evaluation(
       split: 'test' or 'train'.
       samples_per_prompt: n, for mean@n and pass@k with k up to n.
       temperature: of the sampling; by default 0, greedy, for one sample and 1 for several.
-      slots: responses that are decoded at a time, on all devices together; fewer save memory. None: all.
+      slots: responses that are decoded at a time, on all devices together; fewer save memory. None: as in training.
       top_k, top_p: sample from the most probable tokens only; off by default.
       seed: of the sampling.
 
@@ -62,6 +63,7 @@ def evaluation(
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
     prompts = experiment.load_prompts(split, tokenizer)
+    settings = gin.get_bindings('train')
     sampler = make_sampler(
         config,
         samples_per_prompt=samples_per_prompt,
@@ -72,7 +74,8 @@ def evaluation(
         mass=1.0,
         top_k=top_k,
         top_p=top_p,
-        slots=slots,
+        slots=slots or settings.get('slots'),
+        gather_weights=settings.get('gather_weights', True),
     )
     with jax.set_mesh(experiment.mesh), Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader:
         grader.start()

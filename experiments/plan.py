@@ -29,7 +29,7 @@ from jax.experimental import topologies  # noqa: E402
 from experiments.config import CONFIG_HELP, Experiment, files_and_bindings, parse  # noqa: E402
 from experiments.train import abstract_state, check_sizes, train  # noqa: E402
 from troll_jax.ops.regularisers import regularised  # noqa: E402
-from troll_jax.packing import batch_shape, batch_shapes  # noqa: E402
+from troll_jax.packing import abstract_batch, batch_shape  # noqa: E402
 from troll_jax.planning import CHIPS, Chip, add_iterations, count_flops, program_cost, roofline  # noqa: E402
 from troll_jax.rollout import make_sampler  # noqa: E402
 from troll_jax.sharding import make_mesh, named_sharding  # noqa: E402
@@ -98,7 +98,7 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
         rows = Prompts(array((prompts, experiment.max_prompt_length)), array((prompts,)))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
         keys = array(keys.shape, keys.dtype)
-        batch = batch_shapes(shape, settings['max_tokens'])
+        batch = abstract_batch(shape, settings['max_tokens'])
         batch = jax.tree.map(lambda x: array(x.shape, x.dtype, (None, 'batch')), batch)
         on_chips = partial(examine, chip=CHIPS[generation], devices=len(devices))
         results = []
@@ -107,8 +107,8 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
             results.append(on_chips('update', update, (state, batch), tokens=tokens, iterations=shape.micro_batches))
         if 'decode' in programs:
             # A step without a prefill, in which the tokens of all slots fit into as many pages as there are slots.
-            decode = partial(on_chips, 'decode', tokens=slots or prompts * samples, without='prefill')
-            results.append(decode(sampler.program, (state.params, rows, keys, None)))
+            tokens, arguments = min(slots or prompts * samples, prompts * samples), (state.params, rows, keys, None)
+            results.append(on_chips('decode', sampler.program, arguments, tokens=tokens, without='prefill'))
         return [{'topology': topology, 'model': experiment.model} | result for result in results]
 
 

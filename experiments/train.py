@@ -10,6 +10,7 @@ checkpoint. On several hosts the same command runs on each: docs/pods.md.
 
 import difflib
 import logging
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,7 @@ from troll_jax.models.hf_weights import load_config, load_pretrained
 from troll_jax.ops.advantages import whiten
 from troll_jax.ops.regularisers import Regulariser, regularised
 from troll_jax.optimizer import state_shapes
-from troll_jax.packing import BatchShape, batch_shape, batch_shapes, make_batch, padding_share
+from troll_jax.packing import BatchShape, abstract_batch, batch_shape, make_batch, padding_share
 from troll_jax.rewards.pool import Grader
 from troll_jax.rollout import make_sampler
 from troll_jax.sharding import fetch, place
@@ -104,7 +105,8 @@ def train(
       row_tokens: S, of the rows into which responses are packed for an update, at least as many as a prompt and its
         response may have, which is the default.
       micro_batch_tokens: a minibatch is worked through in parts of at most so many tokens on each device, to save
-        memory; None is in one part.
+        memory; at least one row. None is 8,192, or one row. What is left of the last part is padding: the fewer rows a
+        part has, the less (`update/padding_share`).
       head_chunk: tokens whose logits are in memory at a time in an update, on each device.
       evaluate_every: steps between greedy evaluations on the test split; 0 turns them off.
       table_every: steps between tables of the tokens that are projected or clipped most; 0 turns them off. With
@@ -132,6 +134,10 @@ def train(
         micro_batch_tokens=micro_batch_tokens,
         devices=mesh.shape['data'] * mesh.shape['fsdp'],
     )
+    if '://' in run_dir:
+        raise ValueError(f'run_dir must be a folder, got {run_dir!r}; bind train.checkpoint_dir to a bucket instead')
+    if profile_step is not None and profile_step > steps:
+        raise ValueError(f'profile_step = {profile_step} is past the last of {steps} steps; lower it')
     if old_policy not in OLD_POLICIES:
         raise ValueError(f'old_policy must be one of {OLD_POLICIES}; got {old_policy!r}')
     if importance_limit is not None and old_policy != 'recompute':
@@ -167,14 +173,14 @@ def train(
     update = make_update(config, optimizer, objective=objective, head_chunk=head_chunk, **policy)
     recompute = make_recompute(config, head_chunk=head_chunk, importance_limit=importance_limit, **policy)
     with (
+        stop_on_signal() as stop,  # before the checkpoints, which are still written when the loop has ended
         jax.set_mesh(mesh),
         Checkpoints(checkpoint_dir or run_dir, keep=keep_checkpoints) as checkpoints,
         Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader,
-        stop_on_signal() as stop,
     ):
         grader.start()
         shapes = abstract_state(experiment, config, optimizer)
-        check_programs(sampler, estimator, aggregation, update, shapes, prompts, prompts_per_step, shape)
+        check_programs(sampler, estimator, aggregation, update, recompute, shapes, prompts, prompts_per_step, shape)
         if length_penalty is not None:
             length_penalty(np.ones(1), max_length=experiment.max_response_length)  # an error now if it has one
         check_bindings_used()
@@ -182,7 +188,7 @@ def train(
         first = int(state.progress.step)
         is_first_process = jax.process_index() == 0
         if is_first_process:
-            save_setup(Path(run_dir), experiment, tokenizer, first)
+            save_setup(Path(run_dir), experiment, tokenizer, first, checkpoint_dir)
         key = jax.random.key(seed)
         if first >= steps:
             logger.warning('nothing to do: %s is at step %d of %d', run_dir, first, steps)
@@ -237,7 +243,8 @@ def train(
                 row['reward/length_penalty'] = penalties.mean()
                 # Before the first update the policy is the one that sampled: what is left is the noise between the two.
                 row['update/kl_noise'] = np.mean(noise) if noise else metrics_of_updates[0]['kl_mean']
-                warn_of_noise(row)
+                if old_policy == 'rollout':
+                    warn_of_noise(row)
                 del on_device, batch  # not to be kept while the next ones are sampled
                 if table_every and (step + 1) % table_every == 0:
                     metrics.write_table(step + 1, token_table(logs, tokenizer))
@@ -293,19 +300,22 @@ def check_programs(
     estimator,
     aggregation,
     update,
+    recompute,
     shapes: TrainState,
     prompts: PromptSet,
     prompts_per_step: int,
     shape: BatchShape,
 ) -> None:
-    """Traces all programs on shapes alone: a setting that they refuse is an error before any weight is loaded."""
+    """Traces a step's programs on shapes alone: a setting that they refuse is an error before any weight is loaded."""
     some = jax.eval_shape(lambda: Prompts(prompts.tokens[:prompts_per_step], prompts.lengths[:prompts_per_step]))
     keys = jax.eval_shape(partial(jax.random.split, num=prompts_per_step), jax.random.key(0))
     rollout = jax.eval_shape(sampler, shapes.params, some, keys)
     rewards = jax.ShapeDtypeStruct((prompts_per_step, len(rollout.tokens) // prompts_per_step), jnp.float32)
     jax.eval_shape(jax.vmap(estimator), rewards)
     jax.eval_shape(partial(aggregation, max_length=rollout.log_probs.shape[1]), rollout.response_lengths)
-    jax.eval_shape(update, shapes, batch_shapes(shape, rollout.support.tokens.shape[-1]))
+    batch = abstract_batch(shape, rollout.support.tokens.shape[-1])
+    jax.eval_shape(update, shapes, batch)
+    jax.eval_shape(recompute, shapes.params, batch)
 
 
 def minibatches(
@@ -349,11 +359,21 @@ def restore_or_start(checkpoints, experiment, optimizer, shapes: TrainState) -> 
     return TrainState(progress, params, opt_state)
 
 
-def save_setup(run_dir: Path, experiment, tokenizer, first: int) -> None:
-    """Writes what evaluation and export need besides the parameters. A configuration that changed is kept."""
+def save_setup(run_dir: Path, experiment, tokenizer, first: int, checkpoint_dir: str | None) -> None:
+    """Writes what evaluation and export need besides the parameters. A configuration that changed is kept.
+
+    Raises:
+      ValueError: a run that starts from nothing would overwrite one whose checkpoints lie elsewhere.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     path, new = run_dir / 'config.gin', gin.config_str()
     old = path.read_text() if path.exists() else new
+    elsewhere = re.search(r"^train\.checkpoint_dir = '(.*)'", old, re.MULTILINE)
+    if not first and elsewhere and elsewhere[1] != checkpoint_dir:
+        raise ValueError(
+            f'{run_dir} has its checkpoints in {elsewhere[1]}, and train.checkpoint_dir is {checkpoint_dir!r}; bind it '
+            'to go on, or choose another run_dir'
+        )
     if first and old != new:
         (run_dir / f'config_until_{first}.gin').write_text(old)
         changed = [line for line in difflib.ndiff(old.splitlines(), new.splitlines()) if line[0] in '+-']

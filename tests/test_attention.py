@@ -2,6 +2,7 @@
 
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -117,17 +118,20 @@ def test_a_query_that_may_look_nowhere_is_finite():
 
 
 @pytest.mark.parametrize(
-    'platform, dtype, head_dim, expected',
+    'platform, capability, dtype, head_dim, expected',
     [
-        ('tpu', 'bfloat16', 128, 'splash'),
-        ('gpu', 'bfloat16', 128, 'cudnn'),
-        ('cuda', 'bfloat16', 64, 'cudnn'),
-        ('gpu', 'float32', 128, 'xla'),  # cuDNN's kernels know no float32,
-        ('gpu', 'bfloat16', 10, 'xla'),  # and no such heads
-        ('cpu', 'bfloat16', 128, 'xla'),
+        ('tpu', None, 'bfloat16', 128, 'splash'),
+        ('gpu', '9.0', 'bfloat16', 128, 'cudnn'),
+        ('gpu', '10.0', 'bfloat16', 64, 'cudnn'),
+        ('gpu', '7.5', 'bfloat16', 128, 'xla'),  # older than cuDNN's kernels,
+        ('gpu', 'gfx942', 'bfloat16', 128, 'xla'),  # which are NVIDIA's,
+        ('gpu', '9.0', 'float32', 128, 'xla'),  # know no float32,
+        ('gpu', '9.0', 'bfloat16', 10, 'xla'),  # and no such heads
+        ('cpu', None, 'bfloat16', 128, 'xla'),
     ],
 )
-def test_each_platform_gets_the_kernel_that_runs_there(platform, dtype, head_dim, expected):
-    """Guards against a kernel that its platform refuses when a run starts."""
-    assert best_implementation(platform, dtype, head_dim) == expected
+def test_each_device_gets_the_kernel_that_runs_there(platform, capability, dtype, head_dim, expected):
+    """Guards against a kernel that its device refuses when a run starts."""
+    device = SimpleNamespace(platform=platform, compute_capability=capability)
+    assert best_implementation(device, dtype, head_dim) == expected
     assert expected in attentions.IMPLEMENTATIONS

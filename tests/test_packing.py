@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from troll_jax.packing import BatchShape, batch_shape, batch_shapes, first_fit, make_batch, padding_share
+from troll_jax.packing import BatchShape, abstract_batch, batch_shape, first_fit, make_batch, padding_share
 from troll_jax.types import Rollout, SparseLogProbs
 
 PROMPT, RESPONSE, KEPT = 5, 11, 3
@@ -47,7 +47,7 @@ def test_every_token_is_there_once(shape):
     weights = np.linspace(1, 2, 21, dtype=np.float32)
     batch = make_batch(data, advantages, weights, shape)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), batch_shapes(shape, KEPT)
+        lambda x: (x.shape, x.dtype), abstract_batch(shape, KEPT)
     )
     found = set()
     for micro, row in np.ndindex(*shape[:2]):

@@ -19,7 +19,7 @@ from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import ppo_clip, sequence_region, troll
 from troll_jax.ops.schedules import adaptive_bound
 from troll_jax.ops.support import bucket_tail, default_tail, sparsify
-from troll_jax.packing import BatchShape, batch_shape, batch_shapes, make_batch
+from troll_jax.packing import BatchShape, abstract_batch, batch_shape, make_batch
 from troll_jax.sharding import make_mesh, place
 from troll_jax.types import Batch, Progress, Rollout, TrainState
 from troll_jax.update import _summarise, make_recompute, make_update
@@ -449,7 +449,7 @@ def test_no_array_of_tokens_by_vocabulary(objective):
     _, params = decoders.abstract(config)
     progress = Progress(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
     state = TrainState(progress, params, jax.eval_shape(SGD.init, params))
-    text = update.lower(state, batch_shapes(shape, KEPT)).compile().as_text()
+    text = update.lower(state, abstract_batch(shape, KEPT)).compile().as_text()
     found = re.findall(r'\b(?:f|bf|s|u|pred)\d*\[([\d,]+)\]', text)
     sizes = {tuple(int(n) for n in dims.split(',')) for dims in found}
     largest = max(np.prod(size) for size in sizes if CONFIG.width not in size)  # of what is no weight

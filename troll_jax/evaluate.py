@@ -58,7 +58,14 @@ def grade(grader: Grader, responses: Sequence[str], answers: Sequence[str]) -> G
     count, mine = jax.process_count(), jax.process_index()
     if count == 1:
         return grader(responses, answers)
-    grades = grader(responses[mine::count], answers[mine::count])
+    failed = None
+    try:
+        grades = grader(responses[mine::count], answers[mine::count])
+    except (ValueError, RuntimeError) as error:
+        failed, grades = error, Grades(np.zeros(0, np.float32), 0, 0, 0)
+    everywhere = multihost_utils.process_allgather(np.array(failed is not None))
+    if failed or np.any(everywhere):
+        raise failed or RuntimeError(f'grading failed in process {np.argmax(everywhere)}, which says why')
     padded = np.zeros(-(-len(responses) // count), np.float32)
     padded[: len(grades.rewards)] = grades.rewards
     rewards, *failures = multihost_utils.process_allgather((padded, *grades[1:]))

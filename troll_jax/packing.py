@@ -2,8 +2,8 @@
 
 A padded batch computes as many tokens as its longest response has, for all of them. Here sequences (a prompt and its
 response) share rows, which are told apart by segment ids, and rows are grouped into micro-batches of a token budget.
-All batches of a run have one shape, that of a batch in which every sequence is as long as it may be; what is not filled
-are whole micro-batches at the end, which an update does not compute.
+All batches of a run have one shape, that of a batch in which every sequence is as long as it may be. Micro-batches that
+hold nothing come last, and an update does not compute them; the last one that does may be filled in part.
 """
 
 from typing import NamedTuple
@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from troll_jax.types import Batch, Rollout, SparseLogProbs
+
+_MICRO_BATCH_TOKENS = 8192  # on each device: enough to keep it busy
 
 
 class BatchShape(NamedTuple):
@@ -37,7 +39,7 @@ def batch_shape(
       sequences: of a batch.
       max_length: tokens of the longest possible sequence, prompt and response.
       row_tokens: S; by default `max_length`.
-      micro_batch_tokens: the budget of a micro-batch on each device, in tokens; by default that of the whole batch.
+      micro_batch_tokens: the budget of a micro-batch on each device, in tokens; by default 8,192 or one row.
       devices: over which rows are spread, data × fsdp of the mesh.
 
     Raises:
@@ -49,7 +51,9 @@ def batch_shape(
             f'row_tokens = {row_tokens} is less than the {max_length} tokens that a prompt and its response may have; '
             'raise it, or lower max_prompt_length or max_response_length'
         )
-    if micro_batch_tokens is not None and micro_batch_tokens < row_tokens:
+    if micro_batch_tokens is None:
+        micro_batch_tokens = max(_MICRO_BATCH_TOKENS, row_tokens)
+    if micro_batch_tokens < row_tokens:
         raise ValueError(
             f'micro_batch_tokens = {micro_batch_tokens} tokens on each device is less than one row of {row_tokens}; '
             'raise it, or lower row_tokens'
@@ -57,14 +61,11 @@ def batch_shape(
     # First-fit needs no more rows than this: a row that has no room for a sequence holds at least as many as fit at
     # their greatest length.
     needed = _ceil(sequences, row_tokens // max_length)
-    per_device = _ceil(needed, devices)
-    if micro_batch_tokens is not None:
-        per_device = min(per_device, micro_batch_tokens // row_tokens)
-    rows = per_device * devices
+    rows = min(_ceil(needed, devices), micro_batch_tokens // row_tokens) * devices
     return BatchShape(_ceil(needed, rows), rows, row_tokens)
 
 
-def batch_shapes(shape: BatchShape, kept: int) -> Batch:
+def abstract_batch(shape: BatchShape, kept: int) -> Batch:
     """A batch of `jax.ShapeDtypeStruct` whose distributions list `kept` tokens."""
     array = lambda dtype, *more: jax.ShapeDtypeStruct((*shape, *more), dtype)
     old = SparseLogProbs(array(jnp.int32, kept), array(jnp.float32, kept))
@@ -121,7 +122,7 @@ def make_batch(rollout: Rollout, advantages: np.ndarray, weights: np.ndarray, sh
     segments[order] = 1 + count - np.maximum.accumulate(np.where(new_row, count, 0))
 
     kept = rollout.support.tokens.shape[-1]
-    batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), batch_shapes(shape, kept))
+    batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_batch(shape, kept))
     batch.old.tokens.fill(-1)
     batch.old.log_probs.fill(-np.inf)
 

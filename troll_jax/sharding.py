@@ -83,7 +83,7 @@ def fetch(tree: Any) -> Any:
     """The whole arrays in the memory of every host, as numpy."""
 
     def whole(x: jax.Array | np.ndarray) -> np.ndarray:
-        here = getattr(x, 'is_fully_addressable', True)
+        here = isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated
         return np.asarray(x) if here else multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(whole, tree)

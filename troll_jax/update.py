@@ -161,8 +161,8 @@ def make_recompute(
             head = _run_head(decoder, part, policy, own_support=True)
             new, old = jax.vmap(jax.vmap(tail_rule))(head.at_old, head.own, _stand_in(mask, part.old))
             new_results = (
-                jnp.where(mask, head.log_probs, 0.0),
-                _stand_in(mask, head.own),
+                head.log_probs,
+                head.own,
                 jnp.where(mask, jax.vmap(jax.vmap(kl_divergence))(new.log_probs, old.log_probs), 0.0),
             )
             put = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0)

@@ -16,7 +16,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from experiments.benchmarks.update import KEPT, make_batch, model
+from experiments.benchmarks.update import KEPT, model, random_batch
 from troll_jax.models import decoder as decoders
 from troll_jax.ops.losses import troll
 from troll_jax.ops.support import default_tail
@@ -42,7 +42,7 @@ def lower_update(layers: int, responses: int = 8) -> jax.stages.Lowered:
     _, params = decoders.abstract(config)
     progress = Progress(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
     state = TrainState(progress, params, jax.eval_shape(optimizer.init, params))
-    return update.lower(state, jax.eval_shape(partial(make_batch, responses, config.vocab_size)))
+    return update.lower(state, jax.eval_shape(partial(random_batch, responses, config.vocab_size)))
 
 
 def main() -> None:

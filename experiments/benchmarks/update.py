@@ -77,7 +77,7 @@ def plain_clip_update(config, optimizer):
     return update
 
 
-def make_batch(rows: int, vocab_size: int) -> Batch:
+def random_batch(rows: int, vocab_size: int) -> Batch:
     """Responses of full length to random prompts, sampled from a distribution over KEPT random tokens."""
     keys, shape = jax.random.split(jax.random.key(0), 4), (1, rows, PROMPT + RESPONSE)
     tokens = jax.random.randint(keys[0], shape, 0, vocab_size)
@@ -124,7 +124,7 @@ def main() -> None:
     _, params = decoders.abstract(config)
     scalars = Progress(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
     shapes = TrainState(scalars, params, jax.eval_shape(optimizer.init, params))
-    batch_shapes = jax.eval_shape(partial(make_batch, arguments.tokens // RESPONSE, config.vocab_size))
+    batch_shapes = jax.eval_shape(partial(random_batch, arguments.tokens // RESPONSE, config.vocab_size))
     memory, flops = {}, {}
     for name, update in updates.items():
         compiled = update.lower(shapes, batch_shapes).compile()
@@ -133,7 +133,7 @@ def main() -> None:
 
     times = {name: [] for name in updates}
     if arguments.timed_tokens:
-        batch = make_batch(arguments.timed_tokens // RESPONSE, config.vocab_size)
+        batch = random_batch(arguments.timed_tokens // RESPONSE, config.vocab_size)
         params = decoders.init(config, jax.random.key(1))
         start = Progress(jnp.int32(0), jnp.int32(0), jnp.float32(0))
         state = TrainState(start, params, optimizer.init(params))

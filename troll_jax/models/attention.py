@@ -3,6 +3,7 @@
 Letters besides those of `troll_jax/types.py`: H query heads, M key-value heads, F head dimension, L cache length.
 """
 
+import re
 from collections.abc import Callable
 
 import jax
@@ -41,7 +42,7 @@ def packed_attention(
     Args:
       q: [B, S, H, F], k and v: [B, S, M, F].
       segment_ids: [B, S] int32: a token sees itself and what stands before it in its row under the same id.
-      implementation: one of `IMPLEMENTATIONS`, see `best_implementation`. All compute logits and probabilities in
+      implementation: one of `IMPLEMENTATIONS`, see `best_implementation`. All sum logits and take probabilities in
         float32; only 'xla' ever holds those of a whole row, [B, H, S, S].
 
     Returns:
@@ -50,12 +51,13 @@ def packed_attention(
     return IMPLEMENTATIONS[implementation](q, k, v, segment_ids)
 
 
-def best_implementation(platform: str, compute_dtype: str, head_dim: int) -> str:
-    """The fastest implementation on the devices of a platform, as `jax.Device.platform` names it."""
-    if platform == 'tpu':
+def best_implementation(device: jax.Device, compute_dtype: str, head_dim: int) -> str:
+    """The fastest implementation on such a device."""
+    if device.platform == 'tpu':
         return 'splash'
-    # What cuDNN's kernels take on every GPU that has them.
-    if platform in ('gpu', 'cuda') and compute_dtype == 'bfloat16' and head_dim <= 128 and head_dim % 8 == 0:
+    # NVIDIA's GPUs have a number here ('8.0' is Ampere's), AMD's a name.
+    capability = re.fullmatch(r'(\d+)\.\d+', str(getattr(device, 'compute_capability', '')))
+    if capability and int(capability[1]) >= 8 and compute_dtype == 'bfloat16' and head_dim <= 128 and head_dim % 8 == 0:
         return 'cudnn'
     return 'xla'
 

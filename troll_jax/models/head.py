@@ -135,7 +135,7 @@ class _Alone:
     """The communication of a device that holds everything."""
 
     offset = staticmethod(lambda size: 0)
-    sum_vocab = max_vocab = sum_batch = gather_candidates = staticmethod(lambda x: x)
+    sum_vocab = max_vocab = max_batch = gather_candidates = staticmethod(lambda x: x)
     gather_embed = scatter_embed = staticmethod(lambda x: x)
 
 
@@ -144,6 +144,7 @@ class _Shards:
 
     sum_vocab = staticmethod(partial(jax.lax.psum, axis_name=_VOCAB))
     max_vocab = staticmethod(partial(jax.lax.pmax, axis_name=_VOCAB))
+    max_batch = staticmethod(partial(jax.lax.pmax, axis_name=_BATCH))
     gather_candidates = staticmethod(partial(jax.lax.all_gather, axis_name=_VOCAB, axis=1, tiled=True))
     gather_embed = staticmethod(partial(jax.lax.all_gather, axis_name=_EMBED, axis=1, tiled=True))
 
@@ -187,7 +188,7 @@ def _forward(settings: _Settings, shards, hidden, unembedding, tokens, old_token
         return HeadOutput(at_log_probs[:, 0], entropy, at_log_probs[:, 1:], own), log_partition
 
     # One chunk after the other; of those without a token to learn from, nothing but zeros.
-    chunks = _Chunks.of(mask, settings.chunk)
+    chunks = _Chunks.of(mask, settings.chunk, shards)
     inputs = chunks.split((hidden, tokens, old_tokens))
     skip = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
     empty = jax.eval_shape(one_chunk, jax.tree.map(lambda x: x[0], inputs))
@@ -219,7 +220,7 @@ def _backward(settings: _Settings, shards, hidden, unembedding, mask, log_partit
         d_part += jnp.einsum('nv,nd->vd', d_scores, hidden.astype(part.dtype), preferred_element_type=jnp.float32)
         return d_part, d_hidden
 
-    chunks = _Chunks.of(mask, settings.chunk)
+    chunks = _Chunks.of(mask, settings.chunk, shards)
     inputs = chunks.split((hidden, log_partition, entropy, d_entropy, at, d_at))
     skip = lambda d_part, inputs: (d_part, jnp.zeros(inputs[0].shape, jnp.float32))
     d_part, d_hidden = jax.lax.scan(
@@ -243,17 +244,18 @@ class _Chunks(NamedTuple):
 
     place: jax.Array  # [N] where in the chunks, put together, a token stands
     order: jax.Array  # [C, size] the token that stands there; N past the last
-    needed: jax.Array  # [C] bool: which chunks hold a token of the mask
+    needed: jax.Array  # [C] bool: which chunks hold a token of the mask, on any device
 
     @classmethod
-    def of(cls, mask: jax.Array, chunk: int) -> '_Chunks':
+    def of(cls, mask: jax.Array, chunk: int, shards) -> '_Chunks':
         (count,) = mask.shape
         size = min(chunk, count)
         total = -(-count // size) * size
         needed = jnp.sum(mask)
         place = jnp.where(mask, jnp.cumsum(mask) - 1, needed + jnp.cumsum(~mask) - 1)
         order = jnp.full(total, count, jnp.int32).at[place].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)
-        return cls(place, order.reshape(-1, size), jnp.arange(0, total, size) < needed)
+        # The same on all devices, which have to meet in the sums of a chunk.
+        return cls(place, order.reshape(-1, size), jnp.arange(0, total, size) < shards.max_batch(needed))
 
     def split(self, inputs):
         """[N, ...] → [C, size, ...], filled up with zeros."""
