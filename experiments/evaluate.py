@@ -63,7 +63,8 @@ def evaluation(
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
     prompts = experiment.load_prompts(split, tokenizer)
-    settings = gin.get_bindings('train')
+    settings = {'slots': None, 'gather_weights': True} | gin.get_bindings('train')
+    settings['slots'] = settings['slots'] or settings['prompts_per_step'] * settings['samples_per_prompt']
     sampler = make_sampler(
         config,
         samples_per_prompt=samples_per_prompt,
@@ -74,8 +75,8 @@ def evaluation(
         mass=1.0,
         top_k=top_k,
         top_p=top_p,
-        slots=slots or settings.get('slots'),
-        gather_weights=settings.get('gather_weights', True),
+        slots=settings['slots'] if slots is None else slots,
+        gather_weights=settings['gather_weights'],
     )
     with jax.set_mesh(experiment.mesh), Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader:
         grader.start()
@@ -96,8 +97,12 @@ def evaluation(
             jax.random.key(seed),
             mesh=experiment.mesh,
         )
-    summary = {'step': step, 'split': split, 'temperature': temperature} | summarise(result)
-    name = f'{step}_{split}_{samples_per_prompt}'
+    options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
+    summary = {'step': step, 'split': split} | options | summarise(result)
+    # What is not as by default is part of the name, so that one evaluation does not overwrite another.
+    usual = {'temperature': 0.0 if samples_per_prompt == 1 else 1.0, 'top_k': None, 'top_p': None, 'seed': 0}
+    special = [f'_{option}_{value}' for option, value in options.items() if value != usual[option]]
+    name = f'{step}_{split}_{samples_per_prompt}' + ''.join(special)
     if jax.process_index() > 0:
         return summary
     (run_dir / f'evaluation_{name}.json').write_text(json.dumps(summary, indent=2) + '\n')

@@ -161,7 +161,7 @@ def train(
         config,
         max_response_length=experiment.max_response_length,
         stop_tokens=experiment.stop_tokens(tokenizer),
-        slots=slots,
+        slots=slots or prompts_per_step * samples_per_prompt,
         gather_weights=gather_weights,
     )
     sampler = new_sampler(

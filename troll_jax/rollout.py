@@ -2,8 +2,8 @@
 
 All requests of a rollout, G samples of each of B prompts, are known when it begins, so that the whole of it is one
 program: a fixed number of slots decodes in one loop, and a slot whose response has ended takes the next request in the
-same iteration. A prompt is prefilled once, shortly before its first sample is due, and its keys and values exist once
-for all of its samples. Shapes depend on no length: nothing compiles twice.
+iteration after that. A prompt is prefilled once, shortly before its first sample is due, and its keys and values exist
+once for all of its samples. Shapes depend on no length: as long as as many prompts come, nothing compiles twice.
 
 Letters besides those of `types.py`: E shards of the batch, each with a queue, slots and caches of its own on its own
 devices; U slots and Q places for prompts of a shard.
@@ -146,7 +146,9 @@ def make_sampler(
             support = select(best, best_log_probs, token, log_prob, mass=mass)
             return _Record(token, log_prob, blocks.entropy, support)
 
-        return jax.vmap(one_row)(scores, uniform)
+        record = jax.vmap(one_row)(scores, uniform)
+        # A policy of NaN draws anything: still a token of the vocabulary, and not of the padding of its last block.
+        return record._replace(tokens=jnp.minimum(record.tokens, config.vocab_size - 1))
 
     @jax.jit
     def program(params: dict, prompts: Prompts, keys: jax.Array, limits: jax.Array | None) -> Rollout:
@@ -158,7 +160,7 @@ def make_sampler(
         requests = _queue(prompts, keys, limits, shards, group, room, prefill_chunk)
         chunk = min(prefill_chunk, prompts.tokens.shape[1])
         state = _start(config, requests, slots, group, room, max_tokens)
-        batch = _prefill_batch(state, group)
+        batch = _prefill_batch(state.request.shape[1], group, state.place.shape[1])
 
         def prefill_is_due(state: _State) -> jax.Array:
             """Whether slots of any shard wait for a prompt for which there is a place."""
@@ -209,7 +211,7 @@ def make_sampler(
         )
 
     def sample(params, prompts: Prompts, keys: jax.Array, limits: jax.Array | None = None) -> Rollout:
-        _check_requests(prompts, limits, slots, room)
+        _check_requests(prompts, keys, limits, slots, group, room)
         return program(params, prompts, keys, limits)
 
     sample.program = program
@@ -220,6 +222,8 @@ def _check_settings(config, settings) -> None:
     temperature, slots, top_k, top_p = (settings[name] for name in ('temperature', 'slots', 'top_k', 'top_p'))
     if temperature < 0:
         raise ValueError(f'temperature must be positive, or 0 for greedy decoding; got {temperature}')
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise ValueError('top_k and top_p change nothing at temperature 0; set a temperature, or leave them out')
     if not settings['stop_tokens']:
         raise ValueError('no stop token: every response would run to max_response_length; set eos_token_id')
     if settings['samples_per_prompt'] < 1 or settings['max_response_length'] < 1:
@@ -246,10 +250,14 @@ def _check_settings(config, settings) -> None:
         raise ValueError(f'top_p must be in (0, 1], or None for all; got {top_p}')
 
 
-def _check_requests(prompts: Prompts, limits, slots: int | None, room: int) -> None:
+def _check_requests(prompts: Prompts, keys, limits, slots: int | None, group: int, room: int) -> None:
     """Raises a ValueError with the numbers, before anything is compiled."""
     shards = _batch_shards()
     batch, length = prompts.tokens.shape
+    if keys.shape != (batch,):
+        raise ValueError(f'{batch} prompts need as many keys; got keys of shape {keys.shape}')
+    if limits is not None and limits.shape != (batch * group,):
+        raise ValueError(f'{batch} prompts × {group} samples need as many limits; got limits of shape {limits.shape}')
     for name, count in [('prompts', batch), ('slots', slots or shards)]:
         if count % shards:
             raise ValueError(
@@ -312,7 +320,8 @@ def _start(config, requests: _Requests, slots: int | None, group: int, room: int
     (shards, batch, length), (_, count) = requests.tokens.shape, requests.keys.shape
     slots = count if slots is None else min(slots // shards, count)
     # A prompt keeps its place until the last of its samples has ended: several times as long as a mean response takes.
-    places = min(batch, 4 * -(-slots // group) + 1)
+    # Never in use are more than one for every slot and those of a prefill, which is due when a slot has none.
+    places = min(batch, 4 * -(-slots // group) + 1, slots + _prefill_batch(slots, group, batch))
 
     def full(value, *sizes, dtype=jnp.int32):
         return constrain(jnp.full((shards, *sizes), value, dtype), 'batch', *[None] * len(sizes))
@@ -343,10 +352,9 @@ def _start(config, requests: _Requests, slots: int | None, group: int, room: int
     )
 
 
-def _prefill_batch(state: _State, group: int) -> int:
+def _prefill_batch(slots: int, group: int, batch: int) -> int:
     """Prompts of a shard that are prefilled together: a quarter of those that fill its slots."""
-    slots = state.request.shape[1]
-    return min(-(-slots // (4 * group)), state.place.shape[1])
+    return min(-(-slots // (4 * group)), batch)
 
 
 def _prefill(decoder, requests: _Requests, state: _State, *, batch: int, chunk: int, group: int) -> _State:

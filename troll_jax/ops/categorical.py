@@ -47,15 +47,16 @@ def summarise(logits: jax.Array, axis_name: str | None = None) -> Blocks:
     blocks = to_blocks(logits)
     maxima = gather(jnp.max(blocks, axis=1))
     highest = jnp.max(maxima)
-    weights = jnp.exp(blocks - highest)
+    centred = blocks - highest
+    weights = jnp.exp(centred)
     sums = gather(jnp.sum(weights, axis=1))
-    # Σ w x, with 0 · −inf = 0.
-    moment = jnp.sum(weights * jnp.maximum(blocks, jnp.finfo(blocks.dtype).min))
+    # Σ w (x − highest), with 0 · −inf = 0.
+    moment = jnp.sum(weights * jnp.maximum(centred, jnp.finfo(centred.dtype).min))
     moment = moment if axis_name is None else jax.lax.psum(moment, axis_name)
     total = jnp.sum(sums)
     tokens = gather(first + BLOCK * jnp.arange(len(blocks), dtype=jnp.int32))
     log_total = jnp.log(total)
-    return Blocks(blocks, tokens, maxima, sums, highest + log_total, highest + log_total - moment / total)
+    return Blocks(blocks, tokens, maxima, sums, highest + log_total, log_total - moment / total)
 
 
 def _entries(blocks: Blocks, index: jax.Array, axis_name: str | None) -> jax.Array:
@@ -146,7 +147,7 @@ def truncate(logits: jax.Array, *, count: int | None, mass: float | None) -> jax
     """
     if count is not None:
         logits = jnp.where(logits >= top_k(logits, count)[0][-1], logits, -jnp.inf)
-    if mass is not None:
+    if mass is not None and mass < 1:
         falling = jnp.sort(logits)[::-1]
         probs = jax.nn.softmax(falling)
         kept = jnp.sum(jnp.cumsum(probs) - probs < mass)
