@@ -14,6 +14,7 @@ import dataclasses
 import inspect
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -123,7 +124,7 @@ def examine(
     iterations: int | None = None,
     without: str | None = None,
 ) -> dict:
-    """Compiles a program and returns what it needs.
+    """Compiles a program and returns what it needs; of one that the compiler finds too large, no more than its memory.
 
     Args:
       name: of the program, for the table.
@@ -138,7 +139,14 @@ def examine(
     """
     begin = time.perf_counter()
     traced = program.trace(*arguments)
-    compiled = traced.lower().compile()
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        # The compiler gives up where temporaries alone are more than there is, and says how much.
+        asked = re.search(r'temporaries \(([\d.]+)G\)', str(error))
+        if asked is None:
+            raise
+        return {'program': name, 'needed_gb': float(asked[1]), 'memory_gb': chip.memory / 1e9, 'fits': False}
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
@@ -173,9 +181,13 @@ def print_table(rows: list[dict]) -> None:
     print('| topology | program | arguments | temporary | needed of | fits | TFLOP | moved | sent | bound | tokens/s |')
     print('| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |')
     for row in rows:
+        head = f'| {row["topology"]} | {row["program"]} |'
+        if 'limit' not in row:
+            print(f'{head} | | over {row["needed_gb"]:.1f} of {row["memory_gb"]:.0f} GB | NO | | | | | |')
+            continue
         sent = ', '.join(f'{kind} {size:.2g} GB' for kind, size in row['sent_gb'].items()) or 'nothing'
         print(
-            f'| {row["topology"]} | {row["program"]} | {row["argument_gb"]:.2f} GB | {row["temporary_gb"]:.2f} GB | '
+            f'{head} {row["argument_gb"]:.2f} GB | {row["temporary_gb"]:.2f} GB | '
             f'{row["needed_gb"]:.1f} of {row["memory_gb"]:.0f} GB | {"yes" if row["fits"] else "NO"} | '
             f'{row["tflops"]:.3g} | {row["moved_gb"]:.3g} GB | {sent} | '
             f'{row["bound_seconds"]:.3g} s ({row["limit"]}) | {row["tokens_per_second"]:.3g} |'

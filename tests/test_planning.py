@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 
-from experiments.plan import plan
+from experiments.plan import examine, plan, print_table
 from troll_jax.models.attention import splash_attention
-from troll_jax.planning import Chip, Cost, add_iterations, count_flops, program_cost, roofline
+from troll_jax.planning import CHIPS, Chip, Cost, add_iterations, count_flops, program_cost, roofline
 from troll_jax.sharding import make_mesh, named_sharding
 
 REPOSITORY = Path(__file__).parent.parent
@@ -165,6 +166,18 @@ def test_a_real_plan(tmp_path):
     weights = 2 * (128 * 128 * (4 + 2 + 2 + 4) + 3 * 128 * 256)
     assert update['tflops'] > 6 * weights * 32 * 64 / 4 / 1e12
     assert '| v5e:2x2 | update |' in result.stdout and update['sent_gb']
+
+
+def test_what_is_too_large_for_the_compiler_does_not_fit(capsys):
+    """Guards the verdict on a program that cannot even be compiled: a row of the table, and not a traceback."""
+    devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
+    mesh = make_mesh(1, 4, 1, devices=devices)
+    large = jax.ShapeDtypeStruct((60_000, 60_000), jnp.float32, sharding=named_sharding(mesh, (None, None)))
+    program = jax.jit(lambda x: jnp.sum((x @ x) @ (x @ x)))
+    row = examine('large', program, (large,), chip=CHIPS['v5e'], devices=4, tokens=1)
+    assert not row['fits'] and row['needed_gb'] > row['memory_gb'] == 16
+    print_table([{'topology': 'v5e:2x2'} | row])
+    assert '| v5e:2x2 | large | | | over' in capsys.readouterr().out
 
 
 def test_an_unknown_topology_is_an_error():

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
@@ -51,7 +51,9 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
             f'mesh {sizes} needs {fixed if not free else f"a multiple of {fixed}"} devices, but {count} '
             f'({devices[0].platform}) are there; change make_mesh.data, make_mesh.fsdp or make_mesh.tensor'
         )
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # An axis may be shorter than a side of the slice: 2 of the 4 × 4 × 4 chips of a TPU, say.
+    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
