@@ -13,7 +13,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,13 +34,11 @@ from troll_jax.ops.regularisers import regularised
 from troll_jax.optimizer import adamw
 from troll_jax.packing import batch_shape
 from troll_jax.rewards.pool import Grader
-from troll_jax.rollout import make_sampler
 from troll_jax.sharding import fetch, place
 from troll_jax.types import Progress, TrainState
 from troll_jax.update import make_update
 
 matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
@@ -101,18 +99,7 @@ class Bench:
             self.experiment.load_prompts(split, self.tokenizer) for split in ('train', 'test')
         )
         _, self.start = load_pretrained(self.experiment.model, mesh=self.experiment.mesh)
-
-    @cache
-    def sampler(self, samples: int, temperature: float = 1.0, max_tokens: int = 1, mass: float = 1.0) -> Callable:
-        return make_sampler(
-            self.config,
-            samples_per_prompt=samples,
-            max_response_length=self.experiment.max_response_length,
-            stop_tokens=self.experiment.stop_tokens(self.tokenizer),
-            temperature=temperature,
-            max_tokens=max_tokens,
-            mass=mass,
-        )
+        self.bindings = gin.get_bindings('train')
 
     def programs(self, method: str) -> tuple[dict[str, Any], optax.GradientTransformation, Callable]:
         """The bindings of `train` for a method, an optimizer whose learning rate is part of its state, the update."""

@@ -17,6 +17,7 @@ import gin
 import jax
 from transformers import PreTrainedTokenizerBase
 
+from troll_jax.critic import Critic
 from troll_jax.data.prompts import PromptSet, encode_prompts
 from troll_jax.data.tasks import Task
 from troll_jax.data.tasks.arithmetic import Arithmetic
@@ -28,7 +29,7 @@ from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_config
 from troll_jax.ops import advantages, aggregation, categorical, losses, projection, regularisers, schedules, support
 from troll_jax.optimizer import adamw
-from troll_jax.rewards import length
+from troll_jax.rewards import terms
 from troll_jax.sharding import make_mesh
 
 CONFIG_HELP = 'a gin file; more of them may follow, such as those of configs/objectives after a task'
@@ -37,10 +38,11 @@ _registered: dict[str, list[str]] = {}  # names of what gin files can name, with
 _command_line: list[str] = []  # the bindings that `parse` was given last
 
 
-def register(target, fixed: Sequence[str] = ()):
-    """Makes a function or class known to gin under its own name. `fixed` parameters cannot be bound."""
-    _registered[target.__name__] = [name for name in inspect.signature(target).parameters if name not in fixed]
-    return gin.external_configurable(target, name=target.__name__, module='troll_jax', denylist=list(fixed) or None)
+def register(target, fixed: Sequence[str] = (), name: str | None = None):
+    """Makes a function or class known to gin under its own or another name. `fixed` parameters cannot be bound."""
+    name = name or target.__name__
+    _registered[name] = [parameter for parameter in inspect.signature(target).parameters if parameter not in fixed]
+    return gin.external_configurable(target, name=name, module='troll_jax', denylist=list(fixed) or None)
 
 
 for _target in (
@@ -58,6 +60,7 @@ for _target in (
     advantages.leave_one_out,
     advantages.no_baseline,
     adamw,
+    Critic,
     make_mesh,
     Arithmetic,
     GSM8K,
@@ -68,11 +71,17 @@ for _target in (
     aggregation.sequence_mean,
     aggregation.sequence_sum,
     aggregation.constant_length,
-    length.soft_overlong,
 ):
     register(_target, fixed=('lengths', 'max_length'))  # which `train` passes
-for _target in (regularisers.entropy_bonus, regularisers.kl_to_old):
+register(advantages.greedy_baseline, fixed=('rewards', 'greedy_reward'))
+register(advantages.gae, fixed=('rewards', 'values'))
+register(adamw, name='critic_adamw')  # of a critic, so that it has bindings of its own
+for _target in (terms.task_reward, terms.soft_overlong):
+    register(_target, fixed=('responses',))
+for _target in (regularisers.entropy_bonus, regularisers.kl_to_old, regularisers.kl_to_reference):
     register(_target, fixed=('row',))
+for _target in (regularisers.k1, regularisers.k2, regularisers.k3):
+    register(_target, fixed=('log_probs', 'other_log_probs'))  # which `kl_to_reference` passes
 for _target in (losses.token_region, losses.sequence_region):
     register(_target, fixed=('new', 'old', 'segments', 'bound'))  # which `troll` passes
 for _target in (losses.token_ratio, losses.sequence_ratio):

@@ -12,7 +12,7 @@ import pytest
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.optimizer import adamw, state_shapes
 from troll_jax.sharding import make_mesh, named_sharding
-from troll_jax.types import Progress, TrainState
+from troll_jax.types import START, Progress, TrainState
 
 AXES = {
     'embedding': ('vocab', 'embed'),
@@ -28,8 +28,7 @@ def shapes_on(mesh, optimizer=None, **sizes) -> TrainState:
         return jax.ShapeDtypeStruct(size, jnp.float32, sharding=named_sharding(mesh, axes))
 
     params = jax.tree.map(shape, AXES, is_leaf=lambda x: isinstance(x, tuple))
-    scalar = partial(jax.ShapeDtypeStruct, (), sharding=named_sharding(mesh, ()))
-    progress = Progress(scalar(jnp.int32), scalar(jnp.int32), scalar(jnp.float32))
+    progress = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=named_sharding(mesh, ())), START)
     return TrainState(progress, params, state_shapes(optimizer or adamw(), params))
 
 
@@ -42,7 +41,7 @@ def state_on(mesh, step: int) -> TrainState:
         return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
 
     shapes = shapes_on(mesh)
-    progress = Progress(np.int32(step), np.int32(8 * step), np.float32(0.1 * step))
+    progress = Progress(np.int32(step), np.int32(8 * step), np.float32(0.1 * step), np.int32(2 * step))
     place = lambda x, leaf: jax.device_put(x, leaf.sharding)
     return TrainState(jax.tree.map(place, progress, shapes.progress), *jax.tree.map(draw, tuple(shapes[1:])))
 

@@ -6,20 +6,25 @@ from pathlib import Path
 
 import gin
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import experiments.train
 from experiments.config import parse
-from troll_jax.ops.advantages import whiten
+from troll_jax.critic import token_rewards
+from troll_jax.ops.advantages import needs_greedy_reward, needs_values, whiten
 from troll_jax.ops.categorical import entropy
-from troll_jax.ops.losses import TokenLogProbs
+from troll_jax.ops.losses import ReferenceView, TokenLogProbs
 from troll_jax.ops.regularisers import regularised
-from troll_jax.ops.support import at_tokens, sparsify
+from troll_jax.ops.support import at_tokens, bucket_tail, sparsify
+from troll_jax.rewards.terms import Responses, weigh
+from troll_jax.types import SparseLogProbs
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
 FILES = sorted(CONFIGS.glob('objectives/*.gin'))
+
+# What belongs to a critic or to sampling, and not to a loss: tests/test_learn.py and test_collect.py see these change.
+ELSEWHERE = ('train.critic', 'Critic.', 'critic_adamw.', 'train.max_draws')
 
 # What takes the place of each choice; the second if the first is what the file has.
 OTHERS = {
@@ -27,7 +32,8 @@ OTHERS = {
     'train.aggregation': ('@sequence_mean', '@token_mean'),
     'train.estimator': ('@mean_centred', '@group_normalised'),
     'train.tail_rule': ('@default_tail',),
-    'train.length_penalty': ('None',),
+    'train.rewards': ("[('task', 1.0, @task_reward)]",),
+    'kl_to_reference.estimator': ('@k1',),
     'train.regularisers': ('[]',),
     'train.whiten_advantages': ('False',),
     'troll.ratio': ('@token_ratio',),
@@ -45,6 +51,10 @@ SEGMENTS = np.repeat(np.arange(1, len(LENGTHS) + 1), LENGTHS)
 OLD = RANDOM.normal(size=(len(SEGMENTS), VOCAB)).astype(np.float32)
 NEW = OLD + (2 * RANDOM.normal(size=OLD.shape) * RANDOM.random((len(SEGMENTS), 1)) ** 2).astype(np.float32)
 TOKENS = RANDOM.integers(VOCAB, size=len(SEGMENTS))
+REFERENCE = RANDOM.normal(size=OLD.shape).astype(np.float32)
+GREEDY = RANDOM.normal(size=GROUPS).astype(np.float32)
+MASK = np.arange(LIMIT) < LENGTHS[:, None]
+VALUES = RANDOM.normal(size=MASK.shape).astype(np.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -55,29 +65,36 @@ def no_bindings():
 
 
 def token_losses() -> np.ndarray:
-    """The weighted losses of the tokens above, by the configuration, in the way of `experiments.train`."""
+    """The weighted losses of the tokens above, by the configuration, in the way of `troll_jax.learn`."""
     defaults = {name: p.default for name, p in inspect.signature(experiments.train.train).parameters.items()}
     chosen = defaults | gin.get_bindings('train')
-    rewards = REWARDS
-    if chosen['length_penalty'] is not None:
-        rewards = rewards + chosen['length_penalty'](LENGTHS, max_length=LIMIT).reshape(REWARDS.shape)
-    advantages = jax.vmap(chosen['estimator'])(rewards)
-    advantages = np.asarray(whiten(advantages) if chosen['whiten_advantages'] else advantages).reshape(-1)
+    responses = Responses([''] * len(LENGTHS), LENGTHS, LIMIT, REWARDS.reshape(-1))
+    rewards, _ = weigh(chosen['rewards'], responses)
+    estimator = chosen['estimator']
+    if needs_values(estimator):
+        of_tokens = token_rewards(rewards, np.zeros(MASK.shape, np.float32), LENGTHS)
+        advantages = jax.vmap(estimator)(of_tokens, VALUES * MASK)
+        advantages = (whiten(advantages, MASK) if chosen['whiten_advantages'] else advantages)[MASK]
+    else:
+        more = (GREEDY,) if needs_greedy_reward(estimator) else ()
+        advantages = jax.vmap(estimator)(rewards.reshape(REWARDS.shape), *more)
+        advantages = (whiten(advantages) if chosen['whiten_advantages'] else advantages).reshape(-1)[SEGMENTS - 1]
     weights = np.asarray(chosen['aggregation'](LENGTHS, max_length=LIMIT))
     objective = regularised(chosen['objective'], chosen['regularisers'])
-    row = row_of(chosen['tail_rule'])
-    return objective(row, jnp.asarray(advantages[SEGMENTS - 1])).loss * weights[SEGMENTS - 1]
+    return objective(row_of(chosen['tail_rule']), advantages).loss * weights[SEGMENTS - 1]
 
 
 @partial(jax.jit, static_argnums=0)
 def row_of(tail_rule) -> TokenLogProbs:
-    def one(new, old, token, segment):
-        new, old = jax.nn.log_softmax(new), jax.nn.log_softmax(old)
+    def one(new, old, reference, token, segment):
+        new, old, reference = (jax.nn.log_softmax(x) for x in (new, old, reference))
         own, listed = (sparsify(x, token, max_tokens=KEPT, mass=1.0) for x in (new, old))
         on_support = tail_rule(at_tokens(new, listed.tokens), own, listed)
-        return TokenLogProbs(token, segment, new[token], old[token], *on_support, entropy(new))
+        at_old = SparseLogProbs(listed.tokens, at_tokens(reference, listed.tokens))
+        view = ReferenceView(reference[token], *bucket_tail(at_tokens(new, listed.tokens), None, at_old))
+        return TokenLogProbs(token, segment, new[token], old[token], *on_support, entropy(new), view)
 
-    return jax.vmap(one)(NEW, OLD, TOKENS, SEGMENTS)
+    return jax.vmap(one)(NEW, OLD, REFERENCE, TOKENS, SEGMENTS)
 
 
 def other_value(name: str, value: str) -> str:
@@ -98,6 +115,8 @@ def test_every_binding_changes_the_loss(file):
     expected = token_losses()
     assert np.isfinite(expected).all()
     for name, value in bindings:
+        if name.startswith(ELSEWHERE):
+            continue
         gin.clear_config()
         parse([task, file], [f'{name} = {other_value(name, value)}'])
         assert np.abs(token_losses() - expected).max() > 1e-6, f'{name} = {value}'

@@ -19,7 +19,7 @@ from troll_jax.ops.support import default_tail
 from troll_jax.packing import batch_shape, make_batch
 from troll_jax.rollout import _queue, _start, _uniform, make_sampler
 from troll_jax.sharding import make_mesh, named_sharding
-from troll_jax.types import Progress, Prompts, TrainState
+from troll_jax.types import START, Prompts, TrainState
 from troll_jax.update import make_update
 
 VOCAB, PROMPT, RESPONSE, GROUP, KEPT, MASS = 38, 5, 7, 3, 11, 1 - 1e-5
@@ -143,7 +143,7 @@ def test_update_finds_the_policy_unchanged():
     count = len(result.tokens)
     weights = np.full(count, 1 / result.response_lengths.sum(), np.float32)
     batch = make_batch(result, np.ones(count, np.float32), weights, batch_shape(count, PROMPT + RESPONSE))
-    start = Progress(jnp.int32(0), jnp.int32(0), jnp.float32(0))
+    start = jax.tree.map(jnp.asarray, START)
     metrics = update(TrainState(start, params, optax.sgd(0.0).init(params)), batch)[1].metrics
     assert metrics['kl_max'] < 1e-4 and abs(metrics['ratio_max'] - 1) < 1e-4
     np.testing.assert_allclose(metrics['entropy_mean'], result.entropy.mean(), atol=1e-4)

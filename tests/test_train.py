@@ -201,7 +201,8 @@ def test_every_method_trains(tmp_path, model, method):
 OPTIONS = [
     ['train.regularisers = [@entropy_bonus]', 'entropy_bonus.coefficient = 1.0'],
     ['train.whiten_advantages = True'],
-    ['train.length_penalty = @soft_overlong', 'soft_overlong.share = 1.0'],
+    ["train.rewards = [('task', 1.0, @task_reward), ('overlong', 1.0, @soft_overlong)]", 'soft_overlong.share = 1.0'],
+    ['train.reward_penalty = @kl_to_reference', 'kl_to_reference.coefficient = 1.0'],
     ['train.mask_truncated = True'],
 ]
 
@@ -210,12 +211,12 @@ def test_options_of_the_loop_change_what_is_learnt(tmp_path, model):
     """Guards options that the loop takes and forgets. The only update sees the same data with each of them."""
     settings = ['train.steps = 1', 'train.minibatch_prompts = 16', 'train.table_every = 0']
     plain = run(tmp_path / 'plain', model, *settings, task=HASH)[0]
-    assert plain['rollout/truncated_share'] > 0.1 and plain['reward/length_penalty'] == 0
+    assert plain['rollout/truncated_share'] > 0.1 and plain['reward/mean'] == plain['reward/task']
     for option in OPTIONS:
         row = run(tmp_path / option[0], model, *settings, *option, task=HASH)[0]
-        assert row['reward/mean'] == plain['reward/mean']
+        assert row['reward/task'] == plain['reward/task']
         assert abs(row['update/gradient_norm'] / plain['update/gradient_norm'] - 1) > 0.01, option
-        assert (row['reward/length_penalty'] < -0.1) == ('length_penalty' in option[0])
+        assert (row.get('reward/overlong', 0) < -0.1) == ('overlong' in option[0])
 
 
 def test_without_learning_the_sampler_is_the_trainer(tmp_path, model):

@@ -21,7 +21,7 @@ from troll_jax.ops.schedules import adaptive_bound
 from troll_jax.ops.support import bucket_tail, default_tail, sparsify
 from troll_jax.packing import BatchShape, abstract_batch, batch_shape, make_batch
 from troll_jax.sharding import make_mesh, place
-from troll_jax.types import Batch, Progress, Rollout, TrainState
+from troll_jax.types import START, Batch, Rollout, TrainState
 from troll_jax.update import _summarise, make_recompute, make_update
 
 VOCAB, PROMPT, RESPONSE, ROWS, KEPT, MASS = 38, 3, 5, 8, 11, 1 - 1e-5
@@ -132,7 +132,7 @@ def run(update, params, data: Batch):
 def start(params, optimizer) -> TrainState:
     """The state of a run that begins with a copy of these parameters."""
     params = jax.tree.map(jnp.copy, params)
-    progress = Progress(jnp.int32(0), jnp.int32(0), jnp.float32(0))
+    progress = jax.tree.map(jnp.asarray, START)
     return TrainState(progress, params, optimizer.init(params))
 
 
@@ -447,7 +447,7 @@ def test_no_array_of_tokens_by_vocabulary(objective):
     settings = dict(temperature=1.0, tail_rule=default_tail, max_tokens=KEPT, mass=MASS, head_chunk=chunk)
     update = make_update(config, SGD, objective=objective, **settings)
     _, params = decoders.abstract(config)
-    progress = Progress(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
+    progress = jax.eval_shape(lambda: START)
     state = TrainState(progress, params, jax.eval_shape(SGD.init, params))
     text = update.lower(state, abstract_batch(shape, KEPT)).compile().as_text()
     found = re.findall(r'\b(?:f|bf|s|u|pred)\d*\[([\d,]+)\]', text)
@@ -463,13 +463,14 @@ def test_recomputed_old_policy_is_the_recorded_one(tail_rule):
     recompute = make_recompute(CONFIG, **settings)
     data = batch(PACKED[1])
     learnt = data.weights > 0
-    result, kl = jax.tree.map(np.asarray, recompute(policy_params(), data))
+    result, kl, importance = jax.tree.map(np.asarray, recompute(policy_params(), data))
+    np.testing.assert_array_equal(importance, 1)
     np.testing.assert_allclose(result.old_log_probs, data.old_log_probs, atol=1e-5)
     np.testing.assert_array_equal(np.sort(result.old.tokens[learnt]), np.sort(data.old.tokens[learnt]))
     np.testing.assert_allclose(np.exp(result.old.log_probs[learnt]), np.exp(data.old.log_probs[learnt]), atol=1e-5)
     assert kl < 1e-6
     # From other parameters it is their policy, whatever was recorded; and the noise is the distance between the two.
-    moved, kl = jax.tree.map(np.asarray, recompute(nearby_params(), data))
+    moved, kl, _ = jax.tree.map(np.asarray, recompute(nearby_params(), data))
     assert np.abs(moved.old_log_probs - data.old_log_probs)[learnt].max() > 0.1 and kl > 1e-3
     step, metrics = run(updater(ppo_clip), nearby_params(), moved)
     np.testing.assert_allclose(metrics['ratio_max'], 1, atol=1e-4)
@@ -481,13 +482,12 @@ def test_recompute_weighs_advantages():
     """Guards which policy is above the line, the limit, and that nothing else depends on it."""
     settings = dict(temperature=1.0, tail_rule=bucket_tail, max_tokens=KEPT, mass=MASS, head_chunk=7)
     data = batch(PACKED[1])
-    plain, _ = jax.tree.map(np.asarray, make_recompute(CONFIG, **settings)(nearby_params(), data))
-    weighted, _ = jax.tree.map(
+    plain, *_ = jax.tree.map(np.asarray, make_recompute(CONFIG, **settings)(nearby_params(), data))
+    weighted, _, importance = jax.tree.map(
         np.asarray, make_recompute(CONFIG, importance_limit=1.1, **settings)(nearby_params(), data)
     )
     ratio = np.exp(plain.old_log_probs - data.old_log_probs)
     learnt = data.weights > 0
-    expected = data.advantages * np.minimum(ratio, 1.1)
-    np.testing.assert_allclose(weighted.advantages[learnt], expected[learnt], rtol=1e-4)
+    np.testing.assert_allclose(importance[learnt], np.minimum(ratio, 1.1)[learnt], rtol=1e-4)
     assert (ratio[learnt] > 1.1).any() and (ratio[learnt] < 1).any()
-    assert_same(weighted._replace(advantages=data.advantages), plain)
+    assert_same(weighted, plain)

@@ -7,7 +7,9 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from troll_jax.types import Progress, TrainState
+from troll_jax.types import CriticState, Progress, TrainState
+
+_OPTIONAL = ('critic', 'reference')  # items of a state that not every run has
 
 
 class Checkpoints:
@@ -30,7 +32,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.path,
             options=options,
-            item_handlers={name: ocp.StandardCheckpointHandler() for name in ('progress', 'params', 'opt_state')},
+            item_handlers={name: ocp.StandardCheckpointHandler() for name in TrainState._fields},
         )
 
     def __enter__(self) -> 'Checkpoints':
@@ -61,7 +63,10 @@ class Checkpoints:
           ValueError: the checkpoint cannot be read, or holds other arrays than `shapes`.
         """
         restored = self._restore(step, _items(shapes))
-        return TrainState(**restored | {'progress': Progress(**restored['progress'])})
+        restored['progress'] = Progress(**restored['progress'])
+        if 'critic' in restored:
+            restored['critic'] = CriticState(**restored['critic'])
+        return TrainState(**restored)
 
     def restore_params(self, shapes: Any, step: int) -> Any:
         """Restores the parameters alone. Arguments and errors as in `restore`."""
@@ -92,6 +97,8 @@ class Checkpoints:
         saved = self._manager.item_metadata(step)
         for item, expected in shapes.items():
             if saved[item] is None:
+                if item in _OPTIONAL and not (self.path / str(step) / item).exists():
+                    raise _Mismatch(f'it holds no {item}')
                 raise FileNotFoundError(f'no metadata of {item}')
             got = _shapes_by_name(saved[item])
             want = _shapes_by_name(expected)
@@ -101,7 +108,8 @@ class Checkpoints:
 
 
 def _items(state: TrainState) -> dict[str, Any]:
-    return state._asdict() | {'progress': state.progress._asdict()}
+    as_dict = lambda x: x._asdict() if isinstance(x, Progress | CriticState) else x
+    return {name: as_dict(value) for name, value in state._asdict().items() if value is not None}
 
 
 class _Mismatch(Exception):

@@ -100,12 +100,42 @@ def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarra
     return rows, starts
 
 
+class Layout(NamedTuple):
+    """Where N response tokens stand in the rows of a batch."""
+
+    response: np.ndarray  # [N] of R
+    t: np.ndarray  # [N] of T
+    at: np.ndarray  # [N] of M · Z · S
+    shape: BatchShape
+    padded: tuple[int, int]  # R, T
+
+    def scatter(self, values: np.ndarray) -> np.ndarray:
+        """Values of responses' tokens [R, T] at their places in a batch [M, Z, S]; 0 elsewhere."""
+        out = np.zeros(np.prod(self.shape), values.dtype)
+        out[self.at] = values[self.response, self.t]
+        return out.reshape(self.shape)
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """The way back, from [M, Z, S] to [R, T]; 0 behind the end of a response."""
+        out = np.zeros(self.padded, values.dtype)
+        out[self.response, self.t] = values.reshape(-1)[self.at]
+        return out
+
+
+def response_layout(rollout: Rollout, shape: BatchShape) -> Layout:
+    """Where `make_batch` puts the tokens of R responses."""
+    rows, starts = first_fit(rollout.prompt_lengths + rollout.response_lengths, shape.row_tokens)
+    begin = rows * shape.row_tokens + starts + rollout.prompt_lengths
+    response, t = _every_token(rollout.response_lengths)
+    return Layout(response, t, begin[response] + t, shape, rollout.log_probs.shape)
+
+
 def make_batch(rollout: Rollout, advantages: np.ndarray, weights: np.ndarray, shape: BatchShape) -> Batch:
     """Packs responses and what is known of them into one batch.
 
     Args:
       rollout: R responses, in numpy.
-      advantages: [R]
+      advantages: [R] or [R, T]
       weights: [R] of a response's tokens in the loss, see `troll_jax.ops.aggregation`; 0 leaves it out.
       shape: as `batch_shape` gives it for R sequences.
 
@@ -129,17 +159,15 @@ def make_batch(rollout: Rollout, advantages: np.ndarray, weights: np.ndarray, sh
     def fill(array: np.ndarray, to: np.ndarray, values: np.ndarray) -> None:
         array.reshape(-1, *array.shape[3:])[to] = values
 
-    begin = rows * shape.row_tokens + starts
     source, position = _every_token(lengths)
-    to = begin[source] + position
+    to = (rows * shape.row_tokens + starts)[source] + position
     fill(batch.tokens, to, rollout.tokens[source, position])
     fill(batch.positions, to, position)
     fill(batch.segment_ids, to, segments[source])
 
-    source, t = _every_token(rollout.response_lengths)
-    to = (begin + rollout.prompt_lengths)[source] + t
+    source, t, to, *_ = response_layout(rollout, shape)
     fill(batch.weights, to, weights[source])
-    fill(batch.advantages, to, advantages[source])
+    fill(batch.advantages, to, advantages[source] if advantages.ndim == 1 else advantages[source, t])
     fill(batch.old_log_probs, to, rollout.log_probs[source, t])
     fill(batch.old.tokens, to, rollout.support.tokens[source, t])
     fill(batch.old.log_probs, to, rollout.support.log_probs[source, t])

@@ -16,6 +16,7 @@ Axis glossary:
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 
 class SparseLogProbs(NamedTuple):
@@ -67,6 +68,13 @@ class Rollout(NamedTuple):
         return self.stop_token >= 0
 
 
+class Reference(NamedTuple):
+    """What a reference model says of the tokens of a batch, at the temperature of the sampling."""
+
+    log_probs: jax.Array  # [M, Z, S] float32
+    at_old: jax.Array  # [M, Z, S, K] float32, of the tokens that the old policy lists
+
+
 class Batch(NamedTuple):
     """What one update learns from: rows in which sequences, each a prompt and its response, lie end to end.
 
@@ -80,22 +88,35 @@ class Batch(NamedTuple):
     advantages: jax.Array  # [M, Z, S] float32
     old_log_probs: jax.Array  # [M, Z, S] float32
     old: SparseLogProbs  # [M, Z, S, K]
+    reference: Reference | None = None  # if there is a reference model
+    values: jax.Array | None = None  # [M, Z, S] float32, by the critic before its update, if there is one
+    returns: jax.Array | None = None  # [M, Z, S] float32, what it is to learn
 
 
 class Progress(NamedTuple):
-    """How far a run has come: what a schedule may depend on."""
+    """How far a run has come: what a schedule may depend on, and where the data goes on."""
 
     step: jax.Array | int = 0  # [] int32, rollout batches learnt from so far
     updates: jax.Array | int = 0  # [] int32, of the parameters
     projected: jax.Array | float = 0.0  # [] float32, the share of tokens that were projected, summed over the updates
+    draws: jax.Array | int = 0  # [] int32, batches of prompts taken so far: one a step, more if groups are replaced
 
 
-START = Progress()
+START = Progress(np.int32(0), np.int32(0), np.float32(0), np.int32(0))
+
+
+class CriticState(NamedTuple):
+    """A critic and its optimizer."""
+
+    params: Any  # nested dict of arrays, float32
+    opt_state: Any
 
 
 class TrainState(NamedTuple):
-    """All that a run needs to go on. Data order and random keys are functions of (seed, step)."""
+    """All that a run needs to go on. Data order and random keys are functions of the seed and of `progress`."""
 
     progress: Progress
     params: Any  # nested dict of arrays, float32
     opt_state: Any  # as optax returns it
+    critic: CriticState | None = None
+    reference: Any = None  # parameters of the reference model, in the dtype that it computes in

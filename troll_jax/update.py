@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,13 +10,13 @@ import optax
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.head import HeadOutput, sparse_head
-from troll_jax.ops.losses import TokenLogProbs, TokenLosses
+from troll_jax.ops.losses import ReferenceView, TokenLogProbs, TokenLosses
 from troll_jax.ops.projection import kl_divergence
-from troll_jax.ops.regularisers import truncated_importance_weights
-from troll_jax.ops.support import needs_own_support
+from troll_jax.ops.regularisers import Regulariser, truncated_importance_weights
+from troll_jax.ops.support import bucket_tail, needs_own_support
 from troll_jax.optimizer import apply_gradients
 from troll_jax.sharding import constrain
-from troll_jax.types import Batch, Progress, SparseLogProbs, TrainState
+from troll_jax.types import Batch, Progress, Reference, SparseLogProbs, TrainState
 
 Objective = Callable[[TokenLogProbs, jax.Array, Progress], TokenLosses]
 Aggregation = Callable[..., jax.Array]
@@ -88,28 +88,8 @@ def make_update(
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, UpdateLog]:
-        def accumulate(i, total):
-            part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
-            (loss, logs), gradients = jax.value_and_grad(loss_and_logs, has_aux=True)(
-                state.params, state.progress, part
-            )
-            write = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0)
-            return (
-                jax.tree.map(jnp.add, total[0], gradients),
-                total[1] + loss,
-                jax.tree.map(write, total[2], logs),
-            )
-
-        first = jax.tree.map(lambda x: x[0], batch)
-        _, log_shapes = jax.eval_shape(loss_and_logs, state.params, state.progress, first)
-        count = batch.tokens.shape[0]
-        empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), log_shapes)
-        total = jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0), empty
-        if count == 1:
-            gradients, loss, logs = accumulate(0, total)
-        else:
-            # How many micro-batches there are is known at run time only: one program, whatever the lengths.
-            gradients, loss, logs = jax.lax.fori_loop(0, _micro_batches(batch), accumulate, total)
+        loss_of = lambda params, part: loss_and_logs(params, state.progress, part)
+        gradients, loss, logs = gradients_of(loss_of, state.params, batch)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         with jax.named_scope('optimizer'):
@@ -124,9 +104,38 @@ def make_update(
         held = logs.get('projected', logs.get('clipped', jnp.zeros_like(mask)))
         count = lambda which: jnp.zeros(config.vocab_size, jnp.int32).at[batch.tokens].add(which & mask)
         log = UpdateLog(metrics, seen=count(mask), held=count(held))
-        return TrainState(progress, params, opt_state), log
+        return state._replace(progress=progress, params=params, opt_state=opt_state), log
 
     return update
+
+
+def gradients_of(loss: Callable[..., tuple[jax.Array, Any]], params, batch: Batch) -> tuple[Any, jax.Array, Any]:
+    """The gradient of a loss that is a sum over tokens, micro-batch by micro-batch.
+
+    Args:
+      loss: (params, micro-batch [Z, S, …]) → loss, logs [Z, S].
+      params: of the loss.
+      batch: arrays [M, Z, S, …].
+
+    Returns:
+      gradients, loss [], logs [M, Z, S]; those of micro-batches without a sequence are zero.
+    """
+
+    def accumulate(i, total):
+        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
+        (one, logs), gradients = jax.value_and_grad(loss, has_aux=True)(params, part)
+        write = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0)
+        return jax.tree.map(jnp.add, total[0], gradients), total[1] + one, jax.tree.map(write, total[2], logs)
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    _, log_shapes = jax.eval_shape(loss, params, first)
+    count = batch.tokens.shape[0]
+    empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), log_shapes)
+    total = jax.tree.map(jnp.zeros_like, params), jnp.float32(0), empty
+    if count == 1:
+        return accumulate(0, total)
+    # How many micro-batches there are is known at run time only: one program, whatever the lengths.
+    return jax.lax.fori_loop(0, micro_batches(batch), accumulate, total)
 
 
 def make_recompute(
@@ -138,48 +147,94 @@ def make_recompute(
     mass: float,
     head_chunk: int = 1024,
     importance_limit: float | None = None,
-) -> Callable[[dict, Batch], tuple[Batch, jax.Array]]:
-    """Builds the jitted recompute(params, batch) → (batch, kl []).
+) -> Callable[[dict, Batch], tuple[Batch, jax.Array, jax.Array]]:
+    """Builds the jitted recompute(params, batch) → (batch, kl [], importance [M, Z, S]).
 
     π_old as the forward pass of training computes it takes the place of what the sampler recorded, which is how the
-    paper does it. `kl` is the mean over the tokens of KL(recomputed ‖ recorded), the noise between the two. Arguments
-    are those of `make_update`; the parameters must be the ones that sampled.
+    paper does it. `kl` is the mean over the tokens of KL(recomputed ‖ recorded), the noise between the two, and
+    `importance` what advantages are to be multiplied by. Arguments are those of `make_update`; the parameters must be
+    the ones that sampled.
 
     Args:
-      importance_limit: advantages are multiplied by `truncated_importance_weights` up to this; None leaves them.
+      importance_limit: of the `truncated_importance_weights`; None: all are 1.
     """
     graphdef, _ = decoders.abstract(config)
     policy = _Policy(temperature, tail_rule, max_tokens, mass, head_chunk)
 
     @jax.jit
-    def recompute(params, batch: Batch) -> tuple[Batch, jax.Array]:
+    def recompute(params, batch: Batch) -> tuple[Batch, jax.Array, jax.Array]:
         decoder = decoders.bind(graphdef, params)
 
-        def write(i, results):
-            part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
+        def one(part: Batch):
             mask = part.weights > 0
             head = _run_head(decoder, part, policy, own_support=True)
             new, old = jax.vmap(jax.vmap(tail_rule))(head.at_old, head.own, _stand_in(mask, part.old))
-            new_results = (
-                head.log_probs,
-                head.own,
-                jnp.where(mask, jax.vmap(jax.vmap(kl_divergence))(new.log_probs, old.log_probs), 0.0),
-            )
-            put = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0)
-            return jax.tree.map(put, results, new_results)
+            kl = jnp.where(mask, jax.vmap(jax.vmap(kl_divergence))(new.log_probs, old.log_probs), 0.0)
+            return head.log_probs, head.own, kl
 
         empty = batch.old_log_probs, batch.old, jnp.zeros_like(batch.weights)
-        log_probs, old, kl = jax.lax.fori_loop(0, _micro_batches(batch), write, empty)
-        advantages = batch.advantages
+        log_probs, old, kl = for_each_micro_batch(one, batch, empty)
+        importance = jnp.ones_like(log_probs)
         if importance_limit is not None:
-            advantages *= truncated_importance_weights(log_probs, batch.old_log_probs, limit=importance_limit)
-        batch = batch._replace(old_log_probs=log_probs, old=old, advantages=advantages)
-        return batch, jnp.sum(kl) / jnp.maximum(jnp.sum(batch.weights > 0), 1)
+            importance = truncated_importance_weights(log_probs, batch.old_log_probs, limit=importance_limit)
+        batch = batch._replace(old_log_probs=log_probs, old=old)
+        return batch, jnp.sum(kl) / jnp.maximum(jnp.sum(batch.weights > 0), 1), importance
 
     return recompute
 
 
-def _micro_batches(batch: Batch) -> jax.Array:
+def make_reference(
+    config: decoders.DecoderConfig,
+    *,
+    temperature: float,
+    head_chunk: int = 1024,
+    penalty: Regulariser | None = None,
+) -> Callable[[dict, Batch], tuple[Batch, jax.Array]]:
+    """Builds the jitted reference(params, batch) → (batch, penalties [M, Z, S]).
+
+    What the reference model with these parameters says of the batch's tokens becomes a part of it. `penalties` are what
+    to take off the reward of each token: those of `penalty`, such as `kl_to_reference`, at the old policy.
+
+    Args:
+      config, temperature, head_chunk: as of `make_update`.
+      penalty: None: all are 0.
+    """
+    graphdef, _ = decoders.abstract(config)
+    policy = _Policy(temperature, bucket_tail, 0, 1.0, head_chunk)
+
+    @jax.jit
+    def reference(params, batch: Batch) -> tuple[Batch, jax.Array]:
+        decoder = decoders.bind(graphdef, params)
+
+        def one(part: Batch):
+            mask = part.weights > 0
+            head = _run_head(decoder, part, policy, own_support=False)
+            said = Reference(head.log_probs, head.at_old)
+            if penalty is None:
+                return said, jnp.zeros_like(part.weights)
+            old = _stand_in(mask, part.old)
+            row = _row(part, part.old_log_probs, old, old, jnp.zeros_like(part.weights), old.log_probs, said)
+            return said, jnp.where(mask, jax.vmap(penalty)(row), 0.0)
+
+        empty = Reference(batch.old_log_probs, batch.old.log_probs), jnp.zeros_like(batch.weights)
+        said, penalties = for_each_micro_batch(one, batch, empty)
+        return batch._replace(reference=said), penalties
+
+    return reference
+
+
+def for_each_micro_batch(function: Callable[[Batch], Any], batch: Batch, empty: Any) -> Any:
+    """`function` of each micro-batch that holds a sequence, stacked [M, …]; of the others what `empty` holds."""
+
+    def write(i, results):
+        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
+        put = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0)
+        return jax.tree.map(put, results, function(part))
+
+    return jax.lax.fori_loop(0, micro_batches(batch), write, empty)
+
+
+def micro_batches(batch: Batch) -> jax.Array:
     """How many micro-batches hold a sequence; the others come last."""
     return jnp.sum(jnp.any(batch.segment_ids > 0, axis=(1, 2)))
 
@@ -227,13 +282,25 @@ def _evaluate_policy(decoder, part: Batch, policy: _Policy) -> tuple[TokenLogPro
     mask = part.weights > 0
     head = _run_head(decoder, part, policy, own_support=needs_own_support(policy.tail_rule))
     new, old = jax.vmap(jax.vmap(policy.tail_rule))(head.at_old, head.own, _stand_in(mask, part.old))
-    tokens = jnp.where(mask, part.tokens, 0)
-    old_log_probs = jnp.where(mask, part.old_log_probs, 0.0)
-    segments = jnp.where(mask, part.segment_ids, 0)
-    row = TokenLogProbs(tokens, segments, head.log_probs, old_log_probs, new, old, head.entropy)
+    row = _row(part, head.log_probs, new, old, head.entropy, head.at_old, part.reference)
     # The mass that the current policy gives to what the old one did not list, whatever the tail rule makes of it.
     tail_mass = jnp.maximum(1 - jnp.sum(jnp.exp(head.at_old), axis=-1), 0.0)
     return row, {'entropy': head.entropy, 'tail_mass': tail_mass}
+
+
+def _row(part: Batch, new_log_probs, new, old, entropy, at_old: jax.Array, said: Reference | None) -> TokenLogProbs:
+    """What objectives and regularisers see [Z, S, …]; at_old [Z, S, K] is the policy on the tokens that π_old lists."""
+    mask = part.weights > 0
+    tokens, old_log_probs, segments = (
+        jnp.where(mask, x, 0) for x in (part.tokens, part.old_log_probs, part.segment_ids)
+    )
+    view = None
+    if said is not None:
+        listed = _stand_in(mask, SparseLogProbs(part.old.tokens, said.at_old))
+        bucket = jax.vmap(jax.vmap(lambda at_old, listed: bucket_tail(at_old, None, listed)))
+        policy, reference = bucket(at_old, listed)
+        view = ReferenceView(jnp.where(mask, said.log_probs, 0.0), policy, reference)
+    return TokenLogProbs(tokens, segments, new_log_probs, old_log_probs, new, old, entropy, view)
 
 
 def _summarise(logs: dict[str, jax.Array], mask: jax.Array) -> dict[str, jax.Array]:

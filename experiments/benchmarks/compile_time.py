@@ -14,14 +14,13 @@ import time
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from experiments.benchmarks.update import KEPT, model, random_batch
 from troll_jax.models import decoder as decoders
 from troll_jax.ops.losses import troll
 from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import adamw
-from troll_jax.types import Progress, TrainState
+from troll_jax.types import START, TrainState
 from troll_jax.update import make_update
 
 FEW, MANY = 4, 28
@@ -40,7 +39,7 @@ def lower_update(layers: int, responses: int = 8) -> jax.stages.Lowered:
         mass=1 - 1e-5,
     )
     _, params = decoders.abstract(config)
-    progress = Progress(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
+    progress = jax.eval_shape(lambda: START)
     state = TrainState(progress, params, jax.eval_shape(optimizer.init, params))
     return update.lower(state, jax.eval_shape(partial(random_batch, responses, config.vocab_size)))
 

@@ -23,7 +23,7 @@ from troll_jax.models.head import logits
 from troll_jax.ops.losses import TokenLogProbs, ppo_clip, troll
 from troll_jax.ops.support import bucket_tail, default_tail
 from troll_jax.optimizer import adamw
-from troll_jax.types import Batch, Progress, SparseLogProbs, TrainState
+from troll_jax.types import START, Batch, SparseLogProbs, TrainState
 from troll_jax.update import make_update
 
 PROMPT, RESPONSE, KEPT = 64, 256, 64
@@ -122,7 +122,7 @@ def main() -> None:
     updates['ppo_clip, plain logits'] = plain_clip_update(config, optimizer)
 
     _, params = decoders.abstract(config)
-    scalars = Progress(*(jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.int32, jnp.int32, jnp.float32)))
+    scalars = jax.eval_shape(lambda: START)
     shapes = TrainState(scalars, params, jax.eval_shape(optimizer.init, params))
     batch_shapes = jax.eval_shape(partial(random_batch, arguments.tokens // RESPONSE, config.vocab_size))
     memory, flops = {}, {}
@@ -135,7 +135,7 @@ def main() -> None:
     if arguments.timed_tokens:
         batch = random_batch(arguments.timed_tokens // RESPONSE, config.vocab_size)
         params = decoders.init(config, jax.random.key(1))
-        start = Progress(jnp.int32(0), jnp.int32(0), jnp.float32(0))
+        start = jax.tree.map(jnp.asarray, START)
         state = TrainState(start, params, optimizer.init(params))
         for repeat in range(arguments.repeats + 1):
             for name, update in updates.items():

@@ -1,8 +1,11 @@
 """Advantages, of the samples of one prompt or the tokens of one response. Batch them with `jax.vmap`.
 
-An estimator of `experiments.train` is a function of the rewards [G] of one prompt's samples. `whiten` alone looks at
-all prompts of a batch, and takes what any of the others gives.
+An estimator of `experiments.train` is a function of the rewards [G] of one prompt's samples, with that of the greedy
+response if it has a parameter `greedy_reward`; or of the rewards and values [T] of one response's tokens, if it has a
+parameter `values`. `whiten` alone looks at all of a batch, and takes what any of the others gives.
 """
+
+import inspect
 
 import chex
 import jax
@@ -71,24 +74,28 @@ def greedy_baseline(rewards: jax.Array, greedy_reward: jax.Array) -> jax.Array:
     return rewards - greedy_reward
 
 
-def whiten(advantages: jax.Array, *, epsilon: float = 1e-6) -> jax.Array:
+def whiten(advantages: jax.Array, mask: jax.Array | None = None, *, epsilon: float = 1e-6) -> jax.Array:
     """REINFORCE++ (arXiv 2501.03262): less their mean over the batch, over their standard deviation over the batch.
 
-        A ← (A − mean(A)) / (std(A) + epsilon),   std with B·G − 1 in the denominator
+        A ← (A − mean(A)) / (std(A) + epsilon),   std with n − 1 in the denominator
 
-    Of `no_baseline` this makes REINFORCE++, of `mean_centred` its variant with a baseline. Every response counts alike,
-    however long it is.
+    Of `no_baseline` this makes REINFORCE++, of `mean_centred` its variant with a baseline; there every response counts
+    alike, however long it is. Of `gae` it makes PPO's normalised advantages, over tokens.
 
     Args:
-      advantages: [B, G] of all responses of a batch, at least two.
+      advantages: [B, G] of all responses of a batch, or [R, T] of all tokens; at least two.
+      mask: which of them count; all if None. What comes out for the others has no meaning.
       epsilon: keeps a batch whose advantages are all equal at zero.
 
     Raises:
-      ValueError: one response has no spread.
+      ValueError: one advantage has no spread.
     """
     if advantages.ndim != 2 or advantages.size < 2:
-        raise ValueError(f'whitening needs at least two responses, as an array [B, G]; got shape {advantages.shape}')
-    return (advantages - jnp.mean(advantages)) / (jnp.std(advantages, ddof=1) + epsilon)
+        raise ValueError(f'whitening needs at least two advantages, as an array [B, G]; got shape {advantages.shape}')
+    mask = jnp.ones_like(advantages) if mask is None else mask
+    count = jnp.maximum(jnp.sum(mask), 2)
+    centred = advantages - jnp.sum(advantages * mask) / count
+    return centred / (jnp.sqrt(jnp.sum(centred**2 * mask) / (count - 1)) + epsilon)
 
 
 def gae(rewards: jax.Array, values: jax.Array, *, gamma: float = 1.0, lam: float = 1.0) -> jax.Array:
@@ -117,6 +124,16 @@ def gae(rewards: jax.Array, values: jax.Array, *, gamma: float = 1.0, lam: float
 
     _, advantages = jax.lax.scan(step, jnp.zeros_like(errors[0]), errors, reverse=True)
     return advantages
+
+
+def needs_values(estimator) -> bool:
+    """Whether an estimator takes the rewards and values of a response's tokens, and not the rewards of a group."""
+    return 'values' in inspect.signature(estimator).parameters
+
+
+def needs_greedy_reward(estimator) -> bool:
+    """Whether an estimator compares with the greedy response to the same prompt."""
+    return 'greedy_reward' in inspect.signature(estimator).parameters
 
 
 def _check_group(rewards: jax.Array) -> None:

@@ -25,6 +25,14 @@ _LOG_RATIO_LIMIT = 20.0
 _LOG_SEQUENCE_RATIO_LIMIT = 10.0
 
 
+class ReferenceView(NamedTuple):
+    """A policy beside a reference model, on the tokens that the old policy lists and one entry for all others."""
+
+    log_probs: jax.Array  # [T] of the sampled tokens, by the reference model
+    policy: SparseLogProbs  # [T, K + 1]; with a gradient if the policy is the current one
+    reference: SparseLogProbs  # [T, K + 1]
+
+
 class TokenLogProbs(NamedTuple):
     """What an objective sees of a row of responses. Only what is of the current policy has a gradient."""
 
@@ -35,6 +43,7 @@ class TokenLogProbs(NamedTuple):
     new: SparseLogProbs  # [T, K]
     old: SparseLogProbs  # [T, K], on the same tokens as `new`
     entropy: jax.Array  # [T] nats, of the current policy over the whole vocabulary; with a gradient
+    reference: ReferenceView | None = None  # if there is a reference model
 
 
 class TokenLosses(NamedTuple):

@@ -38,6 +38,38 @@ def kl_to_old(row: TokenLogProbs, *, coefficient: float) -> jax.Array:
     return coefficient * jax.vmap(kl_divergence)(row.new.log_probs, row.old.log_probs)
 
 
+def kl_to_reference(row: TokenLogProbs, *, coefficient: float, estimator=None) -> jax.Array:
+    """loss = coefficient · KL(π̃ ‖ π_ref) at every token: the pull towards a reference model; [T].
+
+    In a reward (`train.reward_penalty`) the policy is the one that sampled, and this is taken off at every token.
+
+    Args:
+      row: with `reference`.
+      coefficient: β ≥ 0.
+      estimator: from the sampled tokens' log-probabilities, `k1`, `k2` or `k3`; GRPO's is `k3`. None: exact on the
+        tokens that the old policy lists, with all others as one entry, which is never more than the KL of the whole
+        vocabulary. The estimates suppose that the policy has sampled: off-policy they are biased, this is not.
+
+    Raises:
+      ValueError: there is no reference model.
+    """
+    if row.reference is None:
+        raise ValueError('kl_to_reference needs a reference model, and this row has none')
+    if estimator is None:
+        kl = jax.vmap(kl_divergence)(row.reference.policy.log_probs, row.reference.reference.log_probs)
+    else:
+        kl = estimator(row.new_log_probs, row.reference.log_probs)
+    return coefficient * kl
+
+
+kl_to_reference.reference = True
+
+
+def needs_reference(regulariser: Regulariser | None) -> bool:
+    """Whether a regulariser compares with a reference model."""
+    return getattr(regulariser, 'reference', False)
+
+
 def k1(log_probs: jax.Array, other_log_probs: jax.Array) -> jax.Array:
     """log p/q: unbiased for KL(p ‖ q) at tokens that were sampled from p, negative at some, of high variance.
 

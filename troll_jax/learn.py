@@ -1,0 +1,256 @@
+"""From graded responses to new parameters: advantages, minibatches, and one update for each of these."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from troll_jax.collect import Experience
+from troll_jax.critic import Critic, abstract_critic, init_critic, make_critic_update, make_values, token_rewards
+from troll_jax.models import decoder as decoders
+from troll_jax.ops.advantages import needs_greedy_reward, needs_values, whiten
+from troll_jax.ops.regularisers import Regulariser, needs_reference, regularised
+from troll_jax.ops.values import explained_variance
+from troll_jax.optimizer import state_shapes
+from troll_jax.packing import BatchShape, abstract_batch, make_batch, padding_share, response_layout
+from troll_jax.sharding import fetch, place
+from troll_jax.types import START, Reference, Rollout, TrainState
+from troll_jax.update import Objective, TailRule, UpdateLog, make_recompute, make_reference, make_update
+
+Aggregation = Callable[..., jax.Array]
+Estimator = Callable[..., jax.Array]
+OLD_POLICIES = ('rollout', 'recompute')
+
+
+class Learner(NamedTuple):
+    """What `make_learner` builds."""
+
+    shapes: TrainState  # of what is trained, with shardings
+    start: Callable[[Any], TrainState]  # from the start model's parameters, which become part of it
+    learn: Callable[[TrainState, Experience], tuple[TrainState, dict[str, float], list[UpdateLog]]]
+    check: Callable[[Rollout, int], None]  # traces all programs for a rollout's shapes, before there are any weights
+
+
+def make_learner(
+    config: decoders.DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    shape: BatchShape,
+    *,
+    objective: Objective,
+    aggregation: Aggregation,
+    estimator: Estimator,
+    tail_rule: TailRule,
+    temperature: float,
+    max_tokens: int,
+    mass: float,
+    minibatch: int,
+    max_response_length: int,
+    mesh: Mesh,
+    head_chunk: int = 1024,
+    old_policy: str = 'rollout',
+    importance_limit: float | None = None,
+    regularisers: Sequence[Regulariser] = (),
+    reward_penalty: Regulariser | None = None,
+    refresh_reference_every: int = 0,
+    critic: Critic | None = None,
+    whiten_advantages: bool = False,
+    mask_truncated: bool = False,
+) -> Learner:
+    """Builds what learns from an experience. `experiments.train` documents the settings under the same names.
+
+    Args:
+      config: of the decoder.
+      optimizer: of the policy.
+      shape: of a minibatch's arrays.
+      minibatch: responses of an update.
+      max_response_length: T.
+      mesh: of the devices.
+
+    Raises:
+      ValueError: settings that do not go together.
+    """
+    has_reference = any(needs_reference(x) for x in (*regularisers, reward_penalty))
+    _check_settings(estimator, critic, old_policy, importance_limit)
+    _check_reference(has_reference, reward_penalty, refresh_reference_every)
+    policy = {'temperature': temperature, 'tail_rule': tail_rule, 'max_tokens': max_tokens, 'mass': mass}
+    policy['head_chunk'] = head_chunk
+    update = make_update(config, optimizer, objective=regularised(objective, regularisers), **policy)
+    recompute = make_recompute(config, importance_limit=importance_limit, **policy)
+    reference = make_reference(config, temperature=temperature, head_chunk=head_chunk, penalty=reward_penalty)
+    copy_reference = jax.jit(lambda params: jax.tree.map(jnp.copy, decoders.cast_weights(params, config.compute_dtype)))
+    if critic is not None:
+        values_of = make_values(config)
+        update_critic = make_critic_update(config, critic.optimizer, value_clip=critic.value_clip)
+    passes_first = old_policy == 'recompute' or has_reference or critic is not None
+
+    shapes = _abstract_state(config, optimizer, critic, has_reference, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+
+    def start(params) -> TrainState:
+        return TrainState(
+            progress=place(START, mesh, ()),
+            params=params,
+            opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params),
+            critic=None if critic is None else init_critic(params, critic.optimizer, shapes.critic),
+            reference=copy_reference(params) if has_reference else None,
+        )
+
+    @jax.jit
+    def estimate(rewards, greedy_rewards):
+        advantages = jax.vmap(estimator)(rewards, *(() if greedy_rewards is None else (greedy_rewards,)))
+        return whiten(advantages) if whiten_advantages else advantages
+
+    @jax.jit
+    def estimate_by_values(rewards, values, mask):
+        advantages = jnp.where(mask, jax.vmap(estimator)(rewards, values), 0.0)
+        return whiten(advantages, mask) if whiten_advantages else advantages, advantages + values
+
+    def pack(part: Rollout):
+        learnt = part.stopped | (not mask_truncated)
+        weights = np.asarray(aggregation(np.where(learnt, part.response_lengths, 0), max_length=max_response_length))
+        return make_batch(part, np.zeros(len(learnt), np.float32), np.where(learnt, weights, 0), shape)
+
+    def learn(state: TrainState, experience: Experience) -> tuple[TrainState, dict[str, float], list[UpdateLog]]:
+        rollout, lengths = experience.rollout, experience.rollout.response_lengths
+        slices = [slice(i, i + minibatch) for i in range(0, len(lengths), minibatch)]
+        parts = [jax.tree.map(lambda x, at=at: x[at], rollout) for at in slices]
+        layouts = [response_layout(part, shape) for part in parts]
+        batches = [pack(part) for part in parts]
+        metrics = {'update/padding_share': np.mean([padding_share(batch) for batch in batches])}
+        to_responses = lambda arrays: np.concatenate(
+            [layout.gather(x) for layout, x in zip(layouts, fetch(arrays), strict=True)]
+        )
+
+        # What is asked of models before any of them changes.
+        if passes_first:
+            batches = [place(batch, mesh, (None, 'batch')) for batch in batches]
+        importance = [1.0] * len(batches)
+        if old_policy == 'recompute':
+            batches, noise, importance = zip(*[recompute(state.params, batch) for batch in batches], strict=True)
+            metrics['update/kl_noise'] = np.mean(noise)
+        penalties = np.zeros(rollout.log_probs.shape, np.float32)
+        if has_reference:
+            batches, of_parts = zip(*[reference(state.reference, batch) for batch in batches], strict=True)
+            if reward_penalty is not None:
+                penalties = to_responses(of_parts)
+                metrics['reward/penalty'] = penalties.sum(axis=1).mean()
+
+        added = {}  # to a batch: arrays [R, T]
+        if critic is None:
+            rewards = experience.rewards - penalties.sum(axis=1).reshape(experience.rewards.shape)
+            advantages = np.asarray(estimate(rewards, experience.greedy_rewards)).reshape(-1, 1)
+            added['advantages'] = np.broadcast_to(advantages, rollout.log_probs.shape)
+        else:
+            added['values'] = to_responses([values_of(state.critic.params, batch) for batch in batches])
+            mask = np.arange(rollout.log_probs.shape[1]) < lengths[:, None]
+            rewards = token_rewards(experience.rewards.reshape(-1), penalties, lengths)
+            added['advantages'], added['returns'] = map(np.asarray, estimate_by_values(rewards, added['values'], mask))
+            metrics |= {
+                'critic/explained_variance': explained_variance(added['values'][mask], added['returns'][mask]),
+                'critic/value': added['values'][mask].mean(),
+                'critic/return': added['returns'][mask].mean(),
+            }
+
+        warming_up = critic is not None and int(state.progress.step) < critic.warmup_steps
+        logs, critic_logs, batches = [], [], list(batches)
+        for i, (at, layout) in enumerate(zip(slices, layouts, strict=True)):
+            known = {name: layout.scatter(array[at]) for name, array in added.items()}
+            if passes_first:
+                batch = batches[i]._replace(**place(known, mesh, (None, 'batch')))
+                batch = batch._replace(advantages=batch.advantages * importance[i])
+            else:
+                batch = place(batches[i]._replace(**known), mesh, (None, 'batch'))
+            batches[i] = None  # not to be kept
+            if critic is not None:
+                new, log = update_critic(state.critic, batch)
+                state = state._replace(critic=new)
+                critic_logs.append(log)
+            if not warming_up:
+                state, log = update(state, batch)
+                logs.append(log)
+        of_updates = fetch([log.metrics for log in logs])
+        metrics |= _summarise('update', of_updates) | _summarise('critic', fetch(critic_logs))
+        if of_updates:
+            # Before the first update the policy is the one that sampled: what is left is the noise between the two.
+            metrics = {'update/kl_noise': of_updates[0]['kl_mean']} | metrics
+
+        done = state.progress.step + 1
+        progress = state.progress._replace(step=done, draws=state.progress.draws + experience.draws)
+        state = state._replace(progress=progress)
+        if has_reference and refresh_reference_every and int(done) % refresh_reference_every == 0:
+            state = state._replace(reference=copy_reference(state.params))
+        return state, metrics, logs
+
+    def check(rollout: Rollout, prompts: int) -> None:
+        responses, room = rollout.log_probs.shape
+        rewards = jax.ShapeDtypeStruct((prompts, responses // prompts), jnp.float32)
+        greedy = jax.ShapeDtypeStruct((prompts,), jnp.float32) if needs_greedy_reward(estimator) else None
+        jax.eval_shape(partial(aggregation, max_length=max_response_length), rollout.response_lengths)
+        batch = abstract_batch(shape, rollout.support.tokens.shape[-1])
+        floats = batch.weights
+        if has_reference:
+            batch = batch._replace(reference=Reference(floats, batch.old.log_probs))
+            jax.eval_shape(reference, shapes.reference, batch)
+        if critic is None:
+            jax.eval_shape(estimate, rewards, greedy)
+        else:
+            tokens = jax.ShapeDtypeStruct((responses, room), jnp.float32)
+            jax.eval_shape(estimate_by_values, tokens, tokens, jax.ShapeDtypeStruct((responses, room), bool))
+            batch = batch._replace(values=floats, returns=floats)
+            jax.eval_shape(update_critic, shapes.critic, batch)
+        if old_policy == 'recompute':
+            jax.eval_shape(recompute, shapes.params, batch)
+        jax.eval_shape(update, shapes, batch)
+
+    return Learner(shapes, start, learn, check)
+
+
+def _check_settings(estimator, critic, old_policy, importance_limit) -> None:
+    if old_policy not in OLD_POLICIES:
+        raise ValueError(f'old_policy must be one of {OLD_POLICIES}; got {old_policy!r}')
+    if importance_limit is not None and old_policy != 'recompute':
+        raise ValueError(
+            f'importance_limit = {importance_limit} compares the sampler with what the trainer recomputes; set '
+            f"old_policy to 'recompute', or leave it out; got {old_policy!r}"
+        )
+    if needs_values(estimator) and critic is None:
+        raise ValueError('this estimator takes the values of a critic, and there is none; set train.critic = @Critic()')
+    if critic is not None and not needs_values(estimator):
+        raise ValueError(
+            'the critic would learn what nothing uses; set train.estimator = @gae, or leave the critic out'
+        )
+
+
+def _check_reference(has_reference, reward_penalty, refresh_every) -> None:
+    if reward_penalty is not None and not needs_reference(reward_penalty):
+        raise ValueError('reward_penalty must compare with a reference model, such as @kl_to_reference')
+    if refresh_every < 0 or (refresh_every and not has_reference):
+        raise ValueError(
+            f'refresh_reference_every = {refresh_every}; expected 0, which is never, or with @kl_to_reference among '
+            'regularisers or as reward_penalty a number of steps'
+        )
+
+
+def _abstract_state(config, optimizer, critic: Critic | None, has_reference: bool, mesh: Mesh) -> TrainState:
+    _, params = decoders.abstract(config, mesh)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    as_reference = jax.eval_shape(partial(decoders.cast_weights, dtype=config.compute_dtype), params)
+    like = lambda x, sharded: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded.sharding)
+    return TrainState(
+        progress=jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated), START),
+        params=params,
+        opt_state=state_shapes(optimizer, params),
+        critic=None if critic is None else abstract_critic(config, critic.optimizer, mesh),
+        reference=jax.tree.map(like, as_reference, params) if has_reference else None,
+    )
+
+
+def _summarise(kind: str, logs: list[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Metrics of a step's updates: their mean; a maximum stays one."""
+    over = lambda name: (np.max if name.endswith('_max') else np.mean)([log[name] for log in logs])
+    return {f'{kind}/{name}': over(name) for name in (logs[0] if logs else ())}
