@@ -9,38 +9,33 @@ Draws `comparison.png` and writes `comparison.md` from the lines that are there;
 """
 
 import argparse
+import inspect
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import gin
 import jax
-import matplotlib
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import experiments.train  # noqa: F401  registers `train`, whose bindings the files of methods set
 from experiments.config import Experiment, parse
-from experiments.train import minibatches
-from troll_jax.data.prompts import batch_indices
-from troll_jax.evaluate import decode_responses, evaluate, grade, sample_responses
+from troll_jax.collect import make_collector
+from troll_jax.evaluate import evaluate
+from troll_jax.learn import Learner, make_learner
 from troll_jax.models.hf_weights import load_pretrained
-from troll_jax.ops.regularisers import regularised
 from troll_jax.optimizer import adamw
 from troll_jax.packing import batch_shape
 from troll_jax.rewards.pool import Grader
-from troll_jax.sharding import fetch, place
-from troll_jax.types import Progress, TrainState
-from troll_jax.update import make_update
-
-matplotlib.use('Agg')
-
-logger = logging.getLogger(__name__)
+from troll_jax.rewards.terms import task_reward
+from troll_jax.rollout import make_sampler
 
 TASK = 'configs/quickstart.gin'
 UPDATES = 192  # of every run, each of minibatch_prompts × samples_per_prompt responses
@@ -61,13 +56,20 @@ ESTIMATORS = {
         'ppo_clip.upper = 4e-4',
         'ppo_clip.dual = None',
     ],
+    'PPO': [
+        'train.aggregation = @token_mean',
+        'critic_adamw.learning_rate = 1e-3',  # of a small model, as all learning rates here
+        'critic_adamw.b2 = 0.99',
+    ],
 }
+FILES = {'PPO': ('configs/critic.gin',)}
 OBJECTIVES = {
     'Clip': ('configs/objectives/clip.gin', []),
     'TROLL': ('configs/objectives/troll.gin', []),
     'Clip + KL': ('configs/objectives/clip_kl.gin', []),
     'TROLL, α = 0': ('configs/objectives/troll.gin', ['troll.alpha = 0.0']),
 }
+LEARNER_SETTINGS = set(inspect.signature(make_learner).parameters) - {'optimizer'}
 METHODS = [f'{estimator}/{objective}' for estimator, objective in product(ESTIMATORS, OBJECTIVES)]
 
 
@@ -88,85 +90,88 @@ def settings(methods: list[str], seeds: int) -> Iterator[Setting]:
 
 
 class Bench:
-    """What all runs share: the start model, data, and the compiled programs."""
+    """What all runs share: the start model, the data, and the compiled programs."""
 
     def __init__(self, experiment: Experiment, grader: Grader):
-        self.grader = grader
-        self.experiment = experiment
-        self.tokenizer = self.experiment.load_tokenizer()
-        self.config = self.experiment.decoder_config(self.tokenizer)
-        self.prompts, self.held_out = (
-            self.experiment.load_prompts(split, self.tokenizer) for split in ('train', 'test')
+        self.experiment, self.grader = experiment, grader
+        self.tokenizer = experiment.load_tokenizer()
+        self.config = experiment.decoder_config(self.tokenizer)
+        self.prompts, self.held_out = (experiment.load_prompts(split, self.tokenizer) for split in ('train', 'test'))
+        _, self.start = load_pretrained(experiment.model, mesh=experiment.mesh)
+        bound = gin.get_bindings('train')
+        self.samples, self.minibatch = bound['samples_per_prompt'], bound['minibatch_prompts']
+        sampler = partial(
+            make_sampler,
+            self.config,
+            max_response_length=experiment.max_response_length,
+            stop_tokens=experiment.stop_tokens(self.tokenizer),
+            temperature=bound['temperature'],
         )
-        _, self.start = load_pretrained(self.experiment.model, mesh=self.experiment.mesh)
-        self.bindings = gin.get_bindings('train')
+        self.sampler = sampler(samples_per_prompt=self.samples, max_tokens=bound['max_tokens'], mass=bound['mass'])
+        self.evaluator = sampler(samples_per_prompt=EVALUATION_SAMPLES, max_tokens=1, mass=1.0)
 
-    def programs(self, method: str) -> tuple[dict[str, Any], optax.GradientTransformation, Callable]:
-        """The bindings of `train` for a method, an optimizer whose learning rate is part of its state, the update."""
+    def learner(self, method: str) -> Learner:
+        """The learner of a method. The learning rate is part of its optimizer's state: one program for all."""
         estimator, objective = method.split('/')
         file, bindings = OBJECTIVES[objective]
         gin.clear_config()
-        parse([TASK, file], [*ESTIMATORS[estimator], *bindings])
-        bound = {'regularisers': ()} | gin.get_bindings('train')
+        parse([TASK, file, *FILES.get(estimator, ())], [*ESTIMATORS[estimator], *bindings])
         of_adamw = gin.get_bindings('adamw')
         rate = of_adamw.pop('learning_rate')
-        optimizer = optax.inject_hyperparams(lambda learning_rate: adamw(learning_rate, **of_adamw))(rate)
-        update = make_update(
+        experiment = self.experiment
+        room = experiment.max_prompt_length + experiment.max_response_length
+        responses = self.minibatch * self.samples
+        settings = {name: value for name, value in gin.get_bindings('train').items() if name in LEARNER_SETTINGS}
+        return make_learner(
             self.config,
-            optimizer,
-            objective=regularised(bound['objective'], bound['regularisers']),
-            temperature=bound['temperature'],
-            tail_rule=bound['tail_rule'],
-            max_tokens=bound['max_tokens'],
-            mass=bound['mass'],
-            head_chunk=bound['head_chunk'],
+            optax.inject_hyperparams(lambda learning_rate: adamw(learning_rate, **of_adamw))(rate),
+            batch_shape(responses, room),
+            minibatch=responses,
+            max_response_length=experiment.max_response_length,
+            mesh=experiment.mesh,
+            **settings,
         )
-        return bound, optimizer, update
 
-    def run(self, setting: Setting, bound: dict[str, Any], optimizer, update) -> dict:
+    def run(self, setting: Setting, learner: Learner) -> dict:
         """Trains from the start model, and evaluates what comes out."""
-        mesh = self.experiment.mesh
-        samples, minibatch = bound['samples_per_prompt'], bound['minibatch_prompts']
-        count = minibatch * setting.staleness
-        shape = batch_shape(
-            minibatch * samples, self.experiment.max_prompt_length + self.experiment.max_response_length
+        collect = make_collector(
+            self.sampler,
+            self.prompts,
+            self.grader,
+            self.tokenizer,
+            prompts_per_step=self.minibatch * setting.staleness,
+            max_response_length=self.experiment.max_response_length,
+            rewards=[('task', 1.0, task_reward)],
+            seed=setting.seed,
+            mesh=self.experiment.mesh,
         )
-        params = jax.tree.map(lambda x: x.copy(), self.start)
-        opt_state = optimizer.init(params)
-        opt_state.hyperparams['learning_rate'] = np.float32(setting.learning_rate)
-        progress = Progress(np.int32(0), np.int32(0), np.float32(0))
-        state = TrainState(place(progress, mesh, ()), params, opt_state)
-        sampler = self.sampler(samples, max_tokens=bound['max_tokens'], mass=bound['mass'])
-        key = jax.random.key(setting.seed)
-        rewards, logs = [], []
-        for step in range(UPDATES // setting.staleness):
-            indices = batch_indices(len(self.prompts), count, seed=setting.seed, step=step)
-            rollout = sample_responses(
-                sampler, state.params, self.prompts, indices, jax.random.fold_in(key, step), mesh=mesh
-            )
-            answers = [self.prompts.answers[i] for i in indices for _ in range(samples)]
-            grades = grade(self.grader, decode_responses(rollout, self.tokenizer), answers)
-            advantages = np.asarray(jax.vmap(bound['estimator'])(grades.rewards.reshape(count, samples))).reshape(-1)
-            learnt = np.ones(len(advantages), bool)
-            for batch in minibatches(rollout, advantages, learnt, bound['aggregation'], minibatch * samples, shape):
-                state, log = update(state, place(batch, mesh, (None, 'batch')))
-                logs.append(log.metrics)
-            rewards.append(float(grades.rewards.mean()))
+        state = learner.start(jax.tree.map(jnp.copy, self.start))
+        state.opt_state.hyperparams['learning_rate'] = jnp.float32(setting.learning_rate)
+        rows = []
+        for _ in range(UPDATES // setting.staleness):
+            experience = collect(state.params, int(state.progress.draws))
+            state, metrics, _ = learner.learn(state, experience)
+            rows.append(experience.logs | metrics)
         result = evaluate(
-            self.sampler(EVALUATION_SAMPLES), state.params, self.held_out, self.grader, self.tokenizer, key, mesh=mesh
+            self.evaluator,
+            state.params,
+            self.held_out,
+            self.grader,
+            self.tokenizer,
+            jax.random.key(setting.seed),
+            mesh=self.experiment.mesh,
         )
-        logs = jax.tree.map(lambda *x: np.array(x), *fetch(logs))
-        mask = np.arange(rollout.entropy.shape[1]) < rollout.response_lengths[:, None]
+        mean = lambda name: float(np.mean([row[f'update/{name}'] for row in rows]))
+        held = 'projected_share' if 'update/projected_share' in rows[0] else 'clipped_share'
         return setting._asdict() | {
             'success': float(result.rewards.mean()),
-            'best_reward': max(rewards),
-            'rewards': [round(reward, 4) for reward in rewards],
-            'entropy': float(rollout.entropy[mask].mean()),
-            'kl_mean': float(logs['kl_mean'].mean()),
-            'kl_p99': float(logs['kl_p99'].mean()),
-            'kl_max': float(logs['kl_max'].mean()),
-            'held_share': float(logs.get('projected_share', logs.get('clipped_share')).mean()),
-            'skipped': int(logs['skipped'].sum()),
+            'rewards': [round(float(row['reward/mean']), 4) for row in rows],
+            'entropy': float(rows[-1]['rollout/entropy']),
+            'kl_mean': mean('kl_mean'),
+            'kl_p99': mean('kl_p99'),
+            'kl_max': mean('kl_max'),
+            'held_share': mean(held),
+            'skipped': mean('skipped'),
         }
 
 
@@ -183,11 +188,11 @@ def run_all(folder: Path, methods: list[str], seeds: int) -> None:
     experiment = Experiment()
     with Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader:
         bench = Bench(experiment, grader)
-        with jax.set_mesh(bench.experiment.mesh):
-            programs = cache(bench.programs)
+        learner = cache(bench.learner)
+        with jax.set_mesh(experiment.mesh):
             for i, setting in enumerate(todo):
                 start = time.perf_counter()
-                row = bench.run(setting, *programs(setting.method))
+                row = bench.run(setting, learner(setting.method))
                 row['seconds'] = round(time.perf_counter() - start, 1)
                 with path.open('a') as file:
                     file.write(json.dumps(row, ensure_ascii=False) + '\n')

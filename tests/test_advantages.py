@@ -88,7 +88,7 @@ def test_whitening_is_invariant_and_of_unit_scale():
     np.testing.assert_allclose([expected.mean(), expected.std(ddof=1)], [0, 1], atol=1e-5)
     np.testing.assert_allclose(whiten(7 * advantages + 5), expected, atol=1e-5)
     for shape in [(1, 1), (4,)]:
-        with pytest.raises(ValueError, match=r'at least two responses, .* got shape'):
+        with pytest.raises(ValueError, match=r'at least two advantages, .* got shape'):
             whiten(jnp.ones(shape))
 
 
