@@ -16,7 +16,22 @@ from transformers import PreTrainedTokenizerFast
 from troll_jax.data.prompts import encode_prompts
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
 
-WORDS = ['?', '\n\n', '\n', 'system', 'user', 'assistant', 'Be', 'brief', 'kind', 'Hi', 'there', '/no_think', 'Today', '26']
+WORDS = [
+    '?',
+    '\n\n',
+    '\n',
+    'system',
+    'user',
+    'assistant',
+    'Be',
+    'brief',
+    'kind',
+    'Hi',
+    'there',
+    '/no_think',
+    'Today',
+    '26',
+]
 WORDS += ['Jul', 'July', '2024', 'disabled', 'Thinking']
 
 CHATML = (
@@ -61,7 +76,14 @@ FAMILIES = {
         stops=('<|im_end|>', '<|endoftext|>'),
     ),
     'Llama 3': Family(
-        ['<|begin_of_text|>', '<|end_of_text|>', '<|start_header_id|>', '<|end_header_id|>', '<|eom_id|>', '<|eot_id|>'],
+        [
+            '<|begin_of_text|>',
+            '<|end_of_text|>',
+            '<|start_header_id|>',
+            '<|end_header_id|>',
+            '<|eom_id|>',
+            '<|eot_id|>',
+        ],
         "{{ bos_token }}{% set date = date_string if date_string is defined else strftime_now('%d %b %Y') %}"
         "{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}{% endif %}"
         '<|start_header_id|>system<|end_header_id|>\n\nToday {{ date }}\n\n{{ system }}<|eot_id|>'

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 
 from math_verify import LatexExtractionConfig, parse, verify
-from sympy import I
+from sympy import I, Integer
 
 from troll_jax.rewards.answers import NUMBER, PLACES, find_answer
 
@@ -41,6 +41,8 @@ def grade_math(response: str, answer: str, places: Sequence[str] = PLACES) -> fl
 def same_answer(found: str, answer: str) -> bool:
     """Whether two mathematical answers are the same in value and kind; `answer` is the reference."""
     found, answer = normalised(found), normalised(answer)
+    if found == answer != '':
+        return True
     numerals = [_NUMERAL.fullmatch(text) for text in (found, answer)]
     if all(numerals):
         return numerals[0].groups() == numerals[1].groups()
@@ -70,7 +72,9 @@ def normalised(text: str) -> str:
 
 
 def _parse(text: str) -> list:
-    """What math-verify makes of a text: an expression and its string. Without other letters, i is the imaginary unit."""
+    """What math-verify makes of a text: an expression and its string. i is the imaginary unit, if it is alone."""
+    if _INTEGER.fullmatch(text):  # the most common answer; a parse takes milliseconds
+        return [Integer(text)]
     parsed = parse(rf'\boxed{{{text}}}', [_LATEX], parsing_timeout=None)
     for n, expression in enumerate(parsed):
         letters = getattr(expression, 'free_symbols', None)
@@ -112,6 +116,7 @@ _SYMBOLS = str.maketrans(
         '£': r'\$',
     }
 )
+_D = r'\d{1,18}'  # of what is computed with here: Python refuses to read numbers of many thousand digits
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
@@ -127,20 +132,21 @@ _REWRITES = [
         # 1\,234, 1{,}234, 1~234 and 1 234 group digits; read as sums and products.
         (r'(?<=\d)(?:\\[,;: ]|\{,\}|~| )(?=\d{3}(?!\d))', ''),
         # 0.1\overline{6} is 15/90.
-        (r'(\d*)\.(\d*)\s*\\(?:overline|bar|dot)\s*\{(\d+)\}', _repeating),
+        (r'(?<!\d)(\d{0,18})\.(\d{0,18})\s*\\(?:overline|bar|dot)\s*\{(\d{1,18})\}', _repeating),
         # 1\frac{1}{2} and 1 1/2 are three halves; the first was read so unless a percent sign follows.
-        (r'(?<![\d.}])(\d+)\s*\\[dtc]?frac\s*(?:\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}|(\d)\s*(\d))', _mixed),
-        (r'(?<![\d.}])(\d+)\s+(\d+)/(\d+)', _mixed),
+        (rf'(?<![\d.}}])({_D})\s*\\[dtc]?frac\s*(?:\{{\s*({_D})\s*\}}\s*\{{\s*({_D})\s*\}}|(\d)\s*(\d))', _mixed),
+        (rf'(?<![\d.}}])({_D})\s+({_D})/({_D})(?!\d)', _mixed),
         # 2.5e-4; e was Euler's number.
         (r'(?<![A-Za-z\d.])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d+)(?![\d.])', r'\1 \\times 10^{\2}'),
     ]
 ]
-_PERCENT = re.compile(r'\s*\\?%')
+_INTEGER = re.compile(rf'-?{_D}')
+_PERCENT = re.compile(r'\\?%')
 # The sine of 30^\circ was that of 30 radians.
 _TRIGONOMETRIC = re.compile(r'\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])')
-_DEGREES = re.compile(r'(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})')
+_DEGREES = re.compile(r'(?<![\d.])(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})')
 # 1:2:3 was the number 1/6.
-_RATIO = re.compile(r'\d+(?:\s*:\s*\d+){2,}')
+_RATIO = re.compile(rf'{_D}(?:\s*:\s*{_D}){{2,}}')
 # A numeral with its base, such as 312_8, was 312.
 _NUMERAL = re.compile(r'(\d[\dA-F]*)_\{?(\d+)\}?')
 # "$1,234.00", "7 eggs", "18 dollars.": words were products of letters.

@@ -26,7 +26,7 @@ class GSM8K:
 
     Args:
         source: an id on the Hugging Face hub, a folder with train* and test* files, or a path with `{split}` in it;
-            parquet or jsonl with the columns `question` and `answer` (which ends in `#### number`), or in verl's schema.
+            parquet or jsonl, in verl's schema or with the columns `question` and `answer`, which ends in `#### number`.
         config: configuration on the hub; unused for local files.
         instruction: stands under every question; None for the bare question. Prompts in verl's schema are complete.
         system_prompt: content of the system message; None for the data's own, if it has one.

@@ -81,8 +81,9 @@ class MathProblems:
         else:
             if self.ability or self.data_source:
                 raise ValueError(
-                    f'{where(0)} has the columns {rows.column_names}; expected the schema of verl (prompt, reward_model, '
-                    'ability, data_source) to choose by ability or data_source. Set both to None, or change the source.'
+                    f'{where(0)} has the columns {rows.column_names}; expected the schema of verl (prompt, '
+                    'reward_model, ability, data_source) to choose by ability or data_source. Set both to None, or '
+                    'change the source.'
                 )
             check_columns(rows, (self.question, self.answer), where(0))
             messages = [as_messages(text, self.instruction, self.system_prompt) for text in rows[self.question]]

@@ -77,8 +77,8 @@ def _messages(prompt: object, system_prompt: str | None, where: Callable[[], str
         for m in messages
     ):
         raise ValueError(
-            f'The prompt in {where()} is {_short(prompt)}; expected a list of {{role, content}} with a role of {_ROLES} '
-            'and a content that is not empty. Fix or drop that row.'
+            f'The prompt in {where()} is {_short(prompt)}; expected a list of {{role, content}} with a role of '
+            f'{_ROLES} and a content that is not empty. Fix or drop that row.'
         )
     messages = [{'role': m['role'], 'content': m['content']} for m in messages]
     if system_prompt is not None:
