@@ -59,9 +59,8 @@ def load_rows(source: str, split: str, *, config: str | None = None, test_split:
         if files:
             builder = _BUILDERS[os.path.splitext(files[0])[1]]
             return datasets.load_dataset(builder, data_files={name: files}, split=name)
-        owner, _, rest = source.partition('/')
-        repository, _, folder = rest.partition('/')
-        return datasets.load_dataset(f'{owner}/{repository}', config, data_dir=folder or None, split=name)
+        owner_and_name, folder = source.split('/')[:2], source.split('/')[2:]
+        return datasets.load_dataset('/'.join(owner_and_name), config, data_dir='/'.join(folder) or None, split=name)
     except Exception as error:  # of many kinds: no network, no such id, damaged, no rows
         where = f'the files {files}' if files else f'{source!r}, which is no folder here (looked in {os.getcwd()}),'
         raise ValueError(
