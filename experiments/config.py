@@ -22,6 +22,7 @@ from troll_jax.data.prompts import PromptSet, encode_prompts
 from troll_jax.data.tasks import Task
 from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tasks.gsm8k import GSM8K
+from troll_jax.data.tasks.math_problems import DAPOMath, EurusMath, MathEval, MathProblems
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
 from troll_jax.models.attention import best_implementation
 from troll_jax.models.decoder import DecoderConfig
@@ -64,6 +65,10 @@ for _target in (
     make_mesh,
     Arithmetic,
     GSM8K,
+    MathProblems,
+    DAPOMath,
+    EurusMath,
+    MathEval,
 ):
     register(_target)
 for _target in (
@@ -97,7 +102,7 @@ class Experiment:
     Args:
       model: a folder in Hugging Face format or an id on the hub, which the run starts from.
       task: data, prompts and reward.
-      max_prompt_length: tokens; longer prompts are dropped.
+      max_prompt_length: tokens.
       max_response_length: tokens; longer responses are cut.
       compute_dtype: of activations and matrix products, 'bfloat16' or 'float32'. Parameters and probabilities are
         float32.
@@ -105,6 +110,7 @@ class Experiment:
       attention: of whole sequences: 'xla', 'cudnn' or 'splash'; the best on the mesh's devices if None.
       chat_template_from: a model whose chat template to borrow.
       template_arguments: for the chat template.
+      long_prompts: what becomes of prompts that are longer: 'drop', or 'cut', at the beginning of the user's words.
       mesh: of devices, by `make_mesh`; all of them in `fsdp` if None.
     """
 
@@ -117,6 +123,7 @@ class Experiment:
     attention: str | None = None
     chat_template_from: str | None = None
     template_arguments: dict[str, Any] | None = None
+    long_prompts: str = 'drop'
     mesh: jax.sharding.Mesh | None = None
 
     def __post_init__(self):
@@ -135,6 +142,7 @@ class Experiment:
             tokenizer,
             max_length=self.max_prompt_length,
             template_arguments=self.template_arguments,
+            long_prompts=self.long_prompts,
         )
 
     def decoder_config(self, tokenizer: PreTrainedTokenizerBase | None = None) -> DecoderConfig:

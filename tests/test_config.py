@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import pickle
 from pathlib import Path
 
 import gin
@@ -258,3 +259,27 @@ def test_the_kernel_of_attention_is_that_of_the_devices_or_what_was_asked_for(ex
     assert dataclasses.replace(build, attention='splash').decoder_config().attention == 'splash'
     with pytest.raises(ValueError, match="attention must be one of .*'splash'.*; got 'flash'"):
         dataclasses.replace(build, attention='flash').decoder_config()
+
+
+@pytest.mark.parametrize('task', ['DAPOMath', 'EurusMath', 'MathEval', 'MathProblems', 'GSM8K', 'Arithmetic'])
+def test_every_task_can_be_named_and_sent_to_a_grading_worker(task):
+    """Guards a task that gin does not know, and a grading function that cannot be pickled once gin has wrapped it."""
+    bindings = ["MathProblems.source = 'data'", "MathEval.benchmark = 'AMC'", "DAPOMath.system_prompt = 'Be brief.'"]
+    parse([CONFIGS / 'quickstart.gin'], [f'Experiment.task = @{task}()', "Experiment.model = 'm'", *bindings])
+    experiment = Experiment()
+    assert type(experiment.task).__name__ == task
+    assert type(pickle.loads(pickle.dumps(experiment.task.grade)).__self__).__name__ == task
+
+
+def test_long_prompts_are_cut_if_asked(experiment):
+    """Guards a binding that nothing reads."""
+    build = dataclasses.replace(
+        experiment(vocab_size=17, positions=20, prompt=5, response=8), task=Arithmetic(train_size=3)
+    )
+    tokenizer = build.load_tokenizer()
+    prompts = dataclasses.replace(build, long_prompts='cut').load_prompts('train', tokenizer)
+    assert (prompts.cut, prompts.dropped, prompts.tokens.shape) == (3, 0, (3, 5))
+    with pytest.raises(ValueError, match='No prompt is left'):
+        build.load_prompts('train', tokenizer)
+    with pytest.raises(ValueError, match="long_prompts is 'shorten'; expected 'drop' or 'cut'"):
+        dataclasses.replace(build, long_prompts='shorten').load_prompts('train', tokenizer)

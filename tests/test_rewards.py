@@ -11,7 +11,8 @@ import pytest
 from graders import Deadly, Unloadable, obey
 
 from troll_jax.data.tasks.gsm8k import GSM8K
-from troll_jax.rewards.math import grade_math, last_boxed
+from troll_jax.rewards.answers import last_boxed
+from troll_jax.rewards.math import grade_math
 from troll_jax.rewards.pool import Grader
 
 DEADLINE = 1.0

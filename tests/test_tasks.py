@@ -152,7 +152,7 @@ def test_gsm8k_an_unreachable_hub_is_explained():
         (r'\boxed{.5}', '0.50', 1),
         (r'\boxed{\sqrt{7}}', '7', 0),
         ('Step 1: 3. Step 2: 4.\n#### 7', '7', 1),
-        ('#### $1,234 in 5 years', '1234', 1),
+        ('#### $1,234 per year', '1234', 1),
         ('It takes 3 days, 1,234.50 hours', '1234.5', 1),
         ('10 - 3 is 17-10, which is 7.', '7', 1),
         ('17-10', '10', 1),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import logging
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,11 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+# What templates get for today (Llama 3.2, SmolLM3), or a run that goes on tomorrow would see other prompts. It is what
+# Llama's template writes where it cannot ask.
+_DATE = datetime.date(2024, 7, 26)
+_TODAY = re.compile(r'strftime_now\(\s*(?P<quote>["\'])(?P<format>.*?)(?P=quote)\s*\)')
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -24,6 +31,8 @@ class PromptSet:
     lengths: np.ndarray  # [n] int32, between 1 and P
     answers: list[str]  # n
     texts: list[str]  # n, the prompts as the chat template rendered them
+    dropped: int = 0  # prompts that were too long and left out
+    cut: int = 0  # prompts that were too long and shortened
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -35,21 +44,27 @@ def encode_prompts(
     *,
     max_length: int,
     template_arguments: Mapping[str, Any] | None = None,
+    long_prompts: str = 'drop',
 ) -> PromptSet:
     """Renders every row's messages with the chat template, ready for the response to begin, and tokenizes them.
 
-    The template alone decides on special tokens: the tokenizer adds none, so there is one BOS at most. Prompts longer
-    than `max_length` are dropped, with one warning for all of them.
+    The template alone decides on special tokens: the tokenizer adds none, so there is one BOS at most. Templates that
+    ask for today's date are told the same one on every day.
+
+    Prompts longer than `max_length` are dropped or cut, with one warning for all of them. What is cut off is the
+    beginning of the last user's words: a template's end must stand, or the model would not know that it is to answer,
+    and a question and the form asked of the answer mostly come last.
 
     Args:
         dataset: columns `messages` and `answer`.
         tokenizer: with a chat template and a padding token.
         max_length: P, tokens.
         template_arguments: passed to the chat template, e.g. {'enable_thinking': False}.
+        long_prompts: 'drop' or 'cut'. One that is too long without any of the user's words is dropped in any case.
 
     Raises:
-        ValueError: no rows, a template argument that the template does not mention, an empty prompt, a doubled BOS, or
-            every prompt is too long.
+        ValueError: no rows, a template argument that the template does not mention, an empty prompt, a doubled BOS,
+            every prompt is too long, or `long_prompts` is neither.
     """
     if len(dataset) == 0:
         raise ValueError('The data set has no rows; expected at least one prompt. Check its source and split.')
@@ -57,10 +72,18 @@ def encode_prompts(
     unused = [name for name in template_arguments if name not in str(tokenizer.chat_template)]
     if unused:
         raise ValueError(f'The chat template does not mention {unused}, so they would change nothing; remove them.')
-    texts = tokenizer.apply_chat_template(
-        list(dataset['messages']), tokenize=False, add_generation_prompt=True, **template_arguments
-    )
-    encoded = tokenizer(texts, add_special_tokens=False)['input_ids']
+    if long_prompts not in ('drop', 'cut'):
+        raise ValueError(f"long_prompts is {long_prompts!r}; expected 'drop' or 'cut'.")
+
+    template = _TODAY.sub(lambda call: repr(_DATE.strftime(call['format'])), tokenizer.get_chat_template())
+
+    def render(conversations):
+        texts = tokenizer.apply_chat_template(
+            conversations, chat_template=template, tokenize=False, add_generation_prompt=True, **template_arguments
+        )
+        return texts, tokenizer(texts, add_special_tokens=False)['input_ids']
+
+    texts, encoded = render(list(dataset['messages']))
     lengths = np.array([len(ids) for ids in encoded], np.int32)
     bos = tokenizer.bos_token_id
     for row, ids in enumerate(encoded):
@@ -72,15 +95,24 @@ def encode_prompts(
                 'template and the message both write it; take it out of one.'
             )
 
-    kept = np.flatnonzero(lengths <= max_length)
-    if len(kept) < len(encoded):
+    too_long = np.flatnonzero(lengths > max_length)
+    if len(too_long):
         summary = (
-            f'{len(encoded) - len(kept)} of {len(encoded)} prompts are longer than max_length = {max_length} tokens; '
-            f'the longest has {lengths.max()}'
+            f'{len(too_long)} of {len(encoded)} prompts are longer than max_length = {max_length} tokens; the longest '
+            f'has {lengths.max()}'
         )
-        if len(kept) == 0:
-            raise ValueError(f'{summary}. No prompt is left; raise max_length.')
-        _logger.warning('%s. They are dropped.', summary)
+        if long_prompts == 'cut':
+            for row in too_long:
+                if (shorter := _cut(dataset[int(row)]['messages'], render, max_length)) is not None:
+                    texts[row], encoded[row] = shorter
+                    lengths[row] = len(encoded[row])
+    kept = np.flatnonzero(lengths <= max_length)
+    dropped = len(encoded) - len(kept)
+    cut = len(too_long) - dropped
+    if len(kept) == 0:
+        raise ValueError(f'{summary}. No prompt is left; raise max_length.')
+    if len(too_long):
+        _logger.warning('%s. %d of them are dropped, %d are cut.', summary, dropped, cut)
     tokens = np.full((len(kept), max_length), tokenizer.pad_token_id, np.int32)
     for i, row in enumerate(kept):
         tokens[i, : lengths[row]] = encoded[row]
@@ -90,7 +122,28 @@ def encode_prompts(
         lengths=lengths[kept],
         answers=[answers[row] for row in kept],
         texts=[texts[row] for row in kept],
+        dropped=dropped,
+        cut=cut,
     )
+
+
+def _cut(messages: list[dict[str, str]], render: Callable, max_length: int) -> tuple[str, list[int]] | None:
+    """Text and tokens of a prompt with as much of the end of the last user's words as fits; None if nothing does."""
+    turn = max((i for i, message in enumerate(messages) if message['role'] == 'user'), default=None)
+    if turn is None:
+        return None
+    words = messages[turn]['content']
+    fits, best = len(words), None  # bisection over where the words begin: at `fits`, the prompt is short enough
+    too_early = 0
+    while fits - too_early > 1:
+        start = (too_early + fits) // 2
+        conversation = [*messages[:turn], {**messages[turn], 'content': words[start:]}, *messages[turn + 1 :]]
+        (text,), (tokens,) = render([conversation])
+        if len(tokens) <= max_length:
+            fits, best = start, (text, tokens)
+        else:
+            too_early = start
+    return best
 
 
 def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:

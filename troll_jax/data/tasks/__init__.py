@@ -1,4 +1,4 @@
-"""Tasks: a data set, how its problems are put to the policy, and how answers are graded. One file per data set.
+"""Tasks: a data set, how its problems are put to the policy, and how answers are graded. One file per kind of problem.
 
 Import the task you use from its own file: one with a heavy verifier should not slow down the others.
 """

@@ -33,7 +33,7 @@ def check_split(split: str) -> None:
         raise ValueError(f'split is {split!r}; expected one of {SPLITS}.')
 
 
-def load_rows(source: str, split: str, *, columns: tuple[str, ...], config: str | None = None) -> Dataset:
+def load_rows(source: str, split: str, *, config: str | None = None, test_split: str = 'test') -> Dataset:
     """Reads one split of a data set.
 
     Args:
@@ -41,39 +41,66 @@ def load_rows(source: str, split: str, *, columns: tuple[str, ...], config: str 
             - a folder that holds `train*` and `test*` files, each `.parquet` or `.jsonl`;
             - a path with `{split}` in it, and `*` if there are several files: `data/gsm8k_{split}.jsonl`; also the URL
               of a bucket, gs://…, which fsspec reads;
-            - an id on the Hugging Face hub: `openai/gsm8k`.
+            - an id on the Hugging Face hub, `openai/gsm8k`, or a folder of it, `owner/name/folder`.
         split: 'train' or 'test'.
-        columns: columns that the data must have.
         config: name of the configuration on the hub.
+        test_split: what the source calls 'test', such as 'validation'.
 
     Raises:
-        ValueError: the source does not exist or cannot be read, a column is missing, or the split is empty.
+        ValueError: the source does not exist or cannot be read, or the split is empty.
     """
     check_split(split)
+    name = test_split if split == 'test' else split
     source = os.path.expanduser(source)
-    files = _local_files(source, split)
+    files = _local_files(source, name)
     import datasets
 
     try:
         if files:
             builder = _BUILDERS[os.path.splitext(files[0])[1]]
-            rows = datasets.load_dataset(builder, data_files={split: files}, split=split)
-        else:
-            rows = datasets.load_dataset(source, config, split=split)
+            return datasets.load_dataset(builder, data_files={name: files}, split=name)
+        owner_and_name, folder = source.split('/')[:2], source.split('/')[2:]
+        return datasets.load_dataset('/'.join(owner_and_name), config, data_dir='/'.join(folder) or None, split=name)
     except Exception as error:  # of many kinds: no network, no such id, damaged, no rows
         where = f'the files {files}' if files else f'{source!r}, which is no folder here (looked in {os.getcwd()}),'
         raise ValueError(
-            f'Split {split!r} of {where} cannot be read or is empty ({type(error).__name__}: {error}). Expected a '
-            f'folder with {split}*.parquet or {split}*.jsonl files, a path with {{split}} in it, or an id on the '
+            f'Split {name!r} of {where} cannot be read or is empty ({type(error).__name__}: {error}). Expected a '
+            f'folder with {name}*.parquet or {name}*.jsonl files, a path with {{split}} in it, or an id on the '
             'Hugging Face hub.'
         ) from error
+
+
+def locate(source: str, split: str, row: int, *, test_split: str = 'test') -> str:
+    """Where a row of `load_rows` is, for an error: 'row 3 of data/train-1.parquet', counted from 0 in its file."""
+    name = test_split if split == 'test' else split
+    files = _local_files(os.path.expanduser(source), name)
+    if len(files) > 1:
+        import datasets
+
+        builder = _BUILDERS[os.path.splitext(files[0])[1]]
+        for file in files:
+            length = len(datasets.load_dataset(builder, data_files=file, split='train'))
+            if row < length:
+                return f'row {row} of {file!r}'
+            row -= length
+    return f'row {row} of {files[0]!r}' if files else f'row {row} of {name!r} in {source!r}'
+
+
+def check_columns(rows: Dataset, columns: tuple[str, ...], where: str) -> None:
+    """Raises a ValueError that names what is missing of `columns`; `where` is that of the first row."""
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise ValueError(
-            f'Split {split!r} of {source!r} has no column {missing}; got {rows.column_names}, expected {list(columns)}.'
-            ' Rename the columns, or point to the data set in its original form.'
+            f'{where} has no column {missing}; got {rows.column_names}, expected {list(columns)}, or the schema of '
+            'verl: prompt, reward_model. Rename the columns, or point to the data set in its original form.'
         )
-    return rows
+
+
+def as_messages(question: str, instruction: str | None, system_prompt: str | None) -> list[dict[str, str]]:
+    """The question, with the instruction under it, as a user's words behind the system prompt, if there is one."""
+    content = f'{question}\n\n{instruction}' if instruction else question
+    system = [{'role': 'system', 'content': system_prompt}] if system_prompt else []
+    return [*system, {'role': 'user', 'content': content}]
 
 
 def _local_files(source: str, split: str) -> list[str]:

@@ -1,0 +1,102 @@
+"""Problems in verl's schema, in which the TROLL paper's data sets come prepared.
+
+A row has `data_source` (str), `prompt` (a list of {role, content}), `ability` (str), `reward_model` ({style,
+ground_truth: str}) and `extra_info`. Prompts are complete: instructions and system messages are part of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    Messages = list[dict[str, str]]
+
+_ROLES = ('system', 'user', 'assistant')
+
+
+def is_verl(rows: Dataset) -> bool:
+    return {'prompt', 'reward_model'} <= set(rows.column_names)
+
+
+def read_verl(
+    rows: Dataset,
+    locate: Callable[[int], str],
+    *,
+    ability: str | None = None,
+    data_source: str | None = None,
+    system_prompt: str | None = None,
+) -> tuple[list[Messages], list[str]]:
+    """The messages and the ground truths of the rows that were asked for, in their order.
+
+    Args:
+        rows: in verl's schema.
+        locate: of a row's number, says for errors where it is.
+        ability: only rows of this `ability`, such as 'math' or 'code'; None for all.
+        data_source: only rows in whose `data_source` this regular expression is found, in any case; None for all.
+        system_prompt: takes the place of the rows' system messages, or is put first; '' removes them; None keeps them.
+
+    Raises:
+        ValueError: a column is missing, no row is left, or a row's prompt or ground truth is empty or not of its type.
+    """
+    chosen = range(len(rows))
+    for column, wanted, fits in (
+        ('ability', ability, lambda value: value == ability),
+        ('data_source', data_source, lambda value: re.search(data_source, str(value), re.IGNORECASE)),
+    ):
+        if wanted is None:
+            continue
+        if column not in rows.column_names:
+            raise ValueError(
+                f'{locate(0)} has no column {column!r}, by which {wanted!r} is to be chosen; got {rows.column_names}. '
+                f'Add it, or set {column} = None for all rows.'
+            )
+        values = rows[column][:]
+        chosen = [row for row in chosen if fits(values[row])]
+        if not chosen:
+            raise ValueError(
+                f'No row has {column} {wanted!r}; got {sorted(set(map(str, values)))[:20]} (first: {locate(0)}). '
+                f'Change {column}, or the source.'
+            )
+    if len(chosen) < len(rows):
+        rows = rows.select(chosen)
+    prompts, answers = [], []
+    for row, prompt, reward_model in zip(chosen, rows['prompt'], rows['reward_model'], strict=True):
+        prompts.append(_messages(prompt, system_prompt, lambda row=row: locate(row)))
+        answers.append(_ground_truth(reward_model, lambda row=row: locate(row)))
+    return prompts, answers
+
+
+def _messages(prompt: object, system_prompt: str | None, where: Callable[[], str]) -> Messages:
+    messages = prompt if isinstance(prompt, list) else []
+    if not messages or not all(
+        isinstance(m, dict) and m.get('role') in _ROLES and isinstance(m.get('content'), str) and m['content'].strip()
+        for m in messages
+    ):
+        raise ValueError(
+            f'The prompt in {where()} is {_short(prompt)}; expected a list of {{role, content}} with a role of '
+            f'{_ROLES} and a content that is not empty. Fix or drop that row.'
+        )
+    messages = [{'role': m['role'], 'content': m['content']} for m in messages]
+    if system_prompt is not None:
+        system = [{'role': 'system', 'content': system_prompt}] if system_prompt else []
+        messages = [*system, *(m for m in messages if m['role'] != 'system')]
+    return messages
+
+
+def _ground_truth(reward_model: object, where: Callable[[], str]) -> str:
+    truth = reward_model.get('ground_truth') if isinstance(reward_model, dict) else None
+    if not isinstance(truth, str) or not truth.strip():
+        raise ValueError(
+            f'The reward_model in {where()} is {_short(reward_model)}; expected {{style, ground_truth}} with a '
+            'ground_truth that is text and not empty. Fix or drop that row.'
+        )
+    return truth
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f'{text[:117]}...'
