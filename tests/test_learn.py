@@ -1,0 +1,281 @@
+"""From graded responses to new parameters: what the stage puts together, against its pieces put together by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from test_update import (
+    CONFIG,
+    KEPT,
+    MASS,
+    PROMPT,
+    RESPONSE,
+    ROWS,
+    SGD,
+    all_log_probs,
+    assert_same_step,
+    nearby_params,
+    policy_params,
+    rollout,
+    updater,
+)
+
+from troll_jax.collect import Experience
+from troll_jax.critic import Critic, make_values
+from troll_jax.learn import make_learner
+from troll_jax.models import decoder as decoders
+from troll_jax.ops.advantages import gae, greedy_baseline, group_normalised, no_baseline
+from troll_jax.ops.aggregation import token_mean
+from troll_jax.ops.losses import importance_weighted, troll
+from troll_jax.ops.regularisers import k1, kl_to_reference
+from troll_jax.ops.support import bucket_tail, default_tail
+from troll_jax.optimizer import adamw
+from troll_jax.packing import batch_shape, make_batch
+from troll_jax.sharding import make_mesh
+from troll_jax.types import START, TrainState
+
+GROUPS = 4
+REWARDS = np.array([[1, 0], [1, 1], [0, 0.5], [-1, 2]], np.float32)
+MASK = np.arange(RESPONSE) < rollout().response_lengths[:, None]
+discounted = functools.partial(gae, gamma=0.9, lam=0.7)
+
+
+def experience(greedy_rewards=None, draws=1) -> Experience:
+    return Experience(rollout(), REWARDS, greedy_rewards, draws, {})
+
+
+def learner(mesh=None, optimizer=SGD, minibatch=ROWS, **settings):
+    settings = {'objective': troll, 'estimator': group_normalised, 'tail_rule': default_tail} | settings
+    return make_learner(
+        CONFIG,
+        optimizer,
+        batch_shape(minibatch, PROMPT + RESPONSE, row_tokens=13),
+        aggregation=token_mean,
+        temperature=1.0,
+        max_tokens=KEPT,
+        mass=MASS,
+        minibatch=minibatch,
+        max_response_length=RESPONSE,
+        mesh=mesh or make_mesh(1, 1, 1, jax.devices()[:1]),
+        **settings,
+    )
+
+
+def copy(params):
+    return jax.tree.map(jnp.copy, params)
+
+
+def with_head(critic, scale: float):
+    """A critic that has an opinion: its head is not zero."""
+    head = scale * jnp.sin(jnp.arange(CONFIG.width) + 1.0)
+    return critic._replace(params=critic.params | {'head': head})
+
+
+def by_hand(params, advantages, **extra):
+    """Parameters and metrics after one update with given advantages [R] or [R, T]."""
+    shape = batch_shape(ROWS, PROMPT + RESPONSE, row_tokens=13)
+    weights = np.asarray(token_mean(rollout().response_lengths, max_length=RESPONSE))
+    batch = make_batch(rollout(), np.asarray(advantages), weights, shape)._replace(**extra)
+    state, log = updater(troll)(TrainState(jax.tree.map(jnp.asarray, START), copy(params), SGD.init(params)), batch)
+    return jax.tree.map(np.asarray, (state.params, log.metrics))
+
+
+def result(state, metrics):
+    found = {name.removeprefix('update/'): np.float32(x) for name, x in metrics.items() if name.startswith('update/')}
+    return jax.tree.map(np.asarray, state.params), {
+        name: x for name, x in found.items() if name not in ('padding_share', 'kl_noise')
+    }
+
+
+def test_gae_of_a_critic():
+    """Guards the way of values and rewards through packing: which token they belong to, and that whitening sees tokens.
+
+    The expected advantages come from sums over the future of each token, not from a recursion.
+    """
+    bench = learner(estimator=discounted, critic=Critic(optimizer=SGD), whiten_advantages=True)
+    state = bench.start(copy(nearby_params()))
+    state = state._replace(critic=with_head(state.critic, 0.5))
+    tokens = jnp.asarray(rollout().tokens)
+    hidden = hidden_states(nearby_params(), tokens)
+    lengths = rollout().response_lengths
+    values = np.asarray(hidden @ state.critic.params['head'])
+    expected, returns = np.zeros((2, *MASK.shape), np.float32)
+    for r, (start, length) in enumerate(zip(rollout().prompt_lengths, lengths, strict=True)):
+        v = np.append(values[r, start - 1 : start - 1 + length], 0)
+        reward = np.zeros(length)
+        reward[-1] = REWARDS.reshape(-1)[r]
+        delta = reward + 0.9 * v[1:] - v[:-1]
+        expected[r, :length] = [sum(0.63 ** (k - t) * delta[k] for k in range(t, length)) for t in range(length)]
+        returns[r, :length] = expected[r, :length] + v[:-1]
+    white = (expected - expected[MASK].mean()) / (expected[MASK].std(ddof=1) + 1e-6)
+
+    state, metrics, _ = bench.learn(state, experience())
+    assert_same_step(result(state, metrics), by_hand(nearby_params(), white))
+    np.testing.assert_allclose(metrics['critic/return'], returns[MASK].mean(), rtol=1e-4)
+    np.testing.assert_allclose(metrics['critic/value'], (returns - expected)[MASK].mean(), rtol=1e-4)
+    explained = 1 - np.var(expected[MASK]) / np.var(returns[MASK])
+    np.testing.assert_allclose(metrics['critic/explained_variance'], explained, rtol=1e-3)
+
+
+@jax.jit
+def hidden_states(params, tokens):
+    decoder = decoders.bind(decoders.abstract(CONFIG)[0], params)
+    return decoder(tokens, jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape), jnp.ones_like(tokens))
+
+
+def test_critic_learns_before_the_policy():
+    """Guards the warm-up, a critic whose gradient has the wrong sign or never reaches the decoder, and a policy's
+    parameters that the critic shares instead of copying."""
+    bench = learner(
+        estimator=gae, critic=Critic(adamw(3e-2, b2=0.99), value_clip=None, warmup_steps=25), minibatch=ROWS // 2
+    )
+    state = bench.start(copy(policy_params()))
+    metrics = []
+    for _ in range(25):
+        state, row, logs = bench.learn(state, experience())
+        metrics.append(row)
+        assert not logs and 'update/loss' not in row
+    jax.tree.map(np.testing.assert_array_equal, state.params, policy_params())
+    assert metrics[-1]['critic/explained_variance'] > 0.8 > 0.1 > metrics[0]['critic/explained_variance']
+    assert metrics[-1]['critic/loss'] < 0.1 * metrics[0]['critic/loss']
+    moved = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), state.critic.params['decoder']['layers'], policy_params()['layers']
+    )
+    assert min(jax.tree.leaves(moved)) > 0
+    assert int(state.progress.updates) == 0 and int(state.progress.step) == 25
+    state, row, _ = bench.learn(state, experience())
+    assert int(state.progress.updates) == 2 and row['update/gradient_norm'] > 0
+
+
+@pytest.mark.parametrize('settings', [{'value_clip': 1e-3}, {'optimizer': optax.sgd(0.5)}])
+def test_settings_of_a_critic(settings):
+    """Guards settings of the critic that nothing reads."""
+    after = []
+    for critic in (Critic(optimizer=SGD), Critic(**{'optimizer': SGD} | settings)):
+        bench = learner(estimator=gae, critic=critic, minibatch=ROWS // 2)
+        state = bench.start(copy(policy_params()))
+        for _ in range(2):  # at the first update a value has not moved, and the head alone has a gradient
+            state, *_ = bench.learn(state, experience())
+        after.append(np.asarray(state.critic.params['head']))
+    assert np.abs(after[0] - after[1]).max() > 1e-4
+
+
+def test_values_do_not_see_their_token():
+    """Guards the shift by one: a baseline that knows the token it is a baseline of biases the gradient."""
+    bench = learner(estimator=gae, critic=Critic())
+    params = with_head(bench.start(copy(policy_params())).critic, 1.0).params
+    shape = batch_shape(ROWS, PROMPT + RESPONSE)
+    weights = np.ones(ROWS, np.float32)
+    batch = make_batch(rollout(), weights, weights, shape)
+    changed = batch.tokens.copy()
+    row, at = 0, int(np.flatnonzero(batch.weights[0, 0])[2])  # the third response token of the first row
+    changed[0, row, at] = (changed[0, row, at] + 1) % CONFIG.vocab_size
+    values = make_values(CONFIG)
+    before, after = (np.asarray(values(params, batch._replace(tokens=x))) for x in (batch.tokens, changed))
+    np.testing.assert_array_equal(before[0, row, : at + 1], after[0, row, : at + 1])
+    assert abs(before[0, row, at + 1] - after[0, row, at + 1]) > 1e-3
+
+
+def test_greedy_baseline():
+    """Guards which prompt's greedy reward is taken off which group."""
+    greedy = np.array([0.5, 1.0, 0.0, -2.0], np.float32)
+    bench = learner(estimator=greedy_baseline)
+    state, metrics, _ = bench.learn(bench.start(copy(nearby_params())), experience(greedy))
+    assert_same_step(result(state, metrics), by_hand(nearby_params(), (REWARDS - greedy[:, None]).reshape(-1)))
+
+
+def log_ratio_to_nearby() -> np.ndarray:
+    """log π_old − log π_ref [R, T] of the sampled tokens; 0 behind the end."""
+    other = np.asarray(all_log_probs(nearby_params(), jnp.asarray(rollout().tokens)))
+    out = np.zeros(MASK.shape, np.float32)
+    for r, start in enumerate(rollout().prompt_lengths):
+        for t in np.flatnonzero(MASK[r]):
+            out[r, t] = rollout().log_probs[r, t] - other[r, start + t - 1, rollout().tokens[r, start + t]]
+    return out
+
+
+def test_reference_in_the_reward():
+    """Guards sign and place of the penalty: an estimate that is taken off the response's reward, for the policy that
+    sampled and not for the current one."""
+    penalty = functools.partial(kl_to_reference, coefficient=0.3, estimator=k1)
+    penalty.reference = True
+    bench = learner(estimator=no_baseline, reward_penalty=penalty)
+    state = bench.start(copy(nearby_params()))
+    state, metrics, _ = bench.learn(state, experience())
+    costs = 0.3 * log_ratio_to_nearby().sum(axis=1)
+    np.testing.assert_allclose(metrics['reward/penalty'], costs.mean(), rtol=1e-4)
+    assert_same_step(result(state, metrics), by_hand(nearby_params(), REWARDS.reshape(-1) - costs))
+
+
+@pytest.mark.parametrize('tail_rule', [default_tail, bucket_tail])
+def test_reference_in_the_loss(tail_rule):
+    """Guards the reference model's own values: no pull at the reference, a pull towards it elsewhere, of the size that
+    the whole vocabulary gives."""
+    pull = functools.partial(kl_to_reference, coefficient=1.0)
+    pull.reference = True
+    bench = learner(
+        objective=importance_weighted, estimator=no_baseline, regularisers=[pull], tail_rule=tail_rule, optimizer=SGD
+    )
+    nothing = experience()._replace(rewards=np.zeros_like(REWARDS))
+    state, metrics, _ = bench.learn(bench.start(copy(nearby_params())), nothing)
+    assert metrics['update/gradient_norm'] < 1e-5
+
+    state = bench.start(copy(nearby_params()))._replace(params=copy(policy_params()))
+    _, metrics, _ = bench.learn(state, nothing)
+    policy, reference = (all_log_probs(p, jnp.asarray(rollout().tokens)) for p in (policy_params(), nearby_params()))
+    dense = np.asarray(jnp.sum(jnp.exp(policy) * (policy - reference), axis=-1))
+    start, length = rollout().prompt_lengths[:, None], rollout().response_lengths[:, None]
+    index = np.arange(dense.shape[1]) + 1
+    dense = dense[(index >= start) & (index < start + length)].mean()
+    assert 0.6 * dense < metrics['update/loss'] < dense  # eleven of 38 tokens, and one entry for all others
+    assert metrics['update/gradient_norm'] > 0.01
+
+
+def test_reference_is_refreshed_and_laid_out_like_the_policy():
+    """Guards a reference that is never refreshed or is the policy itself, and one that lies whole on every device."""
+    penalty = functools.partial(kl_to_reference, coefficient=0.1)
+    penalty.reference = True
+    mesh = make_mesh(2, 2, 2)
+    bench = learner(mesh, reward_penalty=penalty, refresh_reference_every=2, minibatch=ROWS)
+    with jax.set_mesh(mesh):
+        params = jax.tree.map(
+            lambda x, shape: jax.device_put(x, shape.sharding), copy(nearby_params()), bench.shapes.params
+        )
+        state = bench.start(params)
+        start = jax.tree.map(np.array, state.reference)
+        same = jax.tree.map(lambda a, b: a.sharding == b.sharding, state.reference, bench.shapes.params)
+        assert all(jax.tree.leaves(same))
+        states = []
+        for _ in range(2):
+            state, *_ = bench.learn(state, experience())
+            states.append(jax.tree.map(np.array, (state.params, state.reference)))
+    jax.tree.map(np.testing.assert_array_equal, states[0][1], start)
+    jax.tree.map(np.testing.assert_array_equal, *states[1])
+    assert np.abs(states[1][1]['embedding'] - start['embedding']).max() > 0
+
+
+def test_draws_are_counted():
+    """Guards data that a resumed run would see twice after groups were replaced."""
+    bench = learner()
+    state, *_ = bench.learn(bench.start(copy(policy_params())), experience(draws=3))
+    assert (int(state.progress.draws), int(state.progress.step)) == (3, 1)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'said'),
+    [
+        ({'estimator': gae}, r'set train.critic = @Critic\(\)'),
+        ({'critic': Critic()}, 'the critic would learn what nothing uses'),
+        ({'refresh_reference_every': 3}, 'refresh_reference_every = 3; expected 0'),
+        ({'reward_penalty': lambda row: row.entropy}, 'reward_penalty must compare with a reference model'),
+        ({'old_policy': 'rollouts'}, "old_policy must be one of .* got 'rollouts'"),
+        ({'importance_limit': 2.0}, 'set old_policy to'),
+    ],
+)
+def test_settings_that_do_not_go_together(settings, said):
+    """Guards knobs that would be silently ignored."""
+    with pytest.raises(ValueError, match=said):
+        learner(**settings)
