@@ -241,12 +241,10 @@ def test_reference_is_refreshed_and_laid_out_like_the_policy():
     mesh = make_mesh(2, 2, 2)
     bench = learner(mesh, reward_penalty=penalty, refresh_reference_every=2, minibatch=ROWS)
     with jax.set_mesh(mesh):
-        params = jax.tree.map(
-            lambda x, shape: jax.device_put(x, shape.sharding), copy(nearby_params()), bench.shapes.params
-        )
-        state = bench.start(params)
+        shardings = jax.tree.map(lambda x: x.sharding, bench.shapes.params)
+        state = bench.start(jax.device_put(copy(nearby_params()), shardings))
         start = jax.tree.map(np.array, state.reference)
-        same = jax.tree.map(lambda a, b: a.sharding == b.sharding, state.reference, bench.shapes.params)
+        same = jax.tree.map(lambda x, sharding: x.sharding == sharding, state.reference, shardings)
         assert all(jax.tree.leaves(same))
         states = []
         for _ in range(2):

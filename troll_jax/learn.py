@@ -82,7 +82,6 @@ def make_learner(
     update = make_update(config, optimizer, objective=regularised(objective, regularisers), **policy)
     recompute = make_recompute(config, importance_limit=importance_limit, **policy)
     reference = make_reference(config, temperature=temperature, head_chunk=head_chunk, penalty=reward_penalty)
-    copy_reference = jax.jit(lambda params: jax.tree.map(jnp.copy, decoders.cast_weights(params, config.compute_dtype)))
     if critic is not None:
         values_of = make_values(config)
         update_critic = make_critic_update(config, critic.optimizer, value_clip=critic.value_clip)
@@ -90,6 +89,10 @@ def make_learner(
 
     shapes = _abstract_state(config, optimizer, critic, has_reference, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
+
+    @partial(jax.jit, out_shardings=shardings.reference)
+    def copy_reference(params):
+        return jax.tree.map(jnp.copy, decoders.cast_weights(params, config.compute_dtype))
 
     def start(params) -> TrainState:
         return TrainState(

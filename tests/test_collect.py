@@ -1,0 +1,148 @@
+"""From prompts to graded responses, by a real sampler and a policy without any knowledge."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from troll_jax.collect import make_collector
+from troll_jax.data.prompts import batch_indices, encode_prompts
+from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
+from troll_jax.data.tokenizer import character_tokenizer
+from troll_jax.evaluate import decode_responses, sample_responses
+from troll_jax.models import decoder as decoders
+from troll_jax.rewards.pool import Grader
+from troll_jax.rewards.terms import task_reward
+from troll_jax.rollout import make_sampler
+from troll_jax.sharding import make_mesh
+
+B, G, T = 5, 3, 4
+TOKENIZER = character_tokenizer(CHARACTERS)
+TASK = Arithmetic(operands=2, train_size=31, test_size=7)
+CONFIG = decoders.DecoderConfig(
+    vocab_size=len(TOKENIZER),
+    width=8,
+    layers=1,
+    heads=2,
+    kv_heads=1,
+    head_dim=4,
+    mlp_width=12,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tied_embeddings=True,
+    compute_dtype='float32',
+)
+
+
+@functools.cache
+def prompts():
+    return encode_prompts(TASK.load('train'), TOKENIZER, max_length=4)
+
+
+@functools.cache
+def sampler(samples: int, temperature: float):
+    return make_sampler(
+        CONFIG,
+        samples_per_prompt=samples,
+        max_response_length=T,
+        temperature=temperature,
+        stop_tokens=[TOKENIZER.eos_token_id],
+        max_tokens=3,
+        mass=1.0,
+    )
+
+
+@functools.cache
+def params():
+    return decoders.init(CONFIG, jax.random.key(0))
+
+
+def starts_low(responses) -> np.ndarray:
+    """1 for a response that begins with a zero, as few do: most groups are uniform."""
+    return np.array([text[:1] == '0' for text in responses.texts], np.float32)
+
+
+def collect(draws=0, *, greedy=False, max_draws=1, rewards=(('low', 1.0, starts_low),)):
+    with Grader(TASK.grade, deadline=None) as grader:
+        collector = make_collector(
+            sampler(G, 1.0),
+            prompts(),
+            grader,
+            TOKENIZER,
+            prompts_per_step=B,
+            max_response_length=T,
+            rewards=rewards,
+            greedy_sampler=sampler(1, 0.0) if greedy else None,
+            max_draws=max_draws,
+            seed=3,
+            mesh=make_mesh(1, 1, 1, jax.devices()[:1]),
+        )
+        return collector(params(), draws)
+
+
+def groups_of(experience) -> list[tuple]:
+    """Prompt, responses and rewards of each group, to be compared."""
+    rows = experience.rollout.tokens.reshape(B, G, -1)
+    return [(rows[i].tobytes(), experience.rewards[i].tobytes()) for i in range(B)]
+
+
+def test_dynamic_sampling_keeps_what_varies():
+    """Guards which groups are replaced and by what: as if draws had been made one by one and the others thrown away."""
+    single = [collect(draws) for draws in range(12)]
+    varied = [
+        (group, draw)
+        for draw, experience in enumerate(single)
+        for group, rewards in zip(groups_of(experience), experience.rewards, strict=True)
+        if np.ptp(rewards) > 0
+    ]
+    first = varied[:B]
+    needed = first[-1][1] + 1  # draws until there are enough
+    assert 3 <= needed <= 12, 'the test needs some groups that vary and some that do not'
+    result = collect(max_draws=10)
+    assert groups_of(result) == [group for group, _ in first]
+    assert result.draws == needed == result.logs['rollout/draws']
+    assert all(np.ptp(result.rewards, axis=1) > 0)
+    # The log tells of everything that was sampled.
+    seen = np.concatenate([experience.rewards for experience in single[:needed]])
+    np.testing.assert_allclose(result.logs['reward/mean'], seen.mean(), rtol=1e-6)
+    np.testing.assert_allclose(result.logs['reward/uniform_share'], np.mean(np.ptp(seen, axis=1) == 0), rtol=1e-6)
+
+
+def test_dynamic_sampling_has_a_limit():
+    """Guards a run that samples for ever because the policy is always right: what is missing is filled up."""
+    result = collect(max_draws=2, rewards=[('same', 1.0, lambda r: np.ones(len(r.texts)))])
+    assert result.draws == 2 and result.rewards.shape == (B, G) and (result.rewards == 1).all()
+    assert groups_of(result)[0][0] == groups_of(collect(0))[0][0]
+    one = collect(max_draws=collect(max_draws=10).draws - 1)
+    kept = np.ptp(one.rewards, axis=1) > 0
+    assert 0 < kept.sum() < B and (np.sort(~kept) == ~kept).all()  # groups that vary come first
+
+
+def test_greedy_rewards_are_of_the_same_prompts():
+    """Guards a baseline of other prompts or of sampled responses."""
+    first = lambda texts: np.array([ord(text[0]) if text else 0 for text in texts])
+    length = ('length', 1.0, lambda r: r.lengths + first(r.texts))
+    result = collect(2, greedy=True, rewards=[length])
+    assert result.greedy_rewards.shape == (B,)
+    indices = batch_indices(len(prompts()), B, seed=3, step=2)
+    alone = sample_responses(
+        sampler(1, 0.0), params(), prompts(), indices, jax.random.key(99), mesh=make_mesh(1, 1, 1, jax.devices()[:1])
+    )
+    texts = decode_responses(alone, TOKENIZER)
+    expected = alone.response_lengths + first(texts)
+    np.testing.assert_array_equal(result.greedy_rewards, expected)
+    assert collect(2).greedy_rewards is None
+
+
+def test_same_draw_same_experience():
+    """Guards random numbers that depend on anything but seed and draw: a resumed run would sample other responses."""
+    assert groups_of(collect(1)) == groups_of(collect(1)) != groups_of(collect(2))
+    result = collect(1, rewards=[('task', 1.0, task_reward)])
+    assert result.logs['reward/task'] == result.logs['reward/mean'] == result.rewards.mean()
+
+
+def test_a_term_that_is_not_finite_names_the_response():
+    """Guards a NaN that spreads over a group in silence."""
+    with pytest.raises(ValueError, match=r"reward term 'odd' gave nan for the response"):
+        collect(rewards=[('odd', 1.0, lambda r: np.where(np.arange(len(r.texts)) == 4, np.nan, 0.0))])
