@@ -59,8 +59,8 @@ def params():
 
 
 def starts_low(responses) -> np.ndarray:
-    """1 for a response that begins with a zero, as few do: most groups are uniform."""
-    return np.array([text[:1] == '0' for text in responses.texts], np.float32)
+    """1 for a response that begins with one digit, as few do: most groups are uniform."""
+    return np.array([text[:1] == '4' for text in responses.texts], np.float32)
 
 
 def collect(draws=0, *, greedy=False, max_draws=1, rewards=(('low', 1.0, starts_low),)):
