@@ -159,7 +159,7 @@ class XIELU(nnx.Module):
 
         a x² + β x  for x > 0,  (b + β) (exp(min(x, ε)) − 1 − x) + β x  else,  with a = softplus(α_p), b = softplus(α_n)
 
-    In bfloat16 exp(x) − 1 − x, and the scalars' gradients, which are sums over all tokens, would be mostly rounding.
+    float32 whatever the dtype of `x`, because the gradients of the scalars are sums over all tokens.
     """
 
     BETA, EPS = 0.5, -1e-6
