@@ -121,9 +121,15 @@ def test_sharded_import_equals_unsharded_and_reads_a_shard_at_a_time(tmp_path, m
     tiny_torch_model(hf_config).save_pretrained(tmp_path)
     _, plain = load_pretrained(tmp_path)
 
-    placed = []
+    placed, mappings = [], Path('/proc/self/maps')
     device_put = jax.device_put
-    monkeypatch.setattr(jax, 'device_put', lambda values, device: placed.append(values) or device_put(values, device))
+
+    def put(values, device):
+        placed.append(values)
+        assert not mappings.exists() or str(tmp_path) not in mappings.read_text()  # what is mapped counts as memory
+        return device_put(values, device)
+
+    monkeypatch.setattr(jax, 'device_put', put)
     mesh = make_mesh(2, 2, 2)
     config, params = load_pretrained(tmp_path, mesh=mesh)
 

@@ -53,7 +53,8 @@ def load_pretrained(
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """The model's config and float32 parameters, laid out over `mesh` as `abstract` says.
 
-    A process reads what its own devices hold, shard by shard, and never has more than one shard in host memory.
+    A process reads what its own devices hold, shard by shard. Its host memory never has more than one shard of one
+    parameter (of all its layers), and one tensor as it is stored.
 
     Args:
       model: a folder, or the id of a model on the hub.
@@ -67,7 +68,7 @@ def load_pretrained(
     hf_config = _read_config(folder)
     config = decoder_config(hf_config, compute_dtype=compute_dtype, remat=remat)
     shapes = flatten_dict(abstract(config, mesh)[1])
-    stored = _open_tensors(folder)
+    stored = _stored_tensors(folder)
     table = tensors(hf_config)
     _check_constants(folder, stored, family(hf_config.architectures).constants, config.layers)
     _check_stored(folder, stored, table, shapes, config)
@@ -158,8 +159,24 @@ def _read_config(folder: Path) -> PretrainedConfig:
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def _open_tensors(folder: Path) -> dict[str, Any]:
-    """Tensor name → a slice of it that has not been read yet."""
+class _Stored(NamedTuple):
+    """A tensor in a file, of which nothing is read before it is indexed.
+
+    A file stays mapped for as long as it is open, and counts as memory of the process as far as it has been read.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        with safe_open(self.file, framework='numpy') as opened:
+            return opened.get_slice(self.name)[index]
+
+
+def _stored_tensors(folder: Path) -> dict[str, _Stored]:
+    """All tensors of a checkpoint by name."""
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).is_file():
@@ -173,10 +190,12 @@ def _open_tensors(folder: Path) -> dict[str, Any]:
         if not file.is_file():
             raise FileNotFoundError(f'{file} is named in {INDEX}, but is not there')
         try:
-            handle = safe_open(file, framework='numpy')
+            with safe_open(file, framework='numpy') as opened:
+                for name in opened.keys():
+                    tensor = opened.get_slice(name)
+                    stored[name] = _Stored(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
         except SafetensorError as error:
             raise ValueError(f'{file} is damaged: {error}; copy or download it again') from error
-        stored |= {name: handle.get_slice(name) for name in handle.keys()}
     return stored
 
 
@@ -185,7 +204,7 @@ def _names(tensor: Tensor | Constant, layers: int) -> list[str]:
     return [tensor.name.format(layer=i) for i in range(layers)] if '{layer}' in tensor.name else [tensor.name]
 
 
-def _check_constants(folder: Path, stored: dict[str, Any], constants: tuple[Constant, ...], layers: int) -> None:
+def _check_constants(folder: Path, stored: dict[str, _Stored], constants: tuple[Constant, ...], layers: int) -> None:
     """Takes from `stored` what is a constant to us, if it has the value that we compute with, up to bfloat16."""
     problems = []
     for constant in constants:
@@ -193,8 +212,8 @@ def _check_constants(folder: Path, stored: dict[str, Any], constants: tuple[Cons
             found = stored.pop(name, None)
             if found is None:
                 continue
-            if math.prod(found.get_shape()) != 1 or found.get_dtype() not in STORED_DTYPES:
-                problems.append(f'{name}: got {found.get_dtype()} {found.get_shape()}, expected one number')
+            if math.prod(found.shape) != 1 or found.dtype not in STORED_DTYPES:
+                problems.append(f'{name}: got {found.dtype} {list(found.shape)}, expected one number')
             elif not np.isclose(value := float(np.squeeze(found[...])), constant.value, rtol=2**-8, atol=0):
                 problems.append(f'{name}: got {value}, expected {constant.value}')
     if problems:
@@ -203,7 +222,7 @@ def _check_constants(folder: Path, stored: dict[str, Any], constants: tuple[Cons
 
 def _check_stored(
     folder: Path,
-    stored: dict[str, Any],
+    stored: dict[str, _Stored],
     table: tuple[Tensor, ...],
     shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct],
     config: DecoderConfig,
@@ -225,25 +244,25 @@ def _check_stored(
         if name not in found:
             problems.append(f'{name}: missing, expected {expected[name]}')
         elif name not in expected:
-            problems.append(f'{name}: got {found[name].get_shape()}, expected no such tensor')
-        elif found[name].get_shape() != expected[name]:
-            problems.append(f'{name}: got shape {found[name].get_shape()}, expected {expected[name]}')
-        elif found[name].get_dtype() not in STORED_DTYPES:
-            problems.append(f'{name}: got {found[name].get_dtype()}, expected one of {STORED_DTYPES}')
+            problems.append(f'{name}: got {list(found[name].shape)}, expected no such tensor')
+        elif list(found[name].shape) != expected[name]:
+            problems.append(f'{name}: got shape {list(found[name].shape)}, expected {expected[name]}')
+        elif found[name].dtype not in STORED_DTYPES:
+            problems.append(f'{name}: got {found[name].dtype}, expected one of {STORED_DTYPES}')
     if problems:
         raise ValueError(f'the weights in {folder} are not those of its {CONFIG}:\n  ' + '\n  '.join(problems))
 
 
-def _equal(one: Any, other: Any, rows: int = 4096) -> bool:
+def _equal(one: _Stored, other: _Stored, rows: int = 4096) -> bool:
     """Whether two stored tensors are the same, comparing a few rows at a time."""
-    if one.get_shape() != other.get_shape():
+    if one.shape != other.shape:
         return False
-    count = one.get_shape()[0]
+    count = one.shape[0]
     blocks = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
     return all(np.array_equal(one[block], other[block]) for block in blocks)
 
 
-def _read(stored: dict[str, Any], tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _read(stored: dict[str, _Stored], tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """One of our parameters, each shard of it read from the files by itself and put where it belongs."""
     stacked = '{layer}' in tensor.name
 
