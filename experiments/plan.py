@@ -6,7 +6,7 @@ Compiles the update and the sampler that `experiments.train` would run, ahead of
 compiler in the `libtpu` wheel (`pip install "libtpu==0.0.42.*"`), and prints per device what the compiler says of
 memory, and what must at least be computed, moved and sent. The bound on time is that of a perfect overlap: a run takes
 longer. Neither weights nor data are read; of `Experiment.model` only config.json, and folders of `configs/models` hold
-that of every Qwen3. The last line of the output is one line of JSON.
+those of the paper's models. The last line of the output is one line of JSON.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The decoder against PyTorch's, against itself with a cache, packed, sharded and recomputed."""
+"""The decoder of every family against PyTorch's, against itself with a cache, packed, sharded and recomputed."""
 
 import dataclasses
 import functools
@@ -9,50 +9,90 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    ApertusConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from troll_jax.models.decoder import KVCache, abstract, bind, init, init_cache
 from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_pretrained
+from troll_jax.models.rotary import RopeScaling
 from troll_jax.sharding import make_mesh, named_sharding
 
 VOCAB = 61
 
 
-def tiny_hf_config(tied: bool = True, **changes) -> Qwen3Config:
-    """Grouped queries, heads · head_dim ≠ width, no two sizes alike."""
+# A context of 32 tokens that was stretched. Of the planes one turns as before, one in part, the others less.
+STRETCHED = dict(rope_type='llama3', rope_theta=1e2, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+STRETCHED |= {'original_max_position_embeddings': 32}
+DEFAULT_ROPE = dict(rope_type='default', rope_theta=1e4)
+# Per family: the class of its configs, and what is different from Qwen3's in the small one. Two keep head_dim unsaid.
+FAMILIES = {
+    'Qwen3ForCausalLM': (Qwen3Config, dict(head_dim=10, hidden_size=34)),
+    'Qwen2ForCausalLM': (Qwen2Config, dict()),
+    'LlamaForCausalLM': (LlamaConfig, dict(head_dim=10, rope_parameters=STRETCHED)),
+    'SmolLM3ForCausalLM': (SmolLM3Config, dict(head_dim=10, no_rope_layers=[1, 0, 1])),
+    'ApertusForCausalLM': (ApertusConfig, dict(rope_parameters=STRETCHED, hidden_act='xielu')),
+}
+
+
+def tiny_hf_config(tied: bool = True, architecture: str = 'Qwen3ForCausalLM', **changes) -> PretrainedConfig:
+    """Grouped queries, no two sizes alike, and heads · head_dim ≠ width where the family allows it."""
+    of_family, own = FAMILIES[architecture]
     sizes = dict(
         vocab_size=VOCAB,
-        hidden_size=34,
+        hidden_size=36,
         num_hidden_layers=3,
         num_attention_heads=6,
         num_key_value_heads=2,
-        head_dim=10,
         intermediate_size=47,
         tie_word_embeddings=tied,
-        architectures=['Qwen3ForCausalLM'],
+        architectures=[architecture],
         dtype='float32',
-        rope_parameters={'rope_type': 'default', 'rope_theta': 1e4},
+        rope_parameters=DEFAULT_ROPE,
+        **dict.fromkeys(['pad_token_id', 'bos_token_id', 'eos_token_id']),
     )
-    return Qwen3Config(**sizes | changes)
+    return of_family(**sizes | own | changes)
 
 
-def tiny_torch_model(hf_config: Qwen3Config) -> Qwen3ForCausalLM:
+def tiny_torch_model(hf_config: PretrainedConfig) -> PreTrainedModel:
     """Weights large enough, and norms far enough from one, that every one of them shows in the logits."""
     torch.manual_seed(7)
-    model = Qwen3ForCausalLM(hf_config).eval()
+    model = AutoModelForCausalLM.from_config(hf_config, dtype=torch.float32).eval()
     with torch.no_grad():
         for param in model.parameters():
             param.copy_(1 + 0.3 * torch.randn_like(param) if param.ndim == 1 else 0.3 * torch.randn_like(param))
     return model
 
 
+# Fields of DecoderConfig: 'other' is what Qwen3 is not, all at once.
+KINDS = {
+    'qwen3': {},
+    'other': dict(
+        qk_norm=False,
+        qkv_bias=True,
+        mlp='xielu',
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 32),
+        rope_layers=(True, False, True),
+    ),
+}
+both_kinds = pytest.mark.parametrize('kind', KINDS)
+
+
 @functools.cache
-def tiny():
+def tiny(kind: str = 'qwen3'):
     """Config, graphdef and params of a float32 decoder whose weights are five times larger than new ones."""
     config = decoder_config(tiny_hf_config(), compute_dtype='float32')
+    config = dataclasses.replace(config, **KINDS[kind])
     params = jax.tree.map(lambda p: 5 * p if p.ndim > 1 else p, init(config, jax.random.key(3)))
-    return config, abstract(config)[0], params
+    return config, abstract(config)[0], jax.tree.map(lambda p: jnp.where(p == 0, 0.3, p), params)  # new biases are 0
 
 
 def some_tokens(batch: int, length: int) -> jax.Array:
@@ -73,25 +113,30 @@ def from_zero(batch: int, length: int) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
 
 
-@pytest.mark.parametrize('tied', [True, False])
-def test_logits_equal_those_of_pytorch(tied, tmp_path):
-    """Guards the layout of heads, the rotary convention, the scope of the q/k norms and the transposes on import."""
-    model = tiny_torch_model(tiny_hf_config(tied))
+@pytest.mark.parametrize(('architecture', 'tied'), [('Qwen3ForCausalLM', True), *((name, False) for name in FAMILIES)])
+def test_logits_equal_those_of_pytorch(architecture, tied, tmp_path):
+    """Guards all that families do in ways of their own, past the context that was stretched too, the layout of heads,
+    the rotary convention, the transposes on import; and that packed rows change nothing."""
+    model = tiny_torch_model(tiny_hf_config(tied, architecture))
     model.save_pretrained(tmp_path)
-    tokens = np.asarray(some_tokens(2, 13))
+    tokens = np.asarray(some_tokens(2, 41))
     with torch.no_grad():
         expected = model(torch.tensor(tokens)).logits.numpy()
     config, params = load_pretrained(str(tmp_path), compute_dtype='float32')
     graphdef, _ = abstract(config)
-    hidden = forward(graphdef, params, tokens, from_zero(2, 13), jnp.ones((2, 13), jnp.int32))
-    logits = hidden @ bind(graphdef, params).unembedding.T
+    packed = np.concatenate([tokens[0], tokens[1, :19]])[None]
+    positions = np.array([[*range(41), *range(19)]])
+    hidden = forward(graphdef, params, packed, positions, np.array([[1] * 41 + [2] * 19]))
+    logits = (hidden @ bind(graphdef, params).unembedding.T)[0]
     assert np.abs(expected).max() > 1
-    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits[:41], expected[0], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(logits[41:], expected[1, :19], atol=1e-4, rtol=0)
 
 
-def test_bfloat16_costs_little_more_than_rounded_weights():
+@both_kinds
+def test_bfloat16_costs_little_more_than_rounded_weights(kind):
     """Guards rotary angles against being computed in bfloat16, which cannot tell positions past 256 apart."""
-    config, graphdef, params = tiny()
+    config, graphdef, params = tiny(kind)
     tokens, positions, segments = some_tokens(2, 11), 1000 + from_zero(2, 11), jnp.ones((2, 11), jnp.int32)
     graphdef16, _ = abstract(dataclasses.replace(config, compute_dtype='bfloat16'))
     rounded = jax.tree.map(lambda p: p.astype(jnp.bfloat16).astype(jnp.float32), params)
@@ -102,9 +147,10 @@ def test_bfloat16_costs_little_more_than_rounded_weights():
     assert jnp.linalg.norm(computed.astype(jnp.float32) - exact) < 3 * floor
 
 
-def test_prefill_and_decoding_equal_the_whole_sequence():
+@both_kinds
+def test_prefill_and_decoding_equal_the_whole_sequence(kind):
     """Guards the cache: rows of different lengths, right padding that must never be seen, slots past the end."""
-    config, graphdef, params = tiny()
+    config, graphdef, params = tiny(kind)
     lengths, total = jnp.array([1, 3, 5]), 11
     tokens = some_tokens(3, total)
     whole = forward(graphdef, params, tokens, from_zero(3, total), jnp.ones((3, total), jnp.int32))
@@ -112,14 +158,14 @@ def test_prefill_and_decoding_equal_the_whole_sequence():
     padded = jnp.where(from_zero(3, 5) < lengths[:, None], tokens[:, :5], 60)
     hidden, cache = extend(graphdef, params, padded, from_zero(3, 5), init_cache(config, 3, total))
     for row, length in enumerate(lengths):
-        np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=1e-5, rtol=0)
+        np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=3e-5, rtol=0)
     for step in range(10):  # the longest row runs past the end of the cache
         positions = lengths[:, None] + step
         at = jnp.minimum(positions, total - 1)
         hidden, cache = extend(graphdef, params, jnp.take_along_axis(tokens, at, axis=1), positions, cache)
         for row, position in enumerate(positions[:, 0]):
             if position < total:
-                np.testing.assert_allclose(hidden[row, 0], whole[row, position], atol=1e-5, rtol=0)
+                np.testing.assert_allclose(hidden[row, 0], whole[row, position], atol=3e-5, rtol=0)
 
 
 def test_extending_past_the_cache_leaves_it_alone():
@@ -143,9 +189,11 @@ def test_packed_sequences_do_not_see_each_other():
     np.testing.assert_allclose(packed[:12], jnp.concatenate([one[:5], two[:7]]), atol=1e-5, rtol=0)
 
 
-def test_padding_has_finite_values_and_no_influence_on_gradients():
-    """Guards against the NaN of a softmax over nothing, in a row that is padding altogether too."""
-    _, graphdef, params = tiny()
+@both_kinds
+def test_padding_has_finite_values_and_no_influence_on_gradients(kind):
+    """Guards against the NaN of a softmax over nothing, in a row that is padding altogether too; every parameter is
+    learnt."""
+    _, graphdef, params = tiny(kind)
     segments = jnp.array([[1] * 5 + [0] * 2, [0] * 7])
 
     @jax.jit
@@ -184,10 +232,12 @@ def saved_bytes(function, params) -> int:
 
 
 def test_compiled_program_does_not_grow_with_depth():
-    """Guards the scan over layers, in the forward pass, its gradient and with a cache."""
+    """Guards the scan over layers, in the forward pass, its gradient and with a cache, if not all have RoPE too."""
 
     def lines(layers):
         config = decoder_config(tiny_hf_config(num_hidden_layers=layers), compute_dtype='float32')
+        rope_layers = tuple(layer % 4 != 3 for layer in range(layers))
+        config = dataclasses.replace(config, **KINDS['other'] | dict(rope_layers=rope_layers))
         graphdef, shapes = abstract(config)
         tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
         cache = jax.eval_shape(lambda: init_cache(config, 2, 7))
@@ -196,24 +246,26 @@ def test_compiled_program_does_not_grow_with_depth():
         texts = jax.jit(forward).lower(shapes, tokens).as_text(), extend.lower(shapes, tokens, cache).as_text()
         return [len(text.splitlines()) for text in texts]
 
-    assert lines(3) == lines(11)
+    assert lines(5) == lines(11)
 
 
-def divisible_config():
+def divisible_config(kind: str = 'qwen3'):
     changes = dict(vocab_size=62, num_attention_heads=4, intermediate_size=46)
-    return decoder_config(tiny_hf_config(tied=False, **changes), compute_dtype='float32')
+    config = decoder_config(tiny_hf_config(tied=False, **changes), compute_dtype='float32')
+    return dataclasses.replace(config, **KINDS[kind])
 
 
 @functools.cache
-def divisible_params():
-    return init(divisible_config(), jax.random.key(3))
+def divisible_params(kind: str = 'qwen3'):
+    return init(divisible_config(kind), jax.random.key(3))
 
 
-def test_sharded_forward_and_decoding_equal_one_device(capfd):
+@both_kinds
+def test_sharded_forward_and_decoding_equal_one_device(kind, capfd):
     """Guards the axes that parameters declare, and that the partitioner never falls back to replicating."""
-    config, mesh = divisible_config(), make_mesh(2, 2, 2)
+    config, mesh = divisible_config(kind), make_mesh(2, 2, 2)
     graphdef, shapes = abstract(config, mesh)
-    params = divisible_params()
+    params = jax.tree.map(lambda p: jnp.where(p == 0, 0.3, p), divisible_params(kind))  # new biases are 0
     tokens, positions = some_tokens(8, 5), from_zero(8, 5)
 
     @jax.jit
@@ -306,6 +358,10 @@ def test_bad_configs_are_refused_with_numbers():
         dataclasses.replace(config, kv_heads=3)
     with pytest.raises(ValueError, match='got 5'):
         dataclasses.replace(config, head_dim=5)
+    with pytest.raises(ValueError, match="'swiglu', 'xielu'.*'relu'"):
+        dataclasses.replace(config, mlp='relu')
+    with pytest.raises(ValueError, match='3 layers; got 2 values'):
+        dataclasses.replace(config, rope_layers=(True, False))
     with pytest.raises(ValueError, match=r"kv_heads = 2 .*'tensor' = 4; mlp_width = 46 .*; vocab_size = 62 "):
         abstract(config, make_mesh(1, 2, 4))
     with pytest.raises(ValueError, match=r"width = 34 is not a multiple of mesh axis 'fsdp' = 4"):

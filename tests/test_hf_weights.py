@@ -1,19 +1,23 @@
 """Import and export of Hugging Face checkpoints: nothing lost, nothing guessed, nothing unsharded."""
 
 import json
+import math
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
-from test_decoder import some_tokens, tiny_hf_config, tiny_torch_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from test_decoder import FAMILIES, some_tokens, tiny_hf_config, tiny_torch_model
+from transformers import AutoModelForCausalLM, MistralConfig
 
 from troll_jax.models import hf_weights
 from troll_jax.models.decoder import abstract
+from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_config, load_pretrained, save_pretrained
+from troll_jax.models.rotary import RopeScaling
 from troll_jax.sharding import make_mesh
 
 
@@ -36,12 +40,13 @@ def bits(values: np.ndarray) -> np.ndarray:
     return values.view(f'u{values.dtype.itemsize}')
 
 
+@pytest.mark.parametrize('architecture', FAMILIES)
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('tied', [True, False])
 @pytest.mark.parametrize('max_shard_bytes', [5_000_000_000, 10_000])
-def test_import_and_export_return_every_bit(dtype, tied, max_shard_bytes, tmp_path):
+def test_import_and_export_return_every_bit(architecture, dtype, tied, max_shard_bytes, tmp_path):
     """Guards names, transposes, layer order, rounding, the dtype of the config, and tied heads written twice."""
-    hf_config = tiny_hf_config(tied, dtype=dtype)
+    hf_config = tiny_hf_config(tied, architecture, dtype=dtype)
     tiny_torch_model(hf_config).to(getattr(torch, dtype)).save_pretrained(
         tmp_path / 'in', max_shard_size=max_shard_bytes
     )
@@ -61,18 +66,24 @@ def test_import_and_export_return_every_bit(dtype, tied, max_shard_bytes, tmp_pa
         assert sum(values.nbytes for values in tensors.values()) <= max_shard_bytes or len(tensors) == 1
 
 
-@pytest.mark.parametrize('max_shard_bytes', [5_000_000_000, 10_000])
-def test_export_opens_in_transformers(folder, tmp_path, max_shard_bytes):
-    """Guards the index file, the metadata and the config: the same logits come out, and no weight is made up."""
+@pytest.mark.parametrize(
+    ('architecture', 'max_shard_bytes'), [('Qwen3ForCausalLM', 5_000_000_000), *((name, 10_000) for name in FAMILIES)]
+)
+def test_export_opens_in_transformers(architecture, max_shard_bytes, tmp_path):
+    """Guards the index file, the metadata and the config: the same logits and texts come out, no weight is made up."""
+    folder, out = tmp_path / 'in', tmp_path / 'out'
+    tiny_torch_model(tiny_hf_config(architecture=architecture)).save_pretrained(folder)
     _, params = load_pretrained(folder)
-    save_pretrained(tmp_path / 'out', params, load_config(folder), max_shard_bytes=max_shard_bytes)
+    save_pretrained(out, params, load_config(folder), max_shard_bytes=max_shard_bytes)
     tokens = torch.tensor(np.asarray(some_tokens(2, 5)))
-    reopened, info = AutoModelForCausalLM.from_pretrained(tmp_path / 'out', output_loading_info=True)
+    original = AutoModelForCausalLM.from_pretrained(folder)
+    reopened, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(info.values()), info
     with torch.no_grad():
-        expected = AutoModelForCausalLM.from_pretrained(folder)(tokens).logits
-        assert torch.equal(reopened(tokens).logits, expected)
-    assert read_config(tmp_path / 'out') == read_config(folder)
+        assert torch.equal(reopened(tokens).logits, original(tokens).logits)
+        texts = [model.generate(tokens, max_new_tokens=7, pad_token_id=0) for model in (reopened, original)]
+    assert torch.equal(*texts)
+    assert read_config(out) == read_config(folder)
 
 
 def test_export_replaces_an_earlier_one_and_nothing_else(folder, tmp_path):
@@ -110,9 +121,15 @@ def test_sharded_import_equals_unsharded_and_reads_a_shard_at_a_time(tmp_path, m
     tiny_torch_model(hf_config).save_pretrained(tmp_path)
     _, plain = load_pretrained(tmp_path)
 
-    placed = []
+    placed, mappings = [], Path('/proc/self/maps')
     device_put = jax.device_put
-    monkeypatch.setattr(jax, 'device_put', lambda values, device: placed.append(values) or device_put(values, device))
+
+    def put(values, device):
+        placed.append(values)
+        assert not mappings.exists() or str(tmp_path) not in mappings.read_text()  # what is mapped counts as memory
+        return device_put(values, device)
+
+    monkeypatch.setattr(jax, 'device_put', put)
     mesh = make_mesh(2, 2, 2)
     config, params = load_pretrained(tmp_path, mesh=mesh)
 
@@ -184,6 +201,13 @@ def test_older_configs_keep_rope_theta_elsewhere(folder):
     assert load_pretrained(folder)[0].rope_theta == 12345.0
 
 
+SLIDING = {'use_sliding_window': True, 'sliding_window': 4, 'max_window_layers': 1, 'layer_types': None}
+
+
+def read_tiny(architecture: str) -> dict:
+    return tiny_hf_config(architecture=architecture).to_dict()
+
+
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
@@ -198,10 +222,26 @@ def test_older_configs_keep_rope_theta_elsewhere(folder):
             "rope_type: got 'linear', expected 'default'",
         ),
         (
+            {'rope_parameters': {'rope_type': 'default', 'partial_rotary_factor': 0.5, 'rope_theta': 1e4}},
+            r'partial_rotary_factor: got 0.5, expected 1.0',
+        ),
+        (
             {'architectures': ['MambaForCausalLM']},
-            r"got \['MambaForCausalLM'\], expected one of \['Qwen3ForCausalLM'\]",
+            rf"got \['MambaForCausalLM'\], expected one of \[{', '.join(repr(name) for name in sorted(FAMILIES))}\]",
         ),
         ({'architectures': None}, 'unsupported architecture: got None'),
+        *[
+            (read_tiny(name) | changes, message)
+            for name, changes, message in [
+                ('Qwen2ForCausalLM', SLIDING, r"layer_types: got \['full_attention', 'sliding_attention'\]"),
+                ('SmolLM3ForCausalLM', SLIDING, r"layer_types: got \['full_attention', 'sliding_attention'\]"),
+                ('SmolLM3ForCausalLM', {'attention_bias': True}, 'attention_bias: got True, expected False'),
+                ('LlamaForCausalLM', {'attention_bias': True}, 'attention_bias: got True, expected False'),
+                ('LlamaForCausalLM', {'mlp_bias': True}, 'mlp_bias: got True, expected False'),
+                ('ApertusForCausalLM', {'hidden_act': 'silu'}, "hidden_act: got 'silu', expected 'xielu'"),
+                ('ApertusForCausalLM', {'attention_bias': True}, 'attention_bias: got True, expected False'),
+            ]
+        ],
     ],
 )
 def test_models_that_we_do_not_compute_are_refused(folder, changes, message):
@@ -209,6 +249,50 @@ def test_models_that_we_do_not_compute_are_refused(folder, changes, message):
     (folder / 'config.json').write_text(json.dumps(read_config(folder) | changes))
     with pytest.raises(ValueError, match=message):
         load_pretrained(folder)
+
+
+def test_constants_of_xielu_must_be_ours(tmp_path):
+    """Guards against a checkpoint whose activation is another one. One that was rounded, or left out, is the same."""
+    tiny_torch_model(tiny_hf_config(architecture='ApertusForCausalLM')).save_pretrained(tmp_path)
+    name = 'model.layers.1.mlp.act_fn.'
+    _, params = load_pretrained(tmp_path)
+    rewrite(tmp_path, lambda tensors: tensors.update({name + 'eps': np.array([-9.98378e-07], np.float32)}))
+    rewrite(tmp_path, lambda tensors: tensors.pop('model.layers.2.mlp.act_fn.eps'))
+    jax.tree.map(np.testing.assert_array_equal, params, load_pretrained(tmp_path)[1])
+    rewrite(tmp_path, lambda tensors: tensors.update({name + 'beta': np.array(0.6, np.float32)}))
+    rewrite(tmp_path, lambda tensors: tensors.update({name + 'eps': np.zeros(2, np.float32)}))
+    with pytest.raises(ValueError, match=r'beta: got 0.60\d*, expected 0.5\n.*eps: got F32 \[2\], expected one number'):
+        load_pretrained(tmp_path)
+
+
+# What is published as the number of parameters that are learnt, a tied head counted once.
+PUBLISHED = {
+    'qwen3-0.6b': 596_049_920,
+    'qwen3-1.7b': 1_720_574_976,
+    'qwen3-4b': 4_022_468_096,
+    'qwen3-8b': 8_190_735_360,
+    'qwen3-14b': 14_768_307_200,
+    'qwen2.5-0.5b': 494_032_768,
+    'qwen2.5-1.5b': 1_543_714_304,
+    'qwen2.5-3b': 3_085_938_688,
+    'qwen2.5-7b': 7_615_616_512,
+    'llama-3.2-3b': 3_212_749_824,
+    'llama-3.1-8b': 8_030_261_248,
+    'smollm3-3b': 3_075_098_624,
+    'apertus-8b': 8_053_338_176,
+}
+
+
+def test_sizes_for_planning_are_those_of_the_models():
+    """Guards config.json files that were written by hand, parameters that a family has too many or too few of, and
+    `rope_scaling`, which published files have beside `rope_theta`."""
+    models = Path(__file__).parent.parent / 'configs/models'
+    configs = {folder.name: decoder_config(load_config(folder)) for folder in models.iterdir()}
+    count = lambda config: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)[1]))
+    assert {name: count(config) for name, config in configs.items()} == PUBLISHED
+    assert configs['llama-3.2-3b'].rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)
+    assert configs['apertus-8b'].rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+    assert [i for i, rotates in enumerate(configs['smollm3-3b'].rope_layers) if not rotates] == list(range(3, 36, 4))
 
 
 def test_unusable_folders_are_named(folder, tmp_path):
@@ -249,7 +333,7 @@ def test_export_checks_what_it_is_given(folder, tmp_path):
     with pytest.raises(ValueError, match=r'norm/scale: got nothing, expected \(34,\)'):
         save_pretrained(tmp_path / 'out', {k: v for k, v in params.items() if k != 'norm'}, load_config(folder))
     with pytest.raises(ValueError, match='unsupported architecture'):
-        save_pretrained(tmp_path / 'out', params, LlamaConfig(architectures=['LlamaForCausalLM']))
+        save_pretrained(tmp_path / 'out', params, MistralConfig(architectures=['MistralForCausalLM']))
     assert not (tmp_path / 'out').exists()
 
 

@@ -1,4 +1,4 @@
-"""The decoder of all model families: pre-norm, rotary positions, grouped-query attention, SwiGLU; in Flax NNX.
+"""The decoder of all model families: pre-norm, rotary positions, grouped-query attention; in Flax NNX.
 
 Parameters are float32 masters in a plain nested dict, outside of the module. `abstract` gives their shapes and
 shardings, `init` draws them, `bind` puts them into a module that computes:
@@ -14,7 +14,6 @@ Letters besides those of `troll_jax/types.py`: H query heads, M key-value heads,
 head, F head dimension, L cache length.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +22,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from troll_jax.models.attention import IMPLEMENTATIONS, attention, packed_attention
+from troll_jax.models.attention import attention, packed_attention
+from troll_jax.models.layers import REMAT_POLICIES, DecoderConfig, Layer, RMSNorm, weight
 from troll_jax.models.pages import (
     PAGE_AXES,
     Pages,
@@ -36,49 +36,8 @@ from troll_jax.models.pages import (
     view,
     write_token,
 )
+from troll_jax.models.rotary import Angles, angles_where, rotary_angles, rotary_frequencies
 from troll_jax.sharding import RULES, constrain, named_sharding
-
-# What the backward pass keeps of a layer instead of computing it again.
-REMAT_POLICIES: dict[str, Callable[..., bool]] = {
-    'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights, but no attention logits
-}
-COMPUTE_DTYPES = ('bfloat16', 'float32')
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes of a decoder, and how it computes.
-
-    Raises:
-      ValueError: sizes that do not go together, an unknown `compute_dtype`, `remat` or `attention`.
-    """
-
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    mlp_width: int
-    rope_theta: float
-    norm_eps: float
-    tied_embeddings: bool
-    compute_dtype: str = 'bfloat16'
-    remat: str | None = None
-    attention: str = 'xla'  # of whole sequences; a cache is always read by XLA's
-
-    def __post_init__(self):
-        if self.heads % self.kv_heads:
-            raise ValueError(f'heads must be a multiple of kv_heads; got {self.heads} and {self.kv_heads}')
-        if self.head_dim % 2:
-            raise ValueError(f'rotary positions need an even head_dim; got {self.head_dim}')
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise ValueError(f'compute_dtype must be one of {COMPUTE_DTYPES}; got {self.compute_dtype!r}')
-        if self.remat is not None and self.remat not in REMAT_POLICIES:
-            raise ValueError(f'remat must be None or one of {tuple(REMAT_POLICIES)}; got {self.remat!r}')
-        if self.attention not in IMPLEMENTATIONS:
-            raise ValueError(f'attention must be one of {tuple(IMPLEMENTATIONS)}; got {self.attention!r}')
 
 
 class KVCache(NamedTuple):
@@ -114,129 +73,17 @@ def _write_slots(slots: jax.Array, layer: jax.Array, positions: jax.Array, new: 
     return jax.lax.scatter(slots, indices, new, dimensions, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
 
 
-def rotary_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine of the angles by which positions turn the F/2 planes of a head: each [B, S, 1, F/2], float32."""
-    frequencies = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Turns plane i of a head, which components i and i + F/2 span (the layout of Hugging Face checkpoints)."""
-    cos, sin = angles
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
-
-
-def _weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-    """A new weight [I, O], or an embedding [V, D]: normal, with a deviation of 0.02 · sqrt(1024 / inputs).
-
-    That is the published configs' `initializer_range` at the width of Qwen3-0.6B, carried over to other widths.
-    """
-    inputs = shape[axes.index('embed')] if 'vocab' in axes else shape[0]
-    return nnx.Param(0.02 * (1024 / inputs) ** 0.5 * jax.random.normal(key, shape), axes=axes)
-
-
-def _product(x: jax.Array, weight: nnx.Param) -> jax.Array:
-    """[..., I] times [I, O]. Flattened to two axes first: on a CPU a product with a batch axis is slower.
-
-    The parts of a weight that 'embed' spreads over devices are put together first, in the dtype of the product. Left to
-    the partitioner, masters travel in float32, and a TPU's compiler splits the product into one for each device's part,
-    of which each reads and writes all activations.
-    """
-    gathered = constrain(weight[...].astype(x.dtype), *(None if axis == 'embed' else axis for axis in weight.axes))
-    flat = x.reshape(-1, x.shape[-1]) @ gathered
-    return flat.reshape(*x.shape[:-1], flat.shape[-1])
-
-
-class RMSNorm(nnx.Module):
-    """x / sqrt(mean(x²) + eps) · scale over the last axis, in float32."""
-
-    def __init__(self, size: int, axis: str, eps: float):
-        self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
-        self.eps = eps
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...].astype(jnp.float32)
-        return (normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
-
-
-class Attention(nnx.Module):
-    """The projections around `attention`. Heads are flattened into one axis, head by head, as in checkpoints."""
-
-    def __init__(self, config: DecoderConfig, key: jax.Array):
-        keys = jax.random.split(key, 4)
-        width, q_size, kv_size = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.query = _weight(keys[0], (width, q_size), ('embed', 'heads'))
-        self.key = _weight(keys[1], (width, kv_size), ('embed', 'kv_heads'))
-        self.value = _weight(keys[2], (width, kv_size), ('embed', 'kv_heads'))
-        self.output = _weight(keys[3], (q_size, width), ('heads', 'embed'))
-        self.query_norm = RMSNorm(config.head_dim, 'head_dim', config.norm_eps)
-        self.key_norm = RMSNorm(config.head_dim, 'head_dim', config.norm_eps)
-        self.head_dim = config.head_dim
-
-    def qkv(self, x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, S, D] → queries [B, S, H, F], keys and values [B, S, M, F]."""
-        q, k, v = (
-            _product(x, weight).reshape(*x.shape[:-1], -1, self.head_dim)
-            for weight in (self.query, self.key, self.value)
-        )
-        return rotate(self.query_norm(q), angles), rotate(self.key_norm(k), angles), v
-
-    def merge_heads(self, mixed: jax.Array) -> jax.Array:
-        """[B, S, H, F] → [B, S, D]."""
-        return _product(mixed.reshape(*mixed.shape[:2], -1), self.output)
-
-
-class MLP(nnx.Module):
-    """SwiGLU: down(silu(gate(x)) · up(x))."""
-
-    def __init__(self, config: DecoderConfig, key: jax.Array):
-        keys = jax.random.split(key, 3)
-        self.gate = _weight(keys[0], (config.width, config.mlp_width), ('embed', 'mlp'))
-        self.up = _weight(keys[1], (config.width, config.mlp_width), ('embed', 'mlp'))
-        self.down = _weight(keys[2], (config.mlp_width, config.width), ('mlp', 'embed'))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return _product(jax.nn.silu(_product(x, self.gate)) * _product(x, self.up), self.down)
-
-
-class Layer(nnx.Module):
-    """One layer, in two halves: between them the caller decides what the queries see, a sequence or a cache."""
-
-    def __init__(self, config: DecoderConfig, key: jax.Array):
-        attention_key, mlp_key = jax.random.split(key)
-        self.attention_norm = RMSNorm(config.width, 'embed', config.norm_eps)
-        self.attention = Attention(config, attention_key)
-        self.mlp_norm = RMSNorm(config.width, 'embed', config.norm_eps)
-        self.mlp = MLP(config, mlp_key)
-
-    def qkv(self, x: jax.Array, angles: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        with jax.named_scope('qkv'):
-            return self.attention.qkv(self.attention_norm(x), angles)
-
-    def finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
-        with jax.named_scope('attention_output'):
-            x = x + self.attention.merge_heads(mixed)
-        with jax.named_scope('mlp'):
-            x = x + self.mlp(self.mlp_norm(x))
-        return constrain(x, 'batch', 'length', None)
-
-
 class Decoder(nnx.Module):
     """Tokens to hidden states. The head, which turns these into probabilities, is not part of it."""
 
     def __init__(self, config: DecoderConfig, key: jax.Array):
         embedding_key, layers_key, head_key = jax.random.split(key, 3)
         vocab_shape = (config.vocab_size, config.width)
-        self.embedding = _weight(embedding_key, vocab_shape, ('vocab', 'embed'))
+        self.embedding = weight(embedding_key, vocab_shape, ('vocab', 'embed'))
         self.layers = nnx.vmap(lambda layer_key: Layer(config, layer_key))(jax.random.split(layers_key, config.layers))
         self.norm = RMSNorm(config.width, 'embed', config.norm_eps)
         if not config.tied_embeddings:
-            self.lm_head = _weight(head_key, vocab_shape, ('vocab', 'embed'))
+            self.lm_head = weight(head_key, vocab_shape, ('vocab', 'embed'))
         self.config = config
 
     @property
@@ -256,22 +103,12 @@ class Decoder(nnx.Module):
         Returns:
           [B, S, D] in the compute dtype, after the final norm. Finite at padding too.
         """
-        x, angles = self._embed(tokens, positions)
-        graphdef, stacked = nnx.split(self.layers)
 
-        def body(x: jax.Array, params: nnx.State) -> tuple[jax.Array, None]:
-            layer = nnx.merge(graphdef, params)
-            q, k, v = layer.qkv(x, angles)
+        def mix(layer, q, k, v, _):
             with jax.named_scope('attention'):
-                mixed = packed_attention(q, k, v, segment_ids, implementation=self.config.attention)
-            return layer.finish(x, mixed), None
+                return packed_attention(q, k, v, segment_ids, implementation=self.config.attention), None
 
-        if self.config.remat is not None:
-            # Inside a scan nothing can merge the recomputation with the original, so the guard against it is waste.
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        with jax.named_scope('layers'):
-            x, _ = jax.lax.scan(body, x, stacked)
-        return self._final_norm(x)
+        return self._run(tokens, positions, None, mix, remat=self.config.remat)[0]
 
     def extend(self, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
         """Hidden states of the next tokens of each row, with what came before in the cache.
@@ -288,30 +125,16 @@ class Decoder(nnx.Module):
         Returns:
           hidden [B, S, D] as `__call__` gives it, and the cache with the new slots.
         """
-        x, angles = self._embed(tokens, positions)
         mask = jnp.arange(cache.k.shape[2])[None, None] <= positions[:, :, None]
-        graphdef, stacked = nnx.split(self.layers)
 
-        # The cache is carried, not scanned over: that way a layer writes its few new slots in place, where a scanned
-        # cache is copied out whole.
-        def body(
-            carry: tuple[jax.Array, KVCache], layer_inputs: tuple[jax.Array, nnx.State]
-        ) -> tuple[tuple[jax.Array, KVCache], None]:
-            x, cache = carry
-            index, params = layer_inputs
-            layer = nnx.merge(graphdef, params)
-            q, k, v = layer.qkv(x, angles)
+        def mix(layer, q, k, v, cache):
             with jax.named_scope('cache'):
-                cache = KVCache(
-                    k=_write_slots(cache.k, index, positions, k), v=_write_slots(cache.v, index, positions, v)
-                )
+                cache = KVCache(*(_write_slots(x, layer, positions, new) for x, new in zip(cache, (k, v), strict=True)))
             with jax.named_scope('attention'):
-                mixed = attention(q, cache.k[index], cache.v[index], mask)
-            return (layer.finish(x, mixed), cache), None
+                return attention(q, cache.k[layer], cache.v[layer], mask), cache
 
-        with jax.named_scope('layers'):
-            (x, cache), _ = jax.lax.scan(body, (x, cache), (jnp.arange(self.config.layers), stacked))
-        return self._final_norm(x), KVCache(*(constrain(slots, *CACHE_AXES) for slots in cache))
+        x, cache = self._run(tokens, positions, cache, mix)
+        return x, KVCache(*(constrain(slots, *CACHE_AXES) for slots in cache))
 
     def decode(
         self, tokens: jax.Array, response_lengths: jax.Array, prompts: Prefixes, responses: Pages
@@ -335,55 +158,78 @@ class Decoder(nnx.Module):
         prompt_lengths = jnp.take_along_axis(prompts.lengths, place, axis=1)
         index = jnp.maximum(response_lengths - 1, 0)
         rows = lambda x: x.reshape(shards * slots, 1, *x.shape[2:])
-        x, angles = self._embed(rows(tokens), rows(prompt_lengths + index))
         with jax.named_scope('pages'):
             page = jnp.where(response_lengths > 0, pages_of(responses, index), responses.owner.shape[1])
             offset = index % responses.size
             prompt_view = view(prompts.pages, prompts.lengths)
             response_view = view(responses, response_lengths)
         groups = config.heads // config.kv_heads
-        graphdef, stacked = nnx.split(self.layers)
 
-        def body(carry, layer_inputs):
-            x, pool, of_prompts, of_responses = carry
-            layer_index, params = layer_inputs
-            layer = nnx.merge(graphdef, params)
-            q, k, v = (y.reshape(shards, slots, *y.shape[2:]) for y in layer.qkv(x, angles))
+        def mix(layer, q, k, v, state):
+            pool, of_prompts, of_responses = state
+            q, k, v = (x.reshape(shards, slots, *x.shape[2:]) for x in (q, k, v))
             with jax.named_scope('cache'):
-                pool = tuple(
-                    write_token(p, layer_index, page, offset, new) for p, new in zip(pool, (k, v), strict=True)
-                )
+                pool = tuple(write_token(p, layer, page, offset, new) for p, new in zip(pool, (k, v), strict=True))
             q = q.reshape(shards, slots, config.kv_heads, groups, config.head_dim)
             with jax.named_scope('attention'):
                 with jax.named_scope('prompts'):
-                    before, of_prompts = attend_shared(q, prompts, layer_index, prompt_view, of_prompts)
+                    before, of_prompts = attend_shared(q, prompts, layer, prompt_view, of_prompts)
                 with jax.named_scope('responses'):
                     pages = responses._replace(k=pool[0], v=pool[1])
-                    own, of_responses = attend(q, pages, layer_index, response_view, of_responses)
+                    own, of_responses = attend(q, pages, layer, response_view, of_responses)
                 both = merge([before, own])
                 mixed = both.mixed / jnp.maximum(both.total, jnp.finfo(jnp.float32).tiny)[..., None]
-                mixed = mixed.astype(x.dtype).reshape(shards * slots, 1, config.heads, config.head_dim)
-            return (layer.finish(x, mixed), pool, of_prompts, of_responses), None
+                mixed = mixed.astype(q.dtype).reshape(shards * slots, 1, config.heads, config.head_dim)
+            return mixed, (pool, of_prompts, of_responses)
 
-        with jax.named_scope('layers'):
-            of_prompts, of_responses = scratch(prompts.pages, samples * groups), scratch(responses, groups)
-            carry = (x, (responses.k, responses.v), of_prompts, of_responses)
-            (x, pool, _, _), _ = jax.lax.scan(body, carry, (jnp.arange(config.layers), stacked))
+        with jax.named_scope('pages'):
+            state = (
+                (responses.k, responses.v),
+                scratch(prompts.pages, samples * groups),
+                scratch(responses, groups),
+            )
+        hidden, (pool, _, _) = self._run(rows(tokens), rows(prompt_lengths + index), state, mix)
         k, v = (constrain(x, *PAGE_AXES) for x in pool)
-        hidden = self._final_norm(x).reshape(shards, slots, config.width)
-        return hidden, responses._replace(k=k, v=v)
+        return hidden.reshape(shards, slots, config.width), responses._replace(k=k, v=v)
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def _run(
+        self, tokens: jax.Array, positions: jax.Array, state: Any, mix: Callable[..., Any], remat: str | None = None
+    ) -> tuple[jax.Array, Any]:
+        """Tokens [B, S] to hidden states [B, S, D] through all layers.
+
+        Args:
+          state: what `mix` keeps from layer to layer, such as a cache. It is carried and not scanned over: that way a
+            layer writes its few new slots in place, where a scanned cache is copied out whole.
+          mix: (layer, q, k, v, state) → attention of these queries [B, S, H, F], and the new state.
+          remat: one of `REMAT_POLICIES`, for calls that are differentiated.
+        """
+        x, angles = self._embed(tokens, positions)
+        graphdef, stacked = nnx.split(self.layers)
+        rotates = None if self.config.rope_layers is None else jnp.array(self.config.rope_layers)
+
+        def body(carry: tuple[jax.Array, Any], of_layer: tuple[Any, ...]) -> tuple[tuple[jax.Array, Any], None]:
+            x, state = carry
+            index, rotates, params = of_layer
+            layer = nnx.merge(graphdef, params)
+            mixed, state = mix(index, *layer.qkv(x, angles_where(rotates, angles)), state)
+            return (layer.finish(x, mixed), state), None
+
+        if remat is not None:
+            # Inside a scan nothing can merge the recomputation with the original, so the guard against it is waste.
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+        with jax.named_scope('layers'):
+            (x, state), _ = jax.lax.scan(body, (x, state), (jnp.arange(self.config.layers), rotates, stacked))
+        with jax.named_scope('final_norm'):
+            return self.norm(x), state
+
+    def _embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Angles]:
         with jax.named_scope('embed'):
             # The table is gathered over 'embed' first: its rows cannot be split over the mesh axes of the batch and
             # of 'embed' at once, and the compiler's way out would be to replicate all hidden states.
             table = constrain(self.embedding[...], 'vocab', None)
             x = constrain(table[tokens].astype(self.config.compute_dtype), 'batch', 'length', None)
-            return x, rotary_angles(positions, self.config.head_dim, self.config.rope_theta)
-
-    def _final_norm(self, x: jax.Array) -> jax.Array:
-        with jax.named_scope('final_norm'):
-            return self.norm(x)
+            frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+            return x, rotary_angles(positions, frequencies)
 
 
 def abstract(config: DecoderConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, dict[str, Any]]:
@@ -428,13 +274,13 @@ def bind(graphdef: nnx.GraphDef, params: dict[str, Any]) -> Decoder:
 
 
 def cast_weights(params: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """The parameters as a decoder uses them: matrices in the compute dtype, the scales of norms as they are.
+    """The parameters as a decoder uses them: matrices in the compute dtype, vectors (norms, biases) as they are.
 
     For loops that read the parameters often and do not change them, such as decoding: one cast instead of one per step.
     """
 
     def cast(path: tuple[Any, ...], param: jax.Array) -> jax.Array:
-        return param if path[-1].key == 'scale' else param.astype(dtype)
+        return param if param.ndim - len(_stacking((path[0].key,))) < 2 else param.astype(dtype)
 
     return jax.tree.map_with_path(cast, params)
 

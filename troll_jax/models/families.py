@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 from transformers import PretrainedConfig
 
 from troll_jax.models.decoder import DecoderConfig
+from troll_jax.models.layers import XIELU
+from troll_jax.models.rotary import RopeScaling
 
 
 class Tensor(NamedTuple):
@@ -16,59 +18,150 @@ class Tensor(NamedTuple):
     transposed: bool = False  # checkpoints keep [out, in], we keep [in, out]
 
 
+class Constant(NamedTuple):
+    """A number that checkpoints store and nobody learns."""
+
+    name: str  # with '{layer}'
+    value: float
+
+
 class Requirement(NamedTuple):
-    """A field of the Hugging Face config that changes the model, and the only value that we implement."""
+    """A field of the Hugging Face config that changes the model, and the values that we implement."""
 
     field: str
     read: Callable[[PretrainedConfig], Any]
-    expected: Any
+    expected: tuple[Any, ...]
 
 
 class Family(NamedTuple):
-    sizes: Callable[[PretrainedConfig], dict[str, Any]]  # fields of DecoderConfig
+    options: Callable[[PretrainedConfig], dict[str, Any]]  # fields of DecoderConfig besides those of `_sizes`
     requirements: tuple[Requirement, ...]
     tensors: tuple[Tensor, ...]  # 'lm_head.weight' exists only if the embeddings are not tied
+    constants: tuple[Constant, ...] = ()
 
 
-QWEN3 = Family(
-    sizes=lambda hf: dict(
+def _sizes(hf: PretrainedConfig) -> dict[str, Any]:
+    """The fields of DecoderConfig that all families name alike."""
+    rope, scaling = hf.rope_parameters, None
+    if rope['rope_type'] == 'llama3':
+        scaling = RopeScaling(
+            factor=float(rope['factor']),
+            low_freq_factor=float(rope['low_freq_factor']),
+            high_freq_factor=float(rope['high_freq_factor']),
+            original_length=rope.get('original_max_position_embeddings', hf.max_position_embeddings),
+        )
+    return dict(
         vocab_size=hf.vocab_size,
         width=hf.hidden_size,
         layers=hf.num_hidden_layers,
         heads=hf.num_attention_heads,
         kv_heads=hf.num_key_value_heads,
-        head_dim=hf.head_dim,
+        head_dim=getattr(hf, 'head_dim', None) or hf.hidden_size // hf.num_attention_heads,
         mlp_width=hf.intermediate_size,
-        rope_theta=float(hf.rope_parameters['rope_theta']),
+        rope_theta=float(rope['rope_theta']),
+        rope_scaling=scaling,
         norm_eps=hf.rms_norm_eps,
         tied_embeddings=hf.tie_word_embeddings,
-    ),
-    requirements=(
-        Requirement('attention_bias', lambda hf: hf.attention_bias, False),
-        Requirement('hidden_act', lambda hf: hf.hidden_act, 'silu'),
-        Requirement('layer_types', lambda hf: sorted(set(hf.layer_types)), ['full_attention']),
-        Requirement('rope_type', lambda hf: hf.rope_parameters['rope_type'], 'default'),
-    ),
+    )
+
+
+def _rope_layers(hf: PretrainedConfig) -> tuple[bool, ...] | None:
+    """Which layers turn queries and keys; None if all do."""
+    layers = tuple(bool(rotates) for rotates in hf.no_rope_layers[: hf.num_hidden_layers])  # 1: with, 0: without
+    return None if all(layers) else layers
+
+
+_ROPE = (
+    Requirement('rope_type', lambda hf: hf.rope_parameters['rope_type'], ('default', 'llama3')),
+    Requirement('partial_rotary_factor', lambda hf: hf.rope_parameters.get('partial_rotary_factor', 1.0), (1.0,)),
+)
+_SILU = Requirement('hidden_act', lambda hf: hf.hidden_act, ('silu',))
+_NO_ATTENTION_BIAS = Requirement('attention_bias', lambda hf: hf.attention_bias, (False,))
+_NO_MLP_BIAS = Requirement('mlp_bias', lambda hf: hf.mlp_bias, (False,))
+_FULL_ATTENTION = Requirement('layer_types', lambda hf: sorted(set(hf.layer_types)), (['full_attention'],))
+
+
+def _of_layer(name: str, *path: str, transposed: bool = False) -> Tensor:
+    return Tensor('model.layers.{layer}.' + name, ('layers', *path), transposed)
+
+
+_OUTSIDE = (
+    Tensor('model.embed_tokens.weight', ('embedding',)),
+    Tensor('model.norm.weight', ('norm', 'scale')),
+    Tensor('lm_head.weight', ('lm_head',)),
+)
+_NORMS = (
+    _of_layer('input_layernorm.weight', 'attention_norm', 'scale'),
+    _of_layer('post_attention_layernorm.weight', 'mlp_norm', 'scale'),
+)
+_ATTENTION = (
+    _of_layer('self_attn.q_proj.weight', 'attention', 'query', transposed=True),
+    _of_layer('self_attn.k_proj.weight', 'attention', 'key', transposed=True),
+    _of_layer('self_attn.v_proj.weight', 'attention', 'value', transposed=True),
+    _of_layer('self_attn.o_proj.weight', 'attention', 'output', transposed=True),
+)
+_QKV_BIAS = (
+    _of_layer('self_attn.q_proj.bias', 'attention', 'query_bias'),
+    _of_layer('self_attn.k_proj.bias', 'attention', 'key_bias'),
+    _of_layer('self_attn.v_proj.bias', 'attention', 'value_bias'),
+)
+_QK_NORM = (
+    _of_layer('self_attn.q_norm.weight', 'attention', 'query_norm', 'scale'),
+    _of_layer('self_attn.k_norm.weight', 'attention', 'key_norm', 'scale'),
+)
+_UP_DOWN = (
+    _of_layer('mlp.up_proj.weight', 'mlp', 'up', transposed=True),
+    _of_layer('mlp.down_proj.weight', 'mlp', 'down', transposed=True),
+)
+_SWIGLU = (_of_layer('mlp.gate_proj.weight', 'mlp', 'gate', transposed=True), *_UP_DOWN)
+
+QWEN3 = Family(
+    options=lambda hf: dict(qk_norm=True),
+    requirements=(*_ROPE, _SILU, _NO_ATTENTION_BIAS, _FULL_ATTENTION),
+    tensors=_OUTSIDE + _NORMS + _ATTENTION + _QK_NORM + _SWIGLU,
+)
+QWEN2 = Family(
+    options=lambda hf: dict(qk_norm=False, qkv_bias=True),
+    requirements=(*_ROPE, _SILU, _FULL_ATTENTION),
+    tensors=_OUTSIDE + _NORMS + _ATTENTION + _QKV_BIAS + _SWIGLU,
+)
+LLAMA = Family(
+    options=lambda hf: dict(qk_norm=False),
+    requirements=(*_ROPE, _SILU, _NO_ATTENTION_BIAS, _NO_MLP_BIAS),
+    tensors=_OUTSIDE + _NORMS + _ATTENTION + _SWIGLU,
+)
+SMOLLM3 = Family(
+    options=lambda hf: dict(qk_norm=False, rope_layers=_rope_layers(hf)),
+    requirements=(*_ROPE, _SILU, _NO_ATTENTION_BIAS, _NO_MLP_BIAS, _FULL_ATTENTION),
+    tensors=_OUTSIDE + _NORMS + _ATTENTION + _SWIGLU,
+)
+APERTUS = Family(
+    options=lambda hf: dict(qk_norm=True, mlp='xielu'),
+    requirements=(*_ROPE, Requirement('hidden_act', lambda hf: hf.hidden_act, ('xielu',)), _NO_ATTENTION_BIAS),
     tensors=(
-        Tensor('model.embed_tokens.weight', ('embedding',)),
-        Tensor('model.layers.{layer}.input_layernorm.weight', ('layers', 'attention_norm', 'scale')),
-        Tensor('model.layers.{layer}.self_attn.q_proj.weight', ('layers', 'attention', 'query'), True),
-        Tensor('model.layers.{layer}.self_attn.k_proj.weight', ('layers', 'attention', 'key'), True),
-        Tensor('model.layers.{layer}.self_attn.v_proj.weight', ('layers', 'attention', 'value'), True),
-        Tensor('model.layers.{layer}.self_attn.o_proj.weight', ('layers', 'attention', 'output'), True),
-        Tensor('model.layers.{layer}.self_attn.q_norm.weight', ('layers', 'attention', 'query_norm', 'scale')),
-        Tensor('model.layers.{layer}.self_attn.k_norm.weight', ('layers', 'attention', 'key_norm', 'scale')),
-        Tensor('model.layers.{layer}.post_attention_layernorm.weight', ('layers', 'mlp_norm', 'scale')),
-        Tensor('model.layers.{layer}.mlp.gate_proj.weight', ('layers', 'mlp', 'gate'), True),
-        Tensor('model.layers.{layer}.mlp.up_proj.weight', ('layers', 'mlp', 'up'), True),
-        Tensor('model.layers.{layer}.mlp.down_proj.weight', ('layers', 'mlp', 'down'), True),
-        Tensor('model.norm.weight', ('norm', 'scale')),
-        Tensor('lm_head.weight', ('lm_head',)),
+        *_OUTSIDE,
+        _of_layer('attention_layernorm.weight', 'attention_norm', 'scale'),
+        _of_layer('feedforward_layernorm.weight', 'mlp_norm', 'scale'),
+        *_ATTENTION,
+        *_QK_NORM,
+        *_UP_DOWN,
+        _of_layer('mlp.act_fn.alpha_p', 'mlp', 'activation', 'alpha_p'),
+        _of_layer('mlp.act_fn.alpha_n', 'mlp', 'activation', 'alpha_n'),
+    ),
+    constants=(
+        Constant('model.layers.{layer}.mlp.act_fn.beta', XIELU.BETA),
+        Constant('model.layers.{layer}.mlp.act_fn.eps', XIELU.EPS),
     ),
 )
 
 # By the first entry of `architectures` in config.json.
-FAMILIES: dict[str, Family] = {'Qwen3ForCausalLM': QWEN3}
+FAMILIES: dict[str, Family] = {
+    'Qwen3ForCausalLM': QWEN3,
+    'Qwen2ForCausalLM': QWEN2,  # Qwen2.5 too
+    'LlamaForCausalLM': LLAMA,  # Llama 3, 3.1 and 3.2, and what was trained on from there
+    'SmolLM3ForCausalLM': SMOLLM3,
+    'ApertusForCausalLM': APERTUS,
+}
 
 
 def family(architectures: list[str] | None) -> Family:
@@ -92,10 +185,14 @@ def decoder_config(
     """
     of = family(hf_config.architectures)
     found = [(r.field, r.read(hf_config), r.expected) for r in of.requirements]
-    problems = [f'{field}: got {got!r}, expected {expected!r}' for field, got, expected in found if got != expected]
+    problems = [
+        f'{field}: got {got!r}, expected {" or ".join(map(repr, expected))}'
+        for field, got, expected in found
+        if got not in expected
+    ]
     if problems:
         raise ValueError(f'unsupported variant of {hf_config.architectures[0]}: ' + '; '.join(problems))
-    return DecoderConfig(**of.sizes(hf_config), compute_dtype=compute_dtype, remat=remat)
+    return DecoderConfig(**_sizes(hf_config), **of.options(hf_config), compute_dtype=compute_dtype, remat=remat)
 
 
 def tensors(hf_config: PretrainedConfig) -> tuple[Tensor, ...]:

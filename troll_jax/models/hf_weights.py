@@ -2,10 +2,13 @@
 
 import copy
 import json
+import math
 import os
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import ml_dtypes
@@ -20,7 +23,7 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from troll_jax.models.decoder import DecoderConfig, abstract
-from troll_jax.models.families import Tensor, decoder_config, family, tensors
+from troll_jax.models.families import Constant, Tensor, decoder_config, family, tensors
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 TOKENIZER_FILES = ('tokenizer.model', '*.txt', '*.jinja')  # besides the *.json ones
@@ -50,7 +53,8 @@ def load_pretrained(
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """The model's config and float32 parameters, laid out over `mesh` as `abstract` says.
 
-    A process reads what its own devices hold, shard by shard, and never has more than one shard in host memory.
+    A process reads what its own devices hold, shard by shard. Its host memory never has more than one shard of one
+    parameter (of all its layers), and one tensor as it is stored.
 
     Args:
       model: a folder, or the id of a model on the hub.
@@ -64,8 +68,9 @@ def load_pretrained(
     hf_config = _read_config(folder)
     config = decoder_config(hf_config, compute_dtype=compute_dtype, remat=remat)
     shapes = flatten_dict(abstract(config, mesh)[1])
-    stored = _open_tensors(folder)
+    stored = _stored_tensors(folder)
     table = tensors(hf_config)
+    _check_constants(folder, stored, family(hf_config.architectures).constants, config.layers)
     _check_stored(folder, stored, table, shapes, config)
     return config, unflatten_dict({tensor.path: _read(stored, tensor, shapes[tensor.path]) for tensor in table})
 
@@ -97,7 +102,7 @@ def save_pretrained(
     flat = flatten_dict(params)
     config = decoder_config(hf_config)
     _check_params(flat, flatten_dict(abstract(config)[1]))
-    shards = _plan_shards(tensors(hf_config), flat, config.layers, DTYPES[dtype].itemsize, max_shard_bytes)
+    shards = _plan_shards(_exports(flat, hf_config, config.layers, DTYPES[dtype]), max_shard_bytes)
     files = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
 
     first = jax.process_index() == 0
@@ -107,7 +112,7 @@ def save_pretrained(
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
     for file, shard in zip(files, shards, strict=True):
-        arrays = {name: _fetch(flat[tensor.path], tensor, layer, DTYPES[dtype]) for name, tensor, layer in shard}
+        arrays = {export.name: export.fetch() for export in shard}
         if first:
             save_file(arrays, staging / file, metadata={'format': 'pt'})
         del arrays  # before the next shard is fetched
@@ -118,8 +123,8 @@ def save_pretrained(
     saved_config.dtype = dtype
     saved_config.to_json_file(staging / CONFIG)
     if len(files) > 1:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name, _, _ in shard}
-        total = sum(param.size for param in flat.values()) * DTYPES[dtype].itemsize
+        weight_map = {export.name: file for file, shard in zip(files, shards, strict=True) for export in shard}
+        total = sum(export.size for shard in shards for export in shard)
         index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
         (staging / INDEX).write_text(json.dumps(index, indent=2))
     # Old weights go first: a run that dies between these lines leaves a folder that does not open, not a mixture.
@@ -154,8 +159,24 @@ def _read_config(folder: Path) -> PretrainedConfig:
     return AutoConfig.from_pretrained(folder, trust_remote_code=False)
 
 
-def _open_tensors(folder: Path) -> dict[str, Any]:
-    """Tensor name → a slice of it that has not been read yet."""
+class _Stored(NamedTuple):
+    """A tensor in a file, of which nothing is read before it is indexed.
+
+    A file stays mapped for as long as it is open, and counts as memory of the process as far as it has been read.
+    """
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        with safe_open(self.file, framework='numpy') as opened:
+            return opened.get_slice(self.name)[index]
+
+
+def _stored_tensors(folder: Path) -> dict[str, _Stored]:
+    """All tensors of a checkpoint by name."""
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).is_file():
@@ -169,21 +190,39 @@ def _open_tensors(folder: Path) -> dict[str, Any]:
         if not file.is_file():
             raise FileNotFoundError(f'{file} is named in {INDEX}, but is not there')
         try:
-            handle = safe_open(file, framework='numpy')
+            with safe_open(file, framework='numpy') as opened:
+                for name in opened.keys():
+                    tensor = opened.get_slice(name)
+                    stored[name] = _Stored(file, name, tuple(tensor.get_shape()), tensor.get_dtype())
         except SafetensorError as error:
             raise ValueError(f'{file} is damaged: {error}; copy or download it again') from error
-        stored |= {name: handle.get_slice(name) for name in handle.keys()}
     return stored
 
 
-def _names(tensor: Tensor, layers: int) -> list[str]:
-    """The checkpoint's names for one of our parameters: one, or one per layer."""
+def _names(tensor: Tensor | Constant, layers: int) -> list[str]:
+    """The checkpoint's names of it: one, or one per layer."""
     return [tensor.name.format(layer=i) for i in range(layers)] if '{layer}' in tensor.name else [tensor.name]
+
+
+def _check_constants(folder: Path, stored: dict[str, _Stored], constants: tuple[Constant, ...], layers: int) -> None:
+    """Takes from `stored` what is a constant to us, if it has the value that we compute with, up to bfloat16."""
+    problems = []
+    for constant in constants:
+        for name in _names(constant, layers):
+            found = stored.pop(name, None)
+            if found is None:
+                continue
+            if math.prod(found.shape) != 1 or found.dtype not in STORED_DTYPES:
+                problems.append(f'{name}: got {found.dtype} {list(found.shape)}, expected one number')
+            elif not np.isclose(value := float(np.squeeze(found[...])), constant.value, rtol=2**-8, atol=0):
+                problems.append(f'{name}: got {value}, expected {constant.value}')
+    if problems:
+        raise ValueError(f'the model in {folder} is another variant:\n  ' + '\n  '.join(problems))
 
 
 def _check_stored(
     folder: Path,
-    stored: dict[str, Any],
+    stored: dict[str, _Stored],
     table: tuple[Tensor, ...],
     shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct],
     config: DecoderConfig,
@@ -205,25 +244,25 @@ def _check_stored(
         if name not in found:
             problems.append(f'{name}: missing, expected {expected[name]}')
         elif name not in expected:
-            problems.append(f'{name}: got {found[name].get_shape()}, expected no such tensor')
-        elif found[name].get_shape() != expected[name]:
-            problems.append(f'{name}: got shape {found[name].get_shape()}, expected {expected[name]}')
-        elif found[name].get_dtype() not in STORED_DTYPES:
-            problems.append(f'{name}: got {found[name].get_dtype()}, expected one of {STORED_DTYPES}')
+            problems.append(f'{name}: got {list(found[name].shape)}, expected no such tensor')
+        elif list(found[name].shape) != expected[name]:
+            problems.append(f'{name}: got shape {list(found[name].shape)}, expected {expected[name]}')
+        elif found[name].dtype not in STORED_DTYPES:
+            problems.append(f'{name}: got {found[name].dtype}, expected one of {STORED_DTYPES}')
     if problems:
         raise ValueError(f'the weights in {folder} are not those of its {CONFIG}:\n  ' + '\n  '.join(problems))
 
 
-def _equal(one: Any, other: Any, rows: int = 4096) -> bool:
+def _equal(one: _Stored, other: _Stored, rows: int = 4096) -> bool:
     """Whether two stored tensors are the same, comparing a few rows at a time."""
-    if one.get_shape() != other.get_shape():
+    if one.shape != other.shape:
         return False
-    count = one.get_shape()[0]
+    count = one.shape[0]
     blocks = [slice(start, min(start + rows, count)) for start in range(0, count, rows)]
     return all(np.array_equal(one[block], other[block]) for block in blocks)
 
 
-def _read(stored: dict[str, Any], tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _read(stored: dict[str, _Stored], tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """One of our parameters, each shard of it read from the files by itself and put where it belongs."""
     stacked = '{layer}' in tensor.name
 
@@ -265,24 +304,37 @@ def _check_params(flat: dict[tuple[str, ...], jax.Array], shapes: dict[tuple[str
         raise ValueError('the parameters are not those of the config:\n  ' + '\n  '.join(problems))
 
 
-def _plan_shards(
-    table: tuple[Tensor, ...],
-    flat: dict[tuple[str, ...], jax.Array],
-    layers: int,
-    itemsize: int,
-    max_shard_bytes: int,
-) -> list[list[tuple[str, Tensor, int]]]:
-    """Fills one file after the other: lists of (name, tensor, layer), where layer is 0 for what is not stacked."""
+class _Export(NamedTuple):
+    """A tensor of a checkpoint that is to be written."""
+
+    name: str
+    size: int  # bytes
+    fetch: Callable[[], np.ndarray]
+
+
+def _exports(
+    flat: dict[tuple[str, ...], jax.Array], hf_config: PretrainedConfig, layers: int, dtype: np.dtype
+) -> list[_Export]:
+    exports = []
+    for tensor in tensors(hf_config):
+        param, names = flat[tensor.path], _names(tensor, layers)
+        size = param.size // len(names) * dtype.itemsize
+        exports += [_Export(name, size, partial(_fetch, param, tensor, i, dtype)) for i, name in enumerate(names)]
+    for constant in family(hf_config.architectures).constants:
+        fetch = partial(np.asarray, constant.value, dtype)
+        exports += [_Export(name, dtype.itemsize, fetch) for name in _names(constant, layers)]
+    return exports
+
+
+def _plan_shards(exports: list[_Export], max_shard_bytes: int) -> list[list[_Export]]:
+    """Fills one file after the other."""
     shards, room = [[]], max_shard_bytes
-    for tensor in table:
-        names = _names(tensor, layers)
-        size = flat[tensor.path].size // len(names) * itemsize
-        for layer, name in enumerate(names):
-            if shards[-1] and size > room:
-                shards.append([])
-                room = max_shard_bytes
-            shards[-1].append((name, tensor, layer))
-            room -= size
+    for export in exports:
+        if shards[-1] and export.size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(export)
+        room -= export.size
     return shards
 
 

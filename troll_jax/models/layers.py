@@ -1,0 +1,198 @@
+"""One layer of the decoder, and the configuration that says what it is like in a model family.
+
+Letters: those of `decoder.py`.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from troll_jax.models.attention import IMPLEMENTATIONS
+from troll_jax.models.rotary import Angles, RopeScaling, rotate
+from troll_jax.sharding import constrain
+
+# What the backward pass keeps of a layer instead of computing it again.
+REMAT_POLICIES: dict[str, Callable[..., bool]] = {
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights, but no attention logits
+}
+COMPUTE_DTYPES = ('bfloat16', 'float32')
+MLPS = ('swiglu', 'xielu')
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a decoder, what it is like in a model family (the defaults are Qwen3's), and how it computes.
+
+    Raises:
+      ValueError: sizes that do not go together, an unknown `mlp`, `compute_dtype`, `remat` or `attention`.
+    """
+
+    vocab_size: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp_width: int
+    rope_theta: float
+    norm_eps: float
+    tied_embeddings: bool
+    qk_norm: bool = True  # of each query and key, before they are turned
+    qkv_bias: bool = False
+    mlp: str = 'swiglu'
+    rope_scaling: RopeScaling | None = None
+    rope_layers: tuple[bool, ...] | None = None  # which layers turn queries and keys; None: all
+    compute_dtype: str = 'bfloat16'
+    remat: str | None = None
+    attention: str = 'xla'  # of whole sequences; a cache is always read by XLA's
+
+    def __post_init__(self):
+        if self.heads % self.kv_heads:
+            raise ValueError(f'heads must be a multiple of kv_heads; got {self.heads} and {self.kv_heads}')
+        if self.head_dim % 2:
+            raise ValueError(f'rotary positions need an even head_dim; got {self.head_dim}')
+        if self.mlp not in MLPS:
+            raise ValueError(f'mlp must be one of {MLPS}; got {self.mlp!r}')
+        if self.rope_layers is not None and len(self.rope_layers) != self.layers:
+            raise ValueError(f'rope_layers must say it for {self.layers} layers; got {len(self.rope_layers)} values')
+        if self.compute_dtype not in COMPUTE_DTYPES:
+            raise ValueError(f'compute_dtype must be one of {COMPUTE_DTYPES}; got {self.compute_dtype!r}')
+        if self.remat is not None and self.remat not in REMAT_POLICIES:
+            raise ValueError(f'remat must be None or one of {tuple(REMAT_POLICIES)}; got {self.remat!r}')
+        if self.attention not in IMPLEMENTATIONS:
+            raise ValueError(f'attention must be one of {tuple(IMPLEMENTATIONS)}; got {self.attention!r}')
+
+
+def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+    """A new weight [I, O], or an embedding [V, D]: normal, with a deviation of 0.02 · sqrt(1024 / inputs).
+
+    That is the published configs' `initializer_range` at the width of Qwen3-0.6B, carried over to other widths.
+    """
+    inputs = shape[axes.index('embed')] if 'vocab' in axes else shape[0]
+    return nnx.Param(0.02 * (1024 / inputs) ** 0.5 * jax.random.normal(key, shape), axes=axes)
+
+
+def product(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
+    """[..., I] times [I, O], plus [O]. Flattened to two axes first: on a CPU a product with a batch axis is slower.
+
+    The parts of a weight that 'embed' spreads over devices are put together first, in the dtype of the product. Left to
+    the partitioner, masters travel in float32, and a TPU's compiler splits the product into one for each device's part,
+    of which each reads and writes all activations.
+    """
+    gathered = constrain(weight[...].astype(x.dtype), *(None if axis == 'embed' else axis for axis in weight.axes))
+    flat = x.reshape(-1, x.shape[-1]) @ gathered
+    if bias is not None:
+        # In float32, in which its gradient, a sum over all tokens, is summed too.
+        flat = (flat.astype(jnp.float32) + bias[...].astype(jnp.float32)[None]).astype(x.dtype)
+    return flat.reshape(*x.shape[:-1], flat.shape[-1])
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x²) + eps) · scale over the last axis, in float32."""
+
+    def __init__(self, size: int, axis: str, eps: float):
+        self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(jnp.float32)
+        return (normed * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """The projections around `attention`. Heads are flattened into one axis, head by head, as in checkpoints."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        keys = jax.random.split(key, 4)
+        width, q_size, kv_size = config.width, config.heads * config.head_dim, config.kv_heads * config.head_dim
+        self.query = weight(keys[0], (width, q_size), ('embed', 'heads'))
+        self.key = weight(keys[1], (width, kv_size), ('embed', 'kv_heads'))
+        self.value = weight(keys[2], (width, kv_size), ('embed', 'kv_heads'))
+        self.output = weight(keys[3], (q_size, width), ('heads', 'embed'))
+        bias = lambda size, axis: nnx.Param(jnp.zeros(size), axes=(axis,)) if config.qkv_bias else None
+        self.query_bias = bias(q_size, 'heads')
+        self.key_bias, self.value_bias = bias(kv_size, 'kv_heads'), bias(kv_size, 'kv_heads')
+        norm = lambda: RMSNorm(config.head_dim, 'head_dim', config.norm_eps) if config.qk_norm else None
+        self.query_norm, self.key_norm = norm(), norm()
+        self.head_dim = config.head_dim
+
+    def qkv(self, x: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, S, D] → queries [B, S, H, F], keys and values [B, S, M, F]."""
+        of = [(self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias)]
+        q, k, v = (product(x, *pair).reshape(*x.shape[:-1], -1, self.head_dim) for pair in of)
+        if self.query_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        return rotate(q, angles), rotate(k, angles), v
+
+    def merge_heads(self, mixed: jax.Array) -> jax.Array:
+        """[B, S, H, F] → [B, S, D]."""
+        return product(mixed.reshape(*mixed.shape[:2], -1), self.output)
+
+
+class MLP(nnx.Module):
+    """SwiGLU, down(silu(gate(x)) · up(x)), or down(xIELU(up(x)))."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        keys = jax.random.split(key, 3)
+        if config.mlp == 'swiglu':
+            self.gate = weight(keys[0], (config.width, config.mlp_width), ('embed', 'mlp'))
+        else:
+            self.activation = XIELU()
+        self.up = weight(keys[1], (config.width, config.mlp_width), ('embed', 'mlp'))
+        self.down = weight(keys[2], (config.mlp_width, config.width), ('mlp', 'embed'))
+        self.gated = config.mlp == 'swiglu'
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        up = product(x, self.up)
+        inner = jax.nn.silu(product(x, self.gate)) * up if self.gated else self.activation(up)
+        return product(inner, self.down)
+
+
+class XIELU(nnx.Module):
+    """The integral of an ELU with two learnt scalars (Huang and Schlag, arXiv 2411.13010), in float32.
+
+        a x² + β x  for x > 0,  (b + β) (exp(min(x, ε)) − 1 − x) + β x  else,  with a = softplus(α_p), b = softplus(α_n)
+
+    float32 whatever the dtype of `x`, because the gradients of the scalars are sums over all tokens.
+    """
+
+    BETA, EPS = 0.5, -1e-6
+
+    def __init__(self):
+        inverse_softplus = lambda y: jnp.log(jnp.expm1(jnp.full(1, y)))
+        self.alpha_p = nnx.Param(inverse_softplus(0.8), axes=(None,))
+        self.alpha_n = nnx.Param(inverse_softplus(0.8 - self.BETA), axes=(None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        a, b = (jax.nn.softplus(alpha[0].astype(jnp.float32)) for alpha in (self.alpha_p[...], self.alpha_n[...]))
+        negative = (b + self.BETA) * (jnp.expm1(jnp.minimum(x32, self.EPS)) - x32)
+        return (jnp.where(x32 > 0, a * x32 * x32, negative) + self.BETA * x32).astype(x.dtype)
+
+
+class Layer(nnx.Module):
+    """One layer, in two halves: between them the caller decides what the queries see, a sequence or a cache."""
+
+    def __init__(self, config: DecoderConfig, key: jax.Array):
+        attention_key, mlp_key = jax.random.split(key)
+        self.attention_norm = RMSNorm(config.width, 'embed', config.norm_eps)
+        self.attention = Attention(config, attention_key)
+        self.mlp_norm = RMSNorm(config.width, 'embed', config.norm_eps)
+        self.mlp = MLP(config, mlp_key)
+
+    def qkv(self, x: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
+        with jax.named_scope('qkv'):
+            return self.attention.qkv(self.attention_norm(x), angles)
+
+    def finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
+        with jax.named_scope('attention_output'):
+            x = x + self.attention.merge_heads(mixed)
+        with jax.named_scope('mlp'):
+            x = x + self.mlp(self.mlp_norm(x))
+        return constrain(x, 'batch', 'length', None)

@@ -1,0 +1,53 @@
+"""Rotary positions (Su et al., arXiv 2104.09864): a head is turned by angles that grow with the token's position."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Angles = tuple[jax.Array, jax.Array]  # cosine and sine, each [B, S, 1, F/2] float32
+
+
+class RopeScaling(NamedTuple):
+    """How Llama 3.1 stretches its positions (rope_type 'llama3'), so that a context longer than that of the first
+    training turns the slow planes no further than they have been seen to turn."""
+
+    factor: float  # of the stretch
+    low_freq_factor: float  # planes that turn less often than this in `original_length` tokens are stretched
+    high_freq_factor: float  # planes that turn more often than this are not, those in between in part
+    original_length: int  # tokens
+
+
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """Radians per token of the F/2 planes of a head, [F/2] float32."""
+    # In float32 as in the reference: far from the start of a text, its rounding is part of what a model has learnt.
+    frequencies = 1 / theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))
+    if scaling is not None:
+        turns = scaling.original_length * frequencies / (2 * np.pi)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = np.clip((turns - low) / (high - low), 0, 1)
+        frequencies = kept * frequencies + (1 - kept) * frequencies / scaling.factor
+    return frequencies
+
+
+def rotary_angles(positions: jax.Array, frequencies: np.ndarray) -> Angles:
+    """The angles of tokens at `positions` [B, S]."""
+    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def angles_where(rotates: jax.Array | None, angles: Angles) -> Angles:
+    """The angles of a layer: `angles` if it `rotates` ([] bool, or None for all layers), else none."""
+    if rotates is None:
+        return angles
+    cos, sin = angles
+    return jnp.where(rotates, cos, 1.0), jnp.where(rotates, sin, 0.0)
+
+
+def rotate(x: jax.Array, angles: Angles) -> jax.Array:
+    """Turns plane i of a head, which components i and i + F/2 span (the layout of Hugging Face checkpoints)."""
+    cos, sin = angles
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
