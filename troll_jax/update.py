@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,14 @@ TailRule = Callable[[jax.Array, SparseLogProbs | None, SparseLogProbs], tuple[Sp
 _QUANTILES = ('kl', 'kl_unprojected', 'kl_projected', 'weight', 'eta', 'ratio', 'evaluations')
 
 
+class Gradient(NamedTuple):
+    """The gradient of a batch's loss, and what its tokens show."""
+
+    params: Any  # nested dict, as the parameters
+    loss: jax.Array  # [] float32
+    logs: dict[str, jax.Array]  # [M, Z, S] each; zero in micro-batches that hold nothing
+
+
 class UpdateLog(NamedTuple):
     """What an update tells of itself."""
 
@@ -44,9 +52,8 @@ class _Policy(NamedTuple):
     head_chunk: int
 
 
-def make_update(
+def make_gradient(
     config: decoders.DecoderConfig,
-    optimizer: optax.GradientTransformation,
     *,
     objective: Objective,
     temperature: float,
@@ -54,16 +61,14 @@ def make_update(
     max_tokens: int,
     mass: float,
     head_chunk: int = 1024,
-) -> Callable[[TrainState, Batch], tuple[TrainState, UpdateLog]]:
-    """Builds the jitted update(state, batch) → (state, log). The state that is passed in is consumed.
+) -> Callable[[Any, Progress, Batch], Gradient]:
+    """Builds gradient(params, progress, batch) → Gradient, to be called under `jax.jit`.
 
     The weight of every token in the loss comes with the batch, so the gradient depends neither on how responses are
-    packed into rows nor on the number of micro-batches. A gradient that is not finite changes nothing: the step is
-    skipped and `skipped` is 1.
+    packed into rows nor on the number of micro-batches.
 
     Args:
       config: of the decoder.
-      optimizer: from optax.
       objective: the loss of one row's tokens, see `troll_jax.ops.losses`.
       temperature: at which the responses were sampled.
       tail_rule: puts both policies on common tokens, `default_tail` or `bucket_tail` of `troll_jax.ops.support`.
@@ -86,30 +91,47 @@ def make_update(
         }
         return loss, jax.lax.stop_gradient(logs)
 
-    @partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, UpdateLog]:
-        def accumulate(i, total):
+    def gradient(params, progress: Progress, batch: Batch) -> Gradient:
+        def accumulate(i, total: Gradient) -> Gradient:
             part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
-            (loss, logs), gradients = jax.value_and_grad(loss_and_logs, has_aux=True)(
-                state.params, state.progress, part
-            )
+            (loss, logs), gradients = jax.value_and_grad(loss_and_logs, has_aux=True)(params, progress, part)
             write = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0)
-            return (
-                jax.tree.map(jnp.add, total[0], gradients),
-                total[1] + loss,
-                jax.tree.map(write, total[2], logs),
+            return Gradient(
+                jax.tree.map(jnp.add, total.params, gradients),
+                total.loss + loss,
+                jax.tree.map(write, total.logs, logs),
             )
 
         first = jax.tree.map(lambda x: x[0], batch)
-        _, log_shapes = jax.eval_shape(loss_and_logs, state.params, state.progress, first)
+        _, log_shapes = jax.eval_shape(loss_and_logs, params, progress, first)
         count = batch.tokens.shape[0]
         empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), log_shapes)
-        total = jax.tree.map(jnp.zeros_like, state.params), jnp.float32(0), empty
+        total = Gradient(jax.tree.map(jnp.zeros_like, params), jnp.float32(0), empty)
         if count == 1:
-            gradients, loss, logs = accumulate(0, total)
-        else:
-            # How many micro-batches there are is known at run time only: one program, whatever the lengths.
-            gradients, loss, logs = jax.lax.fori_loop(0, _micro_batches(batch), accumulate, total)
+            return accumulate(0, total)
+        # How many micro-batches there are is known at run time only: one program, whatever the lengths.
+        return jax.lax.fori_loop(0, _micro_batches(batch), accumulate, total)
+
+    return gradient
+
+
+def make_update(
+    config: decoders.DecoderConfig, optimizer: optax.GradientTransformation, **loss: Any
+) -> Callable[[TrainState, Batch], tuple[TrainState, UpdateLog]]:
+    """Builds the jitted update(state, batch) → (state, log). The state that is passed in is consumed.
+
+    A gradient that is not finite changes nothing: the step is skipped and `skipped` is 1.
+
+    Args:
+      config: of the decoder.
+      optimizer: from optax.
+      loss: the other arguments of `make_gradient`.
+    """
+    gradient = make_gradient(config, **loss)
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, UpdateLog]:
+        gradients, loss, logs = gradient(state.params, state.progress, batch)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         with jax.named_scope('optimizer'):
@@ -143,7 +165,7 @@ def make_recompute(
 
     π_old as the forward pass of training computes it takes the place of what the sampler recorded, which is how the
     paper does it. `kl` is the mean over the tokens of KL(recomputed ‖ recorded), the noise between the two. Arguments
-    are those of `make_update`; the parameters must be the ones that sampled.
+    are those of `make_gradient`; the parameters must be the ones that sampled.
 
     Args:
       importance_limit: advantages are multiplied by `truncated_importance_weights` up to this; None leaves them.
