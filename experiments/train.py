@@ -4,8 +4,8 @@
     python -m experiments.train configs/quickstart.gin configs/objectives/gspo.gin    # a task, then a method
 
 A run's folder holds `config.gin` (all that is needed to repeat or evaluate it), `model` (tokenizer and sizes),
-`checkpoints`, `metrics.jsonl`, `held_tokens.jsonl` and `tensorboard`. Started again, a run goes on from its latest
-checkpoint. On several hosts the same command runs on each: docs/pods.md.
+`checkpoints`, `metrics.jsonl`, `held_tokens.jsonl`, `tensorboard` and, if asked for, `rollouts`. Started again, a run
+goes on from its latest checkpoint. On several hosts the same command runs on each: docs/pods.md.
 """
 
 import difflib
@@ -40,6 +40,7 @@ from troll_jax.optimizer import state_shapes
 from troll_jax.packing import BatchShape, abstract_batch, batch_shape, make_batch, padding_share
 from troll_jax.rewards.pool import Grader
 from troll_jax.rollout import make_sampler
+from troll_jax.saved_batches import save_batches
 from troll_jax.sharding import fetch, place
 from troll_jax.types import Batch, Progress, Prompts, Rollout, TrainState
 from troll_jax.update import Aggregation, Objective, TailRule, UpdateLog, make_recompute, make_update
@@ -74,6 +75,7 @@ def train(
     checkpoint_every: int = 10,
     checkpoint_dir: str | None = None,
     keep_checkpoints: int = 2,
+    save_rollout_every: int = 0,
     profile_step: int | None = None,
     seed: int = 0,
     regularisers: Sequence[Regulariser] = (),
@@ -114,6 +116,9 @@ def train(
       checkpoint_every: steps between checkpoints. The last step is saved in any case.
       checkpoint_dir: a folder or bucket (gs://…) to keep them in; None is `run_dir`.
       keep_checkpoints: how many of the latest to keep.
+      save_rollout_every: steps between rollouts that are saved for `experiments/replay.py`, a multiple of
+        `checkpoint_every`, as `rollouts/<step>.npz` with the step of the checkpoint that sampled it. These checkpoints
+        are kept, besides the latest. 0 turns it off.
       profile_step: the step of which a trace is written into the run's folder `profile`, for TensorBoard or Perfetto.
       seed: of the order of the data and of the sampling.
       regularisers: what is added to the objective, e.g. `[@entropy_bonus]`; see `troll_jax.ops.regularisers`.
@@ -149,8 +154,14 @@ def train(
         above_zero={'temperature': temperature, 'steps': steps, 'checkpoint_every': checkpoint_every}
         | {'keep_checkpoints': keep_checkpoints, 'head_chunk': head_chunk}
         | ({} if profile_step is None else {'profile_step': profile_step}),
-        at_least_zero={'evaluate_every': evaluate_every, 'table_every': table_every},
+        at_least_zero={'evaluate_every': evaluate_every, 'table_every': table_every}
+        | {'save_rollout_every': save_rollout_every},
     )
+    if save_rollout_every % checkpoint_every:
+        raise ValueError(
+            f'save_rollout_every = {save_rollout_every} must be a multiple of checkpoint_every = {checkpoint_every}, '
+            'so that the parameters that sampled a rollout are there to replay it'
+        )
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
     prompts, held_out = (experiment.load_prompts(split, tokenizer) for split in ('train', 'test'))
@@ -175,7 +186,9 @@ def train(
     with (
         stop_on_signal() as stop,  # before the checkpoints, which are still written when the loop has ended
         jax.set_mesh(mesh),
-        Checkpoints(checkpoint_dir or run_dir, keep=keep_checkpoints) as checkpoints,
+        Checkpoints(
+            checkpoint_dir or run_dir, keep=keep_checkpoints, keep_every=save_rollout_every or None
+        ) as checkpoints,
         Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader,
     ):
         grader.start()
@@ -230,6 +243,9 @@ def train(
                 noise, logs = None, []
                 if old_policy == 'recompute':  # for all of them, before the parameters change
                     on_device, noise = zip(*[recompute(state.params, batch) for batch in on_device], strict=True)
+                if save_rollout_every and step % save_rollout_every == 0:
+                    learnt_from = batches if old_policy == 'rollout' else on_device
+                    save_batches(Path(run_dir) / 'rollouts' / f'{step}.npz', learnt_from, step=step)
                 for batch in on_device:
                     state, log = update(state, batch)
                     logs.append(log)
@@ -347,11 +363,13 @@ def warn_of_noise(row: dict[str, float]) -> None:
         )
 
 
-def restore_or_start(checkpoints, experiment, optimizer, shapes: TrainState) -> TrainState:
-    """The latest checkpoint, or the model that the run starts from with a fresh optimizer."""
-    if checkpoints.steps:
-        logger.info('going on from step %d', checkpoints.steps[-1])
-        return checkpoints.restore(shapes, checkpoints.steps[-1])
+def restore_or_start(checkpoints, experiment, optimizer, shapes: TrainState, step: int | None = None) -> TrainState:
+    """A checkpoint, by default the latest, or the model that the run starts from (step 0) with a fresh optimizer."""
+    if step is None:
+        step = checkpoints.steps[-1] if checkpoints.steps else 0
+    if step:
+        logger.info('going on from step %d', step)
+        return checkpoints.restore(shapes, step)
     _, params = load_pretrained(experiment.model, mesh=experiment.mesh)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
