@@ -92,23 +92,28 @@ def make_gradient(
         return loss, jax.lax.stop_gradient(logs)
 
     def gradient(params, progress: Progress, batch: Batch) -> Gradient:
-        def accumulate(i, total: Gradient) -> Gradient:
+        def of_part(i) -> Gradient:
             part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
             (loss, logs), gradients = jax.value_and_grad(loss_and_logs, has_aux=True)(params, progress, part)
+            return Gradient(gradients, loss, logs)
+
+        def accumulate(i, total: Gradient) -> Gradient:
+            part = of_part(i)
             write = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0)
             return Gradient(
-                jax.tree.map(jnp.add, total.params, gradients),
-                total.loss + loss,
-                jax.tree.map(write, total.logs, logs),
+                jax.tree.map(jnp.add, total.params, part.params),
+                total.loss + part.loss,
+                jax.tree.map(write, total.logs, part.logs),
             )
 
+        count = batch.tokens.shape[0]
+        if count == 1:
+            whole = of_part(0)
+            return whole._replace(logs=jax.tree.map(lambda x: x[None], whole.logs))
         first = jax.tree.map(lambda x: x[0], batch)
         _, log_shapes = jax.eval_shape(loss_and_logs, params, progress, first)
-        count = batch.tokens.shape[0]
         empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), log_shapes)
         total = Gradient(jax.tree.map(jnp.zeros_like, params), jnp.float32(0), empty)
-        if count == 1:
-            return accumulate(0, total)
         # How many micro-batches there are is known at run time only: one program, whatever the lengths.
         return jax.lax.fori_loop(0, _micro_batches(batch), accumulate, total)
 
