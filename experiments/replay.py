@@ -11,11 +11,12 @@ objective.
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,7 +36,7 @@ from troll_jax.optimizer import apply_gradients
 from troll_jax.saved_batches import load_batches
 from troll_jax.sharding import fetch, place
 from troll_jax.types import START, Batch, Progress, TrainState
-from troll_jax.update import Gradient, Objective, make_gradient, make_update
+from troll_jax.update import Gradient, Objective, TailRule, make_gradient, make_update
 
 METHODS = Path(__file__).parent.parent / 'configs/objectives'
 BASELINE = 'importance_weighted'  # the plain policy gradient, with which all are compared
@@ -91,8 +92,9 @@ def replay(
     config = experiment.decoder_config(tokenizer)
     settings = {name: p.default for name, p in inspect.signature(train).parameters.items()} | gin.get_bindings('train')
     policy = {name: settings[name] for name in ('temperature', 'max_tokens', 'mass', 'head_chunk')}
-    optimizer, tail_rule = settings['optimizer'], settings['tail_rule']
+    optimizer = settings['optimizer']
     methods = find_methods(objectives, bindings)
+    own = next(method for method in methods if 'run' in [method.name, *method.same])
 
     def gradient_of(objective: Objective, tail_rule) -> Callable[[dict, Progress, Batch], Gradient]:
         return jax.jit(make_gradient(config, objective=inspected(objective), tail_rule=tail_rule, **policy))
@@ -108,9 +110,9 @@ def replay(
                 checkpoints, start, optimizer, abstract_state(experiment, config, optimizer), checkpoint
             )
         batches = [place(one, experiment.mesh, (None, 'batch')) for one in saved.batches[: updates + 1]]
+        run_objective, tail_rule = functions_of(own)
         plain = gradient_of(importance_weighted, tail_rule)
         noise = distances(plain(state.params, state.progress, batches[0]), batches[0])
-        run_objective = regularised(settings['objective'], settings['regularisers'])
         update = make_update(config, optimizer, objective=run_objective, tail_rule=tail_rule, **policy)
         skipped = 0
         for one in batches[:-1]:
@@ -121,11 +123,8 @@ def replay(
 
         gradients, rows = {BASELINE: before.params}, {}
         for method in methods:
-            gin.clear_config()
-            gin.parse_config(sorted(method.bindings))  # objectives read their settings when they are traced
-            bound = {'regularisers': (), 'tail_rule': tail_rule} | gin.get_bindings('train')
-            gradient = gradient_of(regularised(bound['objective'], bound['regularisers']), bound['tail_rule'])
-            got = before if method.name == BASELINE else gradient(state.params, state.progress, compared)
+            gradient = plain if method.name == BASELINE else gradient_of(*functions_of(method))
+            got = gradient(state.params, state.progress, compared)
             gradients[method.name] = got.params
             after = None
             if np.isfinite(optax.tree.norm(got.params)):
@@ -140,7 +139,7 @@ def replay(
         'minibatches': len(saved.batches),
         'updates': updates,
         'skipped_updates': skipped,
-        'run_objective': next(method.name for method in methods if 'run' in [method.name, *method.same]),
+        'run_objective': own.name,
         'tokens': int(np.sum(fetch(compared.weights) > 0)),
         'kl_of_sampler': noise['kl_mean'],
         'before': distances(before, compared),
@@ -179,8 +178,7 @@ def find_methods(objectives: Sequence[str], bindings: Sequence[str]) -> list[Met
     tail = bindings_of(['train.tail_rule'])
     found = {'run': bindings_of(COMPARED)}
     for file in [METHODS / f'{BASELINE}.gin', *files]:
-        gin.clear_config()
-        gin.parse_config(sorted(tail))
+        read(tail)
         parse([file], bindings)
         found[file.stem] = bindings_of(COMPARED)
     found['run'] = found.pop('run')  # last: it takes the name of a file that says the same
@@ -210,6 +208,31 @@ def bindings_of(parameters: Sequence[str]) -> frozenset[str]:
         names = {name for line in found for name in re.findall(r'[@%]([\w.]+)', line)}
         found |= {line for line in lines for name in names if re.match(rf'{re.escape(name)}(\.\w+)? =', line)}
     return frozenset(found)
+
+
+def functions_of(method: Method) -> tuple[Objective, TailRule]:
+    """The objective of a method with its regularisers, and its rule for tails.
+
+    What gin makes reads its settings when it is called, so these carry them: each can be traced at any time.
+    """
+
+    def with_settings(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            read(method.bindings)
+            return function(*args, **kwargs)
+
+        return call
+
+    read(method.bindings)
+    bound = {'regularisers': ()} | gin.get_bindings('train')
+    return with_settings(regularised(bound['objective'], bound['regularisers'])), with_settings(bound['tail_rule'])
+
+
+def read(bindings: Iterable[str]) -> None:
+    """Makes these lines all that gin knows."""
+    gin.clear_config()
+    gin.parse_config(sorted(bindings))
 
 
 def inspected(objective: Objective) -> Objective:

@@ -100,16 +100,20 @@ def test_all_objectives_begin_with_the_policy_gradient(run):
         assert min(result['cosines'][name].values()) > 0.9999, name
 
 
-def test_replay_walks_the_way_of_the_run(run):
-    """Guards against another order of minibatches, a fresh optimizer, or settings of the run that are not taken over.
+def test_replay_walks_the_way_of_the_run(run, tmp_path):
+    """Guards against another order of minibatches, a fresh optimizer, and settings of one objective that another reads.
 
     After the first of two updates the numbers must be those that the run logged of its second one.
     """
-    result = replay(run, objectives=['importance_weighted'])
+    unbounded = tmp_path / 'unbounded.gin'
+    unbounded.write_text("include 'configs/objectives/troll.gin'\ntroll.alpha = 0.0\ntroll.bound = 10.0\n")
+    result = replay(run, objectives=[str(unbounded)])
     logged = read_metrics(run / 'metrics.jsonl')[-1]
     assert (result['step'], result['checkpoint'], result['updates']) == (1, 1, 1)
     assert logged['update/kl_max'] == pytest.approx(result['before']['kl_max'], rel=1e-4)
-    plain, troll = result['objectives'].values()
+    assert list(result['objectives']) == ['importance_weighted', 'unbounded', 'run']
+    plain, unbounded, troll = result['objectives'].values()
+    assert result['cosines']['unbounded']['importance_weighted'] > 0.9999 > result['cosines']['run']['unbounded']
     # Means over both updates; in the first one π̃ is π_old.
     assert logged['update/kl_mean'] == pytest.approx(result['before']['kl_mean'] / 2, rel=1e-4)
     assert logged['update/projected_share'] == pytest.approx(troll['affected_share'] / 2)
