@@ -5,6 +5,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -112,6 +113,9 @@ def draw(result: dict) -> Figure:
         if value := result['before'][f'kl_{name}']:  # a logarithmic axis has no zero
             axes[2].axvline(value, color=colour, linewidth=1, linestyle=':')
     axes[2].set(title='KL to π_old after one step', xlabel='nats per token; dotted: before', xscale='log')
+    axes[2].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[2].xaxis.set_major_formatter('{x:g}')
+    axes[2].xaxis.set_minor_formatter(NullFormatter())  # its labels would lie over each other
     for axis in axes[1:]:
         axis.set(yticks=places, yticklabels=[], ylim=(len(names) - 0.5, -0.5))  # in the order of the heat map
         axis.grid(alpha=0.3)
