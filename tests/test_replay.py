@@ -43,7 +43,7 @@ def clean_gin():
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory) -> Path:
-    """The folder of two steps with two updates each, at a learning rate at which half of the tokens leave the region.
+    """The folder of two steps with four updates each, at a learning rate at which half of the tokens leave the region.
 
     In bfloat16 the sampler's record and the trainer's policy differ, so that it shows which of them was saved.
     """
@@ -70,7 +70,7 @@ def run(tmp_path_factory) -> Path:
         'train.steps = 2',
         'train.prompts_per_step = 16',
         'train.samples_per_prompt = 4',
-        'train.minibatch_prompts = 8',
+        'train.minibatch_prompts = 4',
         'train.evaluate_every = 0',
         'train.checkpoint_every = 1',
         'train.keep_checkpoints = 1',
@@ -103,23 +103,20 @@ def test_all_objectives_begin_with_the_policy_gradient(run):
 def test_replay_walks_the_way_of_the_run(run, tmp_path):
     """Guards against another order of minibatches, a fresh optimizer, and settings of one objective that another reads.
 
-    After the first of two updates the numbers must be those that the run logged of its second one.
+    The way is three updates, of which the second and third are off-policy; the run logged the largest KL of its last.
     """
     unbounded = tmp_path / 'unbounded.gin'
     unbounded.write_text("include 'configs/objectives/troll.gin'\ntroll.alpha = 0.0\ntroll.bound = 10.0\n")
     result = replay(run, objectives=[str(unbounded)])
     logged = read_metrics(run / 'metrics.jsonl')[-1]
-    assert (result['step'], result['checkpoint'], result['updates']) == (1, 1, 1)
+    assert (result['step'], result['checkpoint'], result['updates']) == (1, 1, 3)
     assert logged['update/kl_max'] == pytest.approx(result['before']['kl_max'], rel=1e-4)
     assert list(result['objectives']) == ['importance_weighted', 'unbounded', 'run']
     plain, unbounded, troll = result['objectives'].values()
     assert result['cosines']['unbounded']['importance_weighted'] > 0.9999 > result['cosines']['run']['unbounded']
-    # Means over both updates; in the first one π̃ is π_old.
-    assert logged['update/kl_mean'] == pytest.approx(result['before']['kl_mean'] / 2, rel=1e-4)
-    assert logged['update/projected_share'] == pytest.approx(troll['affected_share'] / 2)
     assert troll['affected_share'] > 0.1
     # What the trust region is for: the same data and optimizer, another place.
-    assert plain['affected_share'] == 0 and troll['kl_max_after'] < result['before']['kl_max'] < plain['kl_max_after']
+    assert plain['affected_share'] == 0 and troll['kl_mean_after'] < plain['kl_mean_after']
     assert json.loads((run / 'replay_1.json').read_text()) == result
     assert (run / 'replay_1.png').read_bytes().startswith(b'\x89PNG')
 
@@ -186,7 +183,7 @@ def test_errors_say_what_there_is(run):
     """Guards against a traceback from the depths for a name, number or file that does not exist."""
     for arguments, message in [
         ({'step': 5}, r'no saved rollout of step 5; there are \[0, 1\]'),
-        ({'updates': 2}, '0 to 1; got 2'),
+        ({'updates': 4}, '0 to 3; got 4'),
         ({'objectives': ['trol']}, "no objective 'trol'. Did you mean 'troll'"),
         ({'batch': 'nothing.npz'}, "no file of saved batches 'nothing.npz'"),
     ]:
