@@ -3,26 +3,35 @@
 import difflib
 import logging
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gin
 from transformers import GenerationConfig
 
 from troll_jax.checkpoint import Checkpoints
-from troll_jax.learn import Learner
 from troll_jax.models.hf_weights import load_config, load_pretrained
 from troll_jax.types import TrainState
 
 logger = logging.getLogger(__name__)
 
 
-def restore_or_start(checkpoints: Checkpoints, experiment, learner: Learner) -> TrainState:
-    """The latest checkpoint, or the model that the run starts from with a fresh optimizer."""
-    if checkpoints.steps:
-        logger.info('going on from step %d', checkpoints.steps[-1])
-        return checkpoints.restore(learner.shapes, checkpoints.steps[-1])
+def restore_or_start(
+    checkpoints: Checkpoints,
+    experiment,
+    shapes: TrainState,
+    start: Callable[[Any], TrainState],
+    step: int | None = None,
+) -> TrainState:
+    """A checkpoint, by default the latest, or what `start` makes of the model that the run starts from (step 0)."""
+    if step is None:
+        step = checkpoints.steps[-1] if checkpoints.steps else 0
+    if step:
+        logger.info('going on from step %d', step)
+        return checkpoints.restore(shapes, step)
     _, params = load_pretrained(experiment.model, mesh=experiment.mesh)
-    return learner.start(params)
+    return start(params)
 
 
 def save_setup(run_dir: Path, experiment, tokenizer, first: int, checkpoint_dir: str | None) -> None:

@@ -4,8 +4,8 @@
     python -m experiments.train configs/quickstart.gin configs/objectives/gspo.gin    # a task, then a method
 
 A run's folder holds `config.gin` (all that is needed to repeat or evaluate it), `model` (tokenizer and sizes),
-`checkpoints`, `metrics.jsonl`, `held_tokens.jsonl` and `tensorboard`. Started again, a run goes on from its latest
-checkpoint. On several hosts the same command runs on each: docs/pods.md.
+`checkpoints`, `metrics.jsonl`, `held_tokens.jsonl`, `tensorboard` and, if asked for, `rollouts`. Started again, a run
+goes on from its latest checkpoint. On several hosts the same command runs on each: docs/pods.md.
 """
 
 import logging
@@ -71,6 +71,7 @@ def train(
     checkpoint_every: int = 10,
     checkpoint_dir: str | None = None,
     keep_checkpoints: int = 2,
+    save_rollout_every: int = 0,
     profile_step: int | None = None,
     seed: int = 0,
     regularisers: Sequence[Regulariser] = (),
@@ -116,6 +117,9 @@ def train(
       checkpoint_every: steps between checkpoints. The last step is saved in any case.
       checkpoint_dir: a folder or bucket (gs://…) to keep them in; None is `run_dir`.
       keep_checkpoints: how many of the latest to keep.
+      save_rollout_every: steps between rollouts that are saved for `experiments/replay.py`, a multiple of
+        `checkpoint_every`, as `rollouts/<step>.npz` with the step of the checkpoint that sampled it. These checkpoints
+        are kept, besides the latest. 0 turns it off.
       profile_step: the step of which a trace is written into the run's folder `profile`, for TensorBoard or Perfetto.
       seed: of the order of the data and of the sampling.
       regularisers: what is added to the objective, e.g. `[@entropy_bonus]`; see `troll_jax.ops.regularisers`.
@@ -151,8 +155,14 @@ def train(
         above_zero={'temperature': temperature, 'steps': steps, 'checkpoint_every': checkpoint_every}
         | {'keep_checkpoints': keep_checkpoints, 'head_chunk': head_chunk, 'max_draws': max_draws}
         | ({} if profile_step is None else {'profile_step': profile_step}),
-        at_least_zero={'evaluate_every': evaluate_every, 'table_every': table_every},
+        at_least_zero={'evaluate_every': evaluate_every, 'table_every': table_every}
+        | {'save_rollout_every': save_rollout_every},
     )
+    if save_rollout_every % checkpoint_every:
+        raise ValueError(
+            f'save_rollout_every = {save_rollout_every} must be a multiple of checkpoint_every = {checkpoint_every}, '
+            'so that the parameters that sampled a rollout are there to replay it'
+        )
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
     prompts, held_out = (experiment.load_prompts(split, tokenizer) for split in ('train', 'test'))
@@ -197,13 +207,15 @@ def train(
     with (
         stop_on_signal() as stop,  # before the checkpoints, which are still written when the loop has ended
         jax.set_mesh(mesh),
-        Checkpoints(checkpoint_dir or run_dir, keep=keep_checkpoints) as checkpoints,
+        Checkpoints(
+            checkpoint_dir or run_dir, keep=keep_checkpoints, keep_every=save_rollout_every or None
+        ) as checkpoints,
         Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader,
     ):
         grader.start()
         check_programs(sampler, learner, rewards, prompts, prompts_per_step)
         check_bindings_used()
-        state = restore_or_start(checkpoints, experiment, learner)
+        state = restore_or_start(checkpoints, experiment, learner.shapes, learner.start)
         first = int(state.progress.step)
         is_first_process = jax.process_index() == 0
         if is_first_process:
@@ -240,7 +252,9 @@ def train(
                     jax.profiler.start_trace(Path(run_dir) / 'profile')
                 experience = collect(state.params, int(state.progress.draws))
                 start = time.perf_counter()
-                state, row, logs = learner.learn(state, experience)
+                saved = save_rollout_every and (step - 1) % save_rollout_every == 0
+                save_to = Path(run_dir) / 'rollouts' / f'{step - 1}.npz' if saved else None
+                state, row, logs = learner.learn(state, experience, save_to)
                 row = experience.logs | row | speed(experience.rollout, time.perf_counter() - start)
                 if step == profile_step:
                     jax.profiler.stop_trace()

@@ -18,16 +18,19 @@ class Checkpoints:
     Args:
       folder: of the run, or a bucket (gs://…); checkpoints lie in `checkpoints/<step>` below it.
       keep: how many of the latest to keep.
+      keep_every: checkpoints of steps that are a multiple of it are kept besides; None keeps the latest alone.
       read_only: touches nothing, so that a run that is under way can be looked into.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, keep: int = 2, read_only: bool = False):
+    def __init__(
+        self, folder: str | os.PathLike, *, keep: int = 2, keep_every: int | None = None, read_only: bool = False
+    ):
         folder = os.fspath(folder)
         self.path = epath.Path(folder if '://' in folder else os.path.abspath(folder)) / 'checkpoints'
         options = (
             ocp.CheckpointManagerOptions(read_only=True, create=False)
             if read_only
-            else ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            else ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True)
         )
         self._manager = ocp.CheckpointManager(
             self.path,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +19,7 @@ from troll_jax.ops.regularisers import Regulariser, needs_reference, regularised
 from troll_jax.ops.values import explained_variance
 from troll_jax.optimizer import state_shapes
 from troll_jax.packing import BatchShape, abstract_batch, make_batch, padding_share, response_layout
+from troll_jax.saved_batches import save_batches
 from troll_jax.sharding import fetch, place
 from troll_jax.types import START, Reference, Rollout, TrainState
 from troll_jax.update import Objective, TailRule, UpdateLog, make_recompute, make_reference, make_update
@@ -32,7 +34,7 @@ class Learner(NamedTuple):
 
     shapes: TrainState  # of what is trained, with shardings
     start: Callable[[Any], TrainState]  # from the start model's parameters, which become part of it
-    learn: Callable[[TrainState, Experience], tuple[TrainState, dict[str, float], list[UpdateLog]]]
+    learn: Callable[..., tuple[TrainState, dict[str, float], list[UpdateLog]]]  # of a state and an Experience
     check: Callable[[Rollout, int], None]  # traces all programs for a rollout's shapes, before there are any weights
 
 
@@ -87,7 +89,7 @@ def make_learner(
         update_critic = make_critic_update(config, critic.optimizer, value_clip=critic.value_clip)
     passes_first = old_policy == 'recompute' or has_reference or critic is not None
 
-    shapes = _abstract_state(config, optimizer, critic, has_reference, mesh)
+    shapes = abstract_state(config, optimizer, mesh, critic=critic, has_reference=has_reference)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
 
     @partial(jax.jit, out_shardings=shardings.reference)
@@ -95,10 +97,7 @@ def make_learner(
         return jax.tree.map(jnp.copy, decoders.cast_weights(params, config.compute_dtype))
 
     def start(params) -> TrainState:
-        return TrainState(
-            progress=place(START, mesh, ()),
-            params=params,
-            opt_state=jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params),
+        return start_state(params, optimizer, shapes)._replace(
             critic=None if critic is None else init_critic(params, critic.optimizer, shapes.critic),
             reference=copy_reference(params) if has_reference else None,
         )
@@ -118,7 +117,9 @@ def make_learner(
         weights = np.asarray(aggregation(np.where(learnt, part.response_lengths, 0), max_length=max_response_length))
         return make_batch(part, np.zeros(len(learnt), np.float32), np.where(learnt, weights, 0), shape)
 
-    def learn(state: TrainState, experience: Experience) -> tuple[TrainState, dict[str, float], list[UpdateLog]]:
+    def learn(
+        state: TrainState, experience: Experience, save_to: Path | None = None
+    ) -> tuple[TrainState, dict[str, float], list[UpdateLog]]:
         rollout, lengths = experience.rollout, experience.rollout.response_lengths
         slices = [slice(i, i + minibatch) for i in range(0, len(lengths), minibatch)]
         parts = [jax.tree.map(lambda x, at=at: x[at], rollout) for at in slices]
@@ -159,16 +160,20 @@ def make_learner(
                 'critic/return': added['returns'][mask].mean(),
             }
 
+        def complete(i: int):
+            """Minibatch i, on the devices."""
+            known = {name: layouts[i].scatter(array[slices[i]]) for name, array in added.items()}
+            if not passes_first:
+                return place(batches[i]._replace(**known), mesh, (None, 'batch'))
+            batch = batches[i]._replace(**place(known, mesh, (None, 'batch')))
+            return batch._replace(advantages=batch.advantages * importance[i])
+
+        if save_to is not None:
+            save_batches(save_to, [complete(i) for i in range(len(slices))], step=int(state.progress.step))
         warming_up = critic is not None and int(state.progress.step) < critic.warmup_steps
         logs, critic_logs, batches = [], [], list(batches)
-        for i, (at, layout) in enumerate(zip(slices, layouts, strict=True)):
-            known = {name: layout.scatter(array[at]) for name, array in added.items()}
-            if passes_first:
-                batch = batches[i]._replace(**place(known, mesh, (None, 'batch')))
-                batch = batch._replace(advantages=batch.advantages * importance[i])
-            else:
-                batch = place(batches[i]._replace(**known), mesh, (None, 'batch'))
-            batches[i] = None  # not to be kept
+        for i in range(len(slices)):
+            batch, batches[i] = complete(i), None  # not to be kept
             if critic is not None:
                 new, log = update_critic(state.critic, batch)
                 state = state._replace(critic=new)
@@ -239,7 +244,15 @@ def _check_reference(has_reference, reward_penalty, refresh_every) -> None:
         )
 
 
-def _abstract_state(config, optimizer, critic: Critic | None, has_reference: bool, mesh: Mesh) -> TrainState:
+def abstract_state(
+    config: decoders.DecoderConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    critic: Critic | None = None,
+    has_reference: bool = False,
+) -> TrainState:
+    """Shapes and shardings of all that is trained."""
     _, params = decoders.abstract(config, mesh)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     as_reference = jax.eval_shape(partial(decoders.cast_weights, dtype=config.compute_dtype), params)
@@ -251,6 +264,13 @@ def _abstract_state(config, optimizer, critic: Critic | None, has_reference: boo
         critic=None if critic is None else abstract_critic(config, critic.optimizer, mesh),
         reference=jax.tree.map(like, as_reference, params) if has_reference else None,
     )
+
+
+def start_state(params, optimizer: optax.GradientTransformation, shapes: TrainState) -> TrainState:
+    """A policy before its first update, without a critic or a reference model. `params` become part of it."""
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    progress = jax.tree.map(lambda x, sharding: place(x, sharding.mesh, ()), START, shardings.progress)
+    return TrainState(progress, params, jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params))
 
 
 def _summarise(kind: str, logs: list[dict[str, np.ndarray]]) -> dict[str, float]:

@@ -26,6 +26,14 @@ TailRule = Callable[[jax.Array, SparseLogProbs | None, SparseLogProbs], tuple[Sp
 _QUANTILES = ('kl', 'kl_unprojected', 'kl_projected', 'weight', 'eta', 'ratio', 'evaluations')
 
 
+class Gradient(NamedTuple):
+    """The gradient of a batch's loss, and what its tokens show."""
+
+    params: Any  # nested dict, as the parameters
+    loss: jax.Array  # [] float32
+    logs: Any  # arrays [M, Z, S]; zero in micro-batches that hold nothing
+
+
 class UpdateLog(NamedTuple):
     """What an update tells of itself."""
 
@@ -44,9 +52,8 @@ class _Policy(NamedTuple):
     head_chunk: int
 
 
-def make_update(
+def make_gradient(
     config: decoders.DecoderConfig,
-    optimizer: optax.GradientTransformation,
     *,
     objective: Objective,
     temperature: float,
@@ -54,16 +61,14 @@ def make_update(
     max_tokens: int,
     mass: float,
     head_chunk: int = 1024,
-) -> Callable[[TrainState, Batch], tuple[TrainState, UpdateLog]]:
-    """Builds the jitted update(state, batch) → (state, log). The state that is passed in is consumed.
+) -> Callable[[Any, Progress, Batch], Gradient]:
+    """Builds gradient(params, progress, batch) → Gradient, to be called under `jax.jit`.
 
     The weight of every token in the loss comes with the batch, so the gradient depends neither on how responses are
-    packed into rows nor on the number of micro-batches. A gradient that is not finite changes nothing: the step is
-    skipped and `skipped` is 1.
+    packed into rows nor on the number of micro-batches.
 
     Args:
       config: of the decoder.
-      optimizer: from optax.
       objective: the loss of one row's tokens, see `troll_jax.ops.losses`.
       temperature: at which the responses were sampled.
       tail_rule: puts both policies on common tokens, `default_tail` or `bucket_tail` of `troll_jax.ops.support`.
@@ -86,10 +91,29 @@ def make_update(
         }
         return loss, jax.lax.stop_gradient(logs)
 
+    def gradient(params, progress: Progress, batch: Batch) -> Gradient:
+        return gradients_of(lambda params, part: loss_and_logs(params, progress, part), params, batch)
+
+    return gradient
+
+
+def make_update(
+    config: decoders.DecoderConfig, optimizer: optax.GradientTransformation, **loss: Any
+) -> Callable[[TrainState, Batch], tuple[TrainState, UpdateLog]]:
+    """Builds the jitted update(state, batch) → (state, log). The state that is passed in is consumed.
+
+    A gradient that is not finite changes nothing: the step is skipped and `skipped` is 1.
+
+    Args:
+      config: of the decoder.
+      optimizer: from optax.
+      loss: the other arguments of `make_gradient`.
+    """
+    gradient = make_gradient(config, **loss)
+
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, UpdateLog]:
-        loss_of = lambda params, part: loss_and_logs(params, state.progress, part)
-        gradients, loss, logs = gradients_of(loss_of, state.params, batch)
+        gradients, loss, logs = gradient(state.params, state.progress, batch)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         with jax.named_scope('optimizer'):
@@ -109,31 +133,36 @@ def make_update(
     return update
 
 
-def gradients_of(loss: Callable[..., tuple[jax.Array, Any]], params, batch: Batch) -> tuple[Any, jax.Array, Any]:
+def gradients_of(loss: Callable[..., tuple[jax.Array, Any]], params, batch: Batch) -> Gradient:
     """The gradient of a loss that is a sum over tokens, micro-batch by micro-batch.
 
     Args:
       loss: (params, micro-batch [Z, S, …]) → loss, logs [Z, S].
       params: of the loss.
       batch: arrays [M, Z, S, …].
-
-    Returns:
-      gradients, loss [], logs [M, Z, S]; those of micro-batches without a sequence are zero.
     """
 
-    def accumulate(i, total):
+    def of_part(i) -> Gradient:
         part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
-        (one, logs), gradients = jax.value_and_grad(loss, has_aux=True)(params, part)
-        write = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0)
-        return jax.tree.map(jnp.add, total[0], gradients), total[1] + one, jax.tree.map(write, total[2], logs)
+        (value, logs), gradients = jax.value_and_grad(loss, has_aux=True)(params, part)
+        return Gradient(gradients, value, logs)
 
-    first = jax.tree.map(lambda x: x[0], batch)
-    _, log_shapes = jax.eval_shape(loss, params, first)
+    def accumulate(i, total: Gradient) -> Gradient:
+        part = of_part(i)
+        write = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0)
+        return Gradient(
+            jax.tree.map(jnp.add, total.params, part.params),
+            total.loss + part.loss,
+            jax.tree.map(write, total.logs, part.logs),
+        )
+
     count = batch.tokens.shape[0]
-    empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), log_shapes)
-    total = jax.tree.map(jnp.zeros_like, params), jnp.float32(0), empty
     if count == 1:
-        return accumulate(0, total)
+        whole = of_part(0)
+        return whole._replace(logs=jax.tree.map(lambda x: x[None], whole.logs))
+    _, log_shapes = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], batch))
+    empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), log_shapes)
+    total = Gradient(jax.tree.map(jnp.zeros_like, params), jnp.float32(0), empty)
     # How many micro-batches there are is known at run time only: one program, whatever the lengths.
     return jax.lax.fori_loop(0, micro_batches(batch), accumulate, total)
 
@@ -152,7 +181,7 @@ def make_recompute(
 
     π_old as the forward pass of training computes it takes the place of what the sampler recorded, which is how the
     paper does it. `kl` is the mean over the tokens of KL(recomputed ‖ recorded), the noise between the two, and
-    `importance` what advantages are to be multiplied by. Arguments are those of `make_update`; the parameters must be
+    `importance` what advantages are to be multiplied by. Arguments are those of `make_gradient`; the parameters must be
     the ones that sampled.
 
     Args:
@@ -196,7 +225,7 @@ def make_reference(
     to take off the reward of each token: those of `penalty`, such as `kl_to_reference`, at the old policy.
 
     Args:
-      config, temperature, head_chunk: as of `make_update`.
+      config, temperature, head_chunk: as of `make_gradient`.
       penalty: None: all are 0.
     """
     graphdef, _ = decoders.abstract(config)

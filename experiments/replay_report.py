@@ -1,0 +1,123 @@
+"""The tables and the figure of `experiments/replay.py`, from what it writes as JSON."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+def report(result: dict) -> str:
+    """The tables of the terminal."""
+    names = list(result['objectives'])
+    width = max(map(len, names)) + 5
+    show = lambda value, form: '–' if value is None else format(value, form)
+    before = {name: show(value, '.3g') for name, value in result['before'].items()}
+    lines = [
+        f'rollout of step {result["step"]}: {result["updates"]} updates with {result["run_objective"]}, then minibatch '
+        f'{result["updates"] + 1} of {result["minibatches"]}, {result["tokens"]:,} tokens',
+        f'KL(π̃ ‖ π_old) in nats: {show(result["kl_of_sampler"], ".2g")} on average before the first update; before the '
+        'compared step {kl_mean} on average, p99 {kl_p99}, max {kl_max}. Entropy {entropy}'.format(**before),
+    ]
+    if result['checkpoint'] != result['step']:
+        lines.append(
+            f'WARNING: there is no checkpoint {result["step"]}; the parameters are those of {result["checkpoint"]} '
+            'instead and did not sample this rollout'
+        )
+    if result['skipped_updates']:
+        lines.append(f'WARNING: {result["skipped_updates"]} of the updates were skipped, their gradients not finite')
+    titles = ['gradient', 'cosine', 'affected', 'silenced', 'KL mean', 'KL p99', 'KL max', 'entropy']
+    above = ['norm', 'to 1', 'tokens', 'tokens', 'after', 'after', 'after', 'change']
+    for title in (titles, above):
+        lines.append(' ' * width + ''.join(f'{text:>10}' for text in title))
+    for i, name in enumerate(names):
+        row = result['objectives'][name]
+        values = [
+            show(row['gradient_norm'], '.4f'),
+            show(result['cosines'][names[0]][name], '.3f'),
+            show(row['affected_share'], '.1%'),
+            show(row['silenced_share'], '.1%'),
+            *[show(row[f'{kl}_after'], '.2g') for kl in ('kl_mean', 'kl_p99', 'kl_max')],
+            show(row['entropy_change'], '+.4f'),
+        ]
+        lines.append(f'{i + 1:2} {_starred(name, result):{width - 3}}' + ''.join(f'{value:>10}' for value in values))
+    lines += ['', 'cosines of gradients' + ' ' * (width - 20) + ''.join(f'{i + 1:>7}' for i in range(len(names)))]
+    for i, name in enumerate(names):
+        cosines = ''.join(f'{show(result["cosines"][name][other], ".3f"):>7}' for other in names[: i + 1])
+        lines.append(f'{i + 1:2} {name:{width - 3}}' + cosines)
+    lines += [
+        '',
+        "* the run's. Tokens have the run's advantages and weights for all: what differs is the objective, its",
+        'regularisers and, where a method has its own, the rule for tails.',
+    ]
+    for name, row in result['objectives'].items():
+        if others := [other for other in row['same'] if other != 'run']:
+            lines.append(f'{", ".join(others)}: the same as {name} in this')
+    for name, row in result['objectives'].items():
+        if token := row['first_broken']:
+            lines.append(
+                '{0}: NOT FINITE at {1} tokens, first at {text!r} after {after!r}: log π̃ {log_prob}, log π_old '
+                '{old_log_prob}, advantage {advantage}, loss {loss}, gradient {gradient}'.format(
+                    name, row['broken_tokens'], **token
+                )
+            )
+        elif not row['finite']:
+            lines.append(f"{name}: NOT FINITE, at no token: it is the model's derivative or the sum that is not")
+    return '\n'.join(lines)
+
+
+def _starred(name: str, result: dict) -> str:
+    return f'{name} *' if name == result['run_objective'] else name
+
+
+def plot(result: dict, output: str | Path) -> None:
+    """Writes `draw` as a PNG."""
+    figure = draw(result)
+    figure.savefig(output, dpi=110)
+    plt.close(figure)
+
+
+def draw(result: dict) -> Figure:
+    """The cosines of all pairs of gradients, the tokens that each objective affects, and the KL after its step."""
+    names = list(result['objectives'])
+    labels = [_starred(name, result) for name in names]
+    rows = result['objectives'].values()
+    number = lambda value: np.nan if value is None else value
+    cosines = np.array([[number(result['cosines'][one][other]) for other in names] for one in names])
+    height = 2 + 0.4 * len(names)
+    figure, axes = plt.subplots(
+        1, 3, figsize=(2.6 * height + 3, height), layout='constrained', width_ratios=(1.3, 0.8, 0.8)
+    )
+    image = axes[0].imshow(cosines, vmin=-1, vmax=1, cmap='RdBu')
+    axes[0].set(title='cosines of gradients', xticks=range(len(names)), yticks=range(len(names)), yticklabels=labels)
+    axes[0].set_xticklabels(labels, rotation=45, ha='right', rotation_mode='anchor')
+    for (i, j), value in np.ndenumerate(cosines):
+        colour = 'white' if abs(value) > 0.6 else 'black'
+        text = '–' if np.isnan(value) else f'{value:.2f}'
+        axes[0].text(j, i, text, ha='center', va='center', fontsize=7, color=colour)
+    figure.colorbar(image, ax=axes[0], shrink=0.7)
+    places = np.arange(len(names))
+    for offset, name, label in [
+        (-0.2, 'affected_share', 'projected or clipped'),
+        (0.2, 'silenced_share', 'left without a gradient'),
+    ]:
+        axes[1].barh(places + offset, [row[name] for row in rows], 0.4, label=label)
+    axes[1].set(title='share of tokens')
+    for colour, marker, name in zip(('C0', 'C1', 'C3'), 'oD>', ('mean', 'p99', 'max'), strict=True):
+        values = [number(row[f'kl_{name}_after']) for row in rows]
+        axes[2].plot(values, places, marker, color=colour, label=name, alpha=0.7)
+        if value := result['before'][f'kl_{name}']:  # a logarithmic axis has no zero
+            axes[2].axvline(value, color=colour, linewidth=1, linestyle=':')
+    axes[2].set(title='KL to π_old after one step', xlabel='nats per token; dotted: before', xscale='log')
+    axes[2].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[2].xaxis.set_major_formatter('{x:g}')
+    axes[2].xaxis.set_minor_formatter(NullFormatter())  # its labels would lie over each other
+    for axis in axes[1:]:
+        axis.set(yticks=places, yticklabels=[], ylim=(len(names) - 0.5, -0.5))  # in the order of the heat map
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    return figure

@@ -1,0 +1,266 @@
+"""Saved rollouts, and objectives compared on them: by a real run of a tiny model, replayed from its folder alone."""
+
+import json
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import gin
+import jax
+import numpy as np
+import pytest
+from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
+
+from experiments.config import parse, register
+from experiments.replay import find_methods, replay
+from experiments.replay_report import draw, report
+from experiments.train import train
+from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
+from troll_jax.data.tokenizer import character_tokenizer
+from troll_jax.metrics import read_metrics
+from troll_jax.packing import BatchShape, abstract_batch
+from troll_jax.saved_batches import load_batches, save_batches
+from troll_jax.types import Batch, SparseLogProbs
+
+REPOSITORY = Path(__file__).parent.parent
+CONFIGS = REPOSITORY / 'configs'
+
+
+@register
+class StartsLow(Arithmetic):
+    """Rewards responses by their first character: something that tells the samples of any policy apart."""
+
+    def grade(self, response: str, answer: str) -> float:
+        return float(response < '5')
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    gin.clear_config()
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory) -> Path:
+    """The folder of two steps with four updates each, at a learning rate at which half of the tokens leave the region.
+
+    In bfloat16 the sampler's record and the trainer's policy differ, so that it shows which of them was saved.
+    """
+    folder = tmp_path_factory.mktemp('replay')
+    tokenizer = character_tokenizer(CHARACTERS)
+    set_seed(0)
+    sizes = {'hidden_size': 16, 'intermediate_size': 24, 'num_attention_heads': 2, 'num_key_value_heads': 1}
+    sizes |= {'head_dim': 8, 'num_hidden_layers': 2, 'max_position_embeddings': 64}
+    Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, initializer_range=0.5, **sizes)
+    ).save_pretrained(folder / 'model')
+    tokenizer.save_pretrained(folder / 'model')
+    gin.clear_config()
+    bindings = [
+        f'Experiment.model = {str(folder / "model")!r}',
+        'Experiment.task = @StartsLow()',
+        'Experiment.max_prompt_length = 4',
+        'Experiment.max_response_length = 3',
+        "Experiment.compute_dtype = 'bfloat16'",
+        'StartsLow.operands = 2',
+        'StartsLow.train_size = 60',
+        'StartsLow.test_size = 10',
+        f'train.run_dir = {str(folder / "run")!r}',
+        'train.steps = 2',
+        'train.prompts_per_step = 16',
+        'train.samples_per_prompt = 4',
+        'train.minibatch_prompts = 4',
+        'train.evaluate_every = 0',
+        'train.checkpoint_every = 1',
+        'train.keep_checkpoints = 1',
+        'train.save_rollout_every = 1',
+        "train.old_policy = 'recompute'",
+        'train.head_chunk = 40',
+        'adamw.learning_rate = 0.02',
+    ]
+    parse([CONFIGS / 'quickstart.gin', CONFIGS / 'objectives/troll.gin'], bindings)
+    train()
+    gin.clear_config()
+    return folder / 'run'
+
+
+def test_all_objectives_begin_with_the_policy_gradient(run):
+    """Guards against parameters that did not sample the rollout, and against the sampler's record in place of what was
+    learnt from. Where π̃ = π_old nothing is projected or clipped, and all have the gradient of the policy gradient.
+    """
+    result = replay(run, objectives=['dppo'], updates=0, step=0)
+    assert (result['step'], result['checkpoint'], result['updates']) == (0, 0, 0)
+    assert result['kl_of_sampler'] == result['before']['kl_mean'] < 1e-6
+    assert list(result['objectives']) == ['importance_weighted', 'dppo', 'run']
+    assert result['objectives']['run']['gradient_norm'] > 0.1
+    for name, row in result['objectives'].items():
+        assert row['finite'] and row['affected_share'] == row['silenced_share'] == 0, name
+        assert row['gradient_norm'] == pytest.approx(result['objectives']['run']['gradient_norm'], rel=1e-4)
+        assert min(result['cosines'][name].values()) > 0.9999, name
+
+
+def test_replay_walks_the_way_of_the_run(run, tmp_path):
+    """Guards against another order of minibatches, a fresh optimizer, and settings of one objective that another reads.
+
+    The way is three updates, of which the second and third are off-policy; the run logged the largest KL of its last.
+    """
+    unbounded = tmp_path / 'unbounded.gin'
+    unbounded.write_text("include 'configs/objectives/troll.gin'\ntroll.alpha = 0.0\ntroll.bound = 10.0\n")
+    result = replay(run, objectives=[str(unbounded)])
+    logged = read_metrics(run / 'metrics.jsonl')[-1]
+    assert (result['step'], result['checkpoint'], result['updates']) == (1, 1, 3)
+    assert logged['update/kl_max'] == pytest.approx(result['before']['kl_max'], rel=1e-4)
+    assert list(result['objectives']) == ['importance_weighted', 'unbounded', 'run']
+    plain, unbounded, troll = result['objectives'].values()
+    assert result['cosines']['unbounded']['importance_weighted'] > 0.9999 > result['cosines']['run']['unbounded']
+    assert troll['affected_share'] > 0.1
+    # What the trust region is for: the same data and optimizer, another place.
+    assert plain['affected_share'] == 0 and troll['kl_mean_after'] < plain['kl_mean_after']
+    assert json.loads((run / 'replay_1.json').read_text()) == result
+    assert (run / 'replay_1.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_a_batch_that_breaks_some_objectives_is_explained(run, tmp_path):
+    """Guards against a report that names no token, the wrong one, or objectives that do not read what is broken.
+
+    The log-probability that was recorded of one token is not a number. TROLL reads its distribution instead.
+    """
+    batch = load_batches(run / 'rollouts/1.npz').batches[0]
+    where = tuple(np.argwhere((batch.weights > 0) & (batch.advantages != 0))[3])
+    batch.old_log_probs[where] = np.nan
+    save_batches(tmp_path / 'broken.npz', [batch], step=7)  # of which there is no checkpoint
+    result = replay(run, objectives=['clip'], batch=tmp_path / 'broken.npz')
+    assert {name: row['finite'] for name, row in result['objectives'].items()} == {
+        'importance_weighted': False,
+        'clip': False,
+        'run': True,
+    }
+    clip = result['objectives']['clip']
+    token = clip['first_broken']
+    assert (clip['broken_tokens'], token['micro_batch_row_position']) == (1, list(where))
+    assert token['text'] == ['<pad>', '<eos>', *CHARACTERS][batch.tokens[where]]
+    assert token['old_log_prob'] == token['loss'] == 'nan' and -20 < token['log_prob'] < 0
+    assert clip['gradient_norm'] is clip['kl_mean_after'] is result['cosines']['clip']['run'] is None
+    assert result['objectives']['run']['kl_mean_after'] > 0
+    text = report(result)
+    assert 'no checkpoint 7; the parameters are those of 2' in text
+    assert f'clip: NOT FINITE at 1 tokens, first at {token["text"]!r} after' in text
+    labels = [label.get_text() for label in draw(result).axes[0].get_yticklabels()]
+    assert labels == ['importance_weighted', 'clip', 'run *']
+    json.dumps(result, allow_nan=False)
+
+
+def test_methods_are_their_files_alone():
+    """Guards against settings of the run's own objective that another one of the same function would inherit, and
+    against methods that differ in their data alone and would be computed twice.
+    """
+    files = [CONFIGS / 'quickstart.gin', CONFIGS / 'objectives/gspo.gin']
+    parse(files, ['train.tail_rule = @bucket_tail', 'train.regularisers = [@entropy_bonus]'])
+    methods = {method.name: method for method in find_methods(['clip', 'rloo', 'dr_grpo', 'gspo'], [])}
+    assert [(name, method.same) for name, method in methods.items()] == [
+        ('importance_weighted', ['rloo']),
+        ('clip', ['dr_grpo']),
+        ('gspo', []),
+        ('run', []),  # it has a regulariser
+    ]
+    tail = 'train.tail_rule = @bucket_tail'
+    assert methods['importance_weighted'].bindings == {'train.objective = @importance_weighted', tail}
+    assert methods['clip'].bindings == {
+        'train.objective = @ppo_clip',
+        'ppo_clip.lower = 0.2',
+        'ppo_clip.upper = 0.2',
+        'ppo_clip.dual = 10.0',
+        tail,
+    }
+    gin.clear_config()
+    parse(files)
+    assert [(m.name, m.same) for m in find_methods(['gspo'], [])] == [('importance_weighted', []), ('gspo', ['run'])]
+    all_methods = [len(find_methods([], [], has_reference=has)) for has in (False, True)]
+    assert all_methods == [11, 12], 'all files of configs/objectives, less those that differ in their data'
+    with pytest.raises(ValueError, match='grpo compares with a reference model'):
+        find_methods(['grpo'], [])
+
+
+def test_errors_say_what_there_is(run):
+    """Guards against a traceback from the depths for a name, number or file that does not exist."""
+    for arguments, message in [
+        ({'step': 5}, r'no saved rollout of step 5; there are \[0, 1\]'),
+        ({'updates': 4}, '0 to 3; got 4'),
+        ({'objectives': ['trol']}, "no objective 'trol'. Did you mean 'troll'"),
+        ({'batch': 'nothing.npz'}, "no file of saved batches 'nothing.npz'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            replay(run, **arguments)
+    gin.clear_config()
+    parse([CONFIGS / 'quickstart_troll.gin'], ['train.save_rollout_every = 30'])
+    with pytest.raises(ValueError, match='save_rollout_every = 30 must be a multiple of checkpoint_every = 25'):
+        train()
+
+
+def some_batches() -> list[Batch]:
+    generator = np.random.default_rng(0)
+    shapes = abstract_batch(BatchShape(2, 3, 5), kept=7)
+    return [jax.tree.map(lambda x: generator.normal(size=x.shape).astype(x.dtype), shapes) for _ in range(2)]
+
+
+class LaterBatch(NamedTuple):
+    """A batch that has got more fields, some of which may be None."""
+
+    tokens: jax.Array
+    old: SparseLogProbs
+    values: jax.Array | None = None
+    reference: SparseLogProbs | None = None
+
+
+def test_what_is_saved_is_loaded(tmp_path, monkeypatch):
+    """Guards against fields that are lost, swapped or of another type, today's and those that batches may get."""
+    batches = some_batches()
+    for step in (3, 11):  # the second one in place of the first
+        save_batches(tmp_path / 'rollouts/11.npz', batches, step=step)
+    assert [file.name for file in (tmp_path / 'rollouts').iterdir()] == ['11.npz']
+    loaded = load_batches(tmp_path / 'rollouts/11.npz')
+    assert loaded.step == 11 and jax.tree.structure(loaded.batches) == jax.tree.structure(batches)
+    assert all(leaf.dtype in (np.int32, np.float32) for leaf in jax.tree.leaves(loaded.batches))
+    jax.tree.map(np.testing.assert_array_equal, loaded.batches, batches)
+
+    monkeypatch.setattr('troll_jax.saved_batches.Batch', LaterBatch)
+    with pytest.raises(ValueError, match=r'0/advantages.*which a Batch does not have'):
+        load_batches(tmp_path / 'rollouts/11.npz')
+    first = batches[0]
+    later = [LaterBatch(first.tokens, first.old), LaterBatch(first.tokens, first.old, first.weights, batches[1].old)]
+    save_batches(tmp_path / 'later.npz', later, step=0)
+    loaded = load_batches(tmp_path / 'later.npz').batches
+    assert jax.tree.structure(loaded) == jax.tree.structure(later)
+    jax.tree.map(np.testing.assert_array_equal, loaded, later)
+
+
+def test_damaged_and_foreign_files_are_refused(tmp_path):
+    """Guards against half a file, a flipped bit or a pickle that is replayed, or run, as if it were a rollout."""
+    path = tmp_path / 'batches.npz'
+    save_batches(path, some_batches(), step=0)
+    whole = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+
+    def check(message: str):
+        with pytest.raises(ValueError, match=message):
+            load_batches(path)
+
+    for part in (whole[:-7], whole[: len(whole) // 2], b''):
+        path.write_bytes(part)
+        check('cannot be read, it is damaged')
+    for entry in entries:
+        i = entry.header_offset + 30 + len(entry.filename) + entry.compress_size // 2
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1 :])
+        check('cannot be read, it is damaged')
+    for foreign, message in [
+        ({'weights': np.ones(3)}, "holds no saved batches: 'step'"),
+        ({'step': 0, 'count': 1}, 'holds no saved batches: .*missing 7 required'),
+        ({'step': np.array([{}], dtype=object)}, 'allow_pickle'),
+    ]:
+        np.savez(path, **foreign)
+        check(message)
+    with path.open('wb') as file:
+        np.save(file, np.ones(3))
+    check('cannot be read')
