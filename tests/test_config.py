@@ -63,7 +63,7 @@ def test_a_mistyped_binding_is_an_error(binding, match):
     [
         ('bound = 0.1', "'troll.bound' or 'dppo.bound'?"),
         ('checkpoint_evry = 5', "'train.checkpoint_every'?"),
-        ('learning_rate = 1', "'adamw.learning_rate' or 'warm_start.learning_rate'?"),
+        ('learning_rate = 1', "'adamw.learning_rate' or 'critic_adamw.learning_rate' or 'warm_start.learning_rate'?"),
     ],
 )
 def test_a_parameter_without_its_owner_is_an_error(binding, meant):
