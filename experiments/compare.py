@@ -172,6 +172,7 @@ class Bench:
             'kl_max': mean('kl_max'),
             'held_share': mean(held),
             'skipped': mean('skipped'),
+            'explained_variance': float(rows[-1].get('critic/explained_variance', np.nan)),
         }
 
 
