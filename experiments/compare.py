@@ -4,8 +4,8 @@
 
 All start from one warm-started model, make as many updates of as many responses, and differ in method, learning rate
 and in how many updates are made of one rollout batch (its staleness). Finished runs are lines of `results.jsonl` in the
-folder, so that the command goes on where it was stopped, and several may work on one folder with different `--methods`.
-Draws `comparison.png` and writes `comparison.md` from the lines that are there; `--only-draw` does nothing else.
+folder, so that the command goes on where it was stopped. Draws `comparison.png` and writes `comparison.md` from the
+lines that are there; `--only-draw` does nothing else. Where there is no warm-started model yet, it is made first.
 """
 
 import argparse
@@ -22,10 +22,14 @@ from typing import NamedTuple
 import gin
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 import optax
+from matplotlib.figure import Figure
+from scipy import stats
 
 import experiments.train  # noqa: F401  registers `train`, whose bindings the files of methods set
+from experiments import quickstart
 from experiments.config import Experiment, parse
 from troll_jax.collect import make_collector
 from troll_jax.evaluate import evaluate
@@ -37,6 +41,10 @@ from troll_jax.rewards.pool import Grader
 from troll_jax.rewards.terms import task_reward
 from troll_jax.rollout import make_sampler
 
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt  # noqa: E402
+
+MODEL = Path('runs/quickstart/model')  # of the task
 TASK = 'configs/quickstart.gin'
 UPDATES = 192  # of every run, each of minibatch_prompts × samples_per_prompt responses
 LEARNING_RATES = (2e-4, 5e-4, 1e-3)
@@ -162,18 +170,23 @@ class Bench:
             mesh=self.experiment.mesh,
         )
         mean = lambda name: float(np.mean([row[f'update/{name}'] for row in rows]))
+        last = rows[-1].get('critic/explained_variance')
+        critic = {} if last is None else {'explained_variance': float(last)}
         held = 'projected_share' if 'update/projected_share' in rows[0] else 'clipped_share'
-        return setting._asdict() | {
-            'success': float(result.rewards.mean()),
-            'rewards': [round(float(row['reward/mean']), 4) for row in rows],
-            'entropy': float(rows[-1]['rollout/entropy']),
-            'kl_mean': mean('kl_mean'),
-            'kl_p99': mean('kl_p99'),
-            'kl_max': mean('kl_max'),
-            'held_share': mean(held),
-            'skipped': mean('skipped'),
-            'explained_variance': float(rows[-1].get('critic/explained_variance', np.nan)),
-        }
+        return (
+            setting._asdict()
+            | {
+                'success': float(result.rewards.mean()),
+                'rewards': [round(float(row['reward/mean']), 4) for row in rows],
+                'entropy': float(rows[-1]['rollout/entropy']),
+                'kl_mean': mean('kl_mean'),
+                'kl_p99': mean('kl_p99'),
+                'kl_max': mean('kl_max'),
+                'held_share': mean(held),
+                'skipped': mean('skipped'),
+            }
+            | critic
+        )
 
 
 def run_all(folder: Path, methods: list[str], seeds: int) -> None:
@@ -184,6 +197,8 @@ def run_all(folder: Path, methods: list[str], seeds: int) -> None:
     todo = [setting for setting in settings(methods, seeds) if setting not in done]
     if not todo:
         return
+    if not MODEL.exists():
+        quickstart.run('experiments.warm_start', 'configs/arithmetic_model.gin')
     gin.clear_config()
     parse([TASK])
     experiment = Experiment()
@@ -204,14 +219,90 @@ def read_results(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+class Interval(NamedTuple):
+    """A mean over seeds, and half of its 95 % interval by Student's t."""
+
+    mean: float
+    half: float
+
+
+def success_of(rows: list[dict], **fixed) -> Interval | None:
+    """Success of the runs with these settings: the mean of each seed's runs first, then over seeds. None: no run."""
+    chosen = [row for row in rows if all(row[name] == value for name, value in fixed.items())]
+    by_seed = [
+        np.mean([row['success'] for row in chosen if row['seed'] == seed]) for seed in {row['seed'] for row in chosen}
+    ]
+    if not by_seed:
+        return None
+    n = len(by_seed)
+    half = stats.t.ppf(0.975, n - 1) * np.std(by_seed, ddof=1) / n**0.5 if n > 1 else float('nan')
+    return Interval(float(np.mean(by_seed)), float(half))
+
+
+def draw(rows: list[dict]) -> Figure:
+    """Success against learning rate, over all levels of staleness, and the other way round; a column per estimator."""
+    figure, axes = plt.subplots(2, len(ESTIMATORS), figsize=(16, 7), sharey=True, layout='constrained')
+    for column, estimator in enumerate(ESTIMATORS):
+        for axis, name, values in zip(
+            axes[:, column], ('learning_rate', 'staleness'), (LEARNING_RATES, STALENESS), strict=True
+        ):
+            for offset, objective in enumerate(OBJECTIVES):
+                found = [success_of(rows, method=f'{estimator}/{objective}', **{name: value}) for value in values]
+                points = [(x, interval) for x, interval in enumerate(found) if interval is not None]
+                if points:
+                    axis.errorbar(
+                        [x + 0.04 * (offset - 1.5) for x, _ in points],
+                        [interval.mean for _, interval in points],
+                        [interval.half for _, interval in points],
+                        fmt='o-',
+                        capsize=3,
+                        markersize=4,
+                        label=objective,
+                    )
+            axis.set_xticks(range(len(values)), [f'{value:g}' for value in values])
+            label = {'learning_rate': 'learning rate', 'staleness': 'updates per rollout batch'}[name]
+            axis.set(title=estimator, xlabel=label, ylim=(0, 1))
+            axis.grid(alpha=0.3)
+        axes[0, 0].legend(fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel('success on held-out problems')
+    return figure
+
+
+def table(rows: list[dict]) -> str:
+    """Success of every method at every setting, in Markdown."""
+    cells = list(product(STALENESS, LEARNING_RATES))
+    lines = [
+        '| updates per rollout batch | ' + ' | '.join(str(staleness) for staleness, _ in cells) + ' | all |',
+        '| --- ' * (len(cells) + 2) + '|',
+        '| learning rate | ' + ' | '.join(f'{rate:g}' for _, rate in cells) + ' | |',
+    ]
+    for method in METHODS:
+        found = [success_of(rows, method=method, staleness=s, learning_rate=rate) for s, rate in cells]
+        found.append(success_of(rows, method=method))
+        shown = [f'{x.mean:.3f} ± {x.half:.3f}' if x is not None else '' for x in found]
+        lines.append(f'| {method.replace("/", ", ")} | ' + ' | '.join(shown) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--folder', type=Path, default=Path('runs/comparison'))
-    parser.add_argument('--seeds', type=int, default=5)
-    parser.add_argument('--methods', nargs='*', default=METHODS)
+    parser.add_argument('--seeds', type=int, default=5, help='of data and sampling, from 0')
+    parser.add_argument('--methods', nargs='*', default=METHODS, help='estimator/objective')
+    parser.add_argument('--only-draw', action='store_true')
     arguments = parser.parse_args()
+    if unknown := set(arguments.methods) - set(METHODS):
+        raise ValueError(f'no method {sorted(unknown)}; expected some of {METHODS}')
     logging.basicConfig(level=logging.WARNING)
-    run_all(arguments.folder, arguments.methods, arguments.seeds)
+    if not arguments.only_draw:
+        run_all(arguments.folder, arguments.methods, arguments.seeds)
+    rows = read_results(arguments.folder / 'results.jsonl')
+    figure = draw(rows)
+    figure.savefig(arguments.folder / 'comparison.png', dpi=90)
+    plt.close(figure)
+    (arguments.folder / 'comparison.md').write_text(table(rows))
+    print(f'{len(rows)} runs in {arguments.folder}: comparison.md and comparison.png are written')
 
 
 if __name__ == '__main__':
