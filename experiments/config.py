@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from troll_jax.data.prompts import PromptSet, encode_prompts
 from troll_jax.data.tasks import Task
 from troll_jax.data.tasks.arithmetic import Arithmetic
+from troll_jax.data.tasks.eurus_code import EurusCode
 from troll_jax.data.tasks.gsm8k import GSM8K
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
 from troll_jax.models.attention import best_implementation
@@ -28,7 +29,7 @@ from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_config
 from troll_jax.ops import advantages, aggregation, categorical, losses, projection, regularisers, schedules, support
 from troll_jax.optimizer import adamw
-from troll_jax.rewards import length
+from troll_jax.rewards import length, sandbox
 from troll_jax.sharding import make_mesh
 
 CONFIG_HELP = 'a gin file; more of them may follow, such as those of configs/objectives after a task'
@@ -60,7 +61,11 @@ for _target in (
     adamw,
     make_mesh,
     Arithmetic,
+    EurusCode,
     GSM8K,
+    sandbox.Bubblewrap,
+    sandbox.SandboxFusion,
+    sandbox.Unisolated,
 ):
     register(_target)
 for _target in (

@@ -1,4 +1,4 @@
-"""Grading functions for the tests of the pool that misbehave on command. Workers import this file, so it stays light."""
+"""Grading functions that misbehave on command, for the tests of the pool; workers import this file."""
 
 import mmap
 import os

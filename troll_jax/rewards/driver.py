@@ -1,8 +1,8 @@
 """The inside of a sandbox: runs Python programs one after another, each in a process of its own.
 
-A bare interpreter gets this file as text (`python -I -S -c`), so it uses the standard library alone, and starts in
-20 ms. A program is then a fork of it: 2 ms. It knows no expected output, so that whoever takes it over can only say what
-a program could have printed anyway.
+A bare interpreter gets this file as text (`python -I -S -c`), so it uses the standard library alone and little of it. A
+program is then a fork of it. It knows no expected output, so that whoever takes it over can only say what a program
+could have printed anyway.
 
 In bubblewrap's sandbox it is the init process: what a program leaves running is killed when the program has ended.
 
@@ -18,6 +18,7 @@ import ctypes
 import math
 import os
 import resource
+import select
 import signal
 import struct
 import sys
@@ -93,7 +94,10 @@ def become_program(files: list[int], seconds: float, output: int) -> None:
 
 
 def protect(*, dumpable: bool) -> None:
-    """Ends this process with its parent, and keeps others of its user from reading or changing it if not dumpable."""
+    """Ends this process with its parent, and keeps others of its user from reading or changing it if not dumpable.
+
+    The first needs the same user. Where that differs, because root has started the sandbox, `wait` notices.
+    """
     if sys.platform == 'linux':
         prctl = libc.prctl
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -107,18 +111,21 @@ def limit(what: int, value: int) -> None:
 
 
 def wait(pid: int, end: float) -> int | None:
-    """The wait status of a child, or None at `end`. Waits for orphans, too, which the init process inherits."""
-    delay = 0.0005
+    """The wait status of a child, or None at `end`, or if the caller has gone.
+
+    Waits for orphans, too, which the init process inherits.
+    """
+    caller = select.poll()
+    caller.register(0, select.POLLIN)  # it sends nothing until it has its reply, so this is its end
+    delay = 1
     while True:
         done, status = os.waitpid(-1, os.WNOHANG)
         if done == pid:
             return status
-        left = end - time.monotonic()
-        if left <= 0:
+        left = 1000 * (end - time.monotonic())
+        if left <= 0 or not done and caller.poll(min(delay, left)):
             return None
-        if not done:
-            time.sleep(min(delay, left))
-            delay = min(2 * delay, 0.02)
+        delay = min(2 * delay, 16)
 
 
 def kill_all_of(pid: int) -> None:

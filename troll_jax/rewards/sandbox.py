@@ -10,6 +10,7 @@ import json
 import math
 import os
 import select
+import shutil
 import struct
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPException
+from itertools import count
 from pathlib import Path
 from signal import Signals
 from typing import NamedTuple, Protocol
@@ -30,7 +32,10 @@ from troll_jax.rewards.worker import CannotGrade
 _GRACE = 3.0  # seconds past the time limit that the inside of a sandbox has to say so
 _SERVICE_GRACE = 10.0  # the same for a service: queues and networks
 _LARGEST_REPLY = 2**28  # bytes of a service's reply
-_FIRST_USER = 2**31  # ids from here on are nobody's; each sandbox that root starts gets its own
+# Ids from here on are nobody's. Each sandbox that root starts gets its own, as the kernel counts processes by user, and
+# those of a sandbox that has just been killed for some milliseconds more.
+_FIRST_USER = 2**31
+_sandboxes = count()
 _REFUSED_CASES = (400, 413, 422)  # HTTP: what is wrong is in the case, so a program must not stop a run with it
 
 
@@ -111,8 +116,11 @@ class Bubblewrap(_Limits):
         )
 
     def run(self, cases: Iterable[tuple[str, str]]) -> Iterator[Run]:
-        user = _FIRST_USER + os.getpid() if _is_root() else 0
-        yield from _drive([*self._walls(user), *self._driver(self.processes, user)], cases, self)
+        bwrap = shutil.which('bwrap')
+        if bwrap is None:
+            raise CannotGrade('there is no `bwrap` in the PATH.')
+        user = _FIRST_USER + os.getpid() % 2**22 * 2**8 + next(_sandboxes) % 2**8 if _is_root() else 0
+        yield from _drive([bwrap, *self._walls(user), *self._driver(self.processes, user)], cases, self)
 
     def _walls(self, user: int) -> list[str]:
         # Root needs no namespace of users, and in one its processes would not be counted by the kernel. The driver
@@ -136,7 +144,7 @@ class Bubblewrap(_Limits):
                 shown += ['--dir', str(parent)]  # or only its owner could pass through it
             shown += ['--ro-bind', python, python]
         return [
-            *('bwrap', '--die-with-parent', '--new-session', '--as-pid-1', '--clearenv', '--hostname', 'sandbox'),
+            *('--die-with-parent', '--new-session', '--as-pid-1', '--clearenv', '--hostname', 'sandbox'),
             *apart,
             *shown,
             *('--proc', '/proc', '--dev', '/dev', '--remount-ro', '/dev'),

@@ -33,7 +33,14 @@ def check_split(split: str) -> None:
         raise ValueError(f'split is {split!r}; expected one of {SPLITS}.')
 
 
-def load_rows(source: str, split: str, *, columns: tuple[str, ...], config: str | None = None) -> Dataset:
+def load_rows(
+    source: str,
+    split: str,
+    *,
+    columns: tuple[str, ...],
+    config: str | None = None,
+    test_split: str = 'test',
+) -> Dataset:
     """Reads one split of a data set.
 
     Args:
@@ -45,11 +52,13 @@ def load_rows(source: str, split: str, *, columns: tuple[str, ...], config: str 
         split: 'train' or 'test'.
         columns: columns that the data must have.
         config: name of the configuration on the hub.
+        test_split: what the source calls the split for testing.
 
     Raises:
         ValueError: the source does not exist or cannot be read, a column is missing, or the split is empty.
     """
     check_split(split)
+    split = test_split if split == 'test' else split
     source = os.path.expanduser(source)
     files = _local_files(source, split)
     import datasets
