@@ -233,6 +233,16 @@ def test_the_driver_cannot_be_touched(bubblewrap):
     assert results[3].output == ''
 
 
+def test_a_program_has_no_namespace_of_its_own(bubblewrap):
+    """Guards against a file system without a size limit, which whoever has a namespace can mount."""
+    unshare = (
+        'import ctypes\nlibc = ctypes.CDLL(None)\n'
+        'print(libc.unshare(0x10000000), libc.unshare(0x10020000), libc.unshare(0x20000))\n'
+        'print([line.split()[1] for line in open("/proc/self/status") if line[:6] in ("CapEff", "CapPrm")])'
+    )
+    assert run(bubblewrap, unshare).output == "-1 -1 -1\n['0000000000000000', '0000000000000000']\n"
+
+
 def test_a_sandbox_that_is_not_there_is_an_error(monkeypatch, tmp_path):
     """Guards against programs that run unisolated because bubblewrap is missing or does not work."""
     monkeypatch.setenv('PATH', str(tmp_path))
