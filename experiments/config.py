@@ -21,6 +21,7 @@ from troll_jax.critic import Critic
 from troll_jax.data.prompts import PromptSet, encode_prompts
 from troll_jax.data.tasks import Task
 from troll_jax.data.tasks.arithmetic import Arithmetic
+from troll_jax.data.tasks.eurus_code import EurusCode
 from troll_jax.data.tasks.gsm8k import GSM8K
 from troll_jax.data.tasks.math_problems import DAPOMath, EurusMath, MathEval, MathProblems
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
@@ -30,7 +31,7 @@ from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_config
 from troll_jax.ops import advantages, aggregation, categorical, losses, projection, regularisers, schedules, support
 from troll_jax.optimizer import adamw
-from troll_jax.rewards import terms
+from troll_jax.rewards import sandbox, terms
 from troll_jax.sharding import make_mesh
 
 CONFIG_HELP = 'a gin file; more of them may follow, such as those of configs/objectives after a task'
@@ -64,11 +65,15 @@ for _target in (
     Critic,
     make_mesh,
     Arithmetic,
+    EurusCode,
     GSM8K,
     MathProblems,
     DAPOMath,
     EurusMath,
     MathEval,
+    sandbox.Bubblewrap,
+    sandbox.SandboxFusion,
+    sandbox.Unisolated,
 ):
     register(_target)
 for _target in (

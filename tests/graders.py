@@ -1,9 +1,13 @@
-"""Grading functions for test_rewards.py that misbehave on command. Workers import this file, so it stays light."""
+"""Grading functions that misbehave on command, for the tests of the pool; workers import this file."""
 
+import mmap
 import os
 import re
 import signal
+import sys
 import time
+
+from troll_jax.rewards.worker import CannotGrade
 
 
 def obey(response: str, answer: str) -> float:
@@ -22,6 +26,10 @@ def obey(response: str, answer: str) -> float:
             os.kill(os.getpid(), signal.SIGKILL)
         case ['raise']:
             raise KeyError('no such thing')
+        case ['raise', message]:
+            raise KeyError(Exception(message))
+        case ['cannot', 'grade']:
+            raise CannotGrade('the service is down')
         case ['nan']:
             return float('nan')
         case ['infinity']:
@@ -34,6 +42,25 @@ def obey(response: str, answer: str) -> float:
             return None
         case ['memory']:
             return float(len(bytearray(64 * 2**30)))
+        case ['memory', 'in', 'steps']:
+            blocks = []
+            while True:
+                blocks.append(bytes(2**26))
+        case ['memory', gigabytes]:
+            return float(len(bytearray(int(gigabytes) * 2**30)))
+        case ['map', gigabytes]:
+            return float(len(mmap.mmap(-1, int(gigabytes) * 2**30)) > 0)
+        case ['sys.exit']:
+            sys.exit(0)
+        case ['fork', 'and', what]:
+            if os.fork() == 0:
+                time.sleep(1000)
+            if what == 'hang':
+                time.sleep(1000)
+            if what == 'exit':
+                os._exit(3)
+        case ['fork', 'twice']:
+            os.fork()  # both processes return
         case ['pid']:
             return float(os.getpid())
         case ['main']:

@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -109,7 +110,7 @@ class Grader:
 
         Raises:
             ValueError: the two differ in length, or a reward is not a finite number (names the sample).
-            RuntimeError: workers cannot start, with the reason.
+            RuntimeError: workers cannot start, or the grading function raised a `CannotGrade`, with the reason.
         """
         if len(responses) != len(answers):
             raise ValueError(
@@ -125,6 +126,8 @@ class Grader:
         for i, (kind, value) in enumerate(outcomes):
             if kind == 'reward':
                 rewards[i] = value
+            elif kind == 'cannot grade':
+                raise RuntimeError(f'Grading is out of order, at sample {i}: {value}')
             elif kind == 'invalid':
                 raise ValueError(
                     f'The reward of sample {i} is {value}; expected a finite number from {self._grade!r}. '
@@ -221,6 +224,7 @@ class _Worker:
             [sys.executable, '-c', _PROGRAM, str(theirs.fileno()), *sys.path],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
+            start_new_session=True,  # what a grading function starts is killed with the worker
             # Workers are as many as cores; threads of a numerical library in each would only fight.
             env={**os.environ, 'OMP_NUM_THREADS': '1', 'OPENBLAS_NUM_THREADS': '1'},
         )
@@ -247,13 +251,20 @@ class _Worker:
             pass
 
     def end(self, patience: float) -> int:
-        """Lets the process end by itself for `patience` seconds, then kills it. Returns its exit code."""
+        """Lets the process end by itself for `patience` seconds, then kills it, and all of its group in any event.
+
+        Returns its exit code.
+        """
         self.connection.close()
         try:
-            return self.process.wait(patience)
+            self.process.wait(patience)
         except subprocess.TimeoutExpired:
-            self.process.kill()
-            return self.process.wait()
+            pass
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):  # nobody is left; macOS says it of a zombie
+            pass
+        return self.process.wait()
 
 
 def _pickle_by_name(grade: Callable[[str, str], float]) -> bytes:

@@ -2,6 +2,7 @@
 
 import logging
 import numbers
+import os
 import pickle
 import signal
 import sys
@@ -9,6 +10,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 _ORPHAN_GRACE = 5.0  # seconds past the deadline after which a worker whose caller has died ends by itself
+
+
+class CannotGrade(RuntimeError):
+    """What grades is out of order, and no response is to blame. It ends the run, which would learn from zeros else."""
 
 
 def serve(descriptor: int) -> None:
@@ -21,6 +26,8 @@ def serve(descriptor: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends the workers
     logging.disable(logging.CRITICAL)  # verifiers warn about every odd answer
     connection = Connection(descriptor)
+    worker = os.getpid()
+    os.register_at_fork(after_in_child=connection.close)  # or the caller would not see that the worker has died
     try:
         pickled, deadline, memory_limit = connection.recv()
         try:
@@ -36,16 +43,25 @@ def serve(descriptor: int) -> None:
             # action ends even a loop in C that never lets Python run a handler.
             signal.setitimer(signal.ITIMER_REAL, deadline + _ORPHAN_GRACE)
             outcome = grade_one(grade, response, answer)
+            if os.getpid() != worker:
+                os._exit(1)  # a child that the grading function left behind: the answer is its parent's to give
             signal.setitimer(signal.ITIMER_REAL, 0)
             connection.send(outcome)
     except (EOFError, OSError):
         pass  # the caller closed the connection or died
+    if os.getpgrp() == worker == os.getpid():
+        os.killpg(worker, signal.SIGKILL)  # this process, and those that gradings have left behind
 
 
 def grade_one(grade: Callable[[str, str], float], response: str, answer: str) -> tuple[str, object]:
-    """('reward', float), or ('invalid', what came instead of a finite number), or ('error', what was raised)."""
+    """('reward', float), or ('invalid', what came instead of a finite number), or ('error', what was raised).
+
+    Or ('cannot grade', why), which is for the caller to raise.
+    """
     try:
         reward = grade(response, answer)
+    except CannotGrade as error:
+        return 'cannot grade', _describe(error)
     except Exception as error:
         return 'error', _describe(error)
     if isinstance(reward, numbers.Real) and abs(reward) < 3e38:  # finite as float32; false for NaN
@@ -54,7 +70,8 @@ def grade_one(grade: Callable[[str, str], float], response: str, answer: str) ->
 
 
 def _describe(error: Exception) -> str:
-    return f'{type(error).__name__}: {error}'[:2000]
+    # What is wrong with a text may be that it cannot be encoded, for a log either.
+    return f'{type(error).__name__}: {error}'[:2000].encode(errors='backslashreplace').decode()
 
 
 def _limit_memory(limit: int) -> None:

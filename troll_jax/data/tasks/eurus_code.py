@@ -1,0 +1,103 @@
+"""Programming problems with tests, in verl's schema: the `code` part of Eurus-2-RL-Data (arXiv 2502.01456)."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from troll_jax.data.tasks.interface import check_columns, load_rows, locate
+from troll_jax.data.tasks.verl import read_verl
+from troll_jax.rewards.code import grade_code, parse_tests
+from troll_jax.rewards.sandbox import Bubblewrap, Sandbox
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EurusCode:
+    """Programming problems; a response's last ```python block is run on the problem's tests.
+
+    Making one runs a program in its sandbox, so that a run without a sandbox ends before anything is loaded.
+
+    Args:
+        source: as in `load_rows`, in verl's schema with the columns `prompt` (list of {role, content}), `ability` (rows
+            other than 'code' are left out) and `reward_model`, whose `ground_truth` `parse_tests` reads.
+        test_split: what the source calls the test split.
+        sandbox: where programs run: `Bubblewrap`, `SandboxFusion`, or `Unisolated`.
+        program_seconds: that all tests of one program may take together.
+        max_tests: of a problem that are run, the first ones; None for all.
+        partial: the reward is the share of tests that passed, and not 1 for all and else 0.
+
+    Raises:
+        ValueError: a limit that is not positive.
+        CannotGrade: programs cannot be run in the sandbox, with what to do.
+    """
+
+    source: str = 'PRIME-RL/Eurus-2-RL-Data'
+    test_split: str = 'validation'
+    sandbox: Sandbox = Bubblewrap()
+    program_seconds: float = 30.0
+    max_tests: int | None = None
+    partial: bool = False
+
+    def __post_init__(self):
+        if not 0 < self.program_seconds < math.inf:
+            raise ValueError(f'program_seconds is {self.program_seconds}; expected a finite number above zero.')
+        if self.max_tests is not None and self.max_tests < 1:
+            raise ValueError(f'max_tests is {self.max_tests}; expected at least 1, or None for all.')
+        self.sandbox.check()
+
+    @property
+    def deadline(self) -> float:
+        """Past what the sandbox may take, so that it is the sandbox that ends a program and says why."""
+        return self.program_seconds + self.sandbox.longest_case + 5.0
+
+    def load(self, split: str) -> Dataset:
+        """Rows of 'train' or 'test' with `messages` and `answer`, the tests as JSON.
+
+        Rows whose tests cannot be read are left out, with a warning that counts them.
+
+        Raises:
+            ValueError: missing files or columns, an empty split, no row of code, or none with tests that can be read.
+        """
+        from datasets import Dataset
+
+        rows = load_rows(self.source, split, test_split=self.test_split)
+        where = lambda row: locate(self.source, split, row, test_split=self.test_split)
+        check_columns(rows, ('prompt', 'ability', 'reward_model'), where(0))
+        messages, answers = read_verl(rows, where, ability='code')
+        faults = [_fault(answer) for answer in answers]
+        readable = [row for row, fault in enumerate(faults) if not fault]
+        if len(readable) < len(answers):
+            message = f'{len(answers) - len(readable)} of {len(answers)} rows of code in {self.source!r} have unreadable tests'
+            why = next(filter(None, faults))
+            if not readable:
+                raise ValueError(f'{message}. {why}')
+            _logger.warning('%s and are left out. %s', message, why)
+        choose = lambda values: [values[row] for row in readable]
+        return Dataset.from_dict({'messages': choose(messages), 'answer': choose(answers)})
+
+    def grade(self, response: str, answer: str) -> float:
+        """1.0 if the response's program passes all tests, else 0.0; with `partial` the share that it passes."""
+        return grade_code(
+            response,
+            answer,
+            sandbox=self.sandbox,
+            program_seconds=self.program_seconds,
+            max_tests=self.max_tests,
+            partial=self.partial,
+        ).reward
+
+
+def _fault(tests: str) -> str:
+    """Why the tests of a problem cannot be read, or ''."""
+    try:
+        parse_tests(tests)
+    except (KeyError, TypeError, ValueError) as error:
+        return f'{type(error).__name__}: {error}'
+    return ''
