@@ -86,7 +86,7 @@ for _target in (
 register(advantages.greedy_baseline, fixed=('rewards', 'greedy_reward'))
 register(advantages.gae, fixed=('rewards', 'values'))
 register(adamw, name='critic_adamw')  # of a critic, so that it has bindings of its own
-for _target in (terms.task_reward, terms.soft_overlong):
+for _target in (terms.task_reward, terms.soft_overlong, terms.answer_format):
     register(_target, fixed=('responses',))
 for _target in (regularisers.entropy_bonus, regularisers.kl_to_old, regularisers.kl_to_reference):
     register(_target, fixed=('row',))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from troll_jax.rewards.terms import Responses, soft_overlong, task_reward, weigh
+from troll_jax.rewards.terms import Responses, answer_format, soft_overlong, task_reward, weigh
 
 
 def responses(lengths, max_length, grades=None) -> Responses:
@@ -23,6 +23,13 @@ def test_a_share_that_is_none_is_refused(share):
     """Guards a division by zero, and a penalty that begins before the response."""
     with pytest.raises(ValueError, match=rf'in \(0, 1\]; got {share}'):
         soft_overlong(responses([3], 5), share=share)
+
+
+def test_answer_format():
+    """Guards a reward for form that looks at another place than it was asked for."""
+    given = responses([1, 2], 4)._replace(texts=['so \\boxed{7}', '#### 7'])
+    np.testing.assert_array_equal(answer_format(given), [1, 0])
+    np.testing.assert_array_equal(answer_format(given, place='####'), [0, 1])
 
 
 def test_weighted_sum():

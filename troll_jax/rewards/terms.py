@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from troll_jax.rewards import answers
+
 
 class Responses(NamedTuple):
     """What a term sees."""
@@ -45,6 +47,16 @@ def soft_overlong(responses: Responses, *, share: float = 0.2) -> np.ndarray:
         raise ValueError(f'share is a part of the length limit, in (0, 1]; got {share}')
     room = share * responses.max_length
     return np.minimum(0, (responses.max_length - room - responses.lengths) / room).astype(np.float32)
+
+
+def answer_format(responses: Responses, *, place: str = 'boxed') -> np.ndarray:
+    r"""1 for a response whose answer stands in the asked form, else 0; [R]
+
+    Args:
+      responses: R of them.
+      place: 'boxed', '####' or 'Answer:', see `troll_jax.rewards.answers`.
+    """
+    return np.array([answers.answer_format(text, place) for text in responses.texts], np.float32)
 
 
 def weigh(terms: Sequence[tuple[str, float, RewardTerm]], responses: Responses) -> tuple[np.ndarray, dict]:

@@ -74,7 +74,8 @@ class EurusCode:
         faults = [_fault(answer) for answer in answers]
         readable = [row for row, fault in enumerate(faults) if not fault]
         if len(readable) < len(answers):
-            message = f'{len(answers) - len(readable)} of {len(answers)} rows of code in {self.source!r} have unreadable tests'
+            left_out = f'{len(answers) - len(readable)} of {len(answers)} rows of code'
+            message = f'{left_out} in {self.source!r} have unreadable tests'
             why = next(filter(None, faults))
             if not readable:
                 raise ValueError(f'{message}. {why}')
