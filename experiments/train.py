@@ -309,7 +309,7 @@ def check_programs(
     """Traces a step's programs on shapes alone: a setting that they refuse is an error before any weight is loaded."""
     some = jax.eval_shape(lambda: Prompts(prompts.tokens[:prompts_per_step], prompts.lengths[:prompts_per_step]))
     keys = jax.eval_shape(partial(jax.random.split, num=prompts_per_step), jax.random.key(0))
-    rollout = jax.eval_shape(sampler, shapes.params, some, keys)
+    rollout = sampler.shapes(shapes.params, some, keys)
     rewards = jax.ShapeDtypeStruct((prompts_per_step, len(rollout.tokens) // prompts_per_step), jnp.float32)
     jax.eval_shape(jax.vmap(estimator), rewards)
     jax.eval_shape(partial(aggregation, max_length=rollout.log_probs.shape[1]), rollout.response_lengths)
@@ -419,6 +419,8 @@ def summarise(rollout, grades, logs, times) -> dict[str, float]:
         'update/tokens_per_second': tokens / seconds['update'],
         **{f'update/{name}': over_updates(name) for name in logs[0]},
         **{f'seconds/{name}': value for name, value in seconds.items()},
+        'seconds/prefill': rollout.work.prefill_seconds,
+        'seconds/decode': rollout.work.decode_seconds,
     }
 
 

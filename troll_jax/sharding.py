@@ -82,10 +82,10 @@ def place(tree: Any, mesh: Mesh, axes: Sequence[str | None]) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """The whole arrays in the memory of every host, as numpy."""
+    """The whole arrays in the memory of every host, as numpy. What is on the host already may differ between them."""
 
-    def whole(x: jax.Array | np.ndarray) -> np.ndarray:
-        here = isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated
+    def whole(x: jax.Array | np.ndarray | float) -> np.ndarray:
+        here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
         return np.asarray(x) if here else multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(whole, tree)
