@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from troll_jax.models.pages import (
+    Pages,
     Partial,
     Prefixes,
+    PromptPages,
     attend,
     attend_shared,
     grow,
@@ -36,7 +38,7 @@ grow, release = jax.jit(grow), jax.jit(release)
 
 def test_every_page_has_one_owner():
     """Guards two users on one page, pages that are lost, and texts whose pages are out of order, over a long life."""
-    pages = init_pages(Sizes(), SHARDS, USERS, LENGTH, PAGE)
+    pages = init_pages(Pages, Sizes(), SHARDS, USERS, LENGTH, PAGE)
     generator = np.random.default_rng(0)
     lengths = np.zeros((SHARDS, USERS), int)
     for _ in range(40):
@@ -57,7 +59,7 @@ def test_every_page_has_one_owner():
 
 def test_free_pages_are_taken_from_the_front():
     """Guards against pages that spread over the pool, all of which attention would have to read."""
-    pages = grow(init_pages(Sizes(), 1, USERS, LENGTH, PAGE), jnp.array([[11, 11, 0, 0, 0]]))
+    pages = grow(init_pages(Pages, Sizes(), 1, USERS, LENGTH, PAGE), jnp.array([[11, 11, 0, 0, 0]]))
     pages = grow(release(pages, jnp.array([[True, False, False, False, False]])), jnp.array([[0, 11, 4, 0, 0]]))
     assert pages.table[0, 2].tolist() == [0, 1, 20, 20] and view(pages, jnp.array([[0, 11, 4, 0, 0]])).chunks == 2
 
@@ -68,7 +70,7 @@ def text(key: int, shape) -> jax.Array:
 
 def filled(users: int, lengths, k, v):
     """Pages with texts of these lengths: k and v [E, users, LENGTH, M, F] in the second layer, token by token."""
-    pages = init_pages(Sizes(), SHARDS, users, LENGTH, PAGE)
+    pages = init_pages(Pages, Sizes(), SHARDS, users, LENGTH, PAGE)
     # Pages in no order: some users had others before.
     pages = release(grow(pages, jnp.minimum(lengths, 4)), jnp.arange(users)[None] % 2 == jnp.zeros((SHARDS, 1), int))
     pages = grow(pages, lengths)
@@ -121,6 +123,8 @@ def test_samples_share_the_pages_of_their_prompt():
     k, v = text(3, (SHARDS, 3, LENGTH, 2, 6)), text(4, (SHARDS, 3, LENGTH, 2, 6))
     q = text(5, (SHARDS, USERS, 2, 3, 6))
     pages = filled(3, lengths, k, v)
+    pages = PromptPages(pages.k.swapaxes(3, 4), pages.v.swapaxes(3, 4), *pages[2:])
+    assert pages.size == PAGE
     member = np.array([[3, 0, 2, 6, 5], [5, 4, 6, 1, 0]])  # place · 2 + sample; 6: idle
     slots = np.full((SHARDS, 6), USERS)
     for shard in range(SHARDS):
@@ -142,11 +146,11 @@ def test_whole_pages_are_written_as_tokens_are():
     lengths = jnp.array([[1, 11, 3, 0, 7], [6, 2, 11, 1, 9]])
     pages = filled(USERS, lengths, k, k)
     by_page = jnp.pad(k, [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0)]).reshape(SHARDS, USERS * 4, PAGE, 2, 6)
-    both = jnp.broadcast_to(by_page.swapaxes(2, 3)[None], (2, SHARDS, USERS * 4, 2, PAGE, 6))
+    both = jnp.broadcast_to(by_page[None], (2, *by_page.shape))
     pool = write_pages(jnp.zeros_like(pages.k), pages.table.reshape(SHARDS, -1), both)
     limits = np.asarray(view(pages, lengths).limits)
     seen = np.arange(PAGE) < limits[:, :, None]
-    got, expected = (np.asarray(x[1]).swapaxes(2, 3)[seen] for x in (pool, pages.k))
+    got, expected = (np.asarray(x[1])[seen] for x in (pool, pages.k))
     np.testing.assert_array_equal(got, expected)
     assert not np.asarray(pool)[:, np.asarray(pages.owner) == USERS].any()
 

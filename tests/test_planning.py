@@ -153,8 +153,8 @@ def test_a_real_plan(tmp_path):
     weights = 2 * (128 * 128 * (4 + 2 + 2 + 4) + 3 * 128 * 256)
     assert update['tflops'] > 6 * weights * 32 * 64 / 4 / 1e12
     assert '| v5e:2x2 | update |' in result.stdout and update['sent_gb']
-    # One prompt of each device at a time, one token of each of its 8 slots; the head is asked by the latter alone.
-    assert prefill['tflops'] > 2 * 2 * weights * 32 / 1e12 > 2 * decode['tflops'] > 0
+    # One prompt of each device at a time, one token of each of its 8 slots.
+    assert prefill['tflops'] > 2 * weights * 32 / 1e12 > decode['tflops'] > 2 * weights * 8 / 1e12
 
 
 def test_what_is_too_large_for_the_compiler_does_not_fit(capsys):

@@ -441,7 +441,7 @@ def test_seconds_are_those_of_prefills_and_of_steps():
 
 
 def test_shapes_without_a_rollout():
-    """Guards the check before a run's weights are loaded: what it says is what comes, and nothing is compiled for it."""
+    """Guards the check before weights are loaded: what it says is what comes, and nothing is compiled for it."""
     run = sampler(0.5)
     shapes = run.shapes(jax.eval_shape(policy_params), some_prompts(), keys_of())
     assert run.decode._cache_size() == 0

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from troll_jax.models.pages import PAGE_AXES, Pages, Prefixes, init_pages, release
+from troll_jax.models.pages import Pages, Prefixes, PromptPages, init_pages, release
 from troll_jax.sharding import constrain
 from troll_jax.types import Prompts, SparseLogProbs
 
@@ -48,7 +48,7 @@ class State(NamedTuple):
     next_prompt: jax.Array  # [E] int32, the first that is not prefilled
     next_request: jax.Array  # [E] int32, the first that no slot has taken
     # Prompts in their places.
-    prompts: Pages
+    prompts: PromptPages
     prompt_lengths: jax.Array  # [E, Q] int32
     prompt_hidden: jax.Array  # [E, Q, D] of the last token
     unfinished: jax.Array  # [E, Q] int32, requests of each; 0: a free place
@@ -95,8 +95,8 @@ def idle_state(config, requests: Requests, slots: int | None, group: int, room: 
     def full(value, *sizes, dtype=jnp.int32):
         return jnp.full((shards, *sizes), value, dtype)
 
-    def pages(users, length, least):
-        return init_pages(config, shards, users, length, min(max(least, -(-length // _PAGES)), length))
+    def pages(kind, users, length, least):
+        return init_pages(kind, config, shards, users, length, min(max(least, -(-length // _PAGES)), length))
 
     floats = partial(full, 0.0, dtype=jnp.float32)
     hidden = partial(full, 0.0, dtype=config.compute_dtype)
@@ -104,7 +104,7 @@ def idle_state(config, requests: Requests, slots: int | None, group: int, room: 
     state = State(
         next_prompt=full(0),
         next_request=full(0),
-        prompts=pages(places, length, _LEAST_PROMPT_PAGE),
+        prompts=pages(PromptPages, places, length, _LEAST_PROMPT_PAGE),
         prompt_lengths=full(0, places),
         prompt_hidden=hidden(places, config.width),
         unfinished=full(0, places),
@@ -112,7 +112,7 @@ def idle_state(config, requests: Requests, slots: int | None, group: int, room: 
         request=full(count, slots),
         t=full(0, slots),
         hidden=hidden(slots, config.width),
-        responses=pages(slots, room, _LEAST_RESPONSE_PAGE),
+        responses=pages(Pages, slots, room, _LEAST_RESPONSE_PAGE),
         records=Record(full(0, count, room), floats(count, room), floats(count, room), support),
         lengths=full(0, count),
         stop_token=full(-1, count),
@@ -126,10 +126,7 @@ def lay_out(state: State) -> State:
     """Every shard's part on its own devices. All programs of a rollout end with this: they hand on what they expect."""
 
     def one(x: jax.Array | Pages) -> jax.Array | Pages:
-        if isinstance(x, Pages):
-            k, v = (constrain(pool, *PAGE_AXES) for pool in x[:2])
-            return Pages(k, v, *(one(table) for table in x[2:]))
-        return constrain(x, *['batch', *[None] * x.ndim][: x.ndim])
+        return x.lay_out() if isinstance(x, Pages) else constrain(x, *['batch', *[None] * x.ndim][: x.ndim])
 
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, Pages))
 

@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 
 from troll_jax.models.attention import IMPLEMENTATIONS, attention, packed_attention
 from troll_jax.models.pages import (
-    PAGE_AXES,
     Pages,
     Prefixes,
     attend,
@@ -369,9 +368,8 @@ class Decoder(nnx.Module):
             of_prompts, of_responses = scratch(prompts.pages, samples * groups), scratch(responses, groups)
             carry = (x, (responses.k, responses.v), of_prompts, of_responses)
             (x, pool, _, _), _ = jax.lax.scan(body, carry, (jnp.arange(config.layers), stacked))
-        k, v = (constrain(x, *PAGE_AXES) for x in pool)
         hidden = self._final_norm(x).reshape(shards, slots, config.width)
-        return hidden, responses._replace(k=k, v=v)
+        return hidden, responses._replace(k=pool[0], v=pool[1]).lay_out()
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         with jax.named_scope('embed'):
