@@ -25,8 +25,8 @@ _AXES = {'p': None, 'm': 'kv_heads', 'f': 'head_dim'}
 class Pages(NamedTuple):
     """A pool of pages and who has them.
 
-    A page's tokens come before its heads: whoever writes tokens writes each in one piece. (A TPU's compiler lays the pool
-    out so in any case, and would copy one of another order where a program begins and ends.)
+    A page's tokens come before its heads, so that a token is written in one piece. A TPU's compiler lays pools out so
+    in any case, and copies one of another order where a program begins and ends.
     """
 
     k: jax.Array  # [layers, E, N, page, M, F] compute dtype
@@ -35,7 +35,7 @@ class Pages(NamedTuple):
     first: jax.Array  # [E, N] int32, the index of its first token in the text of its user
     table: jax.Array  # [E, U, J] int32, the pages of each user in order; N: none
 
-    order = 'pmf'
+    order = 'pmf'  # of the last axes of k and v: tokens of the page, heads, components
 
     @property
     def size(self) -> int:
@@ -49,7 +49,7 @@ class Pages(NamedTuple):
 
 
 class PromptPages(Pages):
-    """Pages that are written whole and read by many queries, with heads before tokens: [layers, E, N, M, page, F]."""
+    """Pages that are written whole and read by many queries: [layers, E, N, M, page, F], heads before tokens."""
 
     order = 'mpf'
 
