@@ -5,12 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from troll_jax.models.pages import (
     Pages,
     Partial,
     Prefixes,
-    PromptPages,
+    TokenPages,
     attend,
     attend_shared,
     grow,
@@ -68,9 +69,9 @@ def text(key: int, shape) -> jax.Array:
     return jax.random.normal(jax.random.key(key), shape)
 
 
-def filled(users: int, lengths, k, v):
+def filled(users: int, lengths, k, v, kind=Pages):
     """Pages with texts of these lengths: k and v [E, users, LENGTH, M, F] in the second layer, token by token."""
-    pages = init_pages(Pages, Sizes(), SHARDS, users, LENGTH, PAGE)
+    pages = init_pages(kind, Sizes(), SHARDS, users, LENGTH, PAGE)
     # Pages in no order: some users had others before.
     pages = release(grow(pages, jnp.minimum(lengths, 4)), jnp.arange(users)[None] % 2 == jnp.zeros((SHARDS, 1), int))
     pages = grow(pages, lengths)
@@ -80,7 +81,8 @@ def filled(users: int, lengths, k, v):
         index = jnp.full((SHARDS, users), t)
         page = jnp.where(t < lengths, pages_of(pages, index), pages.owner.shape[1])
         new = [
-            write_token(pool, jnp.int32(1), page, index % PAGE, x[:, :, t]) for pool, x in ((pages.k, k), (pages.v, v))
+            write_token(pool, jnp.int32(1), page, index % PAGE, x[:, :, t], order=kind.order)
+            for pool, x in ((pages.k, k), (pages.v, v))
         ]
         return pages._replace(k=new[0], v=new[1])
 
@@ -100,12 +102,14 @@ def result(found):
     return found.mixed / found.total[..., None]
 
 
-def test_attention_over_pages_equals_plain_attention():
-    """Guards masks at the end of a page, the softmax over several pages, and pages of others."""
+@pytest.mark.parametrize('kind', [Pages, TokenPages])
+def test_attention_over_pages_equals_plain_attention(kind):
+    """Guards both orders of a page, masks at the end of a page, the softmax over several pages, and pages of others."""
     lengths = jnp.array([[1, 11, 3, 4, 7], [6, 2, 11, 1, 9]])
     k, v = text(0, (SHARDS, USERS, LENGTH, 2, 6)), text(1, (SHARDS, USERS, LENGTH, 2, 6))
     q = 3 * text(2, (SHARDS, USERS, 2, 3, 6))
-    pages = filled(USERS, lengths, k, v)
+    pages = filled(USERS, lengths, k, v, kind)
+    assert pages.size == PAGE
     found, _ = jax.jit(lambda q: attend(q, pages, jnp.int32(1), view(pages, lengths), scratch(pages, 3)))(q)
     np.testing.assert_allclose(result(found), plain(q, k, v, lengths), atol=1e-5)
     # A user that has ended sees nothing, and what is left in the scratch from before does not matter.
@@ -123,8 +127,6 @@ def test_samples_share_the_pages_of_their_prompt():
     k, v = text(3, (SHARDS, 3, LENGTH, 2, 6)), text(4, (SHARDS, 3, LENGTH, 2, 6))
     q = text(5, (SHARDS, USERS, 2, 3, 6))
     pages = filled(3, lengths, k, v)
-    pages = PromptPages(pages.k.swapaxes(3, 4), pages.v.swapaxes(3, 4), *pages[2:])
-    assert pages.size == PAGE
     member = np.array([[3, 0, 2, 6, 5], [5, 4, 6, 1, 0]])  # place · 2 + sample; 6: idle
     slots = np.full((SHARDS, 6), USERS)
     for shard in range(SHARDS):
@@ -146,11 +148,11 @@ def test_whole_pages_are_written_as_tokens_are():
     lengths = jnp.array([[1, 11, 3, 0, 7], [6, 2, 11, 1, 9]])
     pages = filled(USERS, lengths, k, k)
     by_page = jnp.pad(k, [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0)]).reshape(SHARDS, USERS * 4, PAGE, 2, 6)
-    both = jnp.broadcast_to(by_page[None], (2, *by_page.shape))
+    both = jnp.broadcast_to(by_page.swapaxes(2, 3)[None], (2, SHARDS, USERS * 4, 2, PAGE, 6))
     pool = write_pages(jnp.zeros_like(pages.k), pages.table.reshape(SHARDS, -1), both)
     limits = np.asarray(view(pages, lengths).limits)
     seen = np.arange(PAGE) < limits[:, :, None]
-    got, expected = (np.asarray(x[1])[seen] for x in (pool, pages.k))
+    got, expected = (np.asarray(x[1]).swapaxes(2, 3)[seen] for x in (pool, pages.k))
     np.testing.assert_array_equal(got, expected)
     assert not np.asarray(pool)[:, np.asarray(pages.owner) == USERS].any()
 

@@ -56,6 +56,12 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def platform() -> str:
+    """What the devices of the mesh in context are, be they of this machine or not; without a mesh, this machine's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """The mesh axes of an array whose axes have these logical names."""
     return PartitionSpec(*(RULES[axis] for axis in axes))

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from troll_jax.models.pages import Pages, Prefixes, PromptPages, init_pages, release
-from troll_jax.sharding import constrain
+from troll_jax.models.pages import Pages, Prefixes, TokenPages, init_pages, release
+from troll_jax.sharding import constrain, platform
 from troll_jax.types import Prompts, SparseLogProbs
 
 # A text of full length takes 16 pages, unless they would be smaller than this. What a page says to its queries is
@@ -48,7 +48,7 @@ class State(NamedTuple):
     next_prompt: jax.Array  # [E] int32, the first that is not prefilled
     next_request: jax.Array  # [E] int32, the first that no slot has taken
     # Prompts in their places.
-    prompts: PromptPages
+    prompts: Pages
     prompt_lengths: jax.Array  # [E, Q] int32
     prompt_hidden: jax.Array  # [E, Q, D] of the last token
     unfinished: jax.Array  # [E, Q] int32, requests of each; 0: a free place
@@ -104,7 +104,7 @@ def idle_state(config, requests: Requests, slots: int | None, group: int, room: 
     state = State(
         next_prompt=full(0),
         next_request=full(0),
-        prompts=pages(PromptPages, places, length, _LEAST_PROMPT_PAGE),
+        prompts=pages(Pages, places, length, _LEAST_PROMPT_PAGE),
         prompt_lengths=full(0, places),
         prompt_hidden=hidden(places, config.width),
         unfinished=full(0, places),
@@ -112,7 +112,7 @@ def idle_state(config, requests: Requests, slots: int | None, group: int, room: 
         request=full(count, slots),
         t=full(0, slots),
         hidden=hidden(slots, config.width),
-        responses=pages(Pages, slots, room, _LEAST_RESPONSE_PAGE),
+        responses=pages(TokenPages if platform() == 'tpu' else Pages, slots, room, _LEAST_RESPONSE_PAGE),
         records=Record(full(0, count, room), floats(count, room), floats(count, room), support),
         lengths=full(0, count),
         stop_token=full(-1, count),

@@ -350,7 +350,8 @@ class Decoder(nnx.Module):
             q, k, v = (y.reshape(shards, slots, *y.shape[2:]) for y in layer.qkv(x, angles))
             with jax.named_scope('cache'):
                 pool = tuple(
-                    write_token(p, layer_index, page, offset, new) for p, new in zip(pool, (k, v), strict=True)
+                    write_token(p, layer_index, page, offset, new, order=responses.order)
+                    for p, new in zip(pool, (k, v), strict=True)
                 )
             q = q.reshape(shards, slots, config.kv_heads, groups, config.head_dim)
             with jax.named_scope('attention'):

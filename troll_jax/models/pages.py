@@ -23,19 +23,15 @@ _AXES = {'p': None, 'm': 'kv_heads', 'f': 'head_dim'}
 
 
 class Pages(NamedTuple):
-    """A pool of pages and who has them.
+    """A pool of pages and who has them."""
 
-    A page's tokens come before its heads, so that a token is written in one piece. A TPU's compiler lays pools out so
-    in any case, and copies one of another order where a program begins and ends.
-    """
-
-    k: jax.Array  # [layers, E, N, page, M, F] compute dtype
-    v: jax.Array  # [layers, E, N, page, M, F]
+    k: jax.Array  # [layers, E, N, M, page, F] compute dtype
+    v: jax.Array  # [layers, E, N, M, page, F]
     owner: jax.Array  # [E, N] int32, the user of each page; U: free
     first: jax.Array  # [E, N] int32, the index of its first token in the text of its user
     table: jax.Array  # [E, U, J] int32, the pages of each user in order; N: none
 
-    order = 'pmf'  # of the last axes of k and v: tokens of the page, heads, components
+    order = 'mpf'  # of the last axes of k and v: heads, tokens of the page, components
 
     @property
     def size(self) -> int:
@@ -48,16 +44,20 @@ class Pages(NamedTuple):
         return type(self)(k, v, *(constrain(x, 'batch', *[None] * (x.ndim - 1)) for x in self[2:]))
 
 
-class PromptPages(Pages):
-    """Pages that are written whole and read by many queries: [layers, E, N, M, page, F], heads before tokens."""
+class TokenPages(Pages):
+    """Pages with tokens before heads, so that a token is written in one piece: [layers, E, N, page, M, F].
 
-    order = 'mpf'
+    A TPU's compiler lays a pool out like this if tokens are written into it, and copies one of another order where a
+    program begins and ends. On a CPU attention reads the other order faster.
+    """
+
+    order = 'pmf'
 
 
 class Prefixes(NamedTuple):
     """Prompts in Q places, each with the samples that slots are decoding of it."""
 
-    pages: PromptPages  # of users Q
+    pages: Pages  # of users Q
     lengths: jax.Array  # [E, Q] int32; 0: a free place
     member: jax.Array  # [E, U] int32, place · G + sample of what each slot decodes; Q · G: idle
     slots: jax.Array  # [E, Q, G] int32, the slot that decodes each sample; U: none
@@ -130,20 +130,24 @@ def pages_of(pages: Pages, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(pages.table, place[:, :, None], axis=2)[:, :, 0]
 
 
-def write_token(pool: jax.Array, layer: jax.Array, page: jax.Array, offset: jax.Array, new: jax.Array) -> jax.Array:
-    """pool[layer, e, page[e, u], :, offset[e, u]] = new[e, u], for pages that exist.
+def write_token(
+    pool: jax.Array, layer: jax.Array, page: jax.Array, offset: jax.Array, new: jax.Array, *, order: str
+) -> jax.Array:
+    """pool[layer, e, page[e, u], :, offset[e, u]] = new[e, u], for pages that exist, with axes in the order 'mpf'.
 
     Args:
-      pool: [layers, E, N, page, M, F], page and offset: [E, U], new: [E, U, M, F].
+      pool: [layers, E, N, *one page], page and offset: [E, U], new: [E, U, M, F].
+      order: of a page's axes, `Pages.order`.
 
     Written as a scatter whose batch axis is named as such: plain indexing is the same, but the compiler cannot see that
     a shard only writes to itself, and gathers `new` over the mesh's batch axes.
     """
     indices = jnp.stack([jnp.full_like(page, layer), page, offset], axis=-1)
+    at = (0, 2, 3 + order.index('p'))
     dimensions = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(2, 3),
-        inserted_window_dims=(0, 2, 3),
-        scatter_dims_to_operand_dims=(0, 2, 3),
+        inserted_window_dims=at,
+        scatter_dims_to_operand_dims=at,
         operand_batching_dims=(1,),
         scatter_indices_batching_dims=(0,),
     )
