@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import inspect
 import json
+import math
 import os
 import re
 import time
@@ -32,12 +33,13 @@ from experiments.train import abstract_state, check_sizes, train  # noqa: E402
 from troll_jax.ops.regularisers import regularised  # noqa: E402
 from troll_jax.packing import abstract_batch, batch_shape  # noqa: E402
 from troll_jax.planning import CHIPS, Chip, add_iterations, count_flops, program_cost, roofline  # noqa: E402
-from troll_jax.rollout import make_sampler  # noqa: E402
+from troll_jax.rollout import PREFILL_CHUNK, make_sampler  # noqa: E402
 from troll_jax.sharding import make_mesh, named_sharding  # noqa: E402
+from troll_jax.slots import prefill_batch  # noqa: E402
 from troll_jax.types import Prompts  # noqa: E402
 from troll_jax.update import make_update  # noqa: E402
 
-PROGRAMS = ('update', 'decode')
+PROGRAMS = ('update', 'prefill', 'decode')
 
 
 def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
@@ -106,10 +108,20 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
         if 'update' in programs:
             tokens = minibatch * samples * length
             results.append(on_chips('update', update, (state, batch), tokens=tokens, iterations=shape.micro_batches))
-        if 'decode' in programs:
-            # A step without a prefill, in which the tokens of all slots fit into as many pages as there are slots.
-            tokens, arguments = min(slots or prompts * samples, prompts * samples), (state.params, rows, keys, None)
-            results.append(on_chips('decode', sampler.program, arguments, tokens=tokens, without='prefill'))
+        if {'prefill', 'decode'} & set(programs):
+            begin = sampler.begin.trace(state.params, rows, keys, None)
+            shardings = begin.lower().compile().output_shardings
+            shape_of = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            arguments = weights, requests, slots_of = jax.tree.map(shape_of, begin.out_info, shardings)
+            # The parameters stay on the devices beside the weights that are decoded with.
+            of_sampler = partial(on_chips, arguments=arguments, beside=bytes_on_device(state.params))
+            (shards, each, length), (_, slots) = requests.tokens.shape, slots_of.request.shape
+            if 'prefill' in programs:
+                tokens = shards * prefill_batch(slots, samples, each) * min(PREFILL_CHUNK, length)
+                results.append(of_sampler('prefill', sampler.prefill, tokens=tokens))
+            if 'decode' in programs:
+                # A step in which the tokens of all slots fit into as many pages as there are slots.
+                results.append(of_sampler('decode', sampler.decode, tokens=shards * slots))
         return [{'topology': topology, 'model': experiment.model} | result for result in results]
 
 
@@ -122,7 +134,7 @@ def examine(
     devices: int,
     tokens: int,
     iterations: int | None = None,
-    without: str | None = None,
+    beside: int = 0,
 ) -> dict:
     """Compiles a program and returns what it needs; of one that the compiler finds too large, no more than its memory.
 
@@ -135,7 +147,7 @@ def examine(
       tokens: that it works on, in a call, or in an iteration if `iterations` is None.
       iterations: how often its loop of unknown length runs in a call. If None, time, rates and what is moved and sent
         are those of one iteration alone.
-      without: a named scope that does not count.
+      beside: bytes on each device that it leaves alone.
     """
     begin = time.perf_counter()
     traced = program.trace(*arguments)
@@ -151,9 +163,9 @@ def examine(
     memory = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     # What is donated is not needed twice.
-    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    once, per_iteration = (flops / devices for flops in count_flops(traced.jaxpr.jaxpr, devices, without))
-    cost_once, cost_per_iteration = program_cost(compiled.as_text(), without)
+    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes + beside
+    once, per_iteration = (flops / devices for flops in count_flops(traced.jaxpr.jaxpr, devices))
+    cost_once, cost_per_iteration = program_cost(compiled.as_text())
     if iterations is None:
         flops, cost = per_iteration, cost_per_iteration
     else:
@@ -175,6 +187,12 @@ def examine(
         'tokens_per_second': tokens / bound.seconds,
         'compile_seconds': seconds,
     }
+
+
+def bytes_on_device(tree) -> int:
+    """Of arrays with shardings, the part of one device."""
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return sum(size(x) for x in jax.tree.leaves(tree))
 
 
 def print_table(rows: list[dict]) -> None:

@@ -305,7 +305,7 @@ def check_programs(sampler, learner: Learner, rewards, prompts: PromptSet, promp
     """Traces a step's programs on shapes alone: a setting that they refuse is an error before any weight is loaded."""
     some = jax.eval_shape(lambda: Prompts(prompts.tokens[:prompts_per_step], prompts.lengths[:prompts_per_step]))
     keys = jax.eval_shape(partial(jax.random.split, num=prompts_per_step), jax.random.key(0))
-    rollout = jax.eval_shape(sampler, learner.shapes.params, some, keys)
+    rollout = sampler.shapes(learner.shapes.params, some, keys)
     learner.check(rollout, prompts_per_step)
     weigh(rewards, Responses(['', ''], np.ones(2, np.int32), rollout.log_probs.shape[1], np.zeros(2, np.float32)))
 

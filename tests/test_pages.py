@@ -5,10 +5,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from troll_jax.models.pages import (
+    Pages,
     Partial,
     Prefixes,
+    TokenPages,
     attend,
     attend_shared,
     grow,
@@ -36,7 +39,7 @@ grow, release = jax.jit(grow), jax.jit(release)
 
 def test_every_page_has_one_owner():
     """Guards two users on one page, pages that are lost, and texts whose pages are out of order, over a long life."""
-    pages = init_pages(Sizes(), SHARDS, USERS, LENGTH, PAGE)
+    pages = init_pages(Pages, Sizes(), SHARDS, USERS, LENGTH, PAGE)
     generator = np.random.default_rng(0)
     lengths = np.zeros((SHARDS, USERS), int)
     for _ in range(40):
@@ -57,7 +60,7 @@ def test_every_page_has_one_owner():
 
 def test_free_pages_are_taken_from_the_front():
     """Guards against pages that spread over the pool, all of which attention would have to read."""
-    pages = grow(init_pages(Sizes(), 1, USERS, LENGTH, PAGE), jnp.array([[11, 11, 0, 0, 0]]))
+    pages = grow(init_pages(Pages, Sizes(), 1, USERS, LENGTH, PAGE), jnp.array([[11, 11, 0, 0, 0]]))
     pages = grow(release(pages, jnp.array([[True, False, False, False, False]])), jnp.array([[0, 11, 4, 0, 0]]))
     assert pages.table[0, 2].tolist() == [0, 1, 20, 20] and view(pages, jnp.array([[0, 11, 4, 0, 0]])).chunks == 2
 
@@ -66,9 +69,9 @@ def text(key: int, shape) -> jax.Array:
     return jax.random.normal(jax.random.key(key), shape)
 
 
-def filled(users: int, lengths, k, v):
+def filled(users: int, lengths, k, v, kind=Pages):
     """Pages with texts of these lengths: k and v [E, users, LENGTH, M, F] in the second layer, token by token."""
-    pages = init_pages(Sizes(), SHARDS, users, LENGTH, PAGE)
+    pages = init_pages(kind, Sizes(), SHARDS, users, LENGTH, PAGE)
     # Pages in no order: some users had others before.
     pages = release(grow(pages, jnp.minimum(lengths, 4)), jnp.arange(users)[None] % 2 == jnp.zeros((SHARDS, 1), int))
     pages = grow(pages, lengths)
@@ -78,7 +81,8 @@ def filled(users: int, lengths, k, v):
         index = jnp.full((SHARDS, users), t)
         page = jnp.where(t < lengths, pages_of(pages, index), pages.owner.shape[1])
         new = [
-            write_token(pool, jnp.int32(1), page, index % PAGE, x[:, :, t]) for pool, x in ((pages.k, k), (pages.v, v))
+            write_token(pool, jnp.int32(1), page, index % PAGE, x[:, :, t], order=kind.order)
+            for pool, x in ((pages.k, k), (pages.v, v))
         ]
         return pages._replace(k=new[0], v=new[1])
 
@@ -98,12 +102,14 @@ def result(found):
     return found.mixed / found.total[..., None]
 
 
-def test_attention_over_pages_equals_plain_attention():
-    """Guards masks at the end of a page, the softmax over several pages, and pages of others."""
+@pytest.mark.parametrize('kind', [Pages, TokenPages])
+def test_attention_over_pages_equals_plain_attention(kind):
+    """Guards both orders of a page, masks at the end of a page, the softmax over several pages, and pages of others."""
     lengths = jnp.array([[1, 11, 3, 4, 7], [6, 2, 11, 1, 9]])
     k, v = text(0, (SHARDS, USERS, LENGTH, 2, 6)), text(1, (SHARDS, USERS, LENGTH, 2, 6))
     q = 3 * text(2, (SHARDS, USERS, 2, 3, 6))
-    pages = filled(USERS, lengths, k, v)
+    pages = filled(USERS, lengths, k, v, kind)
+    assert pages.size == PAGE
     found, _ = jax.jit(lambda q: attend(q, pages, jnp.int32(1), view(pages, lengths), scratch(pages, 3)))(q)
     np.testing.assert_allclose(result(found), plain(q, k, v, lengths), atol=1e-5)
     # A user that has ended sees nothing, and what is left in the scratch from before does not matter.

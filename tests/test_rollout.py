@@ -1,9 +1,12 @@
 """Sampling on a tiny decoder: what is recorded is what was sampled from, in whichever slot, and lengths are exact."""
 
+import dataclasses
 import functools
 import heapq
 import re
+import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +20,9 @@ from troll_jax.models.hf_weights import load_pretrained
 from troll_jax.ops.losses import ppo_clip
 from troll_jax.ops.support import default_tail
 from troll_jax.packing import batch_shape, make_batch
-from troll_jax.rollout import _queue, _start, _uniform, make_sampler
+from troll_jax.rollout import _uniform, make_sampler
 from troll_jax.sharding import make_mesh, named_sharding
+from troll_jax.slots import enqueue, idle_state
 from troll_jax.types import START, Prompts, TrainState
 from troll_jax.update import make_update
 
@@ -316,9 +320,11 @@ def test_a_prompt_is_in_memory_once():
     for group in (1, 7):
         prompts = jax.eval_shape(some_prompts)
         requests = jax.eval_shape(
-            functools.partial(_queue, limits=None, shards=1, group=group, room=RESPONSE, chunk=2), prompts, keys_of()
+            functools.partial(enqueue, limits=None, shards=1, group=group, room=RESPONSE, chunk=2), prompts, keys_of()
         )
-        sizes.append(jax.eval_shape(lambda r, g=group: _start(CONFIG, r, None, g, RESPONSE, KEPT), requests).prompts)
+        sizes.append(
+            jax.eval_shape(lambda r, g=group: idle_state(CONFIG, r, None, g, RESPONSE, KEPT), requests).prompts
+        )
     assert sizes[0] == sizes[1] and sizes[0].k.shape == (2, 1, 4, 2, 6, 6)
 
 
@@ -400,11 +406,40 @@ def test_second_rollout_does_not_compile():
         prompts = some_prompts(8)._replace(lengths=jnp.array([1 + seed, 5, 2, 1, 4, 3, 3, 5]))
         limits = jnp.full(8 * GROUP, 2 + seed)
         arguments.append((policy_params(), prompts, jax.random.split(jax.random.key(seed), 8), limits))
-    first = jax.block_until_ready(run(*arguments[0]))
-    compiled = run.program._cache_size()
-    others = [jax.block_until_ready(run(*one)) for one in arguments[1:]]
-    assert run.program._cache_size() == compiled
+    compiled = lambda: [program._cache_size() for program in (run.begin, run.prefill, run.decode, run.end)]
+    first = run(*arguments[0])
+    once, others = compiled(), [run(*one) for one in arguments[1:]]
+    assert compiled() == once and once[1:] == [1, 1, 1]
     assert [int(x.response_lengths.max()) for x in (first, *others)] == [2, 3, 4]
+
+
+def test_seconds_are_those_of_prefills_and_of_steps():
+    """Guards the log's two times, and a host that comes between the steps: where no request waits it acts once."""
+    run, calls = sampler(stop=two_stops()), []
+
+    def noted(name):
+        def call(*arguments):
+            calls.append(name)
+            return getattr(run, name)(*arguments)
+
+        return call
+
+    watched = dataclasses.replace(run, prefill=noted('prefill'), decode=noted('decode'))
+    begin = time.perf_counter()
+    work = watched(policy_params(), some_prompts(8), keys_of(8)).work
+    seconds = time.perf_counter() - begin
+    assert calls == ['prefill', 'decode'] and (work.steps, work.prefills) == (many().work.steps, 4)
+    assert min(work.prefill_seconds, work.decode_seconds) > 0
+    assert work.prefill_seconds + work.decode_seconds < seconds
+
+
+def test_shapes_without_a_rollout():
+    """Guards the check before weights are loaded: what it says is what comes, and nothing is compiled for it."""
+    run = sampler(0.5)
+    shapes = run.shapes(jax.eval_shape(policy_params), some_prompts(), keys_of())
+    assert run.decode._cache_size() == 0
+    result = rollout(0.5)._replace(work=None)
+    jax.tree.map(lambda x, y: chex.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), shapes, result)
 
 
 @pytest.mark.parametrize('shape, gather', [((4, 1, 2), True), ((2, 2, 2), False)])
@@ -422,7 +457,8 @@ def test_mesh_does_not_matter(shape, gather):
         put = lambda x: jax.device_put(x, named_sharding(mesh, ('batch', *[None] * (x.ndim - 1))))
         arguments = params, jax.tree.map(put, some_prompts(8)), put(keys_of(8))
         result = run(*arguments)
-        text = run.program.lower(*arguments, None).compile().as_text()
+        inputs = run.begin(*arguments, None)
+        text = ''.join(program.lower(*inputs).compile().as_text() for program in (run.prefill, run.decode))
     assert_same_responses(jax.tree.map(np.asarray, result), many())
     assert result.entropy.sharding.shard_shape(result.entropy.shape) == (8 * GROUP // 4, RESPONSE)
     per_shard = many().response_lengths.reshape(4, -1)
@@ -483,4 +519,4 @@ def test_bad_requests_are_refused_before_anything_is_compiled():
             run(policy_params(), prompts, keys_of())
         with pytest.raises(ValueError, match='slots = 9 must be a multiple of the 8 devices'):
             run(policy_params(), some_prompts(8), keys_of(8))
-    assert run.program._cache_size() == 0
+    assert run.begin._cache_size() == 0

@@ -337,7 +337,9 @@ def test_bad_sizes_are_errors_before_anything_starts(tmp_path, model, binding, m
 
 def test_a_setting_that_no_program_takes_is_an_error_before_the_weights(tmp_path, model, monkeypatch):
     """Guards against loading a model for minutes only to find that the objective refuses a number."""
-    monkeypatch.setattr('experiments.run_folder.load_pretrained', lambda *_, **__: pytest.fail('the weights were loaded'))
+    monkeypatch.setattr(
+        'experiments.run_folder.load_pretrained', lambda *_, **__: pytest.fail('the weights were loaded')
+    )
     with pytest.raises(ValueError, match=r'dual must be more than'):
         run(tmp_path / 'run', model, 'ppo_clip.dual = 1.1', method='clip')
 

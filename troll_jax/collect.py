@@ -128,14 +128,16 @@ def _describe(rollouts: list[Rollout], seconds: float) -> dict[str, float]:
     tokens = int(lengths.sum())
     masks = [np.arange(x.log_probs.shape[1]) < x.response_lengths[:, None] for x in rollouts]
     over_tokens = lambda values: sum(np.sum(x, where=mask) for x, mask in zip(values, masks, strict=True)) / tokens
-    steps = sum(int(rollout.work.steps) for rollout in rollouts)
+    steps = sum(rollout.work.steps for rollout in rollouts)
     return {
         'rollout/response_length': lengths.mean(),
         'rollout/longest_response': lengths.max(),
         'rollout/decode_steps': steps,
-        'rollout/slots_in_use': tokens / (steps * float(rollouts[0].work.slots)),
+        'rollout/slots_in_use': tokens / (steps * rollouts[0].work.slots),
         'rollout/truncated_share': 1 - np.mean([rollout.stopped.mean() for rollout in rollouts]),
         'rollout/entropy': over_tokens([rollout.entropy for rollout in rollouts]),
         'rollout/kept_tokens': over_tokens([np.sum(rollout.support.tokens >= 0, axis=2) for rollout in rollouts]),
         'rollout/tokens_per_second': tokens / seconds,
+        'seconds/prefill': sum(rollout.work.prefill_seconds for rollout in rollouts),
+        'seconds/decode': sum(rollout.work.decode_seconds for rollout in rollouts),
     }

@@ -51,13 +51,12 @@ def add_iterations(once: Cost, per_iteration: Cost, iterations: int) -> Cost:
     return Cost(once.bytes + iterations * per_iteration.bytes, collectives)
 
 
-def count_flops(jaxpr: Jaxpr, devices: int, without: str | None = None) -> tuple[float, float]:
+def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
     """FLOPs of the matrix products on all devices: once, and per iteration of loops of unknown length.
 
     Args:
       jaxpr: of the whole program; what is below `jax.shard_map` is one device's part.
       devices: of the mesh.
-      without: a `jax.named_scope` whose loops are left out, because few iterations of the loop around it run them.
     """
     once = per_iteration = 0.0
     for equation in jaxpr.eqns:
@@ -68,9 +67,7 @@ def count_flops(jaxpr: Jaxpr, devices: int, without: str | None = None) -> tuple
             once += 2 * math.prod(equation.outvars[0].aval.shape) * contracted
             continue
         if name == 'while':
-            if without is not None and without in str(equation.source_info.name_stack).split('/'):
-                continue
-            body = count_flops(params['body_jaxpr'].jaxpr, devices, without)
+            body = count_flops(params['body_jaxpr'].jaxpr, devices)
             per_iteration += sum(body)
             continue
         repeats = {'scan': params.get('length'), 'shard_map': devices}.get(name, 1)
@@ -80,7 +77,7 @@ def count_flops(jaxpr: Jaxpr, devices: int, without: str | None = None) -> tuple
             if params['name'].startswith('splash'):
                 # Square blocks: as many of keys as of queries, which are the grid's last axis.
                 repeats *= (grid[-1] + 1) / (2 * grid[-1])
-        inner = [count_flops(sub, devices, without) for sub in _jaxprs(params)]
+        inner = [count_flops(sub, devices) for sub in _jaxprs(params)]
         if name == 'cond':
             inner = [max(inner)]
         once += repeats * sum(fixed for fixed, _ in inner)
@@ -111,10 +108,8 @@ class _Instruction(NamedTuple):
     rest: str
 
 
-def program_cost(text: str, without: str | None = None) -> tuple[Cost, Cost]:
+def program_cost(text: str) -> tuple[Cost, Cost]:
     """Bytes of a compiled program, `compiled.as_text()`: once, and per iteration of loops of unknown length.
-
-    Loops in the `jax.named_scope` of the name `without` are left out, as in `count_flops`.
 
     Every instruction that is not fused into another reads its operands and writes its result. That is an upper bound of
     what has to move: what stays in fast memory from one instruction to the next is counted too.
@@ -128,7 +123,7 @@ def program_cost(text: str, without: str | None = None) -> tuple[Cost, Cost]:
             current.append(_Instruction(*found.groups()))
     once, looped = Cost(0.0, Counter()), Cost(0.0, Counter())
     # Computations that run a known number of times, and those below a loop of unknown length.
-    for name, count, unknown in _runs(computations, entry, 1, False, without):
+    for name, count, unknown in _runs(computations, entry, 1, False):
         total = looped if unknown else once
         moved, collectives = _cost(computations, name)
         total = Cost(total.bytes + count * moved, total.collectives)
@@ -138,20 +133,18 @@ def program_cost(text: str, without: str | None = None) -> tuple[Cost, Cost]:
     return once, looped
 
 
-def _runs(computations, name: str, count: int, unknown: bool, without: str | None):
+def _runs(computations, name: str, count: int, unknown: bool):
     """Yields (computation, how often it runs, whether below a loop of unknown length) from `name` on, loops inside."""
     yield name, count, unknown
     for instruction in computations[name]:
         rest = instruction.rest
         if instruction.opcode == 'while':
-            if without is not None and re.search(rf'op_name="[^"]*/{without}/', rest):
-                continue
             trips = _trip_count(computations, rest)
             body = re.search(r'body=%?([\w.\-]+)', rest)[1]
-            yield from _runs(computations, body, count * (trips or 1), unknown or trips is None, without)
+            yield from _runs(computations, body, count * (trips or 1), unknown or trips is None)
         elif instruction.opcode in ('call', 'conditional'):
             for callee in _called(rest):
-                yield from _runs(computations, callee, count, unknown, without)
+                yield from _runs(computations, callee, count, unknown)
 
 
 def _cost(computations, name: str) -> tuple[float, list[tuple[str, float]]]:

@@ -1,18 +1,20 @@
 """Sampling responses, and recording what they were sampled from.
 
-All requests of a rollout, G samples of each of B prompts, are known when it begins, so that the whole of it is one
-program: a fixed number of slots decodes in one loop, and a slot whose response has ended takes the next request in the
-iteration after that. A prompt is prefilled once, shortly before its first sample is due, and its keys and values exist
-once for all of its samples. Shapes depend on no length: as long as as many prompts come, nothing compiles twice.
+All requests of a rollout, G samples of each of B prompts, are known when it begins: a fixed number of slots decodes,
+and a slot whose response has ended takes the next request in the step after that. A prompt is prefilled once, shortly
+before its first sample is due, and its keys and values exist once for all of its samples. Shapes depend on no length:
+as long as as many prompts come, nothing compiles twice. The bookkeeping is in `slots.py`, on the devices as well.
 
-Letters besides those of `types.py`: E shards of the batch, each with a queue, slots and caches of its own on its own
-devices; U slots and Q places for prompts of a shard.
+The host runs two programs in turn: one prefills as long as a prefill is due, the other decodes, step after step, until
+one is due again or everything has ended. It takes the time of each, and is told only whether anything is left.
 """
 
+import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,59 +22,79 @@ import numpy as np
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.head import logits
-from troll_jax.models.pages import Pages, Prefixes, grow, init_pages, release, write_pages
+from troll_jax.models.pages import grow, write_pages
 from troll_jax.ops import categorical
 from troll_jax.ops.support import select
 from troll_jax.sharding import RULES, constrain, partition_spec
-from troll_jax.types import Prompts, Rollout, RolloutWork, SparseLogProbs
+from troll_jax.slots import (
+    Record,
+    Requests,
+    State,
+    end_responses,
+    enqueue,
+    idle_state,
+    lay_out,
+    prefill_batch,
+    prefill_is_due,
+    prefixes,
+    record_tokens,
+    refill,
+    work_is_left,
+)
+from troll_jax.types import Prompts, Rollout, RolloutWork
 
-# A text of full length takes 16 pages, unless they would be smaller than this. What a page says to its queries is
-# written and read once more: with those of all samples, a small page of a prompt would cost more than its keys.
-_PAGES = 16
-_LEAST_PROMPT_PAGE, _LEAST_RESPONSE_PAGE = 128, 16
-
-
-class _Requests(NamedTuple):
-    """What is asked for; the requests of a prompt lie next to each other."""
-
-    tokens: jax.Array  # [E, B, P] int32, P a multiple of the chunk of a prefill
-    lengths: jax.Array  # [E, B] int32
-    keys: jax.Array  # [E, R] random keys
-    limits: jax.Array  # [E, R] int32, tokens of the response
-
-
-class _Record(NamedTuple):
-    """One position of all slots; or, [E, R, T, ...], of all responses."""
-
-    tokens: jax.Array  # [E, U] int32
-    log_probs: jax.Array  # [E, U] float32
-    entropy: jax.Array  # [E, U] float32
-    support: SparseLogProbs  # [E, U, K]
+PREFILL_CHUNK = 256
 
 
-class _State(NamedTuple):
-    """The loop, about to choose the next token of every slot."""
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Samples G responses to each prompt. `make_sampler` builds one; its fields are compiled functions.
 
-    # The queue.
-    next_prompt: jax.Array  # [E] int32, the first that is not prefilled
-    next_request: jax.Array  # [E] int32, the first that no slot has taken
-    # Prompts in their places.
-    prompts: Pages
-    prompt_lengths: jax.Array  # [E, Q] int32
-    prompt_hidden: jax.Array  # [E, Q, D] of the last token
-    unfinished: jax.Array  # [E, Q] int32, requests of each; 0: a free place
-    place: jax.Array  # [E, B] int32, of each prompt
-    # Slots.
-    request: jax.Array  # [E, U] int32; R: idle
-    t: jax.Array  # [E, U] int32, response tokens so far
-    hidden: jax.Array  # [E, U, D] of the last token
-    responses: Pages
-    # What comes out.
-    records: _Record  # [E, R, T, ...]
-    lengths: jax.Array  # [E, R] int32
-    stop_token: jax.Array  # [E, R] int32
-    steps: jax.Array  # [] int32
-    prefills: jax.Array  # [] int32
+    The state of a rollout is donated from one to the next.
+    """
+
+    check: Callable[..., None]  # (prompts, keys, limits)
+    begin: Callable[..., tuple[Any, Requests, State]]  # (params, prompts, keys, limits) → weights for decoding, …
+    prefill: Callable[..., State]  # (weights, requests, state), until none is due
+    decode: Callable[..., tuple[State, jax.Array]]  # (weights, requests, state), until a prefill is due, or all is done
+    end: Callable[..., Rollout]  # (prompts, state)
+
+    def __call__(self, params, prompts: Prompts, keys: jax.Array, limits: jax.Array | None = None) -> Rollout:
+        """The responses to a prompt depend on the parameters, the prompt and its own key, not on the other prompts.
+
+        Args:
+          params: of the decoder.
+          prompts: B of them, as many as the devices of the mesh's batch axes divide.
+          keys: [B] random keys.
+          limits: [R] int32, between 1 and T: lengths at which single responses are cut.
+
+        Raises:
+          ValueError: prompts that are empty or longer than their array, limits out of range, and numbers of prompts or
+            slots that the devices do not divide.
+        """
+        self.check(prompts, keys, limits)
+        weights, requests, state = jax.block_until_ready(self.begin(params, prompts, keys, limits))
+        prefill_seconds = decode_seconds = 0.0
+        is_left = True
+        while is_left:
+            begin = time.perf_counter()
+            state = jax.block_until_ready(self.prefill(weights, requests, state))
+            between = time.perf_counter()
+            state, is_left = self.decode(weights, requests, state)
+            is_left = bool(is_left)  # waits; the same on every process
+            prefill_seconds += between - begin
+            decode_seconds += time.perf_counter() - between
+        slots = state.request.size
+        work = RolloutWork(state.steps, slots, state.prefills, prefill_seconds, decode_seconds)
+        return self.end(prompts, state)._replace(work=work)
+
+    def shapes(self, params, prompts: Prompts, keys: jax.Array) -> Rollout:
+        """Traces all programs on shapes; nothing is compiled. Returns those of a rollout, without its `work`."""
+        self.check(prompts, keys, None)
+        inputs = jax.eval_shape(self.begin, params, prompts, keys, None)
+        jax.eval_shape(self.prefill, *inputs)
+        state, _ = jax.eval_shape(self.decode, *inputs)
+        return jax.eval_shape(self.end, prompts, state)
 
 
 def make_sampler(
@@ -87,10 +109,10 @@ def make_sampler(
     top_k: int | None = None,
     top_p: float | None = None,
     slots: int | None = None,
-    prefill_chunk: int = 256,
+    prefill_chunk: int = PREFILL_CHUNK,
     gather_weights: bool = True,
-) -> Callable[..., Rollout]:
-    """Builds the function that samples G responses to each prompt, in one program.
+) -> Sampler:
+    """Builds the function that samples G responses to each prompt.
 
     Args:
       config: of the decoder.
@@ -107,15 +129,9 @@ def make_sampler(
       gather_weights: lays the weights out for decoding once per rollout, the parts of all `fsdp` devices on each;
         false: they stay as they lie for training, which takes less memory and sends them at every step.
 
-    Returns:
-      sample(params, prompts, keys[B], limits[R] = None) → Rollout. The responses to a prompt depend on the parameters,
-      the prompt and its own key, not on slots or on the other prompts. `limits`, between 1 and T, are lengths at which
-      single responses are cut. The compiled function is `sample.program`.
-
     Raises:
       ValueError: a negative temperature, no stop token, fewer than one sample, response token or slot, K > V, top_k or
-        top_p out of range. `sample` raises one for prompts that are empty or longer than their array, limits out of
-        range, and numbers of prompts or slots that the devices do not divide.
+        top_p out of range.
     """
     _check_settings(config, locals())
     graphdef, _ = decoders.abstract(config)
@@ -123,7 +139,7 @@ def make_sampler(
     group, room = samples_per_prompt, max_response_length
     truncated = top_k is not None or top_p is not None
 
-    def choose(axis_name, hidden, unembedding, uniform) -> _Record:
+    def choose(axis_name, hidden, unembedding, uniform) -> Record:
         """Draws the next token of rows [N], and what is recorded of it, on one device with its part of the vocabulary.
 
         Args:
@@ -144,78 +160,67 @@ def make_sampler(
                 token, log_prob = categorical.most_probable(blocks, axis_name)
             best, best_log_probs = categorical.largest(blocks, max_tokens, axis_name)
             support = select(best, best_log_probs, token, log_prob, mass=mass)
-            return _Record(token, log_prob, blocks.entropy, support)
+            return Record(token, log_prob, blocks.entropy, support)
 
         record = jax.vmap(one_row)(scores, uniform)
         # A policy of NaN draws anything: still a token of the vocabulary, and not of the padding of its last block.
         return record._replace(tokens=jnp.minimum(record.tokens, config.vocab_size - 1))
 
     @jax.jit
-    def program(params: dict, prompts: Prompts, keys: jax.Array, limits: jax.Array | None) -> Rollout:
-        params = decoders.cast_weights(params, config.compute_dtype)
+    def begin(params: dict, prompts: Prompts, keys: jax.Array, limits: jax.Array | None):
+        weights = decoders.cast_weights(params, config.compute_dtype)
         if gather_weights:
-            params = decoders.decode_layout(params, config)
-        decoder = decoders.bind(graphdef, params)
-        shards = _batch_shards()
-        requests = _queue(prompts, keys, limits, shards, group, room, prefill_chunk)
-        chunk = min(prefill_chunk, prompts.tokens.shape[1])
-        state = _start(config, requests, slots, group, room, max_tokens)
-        batch = _prefill_batch(state.request.shape[1], group, state.place.shape[1])
+            weights = decoders.decode_layout(weights, config)
+        requests = enqueue(prompts, keys, limits, _batch_shards(), group, room, prefill_chunk)
+        return weights, requests, idle_state(config, requests, slots, group, room, max_tokens)
 
-        def prefill_is_due(state: _State) -> jax.Array:
-            """Whether slots of any shard wait for a prompt for which there is a place."""
-            idle = jnp.sum(state.request == requests.keys.shape[1], axis=1)
-            left = requests.lengths.shape[1] - state.next_prompt
-            free = jnp.sum(state.unfinished == 0, axis=1)
-            waiting = idle > state.next_prompt * group - state.next_request
-            return jnp.any(waiting & (left > 0) & (free >= jnp.minimum(left, batch)))
+    @partial(jax.jit, donate_argnames='state')
+    def prefill(weights: dict, requests: Requests, state: State) -> State:
+        one = partial(_prefill, decoders.bind(graphdef, weights), requests, chunk=prefill_chunk, group=group)
+        return lay_out(jax.lax.while_loop(partial(prefill_is_due, group=group), one, state))
 
-        def unfinished(state: _State) -> jax.Array:
-            count = requests.keys.shape[1]
-            return jnp.any(state.next_request < count) | jnp.any(state.request < count)
+    @partial(jax.jit, donate_argnames='state')
+    def decode(weights: dict, requests: Requests, state: State) -> tuple[State, jax.Array]:
+        decoder = decoders.bind(graphdef, weights)
 
-        def step(state: _State) -> _State:
-            with jax.named_scope('prefill'):
-                prefill = partial(_prefill, decoder, requests, batch=batch, chunk=chunk, group=group)
-                state = jax.lax.while_loop(prefill_is_due, prefill, state)
+        def step(state: State) -> State:
             with jax.named_scope('refill'):
-                state = _refill(state, group)
+                state = refill(state, group)
             with jax.named_scope('draw'):
                 rows = lambda x: x.reshape(-1, *x.shape[2:])
                 uniform = jax.vmap(_uniform)(requests.keys, state.request, state.t)
                 record = _over_devices(choose)(rows(state.hidden), decoder.unembedding, rows(uniform))
                 record = jax.tree.map(lambda x: x.reshape(*state.t.shape, *x.shape[1:]), record)
             with jax.named_scope('record'):
-                state, ended = _write(state, record, requests, stops)
-                state, active = _end(state, ended, group)
+                state, ended = record_tokens(state, record, requests, stops)
+                state, active = end_responses(state, ended, group)
             with jax.named_scope('decode'):
                 response_lengths = jnp.where(active, state.t, 0)
                 responses = grow(state.responses, response_lengths)
-                hidden, responses = decoder.decode(record.tokens, response_lengths, _prefixes(state, group), responses)
+                hidden, responses = decoder.decode(record.tokens, response_lengths, prefixes(state, group), responses)
             return state._replace(hidden=hidden, responses=responses, steps=state.steps + 1)
 
-        end = jax.lax.while_loop(unfinished, step, state)
+        state = jax.lax.while_loop(lambda state: work_is_left(state) & ~prefill_is_due(state, group), step, state)
+        return lay_out(state), constrain(work_is_left(state))
+
+    @jax.jit
+    def end(prompts: Prompts, state: State) -> Rollout:
         rows = lambda x: constrain(x.reshape(-1, *x.shape[2:]), 'batch', *[None] * (x.ndim - 2))
-        records = jax.tree.map(rows, end.records)
-        lengths = rows(end.lengths)
+        records = jax.tree.map(rows, state.records)
+        lengths = rows(state.lengths)
         prompt_lengths = jnp.repeat(prompts.lengths, group)
         return Rollout(
             tokens=_concatenate(jnp.repeat(prompts.tokens, group, axis=0), prompt_lengths, records.tokens, lengths),
             prompt_lengths=prompt_lengths,
             response_lengths=lengths,
-            stop_token=rows(end.stop_token),
+            stop_token=rows(state.stop_token),
             log_probs=records.log_probs,
             entropy=records.entropy,
             support=records.support,
-            work=RolloutWork(end.steps, jnp.int32(end.request.size), end.prefills),
         )
 
-    def sample(params, prompts: Prompts, keys: jax.Array, limits: jax.Array | None = None) -> Rollout:
-        _check_requests(prompts, keys, limits, slots, group, room)
-        return program(params, prompts, keys, limits)
-
-    sample.program = program
-    return sample
+    check = partial(_check_requests, slots=slots, group=group, room=room)
+    return Sampler(check, begin, prefill, decode, end)
 
 
 def _check_settings(config, settings) -> None:
@@ -250,7 +255,7 @@ def _check_settings(config, settings) -> None:
         raise ValueError(f'top_p must be in (0, 1], or None for all; got {top_p}')
 
 
-def _check_requests(prompts: Prompts, keys, limits, slots: int | None, group: int, room: int) -> None:
+def _check_requests(prompts: Prompts, keys, limits, *, slots: int | None, group: int, room: int) -> None:
     """Raises a ValueError with the numbers, before anything is compiled."""
     shards = _batch_shards()
     batch, length = prompts.tokens.shape
@@ -299,68 +304,12 @@ def _uniform(keys: jax.Array, request: jax.Array, t: jax.Array) -> jax.Array:
     return jax.vmap(draw)(keys.at[request].get(mode='clip'), t)
 
 
-def _shard(x: jax.Array, shards: int) -> jax.Array:
-    """[B, ...] → [E, B / E, ...]."""
-    x = x.reshape(shards, -1, *x.shape[1:])
-    return constrain(x, 'batch', *[None] * (x.ndim - 1))
-
-
-def _queue(prompts: Prompts, keys, limits, shards: int, group: int, room: int, chunk: int) -> _Requests:
-    batch, length = prompts.tokens.shape
-    chunk = min(chunk, length)
-    tokens = jnp.pad(prompts.tokens, [(0, 0), (0, -length % chunk)])
-    keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(group)))(keys).reshape(-1)
-    if limits is None:
-        limits = jnp.full(batch * group, room, jnp.int32)
-    return _Requests(*(_shard(x, shards) for x in (tokens, prompts.lengths, keys, limits)))
-
-
-def _start(config, requests: _Requests, slots: int | None, group: int, room: int, kept: int) -> _State:
-    """Nothing prefilled, all slots idle."""
-    (shards, batch, length), (_, count) = requests.tokens.shape, requests.keys.shape
-    slots = count if slots is None else min(slots // shards, count)
-    # A prompt keeps its place until the last of its samples has ended: several times as long as a mean response takes.
-    # Never in use are more than one for every slot and those of a prefill, which is due when a slot has none.
-    places = min(batch, 4 * -(-slots // group) + 1, slots + _prefill_batch(slots, group, batch))
-
-    def full(value, *sizes, dtype=jnp.int32):
-        return constrain(jnp.full((shards, *sizes), value, dtype), 'batch', *[None] * len(sizes))
-
-    def pages(users, length, least):
-        return init_pages(config, shards, users, length, min(max(least, -(-length // _PAGES)), length))
-
-    floats = partial(full, 0.0, dtype=jnp.float32)
-    hidden = partial(full, 0.0, dtype=config.compute_dtype)
-    support = SparseLogProbs(full(0, count, room, kept), floats(count, room, kept))
-    return _State(
-        next_prompt=full(0),
-        next_request=full(0),
-        prompts=pages(places, length, _LEAST_PROMPT_PAGE),
-        prompt_lengths=full(0, places),
-        prompt_hidden=hidden(places, config.width),
-        unfinished=full(0, places),
-        place=full(0, batch),
-        request=full(count, slots),
-        t=full(0, slots),
-        hidden=hidden(slots, config.width),
-        responses=pages(slots, room, _LEAST_RESPONSE_PAGE),
-        records=_Record(full(0, count, room), floats(count, room), floats(count, room), support),
-        lengths=full(0, count),
-        stop_token=full(-1, count),
-        steps=jnp.int32(0),
-        prefills=jnp.int32(0),
-    )
-
-
-def _prefill_batch(slots: int, group: int, batch: int) -> int:
-    """Prompts of a shard that are prefilled together: a quarter of those that fill its slots."""
-    return min(-(-slots // (4 * group)), batch)
-
-
-def _prefill(decoder, requests: _Requests, state: _State, *, batch: int, chunk: int, group: int) -> _State:
+def _prefill(decoder, requests: Requests, state: State, *, chunk: int, group: int) -> State:
     """Brings the next prompts into free places, chunk by chunk, as far as the longest of them goes."""
     shards, prompts, room = requests.tokens.shape
+    chunk = min(chunk, room)
     places = state.unfinished.shape[1]
+    batch = prefill_batch(state.request.shape[1], group, prompts)
     free = jax.vmap(lambda x: jnp.nonzero(x == 0, size=batch, fill_value=places)[0])(state.unfinished)
     index = state.next_prompt[:, None] + jnp.arange(batch)[None]
     fits = (index < prompts) & (free < places)
@@ -406,80 +355,6 @@ def _prefill(decoder, requests: _Requests, state: _State, *, batch: int, chunk: 
         unfinished=put(state.unfinished, place, jnp.full_like(place, group)),
         place=put(state.place, jnp.where(fits, index, prompts), place),
         prefills=state.prefills + 1,
-    )
-
-
-def _refill(state: _State, group: int) -> _State:
-    """Gives idle slots the next requests whose prompts are there."""
-    count = state.lengths.shape[1]
-    idle = state.request == count
-    request = state.next_request[:, None] + jnp.cumsum(idle, axis=1) - 1
-    new = idle & (request < state.next_prompt[:, None] * group)
-    request = jnp.where(new, request, state.request)
-    place = _places(state, request, group)
-    hidden = jax.vmap(lambda x, place: x.at[place].get(mode='clip'))(state.prompt_hidden, place)
-    return state._replace(
-        next_request=state.next_request + jnp.sum(new, axis=1),
-        request=request,
-        t=jnp.where(new, 0, state.t),
-        hidden=jnp.where(new[:, :, None], hidden, state.hidden),
-    )
-
-
-def _places(state: _State, request: jax.Array, group: int) -> jax.Array:
-    """Where the prompts of requests [E, U] lie; Q for idle slots."""
-    get = jax.vmap(lambda place, prompt: place.at[prompt].get(mode='fill', fill_value=state.unfinished.shape[1]))
-    return get(state.place, request // group)
-
-
-def _prefixes(state: _State, group: int) -> Prefixes:
-    places, slots = state.unfinished.shape[1], state.request.shape[1]
-    member = _places(state, state.request, group) * group + state.request % group
-    by_member = jax.vmap(
-        lambda member: (
-            jnp.full(places * group, slots, jnp.int32).at[member].set(jnp.arange(slots, dtype=jnp.int32), mode='drop')
-        )
-    )(member)
-    return Prefixes(state.prompts, state.prompt_lengths, member, by_member.reshape(-1, places, group))
-
-
-def _write(state: _State, record: _Record, requests: _Requests, stops: jax.Array) -> tuple[_State, jax.Array]:
-    """Records the tokens of all slots; says which responses [E, U] end with them."""
-    count = state.lengths.shape[1]
-    put = jax.vmap(lambda all, request, t, new: all.at[request, t].set(new, mode='drop'))
-    records = jax.tree.map(lambda all, new: put(all, state.request, state.t, new), state.records, record)
-    t = state.t + 1
-    is_stop = jnp.any(record.tokens[:, :, None] == stops[None, None], axis=2)
-    limit = jax.vmap(lambda limits, request: limits.at[request].get(mode='clip'))(requests.limits, state.request)
-    ended = (state.request < count) & (is_stop | (t >= limit))
-    put = jax.vmap(lambda all, request, new: all.at[request].set(new, mode='drop'))
-    return (
-        state._replace(
-            records=records,
-            t=t,
-            lengths=put(state.lengths, state.request, t),
-            stop_token=put(state.stop_token, state.request, jnp.where(is_stop, record.tokens, -1)),
-        ),
-        ended,
-    )
-
-
-def _end(state: _State, ended: jax.Array, group: int) -> tuple[_State, jax.Array]:
-    """Takes back what responses [E, U] held that have ended; says which slots are still active."""
-    count, places = state.lengths.shape[1], state.unfinished.shape[1]
-    place = _places(state, state.request, group)
-    fewer = jnp.sum(ended[:, :, None] & (place[:, :, None] == jnp.arange(places)[None, None]), axis=1)
-    left = state.unfinished - fewer
-    request = jnp.where(ended, count, state.request)
-    return (
-        state._replace(
-            request=request,
-            responses=release(state.responses, ended),
-            unfinished=left,
-            prompts=release(state.prompts, left == 0),
-            prompt_lengths=jnp.where(left == 0, 0, state.prompt_lengths),
-        ),
-        request < count,
     )
 
 

@@ -56,6 +56,12 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def platform() -> str:
+    """What the devices of the mesh in context are, be they of this machine or not; without a mesh, this machine's."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
     """The mesh axes of an array whose axes have these logical names."""
     return PartitionSpec(*(RULES[axis] for axis in axes))
@@ -82,10 +88,10 @@ def place(tree: Any, mesh: Mesh, axes: Sequence[str | None]) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """The whole arrays in the memory of every host, as numpy."""
+    """The whole arrays in the memory of every host, as numpy. What is on the host already may differ between them."""
 
-    def whole(x: jax.Array | np.ndarray) -> np.ndarray:
-        here = isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated
+    def whole(x: jax.Array | np.ndarray | float) -> np.ndarray:
+        here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
         return np.asarray(x) if here else multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(whole, tree)

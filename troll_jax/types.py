@@ -42,8 +42,10 @@ class RolloutWork(NamedTuple):
     """What a rollout took."""
 
     steps: jax.Array  # [] int32, decode steps
-    slots: jax.Array  # [] int32, responses that can be decoded at a time
+    slots: int  # responses that can be decoded at a time
     prefills: jax.Array  # [] int32, batches of prompts that were prefilled
+    prefill_seconds: float  # on this host's clock, with the time that the host takes to start them
+    decode_seconds: float  # the same of the steps
 
 
 class Rollout(NamedTuple):

@@ -173,7 +173,8 @@ def main() -> None:
     first = ours(limits)
     np.testing.assert_array_equal(first.response_lengths, limits)
     static(np.ones_like(limits))
-    compiled = sample.program._cache_size()
+    programs = (sample.begin, sample.prefill, sample.decode, sample.end)
+    compiled = sum(program._cache_size() for program in programs)
     kinds = {
         'ours': (lambda: ours(limits), limits),
         'static': (lambda: static(limits), limits),
@@ -191,8 +192,10 @@ def main() -> None:
             if repeat and name.startswith('transformers'):
                 continue
             begin = time.perf_counter()
-            jax.block_until_ready(run())
+            result = jax.block_until_ready(run())
             times[name].append(time.perf_counter() - begin)
+            if name == 'ours':
+                spent = result.work
             print(f'{name:28} {times[name][-1]:9.2f} s', flush=True)
     rates = {name: int(lengths.sum()) / statistics.median(times[name]) for name, (_, lengths) in kinds.items()}
     result = {'speedup_vs_static': rates['ours'] / rates['static']}
@@ -200,7 +203,7 @@ def main() -> None:
         ours_equal, theirs_equal = rates['ours, equal lengths'], rates['transformers, equal lengths']
         result['speedup_vs_transformers'] = rates['ours'] / rates['transformers']
         result['speedup_vs_transformers_equal_lengths'] = ours_equal / theirs_equal
-    steps = int(first.work.steps)
+    steps = int(spent.steps)
     floor = floor_bytes(config, params, prompts, limits, steps) / bandwidth()
     result['share_of_floor'] = floor * rates['ours'] / tokens
     for name, rate in rates.items():
@@ -212,7 +215,9 @@ def main() -> None:
     result |= {
         'tokens_per_second': rates,
         'steps': steps,
-        'compiled_after_warm_up': sample.program._cache_size() - compiled,
+        'prefill_seconds': spent.prefill_seconds,
+        'decode_seconds': spent.decode_seconds,
+        'compiled_after_warm_up': sum(program._cache_size() for program in programs) - compiled,
         'device': jax.devices()[0].device_kind,
         'cores': os.cpu_count(),
     }

@@ -25,7 +25,6 @@ from jax.sharding import Mesh
 from troll_jax.models.attention import attention, packed_attention
 from troll_jax.models.layers import REMAT_POLICIES, DecoderConfig, Layer, RMSNorm, weight
 from troll_jax.models.pages import (
-    PAGE_AXES,
     Pages,
     Prefixes,
     attend,
@@ -169,7 +168,10 @@ class Decoder(nnx.Module):
             pool, of_prompts, of_responses = state
             q, k, v = (x.reshape(shards, slots, *x.shape[2:]) for x in (q, k, v))
             with jax.named_scope('cache'):
-                pool = tuple(write_token(p, layer, page, offset, new) for p, new in zip(pool, (k, v), strict=True))
+                pool = tuple(
+                    write_token(p, layer, page, offset, new, order=responses.order)
+                    for p, new in zip(pool, (k, v), strict=True)
+                )
             q = q.reshape(shards, slots, config.kv_heads, groups, config.head_dim)
             with jax.named_scope('attention'):
                 with jax.named_scope('prompts'):
@@ -189,8 +191,8 @@ class Decoder(nnx.Module):
                 scratch(responses, groups),
             )
         hidden, (pool, _, _) = self._run(rows(tokens), rows(prompt_lengths + index), state, mix)
-        k, v = (constrain(x, *PAGE_AXES) for x in pool)
-        return hidden.reshape(shards, slots, config.width), responses._replace(k=k, v=v)
+        hidden = hidden.reshape(shards, slots, config.width)
+        return hidden, responses._replace(k=pool[0], v=pool[1]).lay_out()
 
     def _run(
         self, tokens: jax.Array, positions: jax.Array, state: Any, mix: Callable[..., Any], remat: str | None = None

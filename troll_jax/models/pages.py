@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from troll_jax.sharding import constrain
 
-PAGE_AXES = ('layers', 'batch', None, 'kv_heads', None, 'head_dim')
+_AXES = {'p': None, 'm': 'kv_heads', 'f': 'head_dim'}
 
 
 class Pages(NamedTuple):
@@ -31,10 +31,27 @@ class Pages(NamedTuple):
     first: jax.Array  # [E, N] int32, the index of its first token in the text of its user
     table: jax.Array  # [E, U, J] int32, the pages of each user in order; N: none
 
+    order = 'mpf'  # of the last axes of k and v: heads, tokens of the page, components
+
     @property
     def size(self) -> int:
         """Tokens in a page."""
-        return self.k.shape[4]
+        return self.k.shape[3 + self.order.index('p')]
+
+    def lay_out(self) -> 'Pages':
+        """Each shard's part on its own devices."""
+        k, v = (constrain(x, 'layers', 'batch', None, *(_AXES[name] for name in self.order)) for x in self[:2])
+        return type(self)(k, v, *(constrain(x, 'batch', *[None] * (x.ndim - 1)) for x in self[2:]))
+
+
+class TokenPages(Pages):
+    """Pages with tokens before heads, so that a token is written in one piece: [layers, E, N, page, M, F].
+
+    A TPU's compiler lays a pool out like this if tokens are written into it, and copies one of another order where a
+    program begins and ends. On a CPU attention reads the other order faster.
+    """
+
+    order = 'pmf'
 
 
 class Prefixes(NamedTuple):
@@ -64,15 +81,19 @@ class Partial(NamedTuple):
 _NOTHING = jnp.finfo(jnp.float32).min
 
 
-def init_pages(config, shards: int, users: int, length: int, page: int) -> Pages:
+def init_pages(kind: type[Pages], config, shards: int, users: int, length: int, page: int) -> Pages:
     """A pool in which every user may grow to `length` tokens."""
     each = -(-length // page)
-    shape = (config.layers, shards, users * each, config.kv_heads, page, config.head_dim)
-    k, v = (constrain(jnp.zeros(shape, config.compute_dtype), *PAGE_AXES) for _ in range(2))
-    integers = lambda value, *sizes: constrain(
-        jnp.full((shards, *sizes), value, jnp.int32), 'batch', *[None] * len(sizes)
+    sizes = {'p': page, 'm': config.kv_heads, 'f': config.head_dim}
+    shape = (config.layers, shards, users * each, *(sizes[name] for name in kind.order))
+    integers = lambda value, *sizes: jnp.full((shards, *sizes), value, jnp.int32)
+    pages = kind(
+        *(jnp.zeros(shape, config.compute_dtype) for _ in range(2)),
+        owner=integers(users, users * each),
+        first=integers(0, users * each),
+        table=integers(users * each, users, each),
     )
-    return Pages(k, v, integers(users, users * each), integers(0, users * each), integers(users * each, users, each))
+    return pages.lay_out()
 
 
 def grow(pages: Pages, lengths: jax.Array) -> Pages:
@@ -109,20 +130,24 @@ def pages_of(pages: Pages, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(pages.table, place[:, :, None], axis=2)[:, :, 0]
 
 
-def write_token(pool: jax.Array, layer: jax.Array, page: jax.Array, offset: jax.Array, new: jax.Array) -> jax.Array:
-    """pool[layer, e, page[e, u], :, offset[e, u]] = new[e, u], for pages that exist.
+def write_token(
+    pool: jax.Array, layer: jax.Array, page: jax.Array, offset: jax.Array, new: jax.Array, *, order: str
+) -> jax.Array:
+    """pool[layer, e, page[e, u], :, offset[e, u]] = new[e, u], for pages that exist, with axes in the order 'mpf'.
 
     Args:
-      pool: [layers, E, N, M, page, F], page and offset: [E, U], new: [E, U, M, F].
+      pool: [layers, E, N, *one page], page and offset: [E, U], new: [E, U, M, F].
+      order: of a page's axes, `Pages.order`.
 
     Written as a scatter whose batch axis is named as such: plain indexing is the same, but the compiler cannot see that
     a shard only writes to itself, and gathers `new` over the mesh's batch axes.
     """
     indices = jnp.stack([jnp.full_like(page, layer), page, offset], axis=-1)
+    at = (0, 2, 3 + order.index('p'))
     dimensions = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(2, 3),
-        inserted_window_dims=(0, 2, 4),
-        scatter_dims_to_operand_dims=(0, 2, 4),
+        inserted_window_dims=at,
+        scatter_dims_to_operand_dims=at,
         operand_batching_dims=(1,),
         scatter_indices_batching_dims=(0,),
     )
@@ -132,7 +157,7 @@ def write_token(pool: jax.Array, layer: jax.Array, page: jax.Array, offset: jax.
 
 
 def write_pages(pool: jax.Array, page: jax.Array, new: jax.Array) -> jax.Array:
-    """pool[:, e, page[e, i]] = new[:, e, i], for pages [E, I] that exist; new: [layers, E, I, M, page, F]."""
+    """pool[:, e, page[e, i]] = new[:, e, i], for pages [E, I] that exist; new: [layers, E, I, *one page]."""
     dimensions = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(0, 3, 4, 5),
         inserted_window_dims=(2,),
@@ -155,7 +180,8 @@ def view(pages: Pages, lengths: jax.Array) -> View:
 
 def scratch(pages: Pages, queries: int) -> Partial:
     """Where `attend` keeps what each page says to its user's queries, [E, N, M, X]: handed from layer to layer."""
-    _, shards, count, kv_heads, _, head_dim = pages.k.shape
+    shards, count = pages.owner.shape
+    kv_heads, head_dim = (pages.k.shape[3 + pages.order.index(name)] for name in 'mf')
     shape = (shards, count, kv_heads, queries)
     zeros = lambda *shape: constrain(jnp.zeros(shape), 'batch', None, 'kv_heads', *[None] * (len(shape) - 3))
     return Partial(zeros(*shape, head_dim), zeros(*shape), zeros(*shape))
@@ -183,12 +209,16 @@ def attend(q: jax.Array, pages: Pages, layer: jax.Array, view: View, by_page: Pa
         block = (1, shards, chunk, *pages.k.shape[3:])
         k, v = (jax.lax.dynamic_slice(pool, (layer, zero, begin, zero, zero, zero), block)[0] for pool in pages[:2])
         mine = jax.vmap(lambda q, owner: q.at[owner].get(mode='fill', fill_value=0))(q, part(pages.owner))
-        logits = jnp.einsum('enmxf,enmpf->enmxp', mine, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+        logits = (
+            jnp.einsum(f'enmxf,en{pages.order}->enmxp', mine, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+        )
         seen = jnp.arange(pages.size)[None, None, None, None] < part(view.limits)[:, :, None, None, None]
         logits = jnp.where(seen, logits, _NOTHING)
         largest = jnp.max(logits, axis=-1)
         weights = jnp.where(seen, jnp.exp(logits - largest[..., None]), 0.0)
-        mixed = jnp.einsum('enmxp,enmpf->enmxf', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        mixed = jnp.einsum(
+            f'enmxp,en{pages.order}->enmxf', weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+        )
         new = Partial(mixed, jnp.sum(weights, axis=-1), largest)
         return jax.tree.map(partial(jax.lax.dynamic_update_slice_in_dim, start_index=begin, axis=1), partials, new)
 
