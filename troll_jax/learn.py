@@ -112,8 +112,11 @@ def make_learner(
         advantages = jnp.where(mask, jax.vmap(estimator)(rewards, values), 0.0)
         return whiten(advantages, mask) if whiten_advantages else advantages, advantages + values
 
+    def is_learnt(part: Rollout) -> np.ndarray:
+        return part.stopped | (not mask_truncated)
+
     def pack(part: Rollout):
-        learnt = part.stopped | (not mask_truncated)
+        learnt = is_learnt(part)
         weights = np.asarray(aggregation(np.where(learnt, part.response_lengths, 0), max_length=max_response_length))
         return make_batch(part, np.zeros(len(learnt), np.float32), np.where(learnt, weights, 0), shape)
 
@@ -151,7 +154,7 @@ def make_learner(
             added['advantages'] = np.broadcast_to(advantages, rollout.log_probs.shape)
         else:
             added['values'] = to_responses([values_of(state.critic.params, batch) for batch in batches])
-            mask = np.arange(rollout.log_probs.shape[1]) < lengths[:, None]
+            mask = (np.arange(rollout.log_probs.shape[1]) < lengths[:, None]) & is_learnt(rollout)[:, None]
             rewards = token_rewards(experience.rewards.reshape(-1), penalties, lengths)
             added['advantages'], added['returns'] = map(np.asarray, estimate_by_values(rewards, added['values'], mask))
             metrics |= {
@@ -161,10 +164,10 @@ def make_learner(
             }
 
         def complete(i: int):
-            """Minibatch i, on the devices."""
+            """Minibatch i; on the devices if it has been there, else in numpy."""
             known = {name: layouts[i].scatter(array[slices[i]]) for name, array in added.items()}
             if not passes_first:
-                return place(batches[i]._replace(**known), mesh, (None, 'batch'))
+                return batches[i]._replace(**known)
             batch = batches[i]._replace(**place(known, mesh, (None, 'batch')))
             return batch._replace(advantages=batch.advantages * importance[i])
 
@@ -174,6 +177,7 @@ def make_learner(
         logs, critic_logs, batches = [], [], list(batches)
         for i in range(len(slices)):
             batch, batches[i] = complete(i), None  # not to be kept
+            batch = batch if passes_first else place(batch, mesh, (None, 'batch'))
             if critic is not None:
                 new, log = update_critic(state.critic, batch)
                 state = state._replace(critic=new)
