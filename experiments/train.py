@@ -241,7 +241,7 @@ def train(
         )
 
         def evaluate_now() -> dict[str, float]:
-            return metrics_of(validate(state.params, jax.random.key(seed)))
+            return metrics_of(validate(state.params, jax.random.key(seed), grader))
 
         with MetricsWriter(run_dir, resume_after=first, write=is_first_process) as metrics:
             if first == 0 and evaluate_every:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 
 import jax
@@ -31,20 +32,27 @@ def make_validation(
       split: of the sets.
       samples_per_prompt: of every set, instead of its own.
 
+    Raises:
+      ValueError: less than one sample per prompt, or a task whose data cannot be read.
+
     Returns:
-      A function of parameters and a random key to an `Evaluation` with its `PromptSet` for each name of a set.
+      A function of parameters and a random key, and if one runs already the grader of the experiment's own task, to an
+      `Evaluation` with its `PromptSet` for each name of a set.
     """
+    if samples_per_prompt is not None and samples_per_prompt < 1:
+        raise ValueError(f'samples_per_prompt must be at least 1; got {samples_per_prompt}')
     sampler_of = cache(sampler_of)
     sets = [
         (name, task, experiment.load_prompts(split, tokenizer, task), samples_per_prompt or samples)
         for name, task, samples in experiment.validation
     ]
 
-    def validate(params, key: jax.Array) -> dict:
+    def validate(params, key: jax.Array, own_grader: Grader | None = None) -> dict:
         results = {}
         for name, task, prompts, samples in sets:
             # Workers start while the responses are sampled, and are not kept for sets that differ in their grading.
-            with Grader(task.grade, deadline=task.deadline) as grader:
+            is_own = own_grader is not None and task == experiment.task
+            with nullcontext(own_grader) if is_own else Grader(task.grade, deadline=task.deadline) as grader:
                 grader.start()
                 sampler, mesh = sampler_of(samples), experiment.mesh
                 results[name] = evaluate(sampler, params, prompts, grader, tokenizer, key, mesh=mesh), prompts
