@@ -69,6 +69,7 @@ def shape_of(file: str) -> str:
 
 # Their programs are those of other files, or traced with a small model by tests/test_train.py.
 NOT_TRACED = {
+    'data/eurus_code',
     *(f'objectives/{name}' for name in ('dr_grpo', 'troll_dr_grpo', 'gspo', 'troll_gspo', 'ppo')),
     *(f'ablations/{name}' for name in ('bound_0_01', 'bound_0_25', 'tokens_16', 'prompts_512')),
 }
