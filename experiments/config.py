@@ -10,6 +10,7 @@ import inspect
 import logging
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from troll_jax.data.tasks import Task
 from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tasks.eurus_code import EurusCode
 from troll_jax.data.tasks.gsm8k import GSM8K
-from troll_jax.data.tasks.math_problems import DAPOMath, EurusMath, MathEval, MathProblems
+from troll_jax.data.tasks.math_problems import BENCHMARKS, DAPOMath, EurusMath, MathEval, MathProblems
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
 from troll_jax.models.attention import best_implementation
 from troll_jax.models.decoder import DecoderConfig
@@ -70,12 +71,14 @@ for _target in (
     MathProblems,
     DAPOMath,
     EurusMath,
-    MathEval,
     sandbox.Bubblewrap,
     sandbox.SandboxFusion,
     sandbox.Unisolated,
 ):
     register(_target)
+MathEval = register(MathEval)
+for _benchmark in BENCHMARKS:  # @AMC() is MathEval with this benchmark, and with all that is bound of MathEval besides
+    register(partial(MathEval, benchmark=_benchmark), name=_benchmark.replace('-', '_'))
 for _target in (
     aggregation.token_mean,
     aggregation.sequence_mean,
@@ -117,6 +120,12 @@ class Experiment:
       template_arguments: for the chat template.
       long_prompts: what becomes of prompts that are longer: 'drop', or 'cut', at the beginning of the user's words.
       mesh: of devices, by `make_mesh`; all of them in `fsdp` if None.
+      validation: what is evaluated, in training and by `experiments.evaluate`: for each set a name, a task whose test
+        split it is, and samples per prompt, such as `('AMC', @AMC(), 32)`. One sample is greedy, several are drawn at
+        temperature 1. None: the test split of `task`, greedy.
+
+    Raises:
+      ValueError: two sets of a name, a name that is no part of a file's name, or less than one sample.
     """
 
     model: str
@@ -130,10 +139,23 @@ class Experiment:
     template_arguments: dict[str, Any] | None = None
     long_prompts: str = 'drop'
     mesh: jax.sharding.Mesh | None = None
+    validation: Sequence[tuple[str, Task, int]] | None = None
 
     def __post_init__(self):
         if self.mesh is None:
             object.__setattr__(self, 'mesh', make_mesh())
+        if self.validation is None:
+            object.__setattr__(self, 'validation', (('test', self.task, 1),))
+        names = [name for name, _, _ in self.validation]
+        fits = lambda name: re.fullmatch(r'[\w-]+', name) and name != 'mean'
+        if not names or len(set(names)) < len(names) or not all(map(fits, names)):
+            raise ValueError(
+                f'Experiment.validation names the sets {names}; expected at least one, and names that differ, of '
+                "letters, digits, _ and -, and not 'mean'"
+            )
+        for name, _, samples in self.validation:
+            if samples < 1:
+                raise ValueError(f'Experiment.validation asks for {samples} samples of {name!r}; expected at least 1')
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.model, chat_template_from=self.chat_template_from)
@@ -141,9 +163,10 @@ class Experiment:
     def stop_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         return stop_token_ids(tokenizer, self.model)
 
-    def load_prompts(self, split: str, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    def load_prompts(self, split: str, tokenizer: PreTrainedTokenizerBase, task: Task | None = None) -> PromptSet:
+        """The prompts of a split of a task, which is the experiment's own by default."""
         return encode_prompts(
-            self.task.load(split),
+            (task or self.task).load(split),
             tokenizer,
             max_length=self.max_prompt_length,
             template_arguments=self.template_arguments,

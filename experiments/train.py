@@ -25,11 +25,11 @@ from tqdm import tqdm
 
 from experiments.config import Experiment, check_bindings_used, parse_command_line, register
 from experiments.run_folder import restore_or_start, save_setup
+from experiments.validation import make_validation, metrics_of
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.collect import make_collector
 from troll_jax.critic import Critic
 from troll_jax.data.prompts import PromptSet, batch_indices
-from troll_jax.evaluate import evaluate
 from troll_jax.learn import Aggregation, Estimator, Learner, make_learner
 from troll_jax.metrics import MetricsWriter
 from troll_jax.ops.advantages import needs_greedy_reward
@@ -111,7 +111,7 @@ def train(
         memory; at least one row. None is 8,192, or one row. What is left of the last part is padding: the fewer rows a
         part has, the less (`update/padding_share`).
       head_chunk: tokens whose logits are in memory at a time in an update, on each device.
-      evaluate_every: steps between greedy evaluations on the test split; 0 turns them off.
+      evaluate_every: steps between evaluations of `Experiment.validation`; 0 turns them off.
       table_every: steps between tables of the tokens that are projected or clipped most; 0 turns them off. With
         `@sequence_region` all tokens of a response count that is outside.
       checkpoint_every: steps between checkpoints. The last step is saved in any case.
@@ -165,7 +165,7 @@ def train(
         )
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
-    prompts, held_out = (experiment.load_prompts(split, tokenizer) for split in ('train', 'test'))
+    prompts = experiment.load_prompts('train', tokenizer)
     batch_indices(len(prompts), prompts_per_step, seed=seed, step=0)  # an error now if there are too few
 
     new_sampler = partial(
@@ -180,6 +180,10 @@ def train(
         samples_per_prompt=samples_per_prompt, temperature=temperature, max_tokens=max_tokens, mass=mass
     )
     greedy_sampler = new_sampler(samples_per_prompt=1, temperature=0.0, max_tokens=1, mass=1.0)
+    drawing = partial(new_sampler, temperature=1.0, max_tokens=1, mass=1.0)
+    validate = make_validation(
+        experiment, tokenizer, lambda samples: greedy_sampler if samples == 1 else drawing(samples_per_prompt=samples)
+    )
     learner = make_learner(
         config,
         optimizer,
@@ -237,10 +241,7 @@ def train(
         )
 
         def evaluate_now() -> dict[str, float]:
-            result = evaluate(
-                greedy_sampler, state.params, held_out, grader, tokenizer, jax.random.key(seed), mesh=mesh
-            )
-            return {'eval/success': result.rewards.mean(), 'eval/response_length': result.lengths.mean()}
+            return metrics_of(validate(state.params, jax.random.key(seed), grader))
 
         with MetricsWriter(run_dir, resume_after=first, write=is_first_process) as metrics:
             if first == 0 and evaluate_every:

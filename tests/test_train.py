@@ -283,7 +283,7 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
     shutil.rmtree(start)
     gin.clear_config()
     parse([tmp_path / 'run/config.gin'], ['evaluation.samples_per_prompt = 4', 'evaluation.slots = 16'])
-    summary = evaluation(str(tmp_path / 'run'))
+    summary = evaluation(str(tmp_path / 'run'))['test']
     assert summary['step'] == 4 and summary['problems'] == 10
     assert summary['success']['low'] <= summary['success']['mean'] <= summary['success']['high']
     assert summary['pass@4']['mean'] >= summary['pass@1']['mean'] == pytest.approx(summary['success']['mean'])
@@ -438,7 +438,7 @@ def test_checkpoints_may_lie_elsewhere(tmp_path, model):
     gin.clear_config()
     parse([tmp_path / 'run/config.gin'])
     assert export(str(tmp_path / 'run'), str(tmp_path / 'exported')) == 2
-    assert evaluation(str(tmp_path / 'run'))['step'] == 2
+    assert evaluation(str(tmp_path / 'run'))['test']['step'] == 2
 
 
 def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path, model):
