@@ -35,6 +35,8 @@ from troll_jax.sharding import make_mesh
 
 CONFIG_HELP = 'a gin file; more of them may follow, such as those of configs/objectives after a task'
 
+_PEER_TIMEOUT = 30  # seconds without a sign of life after which another process counts as dead
+
 _registered: dict[str, list[str]] = {}  # names of what gin files can name, with those of their parameters
 _command_line: list[str] = []  # the bindings that `parse` was given last
 
@@ -199,7 +201,10 @@ def begin(arguments: argparse.Namespace, level: int = logging.INFO) -> None:
     if not arguments.distributed and where == (None, None, None):
         return
     try:
-        jax.distributed.initialize(*where)
+        # Without these limits a run hangs for minutes when one of its processes has died.
+        jax.distributed.initialize(
+            *where, heartbeat_timeout_seconds=_PEER_TIMEOUT, shutdown_timeout_seconds=_PEER_TIMEOUT
+        )
     except ValueError as error:
         raise ValueError(
             f'cannot join the other processes: {error} Give --coordinator, --num-processes and --process-id.'

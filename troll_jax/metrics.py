@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from tensorboardX import SummaryWriter
 
@@ -46,8 +46,7 @@ class MetricsWriter:
         """Appends the tokens that an objective held back most at a step to `held_tokens.jsonl`."""
         if not self._write:
             return
-        self._tables.write(json.dumps({'step': step, 'tokens': rows}, ensure_ascii=False) + '\n')
-        self._tables.flush()
+        _append(self._tables, {'step': step, 'tokens': rows})
         lines = [f'- {row["text"]!r} {row["held"]} of {row["seen"]}' for row in rows]
         self._board.add_text('held_tokens', '\n'.join(lines), step)
 
@@ -64,28 +63,51 @@ class MetricsWriter:
         self._last_step = step
         values = {name: float(value) for name, value in values.items()}
         row = {'step': step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps(row) + '\n')
-        self._file.flush()
+        _append(self._file, row)
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
 
-def _open_before(path: Path, first: int) -> TextIO:
+def _open_before(path: Path, first: int) -> BinaryIO:
     """Opens a file of JSON lines to write to, after taking out the lines of step `first` and later."""
     kept = [row for row in read_metrics(path) if row['step'] < first] if path.exists() else []
     temporary = path.with_suffix('.tmp')
-    temporary.write_text(''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in kept))
+    temporary.write_bytes(b''.join(map(_line, kept)))
     temporary.replace(path)
-    return path.open('a')
+    return path.open('ab', buffering=0)
+
+
+def _line(row: dict) -> bytes:
+    return (json.dumps(row, ensure_ascii=False) + '\n').encode()
+
+
+def _append(file: BinaryIO, row: dict) -> None:
+    """Adds a line to a file without a buffer or, if the disk is full, leaves the file as it was.
+
+    Raises:
+      OSError: the line could not be written.
+    """
+    end, left = os.fstat(file.fileno()).st_size, _line(row)
+    try:
+        while left:
+            left = left[file.write(left) :]
+    except OSError as error:
+        os.ftruncate(file.fileno(), end)
+        raise OSError(
+            error.errno,
+            f'{error.strerror}: the numbers of step {row["step"]} could not be written. See that there is room, then '
+            'start again: the run goes on from its latest checkpoint',
+            file.name,
+        ) from error
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict]:
     """The rows of a `metrics.jsonl`, up to the first line that a crash left incomplete."""
     rows = []
-    with Path(path).open() as file:
+    with Path(path).open('rb') as file:
         for line in file:
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError:
+            except ValueError:  # no JSON, or half of a character
                 break
     return rows
