@@ -196,7 +196,9 @@ def begin(arguments: argparse.Namespace, level: int = logging.INFO) -> None:
     Raises:
       ValueError: where the other processes are is not known.
     """
-    logging.basicConfig(level=level, format='%(levelname)s %(name)s: %(message)s')
+    # Force: libraries have set up logging of their own when they were imported, and nothing of ours would be seen.
+    logging.basicConfig(level=level, format='%(levelname)s %(name)s: %(message)s', force=True)
+    logging.getLogger('absl').setLevel(logging.WARNING)  # in which Orbax tells of every array
     where = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if not arguments.distributed and where == (None, None, None):
         return

@@ -3,11 +3,16 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import text
 
 
 class MetricsWriter:
@@ -30,17 +35,28 @@ class MetricsWriter:
         self._last_step = first - 1
         self._file = _open_before(folder / 'metrics.jsonl', first)
         self._tables = _open_before(folder / 'held_tokens.jsonl', first)
-        self._board = SummaryWriter(str(folder / 'tensorboard'), purge_step=first)
+        # Written here and now: the thread of a SummaryWriter dies when the disk is full, and the run then waits for it
+        # forever. The first event tells TensorBoard to drop what earlier files say of the steps from here on.
+        self._board_folder = folder / 'tensorboard'
+        self._board_folder.mkdir(exist_ok=True)
+        self._board = EventsWriter(str(self._board_folder / 'events'), f'.{os.getpid()}')
+        self._show(first, session_log=SessionLog(status=SessionLog.START))
 
     def __enter__(self) -> 'MetricsWriter':
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         if not self._write:
             return
         self._file.close()
         self._tables.close()
-        self._board.close()
+        with nullcontext() if kind is None else suppress(OSError):  # what ended the run comes first
+            self._board.close()
+
+    def _show(self, step: int, **what) -> None:
+        with _explained(self._board_folder, step):
+            self._board.write_event(Event(wall_time=time.time(), step=step, **what))
+            self._board.flush()
 
     def write_table(self, step: int, rows: list[dict]) -> None:
         """Appends the tokens that an objective held back most at a step to `held_tokens.jsonl`."""
@@ -48,7 +64,7 @@ class MetricsWriter:
             return
         _append(self._tables, {'step': step, 'tokens': rows})
         lines = [f'- {row["text"]!r} {row["held"]} of {row["seen"]}' for row in rows]
-        self._board.add_text('held_tokens', '\n'.join(lines), step)
+        self._show(step, summary=text('held_tokens', '\n'.join(lines)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the metrics of a step. A number that is not finite becomes null in the file, so that it stays JSON.
@@ -64,8 +80,8 @@ class MetricsWriter:
         values = {name: float(value) for name, value in values.items()}
         row = {'step': step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         _append(self._file, row)
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._show(step, summary=Summary(value=scalars))
 
 
 def _open_before(path: Path, first: int) -> BinaryIO:
@@ -88,16 +104,26 @@ def _append(file: BinaryIO, row: dict) -> None:
       OSError: the line could not be written.
     """
     end, left = os.fstat(file.fileno()).st_size, _line(row)
+    with _explained(file.name, row['step']):
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            os.ftruncate(file.fileno(), end)
+            raise
+
+
+@contextmanager
+def _explained(path: str | os.PathLike, step: int) -> Iterator[None]:
+    """An OSError that says what to do."""
     try:
-        while left:
-            left = left[file.write(left) :]
+        yield
     except OSError as error:
-        os.ftruncate(file.fileno(), end)
         raise OSError(
             error.errno,
-            f'{error.strerror}: the numbers of step {row["step"]} could not be written. See that there is room, then '
-            'start again: the run goes on from its latest checkpoint',
-            file.name,
+            f'{error.strerror}: the numbers of step {step} could not be written. See that there is room, then start '
+            'again: the run goes on from its latest checkpoint',
+            os.fspath(path),
         ) from error
 
 
