@@ -26,7 +26,7 @@ MOMENTS = ('save', 'loop', 'start')
 def kill_many(folder: Path, times: int, seed: int) -> dict:
     generator = random.Random(seed)
     os.environ[MARK] = str(os.getpid())
-    steps = 4 * times
+    steps = 10 * times
     model = write_model(folder / 'model')
     begin = time.monotonic()
     alone, killed = folder / 'alone', folder / 'killed'
@@ -41,12 +41,14 @@ def kill_many(folder: Path, times: int, seed: int) -> dict:
         before, expected = whole_steps(killed), (whole_steps(killed) or [0])[-1]
         seen = rows(killed)
         process = Process(killed, model, f'train.steps = {steps}')
+        has_saved = lambda done=before: bool(set(whole_steps(killed)) - set(done))
         if moment == 'start':
-            time.sleep(generator.uniform(0, 1.2 * until_first_step))
+            until = time.monotonic() + generator.uniform(0, until_first_step)
+            process.wait_for(lambda until=until: has_saved() or time.monotonic() > until)
         else:
-            assert process.wait_for(lambda done=before: bool(set(whole_steps(killed)) - set(done))), 'ended by itself'
+            assert process.wait_for(has_saved), 'ended by itself'
             if moment == 'loop':
-                time.sleep(generator.uniform(0, 1))
+                time.sleep(generator.uniform(0, 0.5))
             else:
                 assert process.wait_for(lambda: is_saving(killed)), 'ended by itself'
                 time.sleep(generator.uniform(0, 0.02))
@@ -62,7 +64,10 @@ def kill_many(folder: Path, times: int, seed: int) -> dict:
     process.finish()
     assert_same_run(alone, killed, steps)
     assert not is_saving(killed), 'half a checkpoint was left behind'
-    assert not (orphans := workers()), f'processes that outlived their run: {orphans}'
+    deadline = time.monotonic() + 10  # until they notice
+    while (orphans := workers()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not orphans, f'processes that outlived their run: {orphans}'
     return {'kills': times, 'moments': counts, 'in_a_save': half_saved, 'steps_repeated': repeated, 'steps': steps}
 
 

@@ -90,8 +90,8 @@ def test_a_failed_save_is_told_of_at_the_next_step(small_disk):
 
 @pytest.mark.parametrize('room', [62_000, 66_000, 70_000, 74_000])
 def test_lines_on_a_full_disk_are_whole_or_not_there(small_disk, room):
-    """Guards against half a line, after which nothing could be read, one that comes twice after the next start, and a run
-    that waits forever for a thread that the full disk has ended."""
+    """Guards against half a line, after which nothing could be read, one that comes twice after the next start, and a
+    run that waits forever for a thread that the full disk has ended."""
     path = small_disk / 'metrics.jsonl'
     many = {f'name_{i}': i / 7 for i in range(400)}  # longer than a block
     with pytest.raises(OSError, match=r'numbers of step \d+ could not be written.*disk/(metrics.jsonl|tensorboard)'):
