@@ -43,9 +43,11 @@ class Checkpoints:
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, create=False)
         else:
-            kept = [managers.LatestN(keep)]
+            kept = [managers.LatestN(n=keep)]
             kept += [managers.EveryNSteps(keep_every)] if keep_every else []
-            kept += [managers.BestN(_score, n=1, keep_checkpoints_without_metrics=False)] if keep_best else []
+            kept += (
+                [managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)] if keep_best else []
+            )
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=managers.AnyPreservationPolicy(kept),
                 best_fn=_score if keep_best else None,  # without which Orbax writes no score

@@ -17,7 +17,9 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from .runs import Process, assert_same_run, is_saving, rows, whole_steps, write_model
+from experiments.benchmarks.soak import write_model
+
+from .runs import Process, assert_same_run, is_saving, rows, whole_steps
 
 MARK = 'KILLED_RUN_OF'  # in the environment of what a run starts
 MOMENTS = ('save', 'loop', 'start')
@@ -27,7 +29,8 @@ def kill_many(folder: Path, times: int, seed: int) -> dict:
     generator = random.Random(seed)
     os.environ[MARK] = str(os.getpid())
     steps = 10 * times
-    model = write_model(folder / 'model')
+    model = folder / 'model'
+    write_model(model)
     begin = time.monotonic()
     alone, killed = folder / 'alone', folder / 'killed'
     process = Process(alone, model, f'train.steps = {steps}')
@@ -44,7 +47,7 @@ def kill_many(folder: Path, times: int, seed: int) -> dict:
         has_saved = lambda done=before: bool(set(whole_steps(killed)) - set(done))
         if moment == 'start':
             until = time.monotonic() + generator.uniform(0, until_first_step)
-            process.wait_for(lambda until=until: has_saved() or time.monotonic() > until)
+            process.wait_for(lambda until=until, has_saved=has_saved: has_saved() or time.monotonic() > until)
         else:
             assert process.wait_for(has_saved), 'ended by itself'
             if moment == 'loop':

@@ -12,40 +12,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from experiments import train
-from troll_jax.data.tasks.arithmetic import CHARACTERS
-from troll_jax.data.tokenizer import character_tokenizer
+from experiments.benchmarks.soak import SETTINGS
 
 REPOSITORY = Path(__file__).parents[2]
-TINY = [
-    'Arithmetic.operands = 2',
-    'Arithmetic.train_size = 60',
-    'Arithmetic.test_size = 10',
-    'Experiment.max_prompt_length = 4',
-    'Experiment.max_response_length = 3',
-    'train.prompts_per_step = 8',
-    'train.samples_per_prompt = 4',
-    'train.minibatch_prompts = 4',
-    'train.head_chunk = 40',
-    'train.max_tokens = 8',
-    'train.evaluate_every = 0',
-    'train.checkpoint_every = 1',
-]
-
-
-def write_model(folder: Path) -> Path:
-    """A policy that is far from certain: its samples differ, and so do their rewards."""
-    tokenizer = character_tokenizer(CHARACTERS)
-    set_seed(0)
-    sizes = {'hidden_size': 16, 'intermediate_size': 24, 'num_attention_heads': 2, 'num_key_value_heads': 1}
-    sizes |= {'head_dim': 8, 'num_hidden_layers': 2, 'max_position_embeddings': 64, 'initializer_range': 0.5}
-    Qwen3ForCausalLM(
-        Qwen3Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+TINY = [*SETTINGS, 'train.evaluate_every = 0', 'train.checkpoint_every = 1']
 
 
 class Process:
