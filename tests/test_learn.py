@@ -152,11 +152,12 @@ def test_critic_learns_before_the_policy():
 
 def test_responses_that_are_all_masked_teach_nothing():
     """Guards 0/0 in means over no tokens: nothing is learnt, by no model, and every number is finite."""
+    pull = functools.partial(kl_to_reference, coefficient=0.1)
+    pull.reference = True
     bench = learner(
         estimator=gae,
         critic=Critic(optimizer=SGD),
-        objective=troll,
-        regularisers=[functools.partial(kl_to_reference, coefficient=0.1)],
+        regularisers=[pull],
         whiten_advantages=True,
         mask_truncated=True,
     )

@@ -38,6 +38,8 @@ SETTINGS = [
     'train.head_chunk = 40',
     'train.max_tokens = 8',
     'train.evaluate_every = 5',
+    "train.rewards = [('task', 1.0, @task_reward), ('length', 1.0, @soft_overlong)]",  # so that there is a gradient
+    'soft_overlong.share = 1.0',
     'train.table_every = 5',
     'train.checkpoint_every = 5',
 ]

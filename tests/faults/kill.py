@@ -37,6 +37,9 @@ def kill_many(folder: Path, times: int, seed: int) -> dict:
     process.wait_for(lambda: bool(rows(alone)))
     until_first_step = time.monotonic() - begin
     process.finish()
+    assert all(row['update/gradient_norm'] > 1e-6 for row in rows(alone)[:10]), (
+        'every step was meant to teach something'
+    )
 
     counts, half_saved, repeated = dict.fromkeys(MOMENTS, 0), 0, 0
     for i in range(times):
