@@ -37,6 +37,8 @@ from troll_jax.sharding import make_mesh
 
 CONFIG_HELP = 'a gin file; more of them may follow, such as those of configs/objectives after a task'
 
+_PEER_TIMEOUT = 30  # seconds without a sign of life after which another process counts as dead
+
 _registered: dict[str, list[str]] = {}  # names of what gin files can name, with those of their parameters
 _command_line: list[str] = []  # the bindings that `parse` was given last
 
@@ -222,12 +224,17 @@ def begin(arguments: argparse.Namespace, level: int = logging.INFO) -> None:
     Raises:
       ValueError: where the other processes are is not known.
     """
-    logging.basicConfig(level=level, format='%(levelname)s %(name)s: %(message)s')
+    # Force: libraries have set up logging of their own when they were imported, and nothing of ours would be seen.
+    logging.basicConfig(level=level, format='%(levelname)s %(name)s: %(message)s', force=True)
+    logging.getLogger('absl').setLevel(logging.WARNING)  # in which Orbax tells of every array
     where = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if not arguments.distributed and where == (None, None, None):
         return
     try:
-        jax.distributed.initialize(*where)
+        # Without these limits a run hangs for minutes when one of its processes has died.
+        jax.distributed.initialize(
+            *where, heartbeat_timeout_seconds=_PEER_TIMEOUT, shutdown_timeout_seconds=_PEER_TIMEOUT
+        )
     except ValueError as error:
         raise ValueError(
             f'cannot join the other processes: {error} Give --coordinator, --num-processes and --process-id.'
