@@ -97,6 +97,14 @@ def settings(methods: list[str], seeds: int) -> Iterator[Setting]:
             yield Setting(method, rate, staleness, seed)
 
 
+def read(method: str) -> None:
+    """Makes gin know a method alone. What gin makes reads its bindings when it is called: they must be there then."""
+    estimator, objective = method.split('/')
+    file, bindings = OBJECTIVES[objective]
+    gin.clear_config()
+    parse([TASK, file, *FILES.get(estimator, ())], [*ESTIMATORS[estimator], *bindings])
+
+
 class Bench:
     """What all runs share: the start model, the data, and the compiled programs."""
 
@@ -120,10 +128,7 @@ class Bench:
 
     def learner(self, method: str) -> Learner:
         """The learner of a method. The learning rate is part of its optimizer's state: one program for all."""
-        estimator, objective = method.split('/')
-        file, bindings = OBJECTIVES[objective]
-        gin.clear_config()
-        parse([TASK, file, *FILES.get(estimator, ())], [*ESTIMATORS[estimator], *bindings])
+        read(method)
         of_adamw = gin.get_bindings('adamw')
         rate = of_adamw.pop('learning_rate')
         experiment = self.experiment
@@ -208,7 +213,9 @@ def run_all(folder: Path, methods: list[str], seeds: int) -> None:
         with jax.set_mesh(experiment.mesh):
             for i, setting in enumerate(todo):
                 start = time.perf_counter()
-                row = bench.run(setting, learner(setting.method))
+                of_method = learner(setting.method)
+                read(setting.method)
+                row = bench.run(setting, of_method)
                 row['seconds'] = round(time.perf_counter() - start, 1)
                 with path.open('a') as file:
                     file.write(json.dumps(row, ensure_ascii=False) + '\n')

@@ -21,7 +21,8 @@ from troll_jax.evaluate import Estimate, estimate
 
 def read_success(file: Path) -> tuple[list[str], np.ndarray]:
     """The reference answers of the problems, and of each the share of correct samples [n]."""
-    rows = [json.loads(line) for line in file.read_text(encoding='utf-8').splitlines()]
+    with file.open(encoding='utf-8') as lines:  # not splitlines, which ends a line at characters that models write
+        rows = [json.loads(line) for line in lines]
     return [row['answer'] for row in rows], np.array([np.mean([r >= 1 for r in row['rewards']]) for row in rows])
 
 

@@ -125,7 +125,10 @@ def evaluation(
 
     validate = make_validation(experiment, tokenizer, sampler_of, split=split, samples_per_prompt=samples_per_prompt)
     with jax.set_mesh(experiment.mesh):
-        if (found.run_dir is None and found.checkpoints is None) or step == 0:
+        is_model = found.run_dir is None and found.checkpoints is None
+        if is_model and step:
+            raise ValueError(f'{source} is a model and has no checkpoint of step {step}; leave --step out')
+        if is_model or step == 0:
             step, (_, params) = 0, load_pretrained(start.model, mesh=experiment.mesh)
         else:
             where = found.checkpoints if found.run_dir is None else checkpoint_folder(found.run_dir)
@@ -151,10 +154,12 @@ def evaluation(
         write(out, f'{step}_{name}_{samples}{special}', summaries[name], result, prompts)
     if len(summaries) > 1:
         mean = estimate(*(success(result) for result, _ in results.values()))
-        summaries['mean'] = {'step': step, 'sets': list(summaries), 'success': mean._asdict()}
+        common = {'split': split, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
+        summaries['mean'] = {'step': step, 'sets': list(summaries), 'success': mean._asdict()} | common
         write(
             out,
-            f'{step}_mean{"" if samples_per_prompt is None else f"_{samples_per_prompt}"}{special}',
+            f'{step}_mean{"" if split == "test" else f"_{split}"}'
+            f'{"" if samples_per_prompt is None else f"_{samples_per_prompt}"}{special}',
             summaries['mean'],
         )
     return summaries
@@ -170,7 +175,7 @@ def write(
     (folder / f'evaluation_{name}.json').write_text(json.dumps(summary, indent=2) + '\n')
     if result is None:
         return
-    with (folder / f'responses_{name}.jsonl').open('w') as file:
+    with (folder / f'responses_{name}.jsonl').open('w', encoding='utf-8') as file:
         for text, answer, responses, rewards in zip(
             prompts.texts, prompts.answers, result.responses, result.rewards.tolist(), strict=True
         ):

@@ -169,6 +169,11 @@ def train(
         at_least_zero={'evaluate_every': evaluate_every, 'table_every': table_every}
         | {'save_rollout_every': save_rollout_every, 'max_skipped': max_skipped},
     )
+    if max_draws > 1 and samples_per_prompt < 2:
+        raise ValueError(
+            f'max_draws = {max_draws} replaces groups whose rewards are all equal, and with samples_per_prompt = 1 all '
+            'are; raise samples_per_prompt, or set max_draws = 1'
+        )
     if max_skipped == 1:
         raise ValueError('max_skipped must be at least 2, or 0 to go on whatever happens; got 1')
     if keep_best and not evaluate_every:

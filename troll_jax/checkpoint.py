@@ -95,6 +95,8 @@ class Checkpoints:
         """Raises the OSError of a save in the background that has failed, if one has. Costs nothing."""
         with self._explained():
             self._manager.check_for_errors()
+            if not self._manager.is_saving_in_progress():
+                self._manager.wait_until_finished()  # at once, and raises what ended a save before its last part
 
     def wait(self) -> None:
         """Returns when all is on disk. Raises an OSError if something could not be written."""
