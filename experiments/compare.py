@@ -176,7 +176,7 @@ class Bench:
         )
         mean = lambda name: float(np.mean([row[f'update/{name}'] for row in rows]))
         last = rows[-1].get('critic/explained_variance')
-        critic = {} if last is None else {'explained_variance': float(last)}
+        critic = {} if last is None or not np.isfinite(last) else {'explained_variance': float(last)}
         held = 'projected_share' if 'update/projected_share' in rows[0] else 'clipped_share'
         return (
             setting._asdict()
