@@ -17,6 +17,7 @@ import experiments.config
 import experiments.train
 from experiments.config import Experiment, parse
 from troll_jax.data.prompts import PromptSet
+from troll_jax.data.tokenizer import character_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
 TABLE = (CONFIGS / 'README.md').read_text().split('<!-- tests/test_paper_configs.py reads this table -->')[1]
@@ -156,7 +157,7 @@ def test_it_trains_up_to_the_weights(files, tmp_path, monkeypatch):
     prompts = PromptSet(tokens, np.ones(n, np.int32), answers=[''] * n, texts=[''] * n)
     monkeypatch.setattr(type(experiment.task), 'load', lambda self, split: split)
     monkeypatch.setattr(experiments.config, 'encode_prompts', lambda *_, **__: prompts)
-    monkeypatch.setattr(experiments.config, 'load_tokenizer', lambda *_, **__: range(1))
+    monkeypatch.setattr(experiments.config, 'load_tokenizer', lambda *_, **__: character_tokenizer('a'))
     monkeypatch.setattr(experiments.config, 'stop_token_ids', lambda *_: (0,))
     monkeypatch.setattr(experiments.train, 'restore_or_start', stop)
     with pytest.raises(ReachedWeights):
