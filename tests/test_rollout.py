@@ -19,7 +19,7 @@ from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_pretrained
 from troll_jax.ops.losses import ppo_clip
 from troll_jax.ops.support import default_tail
-from troll_jax.packing import batch_shape, make_batch
+from troll_jax.packing import batch_shape, make_batch, make_layout
 from troll_jax.rollout import _uniform, make_sampler
 from troll_jax.sharding import make_mesh, named_sharding
 from troll_jax.slots import enqueue, idle_state
@@ -146,7 +146,8 @@ def test_update_finds_the_policy_unchanged():
     params = jax.tree.map(jnp.copy, policy_params())
     count = len(result.tokens)
     weights = np.full(count, 1 / result.response_lengths.sum(), np.float32)
-    batch = make_batch(result, np.ones(count, np.float32), weights, batch_shape(count, PROMPT + RESPONSE))
+    layout = make_layout(result, batch_shape(count, PROMPT + RESPONSE))
+    batch = make_batch(result, np.ones(count, np.float32), weights, layout)
     start = jax.tree.map(jnp.asarray, START)
     metrics = update(TrainState(start, params, optax.sgd(0.0).init(params)), batch)[1].metrics
     assert metrics['kl_max'] < 1e-4 and abs(metrics['ratio_max'] - 1) < 1e-4

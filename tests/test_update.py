@@ -19,7 +19,7 @@ from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import ppo_clip, sequence_region, troll
 from troll_jax.ops.schedules import adaptive_bound
 from troll_jax.ops.support import bucket_tail, default_tail, sparsify
-from troll_jax.packing import BatchShape, abstract_batch, batch_shape, make_batch
+from troll_jax.packing import BatchShape, abstract_batch, batch_shape, make_batch, make_layout
 from troll_jax.sharding import make_mesh, place
 from troll_jax.types import START, Batch, Rollout, TrainState
 from troll_jax.update import _summarise, make_recompute, make_update
@@ -106,7 +106,7 @@ PADDED = batch_shape(ROWS, PROMPT + RESPONSE)  # a row for each response
 def batch(shape: BatchShape = PADDED, aggregation=token_mean, advantages=ADVANTAGES, data=None) -> Batch:
     data = rollout() if data is None else data
     weights = np.asarray(aggregation(data.response_lengths, max_length=RESPONSE))
-    return make_batch(data, advantages, weights, shape)
+    return make_batch(data, advantages, weights, make_layout(data, shape))
 
 
 @functools.cache

@@ -18,10 +18,10 @@ from troll_jax.ops.advantages import needs_greedy_reward, needs_values, whiten
 from troll_jax.ops.regularisers import Regulariser, needs_reference, regularised
 from troll_jax.ops.values import explained_variance
 from troll_jax.optimizer import state_shapes
-from troll_jax.packing import BatchShape, abstract_batch, make_batch, padding_share, response_layout
+from troll_jax.packing import BatchShape, Layout, abstract_batch, make_batch, make_layout, padding_share
 from troll_jax.saved_batches import save_batches
 from troll_jax.sharding import fetch, place
-from troll_jax.types import START, Reference, Rollout, TrainState
+from troll_jax.types import START, Batch, Reference, Rollout, TrainState
 from troll_jax.update import Objective, TailRule, UpdateLog, make_recompute, make_reference, make_update
 
 Aggregation = Callable[..., jax.Array]
@@ -116,10 +116,11 @@ def make_learner(
     def is_learnt(part: Rollout) -> np.ndarray:
         return part.stopped | (not mask_truncated)
 
-    def pack(part: Rollout):
+    def pack(part: Rollout, layout: Layout) -> Batch:
+        """Without advantages, which are not known yet."""
         learnt = is_learnt(part)
         weights = np.asarray(aggregation(np.where(learnt, part.response_lengths, 0), max_length=max_response_length))
-        return make_batch(part, np.zeros(len(learnt), np.float32), np.where(learnt, weights, 0), shape)
+        return make_batch(part, np.zeros(len(learnt), np.float32), np.where(learnt, weights, 0), layout)
 
     def learn(
         state: TrainState, experience: Experience, save_to: Path | None = None
@@ -127,8 +128,8 @@ def make_learner(
         rollout, lengths = experience.rollout, experience.rollout.response_lengths
         slices = [slice(i, i + minibatch) for i in range(0, len(lengths), minibatch)]
         parts = [jax.tree.map(lambda x, at=at: x[at], rollout) for at in slices]
-        layouts = [response_layout(part, shape) for part in parts]
-        batches = [pack(part) for part in parts]
+        layouts = [make_layout(part, shape) for part in parts]
+        batches = [pack(part, layout) for part, layout in zip(parts, layouts, strict=True)]
         metrics = {'update/padding_share': np.mean([padding_share(batch) for batch in batches])}
         to_responses = lambda arrays: np.concatenate(
             [layout.gather(x) for layout, x in zip(layouts, fetch(arrays), strict=True)]
