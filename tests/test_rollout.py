@@ -14,6 +14,7 @@ import optax
 import pytest
 import torch
 from test_decoder import FAMILIES, tiny_hf_config, tiny_torch_model
+from tiny import decoder_config
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_pretrained
@@ -27,19 +28,7 @@ from troll_jax.types import START, Prompts, TrainState
 from troll_jax.update import make_update
 
 VOCAB, PROMPT, RESPONSE, GROUP, KEPT, MASS = 38, 5, 7, 3, 11, 1 - 1e-5
-CONFIG = decoders.DecoderConfig(
-    vocab_size=VOCAB,
-    width=12,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=6,
-    mlp_width=22,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tied_embeddings=False,
-    compute_dtype='float32',
-)
+CONFIG = decoder_config(VOCAB)
 NEVER = VOCAB + 1  # a token that no model says
 NO_LIMITS = np.full(8 * GROUP, RESPONSE)
 
