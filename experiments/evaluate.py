@@ -30,7 +30,7 @@ from experiments.config import Experiment, begin, checkpoint_folder, command_lin
 from experiments.validation import make_validation
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet
-from troll_jax.evaluate import Evaluation, estimate, pass_at_k, success
+from troll_jax.evaluate import Evaluation, estimate, is_correct, pass_at_k, success
 from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_pretrained
 from troll_jax.rollout import make_sampler
@@ -186,14 +186,16 @@ def write(
 def summarise(result: Evaluation) -> dict:
     """Estimates with 95 % confidence intervals over problems."""
     problems, samples = result.rewards.shape
-    correct = (result.rewards >= 1).sum(axis=1)
+    correct = is_correct(result.rewards).sum(axis=1)
+    of_problems = estimate(success(result))._asdict()
     ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     return {
         'problems': problems,
         'samples_per_prompt': samples,
-        'success': estimate(success(result))._asdict(),
-        f'mean@{samples}': estimate(result.rewards.mean(axis=1))._asdict(),
+        'success': of_problems,
+        f'mean@{samples}': of_problems,  # the field's name for it
         **{f'pass@{k}': estimate(np.array([pass_at_k(samples, c, k) for c in correct]))._asdict() for k in ks},
+        'reward': estimate(result.rewards.mean(axis=1))._asdict(),
         'response_length': float(result.lengths.mean()),
         'truncated_share': float(1 - result.stopped.mean()),
     }

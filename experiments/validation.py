@@ -56,7 +56,7 @@ def make_validation(
                 grader.start()
                 sampler, mesh = sampler_of(samples), experiment.mesh
                 results[name] = evaluate(sampler, params, prompts, grader, tokenizer, key, mesh=mesh), prompts
-            logger.info('%s: %.4f', name, results[name][0].rewards.mean())
+            logger.info('%s: %.4f', name, success(results[name][0]).mean())
         return results
 
     return validate

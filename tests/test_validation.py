@@ -242,15 +242,31 @@ def test_folders_are_compared_set_by_set(tmp_path):
         write_responses(folder, 'responses_9_other_2.jsonl', other)
     write_responses(a, 'responses_10_one_set_1.jsonl', B)
     write_responses(b, 'responses_9_one_set_4.jsonl', [[1] * 4] * 8)
-    assert find_responses(a)['one_set_1'].name == 'responses_10_one_set_1.jsonl'
+    assert [file.name for file in find_responses(a).values()] == ['responses_10_one_set_1.jsonl'], (
+        'one step, the latest'
+    )
     assert compare(a, b)['one_set_1']['difference'] == (0, 0, 0)
     rows = compare(a, b, step_a=9)
+    assert compare(a, b, step_a=9, sets=['other_2']) == {'other_2': rows['other_2']}
     assert list(rows) == ['one_set_1', 'other_2', 'mean']
     assert (rows['other_2']['a_better'], rows['other_2']['b_better']) == (1, 1)
     assert rows['other_2']['difference'].mean == 0.0
     assert rows['mean']['difference'].mean == pytest.approx((0.25 + 0) / 2)
-    with pytest.raises(ValueError, match='no responses of step 3'):
+    with pytest.raises(ValueError, match=r'no responses of step 3 in .*, which has steps \[9, 10\]'):
         compare(a, b, step_a=3)
+    with pytest.raises(ValueError, match=r"not all of \['third_1'\] in common: .* has \['one_set_1'"):
+        compare(a, b, step_a=9, sets=['third_1'])
+
+
+@pytest.mark.parametrize('other', ['one_set_4', 'one_set_1_seed_5', 'two_1_temperature_0.5_top_k_7', 'train_1'])
+def test_evaluations_that_were_not_made_alike_have_no_mean(tmp_path, other):
+    """Guards a mean in which one set counts twice, or greedy responses are mixed with those of some temperature."""
+    for folder in (a := tmp_path / 'a', b := tmp_path / 'b'):
+        for name in ('one_set_1', other):
+            write_responses(folder, f'responses_9_{name}.jsonl', A)
+    with pytest.raises(ValueError, match=rf"not made alike .*'{other}'.*Choose with --sets"):
+        compare(a, b)
+    assert list(compare(a, b, sets=[other])) == [other]
 
 
 def test_other_problems_are_an_error(tmp_path):

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +34,8 @@ DTYPES = {
     'float16': np.dtype(np.float16),
 }
 STORED_DTYPES = ('F32', 'BF16', 'F16')  # the same, as safetensors names them
+# What old exports of Llama store and config.json determines. A model computes it, and so does transformers.
+DERIVED = re.compile(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq')
 
 
 def load_config(model: str | Path) -> PretrainedConfig:
@@ -233,7 +236,7 @@ def _check_stored(
         shape = list(shapes[tensor.path].shape)
         shape = shape[1:] if '{layer}' in tensor.name else shape
         expected |= dict.fromkeys(_names(tensor, config.layers), shape[::-1] if tensor.transposed else shape)
-    found = dict(stored)
+    found = {name: tensor for name, tensor in stored.items() if not DERIVED.fullmatch(name)}
     problems = []
     # A tied head may be stored all the same (Qwen3-0.6B does it). It is of no use, unless it is another one.
     if config.tied_embeddings and 'lm_head.weight' in found:

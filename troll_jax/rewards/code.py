@@ -263,7 +263,7 @@ def _lines(value: object) -> str:
 
 def _arguments(value: object) -> list:
     if isinstance(value, str):
-        return [_value(line) for line in value.split('\n')] if value else []
+        return [_value(line) for line in value.removesuffix('\n').split('\n')] if value else []
     return value if isinstance(value, list) else [value]
 
 

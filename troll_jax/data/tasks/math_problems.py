@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 INSTRUCTION = 'Reason step by step, and write the final answer in \\boxed{}.'
 
 BENCHMARKS = {
-    'MATH500': r'^math.?500',
+    'MATH500': r'(^|/)math.?500',  # not another set's Minerva_MATH500
     'AMC': r'amc',
     'AIME24': r'aime.*24',
     'AIME25': r'aime.*25',
