@@ -26,7 +26,16 @@ import numpy as np
 from etils import epath
 
 import experiments.train  # noqa: F401  registers what a run's config.gin binds
-from experiments.config import Experiment, begin, checkpoint_folder, command_line, files_and_bindings, parse, register
+from experiments.config import (
+    Experiment,
+    begin,
+    check_bindings_used,
+    checkpoint_folder,
+    command_line,
+    files_and_bindings,
+    parse,
+    register,
+)
 from experiments.validation import make_validation
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet
@@ -38,6 +47,8 @@ from troll_jax.rollout import make_sampler
 logger = logging.getLogger(__name__)
 
 SLOTS = 32  # on each device, for a model that no configuration of a training comes with
+# What is read of a training besides: how it decodes, and where it keeps its checkpoints.
+OF_TRAINING = ('slots', 'prompts_per_step', 'samples_per_prompt', 'gather_weights', 'checkpoint_dir')
 
 
 class Source(NamedTuple):
@@ -92,7 +103,7 @@ def evaluation(
       The estimates by the name of the set; of several sets, their mean as 'mean'.
 
     Raises:
-      ValueError: no such checkpoint.
+      ValueError: no such checkpoint, or a binding of the command line that nothing here reads.
     """
     found = find_source(source)
     step = found.step if step is None else step
@@ -102,7 +113,7 @@ def evaluation(
         experiment = dataclasses.replace(start, model=str(found.run_dir / 'model'), chat_template_from=None)
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
-    training = gin.get_bindings('train')
+    training = {name: value for name, value in gin.get_bindings('train').items() if name in OF_TRAINING}
     if slots is None:
         of_a_step = training.get('prompts_per_step', 0) * training.get('samples_per_prompt', 0)
         slots = training.get('slots') or of_a_step or SLOTS * experiment.mesh.size
@@ -124,6 +135,7 @@ def evaluation(
         )
 
     validate = make_validation(experiment, tokenizer, sampler_of, split=split, samples_per_prompt=samples_per_prompt)
+    check_bindings_used(also=[f'train.{name}' for name in OF_TRAINING])
     with jax.set_mesh(experiment.mesh):
         is_model = found.run_dir is None and found.checkpoints is None
         if is_model and step:

@@ -15,7 +15,6 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -23,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import AutoConfig, PretrainedConfig
 
+from troll_jax.hub import model_of_folder_or_hub
 from troll_jax.models.decoder import DecoderConfig, abstract
 from troll_jax.models.families import Constant, Tensor, decoder_config, family, tensors
 
@@ -142,10 +142,8 @@ def _local_folder(model: str | Path, patterns: list[str]) -> Path:
     """The folder itself, or what the hub has of these files (never a pickle, never code)."""
     if Path(model).is_dir():
         return Path(model)
-    try:
+    with model_of_folder_or_hub(str(model)):
         return Path(snapshot_download(str(model), allow_patterns=patterns))
-    except (hub_errors.HFValidationError, hub_errors.HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(f'{str(model)!r} is not a folder, and not on the hub either: {error}') from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
