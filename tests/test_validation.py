@@ -11,15 +11,18 @@ import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 import experiments.evaluate
+from experiments import run_folder
 from experiments.compare_evaluations import compare, find_responses
 from experiments.config import Experiment, parse, register
 from experiments.export import export
 from experiments.train import train
+from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.tasks.arithmetic import CHARACTERS
 from troll_jax.data.tasks.math_problems import MathProblems
 from troll_jax.data.tokenizer import character_tokenizer
 from troll_jax.evaluate import estimate
 from troll_jax.metrics import read_metrics
+from troll_jax.rewards.worker import CannotGrade
 
 REPOSITORY = Path(__file__).parent.parent
 FILES = [str(REPOSITORY / 'configs/quickstart.gin'), str(REPOSITORY / 'configs/objectives/troll.gin')]
@@ -74,12 +77,16 @@ def bindings(tmp_path_factory) -> list[str]:
         "Experiment.validation = [('modulo', @Arithmetic(), 1), ('sums', @OddLength(), 3)]",
         'Experiment.max_prompt_length = 4',
         'Experiment.max_response_length = 5',
-        'train.steps = 1',
-        'train.prompts_per_step = 16',
-        'train.samples_per_prompt = 4',
-        'train.evaluate_every = 1',
-        'adamw.learning_rate = 1e-2',
     ]
+
+
+TRAINING = [
+    'train.steps = 1',
+    'train.prompts_per_step = 16',
+    'train.samples_per_prompt = 4',
+    'train.evaluate_every = 1',
+    'adamw.learning_rate = 1e-2',
+]
 
 
 @pytest.fixture(scope='module')
@@ -88,7 +95,7 @@ def run_dir(model, bindings, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('run')
     gin.clear_config()
     start = shutil.copytree(model, folder / 'start')
-    parse(FILES, [*bindings, f"Experiment.model = '{start}'", f"train.run_dir = '{folder / 'run'}'"])
+    parse(FILES, [*bindings, *TRAINING, f"Experiment.model = '{start}'", f"train.run_dir = '{folder / 'run'}'"])
     train()
     shutil.rmtree(start)
     return folder / 'run'
@@ -146,6 +153,7 @@ def test_a_checkpoint_a_bucket_and_an_export_are_the_run(run_dir, model, binding
 
     def found(source, *arguments, step=1) -> list[dict]:
         to = ['evaluation.seed = 5', f"evaluation.folder = '{tmp_path}/results'"]
+        arguments = [argument for argument in arguments if not argument.startswith('Arithmetic.')]
         evaluate(monkeypatch, source, *arguments, one_set, *to)
         return read(tmp_path / 'results', f'responses_{step}_sums_3_seed_5.jsonl')
 
@@ -159,6 +167,30 @@ def test_a_checkpoint_a_bucket_and_an_export_are_the_run(run_dir, model, binding
     assert found(tmp_path / 'exported', *FILES, *bindings, step=0) == expected
     # It is not the model that the run started from.
     assert found(model, *FILES, *bindings, step=0) != expected
+
+
+@pytest.mark.parametrize('binding', ['train.steps = 5', 'GSM8K.deadline = 2.0', 'troll.bound = 0.1'])
+def test_a_binding_that_nothing_reads_is_an_error(run_dir, monkeypatch, binding):
+    """Guards an evaluation of something else than was meant; what the run has bound for its training is no matter, and
+    how it decodes is read."""
+    monkeypatch.setattr(experiments.evaluate, 'make_sampler', None)
+    monkeypatch.setattr(Checkpoints, 'restore_params', None)
+    with pytest.raises(ValueError, match=f'reads {binding.split()[0]!r}: it would change nothing'):
+        evaluate(monkeypatch, run_dir, 'train.slots = 8', binding)
+
+
+def test_programs_need_a_sandbox_before_a_model_is_loaded(model, tmp_path, monkeypatch):
+    """Guards minutes of loading before that error, and a sandbox that is asked for where no program will run."""
+    monkeypatch.setenv('PATH', str(tmp_path))
+    for module, name in ((experiments.evaluate, 'load_pretrained'), (run_folder, 'load_pretrained')):
+        monkeypatch.setattr(module, name, None)
+    code = ['Experiment.task = @EurusCode()', f"EurusCode.source = '{tmp_path}'", f"Experiment.model = '{model}'"]
+    parse(FILES, [*code, f"train.run_dir = '{tmp_path / 'run'}'"])
+    assert Experiment().decoder_config().layers == 1  # all that planning asks for
+    with pytest.raises(CannotGrade, match='apt install bubblewrap'):
+        train()
+    with pytest.raises(CannotGrade, match='apt install bubblewrap'):
+        evaluate(monkeypatch, model, *FILES, *code[:2])
 
 
 def test_a_checkpoint_that_is_not_there_is_an_error(run_dir, monkeypatch):
