@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ from experiments.validation import make_validation
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet
 from troll_jax.evaluate import Evaluation, estimate, is_correct, pass_at_k, success
+from troll_jax.hub import is_path, what_is_there
 from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_pretrained
 from troll_jax.rollout import make_sampler
@@ -71,6 +73,24 @@ def find_source(source: str) -> Source:
     name = re.sub(r'[^\w.-]+', '_', '_'.join(path.parts[-2:])).strip('_')
     run_dir = Path(path) if is_run else None
     return Source(run_dir, str(path) if has_checkpoints else None, step, name)
+
+
+def check_source(source: str, found: Source, settings: Sequence[str]) -> None:
+    """Raises a ValueError for what is neither a run nor a model, and for a model without a word of what to ask it."""
+    path = epath.Path(source)
+    if found.checkpoints is None and '://' not in source:
+        is_model = (path / 'config.json').exists()
+        if not is_model and (path.exists() or is_path(source) or source.count('/') > 1):
+            raise ValueError(
+                f'{source!r} is neither a run (with config.gin), nor checkpoints, nor a model (with config.json): '
+                f'{what_is_there(source)}'
+            )
+    if not settings:
+        where = '' if path.exists() else f' {source!r} is no folder here, so it would be the id of a model on the hub.'
+        raise ValueError(
+            'a model, or checkpoints without config.gin, need gin files that say on what to evaluate, such as '
+            f'configs/data/gsm8k.gin; got none.{where}'
+        )
 
 
 @register
@@ -149,21 +169,23 @@ def evaluation(
                     raise ValueError(f'no whole checkpoint in {checkpoints.path}; train first, or evaluate --step 0')
                 step = checkpoints.steps[-1] if step is None else step
                 params = checkpoints.restore_params(decoders.abstract(config, experiment.mesh)[1], step)
-        results = validate(params, jax.random.key(seed))
 
-    out = Path(folder) if folder else found.run_dir or Path(f'runs/evaluation_{found.name}')
-    # What is not as by default is part of a file's name, so that one evaluation does not overwrite another.
-    options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
-    usual = {'temperature': None, 'top_k': None, 'top_p': None, 'seed': 0}
-    special = ''.join(f'_{option}_{value}' for option, value in options.items() if value != usual[option])
-    summaries = {}
-    for name, (result, prompts) in results.items():
-        samples = result.rewards.shape[1]
-        if split == 'train':
-            name = 'train' if name == 'test' else f'{name}_train'
-        options |= {'temperature': temperature_of(samples)}
-        summaries[name] = {'step': step, 'set': name, 'split': split} | options | summarise(result)
-        write(out, f'{step}_{name}_{samples}{special}', summaries[name], result, prompts)
+        out = Path(folder) if folder else found.run_dir or Path(f'runs/evaluation_{found.name}')
+        # What is not as by default is part of a file's name, so that one evaluation does not overwrite another.
+        options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
+        usual = {'temperature': None, 'top_k': None, 'top_p': None, 'seed': 0}
+        special = ''.join(f'_{option}_{value}' for option, value in options.items() if value != usual[option])
+        summaries = {}
+
+        def done(name: str, result: Evaluation, prompts: PromptSet) -> None:  # a set at a time: many take hours
+            samples = result.rewards.shape[1]
+            if split == 'train':
+                name = 'train' if name == 'test' else f'{name}_train'
+            settings = options | {'temperature': temperature_of(samples)}
+            summaries[name] = {'step': step, 'set': name, 'split': split} | settings | summarise(result)
+            write(out, f'{step}_{name}_{samples}{special}', summaries[name], result, prompts)
+
+        results = validate(params, jax.random.key(seed), done=done)
     if len(summaries) > 1:
         mean = estimate(*(success(result) for result, _ in results.values()))
         common = {'split': split, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
@@ -218,19 +240,41 @@ def main() -> None:
     parser.add_argument('--step', type=int, help='of the checkpoint; the latest by default')
     arguments = parser.parse_intermixed_args()
     begin(arguments, level=logging.WARNING)
+    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns that checkpoints that are only read are only read
+    logging.getLogger('experiments').setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
     (source, *files), bindings = files_and_bindings(arguments)
     found = find_source(source)
     if found.run_dir is not None:
         files = [found.run_dir / 'config.gin', *files]
-    elif found.checkpoints is None:
-        bindings = [*bindings, f'Experiment.model = {source!r}']
+    else:
+        check_source(source, found, files + bindings)
+        bindings += [f'Experiment.model = {source!r}'] if found.checkpoints is None else []
     parse(files, bindings)
     summaries = evaluation(source, **({} if arguments.step is None else {'step': arguments.step}))
-    for name, summary in summaries.items() if jax.process_index() == 0 else ():
-        print(f'{"" if len(summaries) == 1 else name}')
-        for key, value in summary.items():
-            shown = '{mean:.4f}  [{low:.4f}, {high:.4f}]'.format(**value) if isinstance(value, dict) else value
-            print(f'{key:20}', shown)
+    if jax.process_index() == 0:
+        show(summaries)
+
+
+def show(summaries: dict[str, dict]) -> None:
+    """Prints a table: of several sets a row for each, of one all that is known of it."""
+    interval = '{mean:.4f} [{low:.4f}, {high:.4f}]'
+    if len(summaries) == 1:
+        for key, value in next(iter(summaries.values())).items():
+            print(f'{key:20}', interval.format(**value) if isinstance(value, dict) else value)
+        return
+    width = max(map(len, summaries))
+    print(f'{"set":{width}} | step | problems | samples | success, 95 % interval   | pass@k     | length | truncated')
+    for name, row in summaries.items():
+        head = f'{name:{width}} | {row["step"]:4} |'
+        success = interval.format(**row['success'])
+        if name == 'mean':
+            print(f'{head} {"":8} | {"":7} | {success} |')
+            continue
+        k, best = [(key[4:], value['mean']) for key, value in row.items() if key.startswith('pass@')][-1]
+        print(
+            f'{head} {row["problems"]:8} | {row["samples_per_prompt"]:7} | {success} | {k:3} {best:.4f} | '
+            f'{row["response_length"]:6.1f} | {row["truncated_share"]:9.3f}'
+        )
 
 
 if __name__ == '__main__':

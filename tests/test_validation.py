@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 import experiments.evaluate
-from experiments import run_folder
-from experiments.compare_evaluations import compare, find_responses
+from experiments import run_folder, validation
+from experiments.compare_evaluations import compare, find_responses, read_success
 from experiments.config import Experiment, parse, register
 from experiments.export import export
 from experiments.train import train
@@ -20,7 +20,7 @@ from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.tasks.arithmetic import CHARACTERS
 from troll_jax.data.tasks.math_problems import MathProblems
 from troll_jax.data.tokenizer import character_tokenizer
-from troll_jax.evaluate import estimate
+from troll_jax.evaluate import Evaluation, estimate
 from troll_jax.metrics import read_metrics
 from troll_jax.rewards.worker import CannotGrade
 
@@ -177,6 +177,58 @@ def test_a_binding_that_nothing_reads_is_an_error(run_dir, monkeypatch, binding)
     monkeypatch.setattr(Checkpoints, 'restore_params', None)
     with pytest.raises(ValueError, match=f'reads {binding.split()[0]!r}: it would change nothing'):
         evaluate(monkeypatch, run_dir, 'train.slots = 8', binding)
+
+
+@pytest.mark.parametrize(
+    ('source', 'settings', 'message'),
+    [
+        ('runs/typo', [], 'no folder here, so it would be the id of a model'),
+        ('./typo', FILES, r"'./typo' is neither a run \(with config.gin\).*has \['results'\]"),
+        ('some/run/typo', FILES, 'neither a run'),
+        ('results', FILES, r"'results' is neither a run.*results' has \['notes'\]"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said(source, settings, message, tmp_path, monkeypatch):
+    """Guards a mistyped folder that is taken for a model's id, and then for an incomplete configuration."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'results').mkdir()
+    (tmp_path / 'results/notes').touch()
+    with pytest.raises(ValueError, match=message):
+        evaluate(monkeypatch, source, *settings)
+
+
+def test_a_set_is_written_when_it_is_done(run_dir, monkeypatch, tmp_path):
+    """Guards hours of work on the first sets that are lost with what goes wrong in a later one."""
+
+    def one_set(sampler, params, prompts, grader, *_, **__):
+        if len(prompts) == PROBLEMS:
+            raise RuntimeError('the service is down')
+        ones = np.ones((len(prompts), 1), np.float32)
+        return Evaluation(ones, ones, ones, [['#']] * len(prompts))
+
+    monkeypatch.setattr(validation, 'evaluate', one_set)
+    with pytest.raises(RuntimeError, match='the service is down'):
+        evaluate(monkeypatch, run_dir, f"evaluation.folder = '{tmp_path}'")
+    assert read(tmp_path, 'evaluation_1_modulo_1.json')['success']['mean'] == 1
+
+
+def test_the_log_and_the_files_count_the_same_as_success(run_dir, monkeypatch, tmp_path, capsys):
+    """Guards rewards that are shares, of which a mean in the log was called success and files said otherwise."""
+
+    def one_set(sampler, params, prompts, grader, *_, **__):
+        rewards = np.tile(np.float32([1.0, 0.5]), len(prompts))[: len(prompts), None]
+        return Evaluation(rewards, rewards, rewards, [['#']] * len(prompts))
+
+    monkeypatch.setattr(validation, 'evaluate', one_set)
+    evaluate(monkeypatch, run_dir, f"evaluation.folder = '{tmp_path}'")
+    summary = read(tmp_path, 'evaluation_1_sums_1.json')
+    correct = (PROBLEMS + 1) // 2 / PROBLEMS
+    assert (
+        summary['success']['mean'] == summary['mean@1']['mean'] == summary['pass@1']['mean'] == pytest.approx(correct)
+    )
+    assert summary['reward']['mean'] == pytest.approx(correct + (1 - correct) / 2)
+    assert f'sums: {correct:.4f}' in capsys.readouterr().err
+    assert read_success(tmp_path / 'responses_1_sums_1.jsonl')[1].mean() == pytest.approx(correct)
 
 
 def test_programs_need_a_sandbox_before_a_model_is_loaded(model, tmp_path, monkeypatch):
