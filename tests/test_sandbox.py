@@ -311,6 +311,13 @@ class Service(BaseHTTPRequestHandler):
         if answer == 'hang':
             time.sleep(1.5)
             return
+        if answer == 'trickle':
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(30):
+                self.wfile.write(b' ')
+                time.sleep(0.05)
+            return
         content = answer if isinstance(answer, bytes) else json.dumps(self.run(body)).encode()
         self.send_response(answer if isinstance(answer, int) else 200)
         self.end_headers()
@@ -389,11 +396,12 @@ def test_a_service_that_stumbles_is_asked_again(service):
         (b'{"status": "SandboxError", "message": "disk full"}', 'disk full.* It does not run print'),
         (b'{"status": "Failed", "run_result": {"status": "Error", "stderr": "no python"}}', 'no python.* It does not'),
         ('hang', 'did not answer 2 times, the last time with TimeoutError'),
+        ('trickle', 'did not answer 2 times, the last time with TimeoutError: the reply did not end within'),
     ],
 )
 def test_a_service_that_is_out_of_order_is_an_error(service, monkeypatch, usual, message):
     """Guards against zeros for rewards while nothing is graded: whatever a service says, if it says it always."""
-    if usual == 'hang':
+    if usual in ('hang', 'trickle'):
         monkeypatch.setattr(sandbox, '_SERVICE_GRACE', 0.3)
     service.usual = usual
     with pytest.raises(CannotGrade) as error:

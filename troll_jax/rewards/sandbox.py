@@ -263,9 +263,15 @@ class SandboxFusion:
         message = urllib.request.Request(
             f'{self.url.rstrip("/")}/run_code', json.dumps(request).encode(), {'Content-Type': 'application/json'}
         )
-        # The timeout is of single reads; a service that sends byte after byte is for the pool's deadline to end.
-        with urllib.request.urlopen(message, timeout=self.case_seconds + _SERVICE_GRACE) as reply:
-            return reply.read(_LARGEST_REPLY)
+        limit = self.case_seconds + _SERVICE_GRACE
+        end = time.monotonic() + limit
+        content = bytearray()
+        with urllib.request.urlopen(message, timeout=limit) as reply:
+            while len(content) < _LARGEST_REPLY and (chunk := reply.read1(2**20)):
+                content += chunk
+                if time.monotonic() > end:  # the timeout above is of single reads
+                    raise TimeoutError(f'the reply did not end within {limit} s')
+        return bytes(content[:_LARGEST_REPLY])
 
 
 def _pause(attempt: int) -> float:
