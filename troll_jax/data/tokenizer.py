@@ -10,6 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from troll_jax.hub import model_of_folder_or_hub
+
 PAD, EOS = '<pad>', '<eos>'  # of the character tokenizer
 
 
@@ -23,11 +25,14 @@ def load_tokenizer(model: str, *, chat_template_from: str | None = None) -> PreT
             base model's own in its configuration files.
 
     Raises:
+        FileNotFoundError: no such model.
         ValueError: no chat template, no end-of-sequence token, or the borrowed one is not in the vocabulary.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    with model_of_folder_or_hub(model):
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     if chat_template_from is not None:
-        donor = AutoTokenizer.from_pretrained(chat_template_from, trust_remote_code=False)
+        with model_of_folder_or_hub(chat_template_from):
+            donor = AutoTokenizer.from_pretrained(chat_template_from, trust_remote_code=False)
         if donor.chat_template is None:
             raise ValueError(
                 f'{chat_template_from!r} has no chat template to lend; set chat_template_from to one that has.'

@@ -6,12 +6,15 @@ import glob
 import os
 from typing import TYPE_CHECKING, Protocol
 
+from troll_jax.hub import is_path, what_is_there
+
 if TYPE_CHECKING:
     # `datasets` takes seconds to import, and grading workers import this module without ever loading data.
     from datasets import Dataset
 
 SPLITS = ('train', 'test')
 _BUILDERS = {'.parquet': 'parquet', '.jsonl': 'json'}
+_OTHER_FILES = ('.json', '.csv', '.tsv', '.txt', '.arrow', '.gz', '.zst')  # no hub ids end so
 
 
 class Task(Protocol):
@@ -59,10 +62,11 @@ def load_rows(source: str, split: str, *, config: str | None = None, test_split:
         if files:
             builder = _BUILDERS[os.path.splitext(files[0])[1]]
             return datasets.load_dataset(builder, data_files={name: files}, split=name)
-        owner_and_name, folder = source.split('/')[:2], source.split('/')[2:]
-        return datasets.load_dataset('/'.join(owner_and_name), config, data_dir='/'.join(folder) or None, split=name)
+        owner_and_name, folder = '/'.join(source.split('/')[:2]), source.split('/')[2:]
+        return datasets.load_dataset(owner_and_name, config, data_dir='/'.join(folder) or None, split=name)
     except Exception as error:  # of many kinds: no network, no such id, damaged, no rows
         where = f'the files {files}' if files else f'{source!r}, which is no folder here (looked in {os.getcwd()}),'
+        where += '' if files else _files_on_hub(owner_and_name)
         raise ValueError(
             f'Split {name!r} of {where} cannot be read or is empty ({type(error).__name__}: {error}). Expected a '
             f'folder with {name}*.parquet or {name}*.jsonl files, a path with {{split}} in it, or an id on the '
@@ -103,6 +107,17 @@ def as_messages(question: str, instruction: str | None, system_prompt: str | Non
     return [*system, {'role': 'user', 'content': content}]
 
 
+def _files_on_hub(dataset: str) -> str:
+    """For an error: the files of a data set on the hub, whose layout may be another one than was taken for granted."""
+    import huggingface_hub
+
+    try:
+        files = huggingface_hub.HfApi().list_repo_files(dataset, repo_type='dataset')
+    except Exception:  # of many kinds: no network, no such id; then there is nothing to add
+        return ''
+    return f' and has the files {sorted(files)[:50]} on the hub,'
+
+
 def _local_files(source: str, split: str) -> list[str]:
     """The split's files or URLs; an empty list if `source` does not look like a path, and so is an id on the hub."""
     suffixes = ' or '.join(_BUILDERS)
@@ -119,14 +134,18 @@ def _local_files(source: str, split: str) -> list[str]:
             f'{source!r} names the same files for training and testing; write {{split}} where their names differ, '
             'e.g. data/gsm8k_{split}.jsonl, or give the folder.'
         )
-    elif source.startswith(('/', './', '../')):
-        raise ValueError(f'The folder {source!r} does not exist; expected one with {split}* files ({suffixes}).')
+    elif is_path(source) or source.endswith(_OTHER_FILES):
+        raise ValueError(
+            f'The folder {source!r} does not exist; expected one with {split}* files ({suffixes}). '
+            f'{what_is_there(source)}.'
+        )
     else:
         return []
     files = sorted(name for name in glob.glob(pattern) if name.endswith(tuple(_BUILDERS)))
     if not files:
         raise ValueError(
-            f'No file matches {pattern!r} with suffix {suffixes}; add one, or change the source {source!r}.'
+            f'No file matches {pattern!r} with suffix {suffixes}; {what_is_there(os.path.dirname(pattern))}. Add one, '
+            f'or change the source {source!r} or what it calls this split (test_split).'
         )
     kinds = {os.path.splitext(name)[1] for name in files}
     if len(kinds) > 1:
