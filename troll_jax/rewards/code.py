@@ -121,9 +121,8 @@ class ValueTest(NamedTuple):
 
     def accepts(self, output: str) -> bool:
         value = output.rpartition('\n' + _MARK)[2].strip()
-        if len(value) > 100 + 4 * len(
-            repr(self.expected)
-        ):  # no such value is equal, and reading it may take all memory
+        # Nothing as long as this is equal, and reading it could take all memory.
+        if len(value) > 100 + 4 * len(repr(self.expected)):
             return False
         try:
             return bool(ast.literal_eval(value) == self.expected)
