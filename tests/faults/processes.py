@@ -30,7 +30,7 @@ from experiments.benchmarks.soak import write_model
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.rewards.pool import Grader
 
-from .runs import Process, assert_same_run, everything, rows, whole_steps
+from .runs import Process, everything, rows, whole_steps
 
 DEVICES = 4
 MESH = ('make_mesh.fsdp = 2', 'make_mesh.tensor = 2')
@@ -156,9 +156,8 @@ def started_at(folder: Path) -> int:
 
 def kill_many(folder: Path, processes: int, kills: int, generator: random.Random) -> list[dict]:
     """Kills one process after another, each in a run that has got further, and then lets the run end."""
-    alone, killed, found = folder / f'alone_{processes}', folder / f'killed_{processes}', []
+    killed, found = folder / f'killed_{processes}', []
     settings = (*SIMPLE, *MESH, f'train.steps = {2 * kills + 2}')
-    Together(alone, processes, *settings).finish()
     for i in range(kills):
         moment, victim = MOMENTS[i % len(MOMENTS)], i % processes  # the first process is special: the others meet there
         before = started_at(killed)
@@ -224,6 +223,9 @@ def short(folder: Path) -> dict:
     """A run that four processes begin, of which one is killed, and that two go on with, until they are told to stop: up
     to there it must be the run of one process."""
     settings = (*FULL, *MESH, 'train.steps = 8', 'train.evaluate_every = 100')
+    alone = Process(folder / 'nobody', folder / 'model', options=['--distributed'])
+    _, status = os.waitpid(alone.pid, 0)
+    lonely = {'code': os.waitstatus_to_exitcode(status), 'said': alone.log.read_text()}
     one = Together(folder / 'alone', 1, *settings, 'train.keep_checkpoints = 8')
     one.finish()
     run_dir = folder / 'run'
@@ -231,23 +233,23 @@ def short(folder: Path) -> dict:
     assert four.all[0].wait_for(lambda: bool(whole_steps(run_dir)))
     four.kill(2)
     ended = four.end(LONGEST)
-    steps = [started_at(run_dir)]
-    two = Together(run_dir, 2, *settings)
-    two.wait_for(1, 'learnt')
-    two.signal(1, signal.SIGTERM)
-    two.finish()
-    steps.append(started_at(run_dir))
-    return {
-        'steps': steps,
+    result = {
+        'lonely': lonely,
+        # Before the next start writes other logs:
         'codes': [code for code, _ in ended],
         'seconds': max(seconds for _, seconds in ended),
         'told': [four.told(i) for i in range(4)],
         'parameters': sum(one.marks(0, 'read')),
         'read': [sum(four.marks(i, 'read')) for i in range(4)],
         'graded': [four.marks(i, 'grading') for i in range(4)],
-        'logged': rows(run_dir),
-        **differences(folder / 'alone', run_dir),
+        'steps': [started_at(run_dir)],
     }
+    two = Together(run_dir, 2, *settings)
+    two.wait_for(1, 'learnt')
+    two.signal(1, signal.SIGTERM)
+    two.finish()
+    result['steps'].append(started_at(run_dir))
+    return result | {'logged': rows(run_dir)} | differences(folder / 'alone', run_dir)
 
 
 def everything_once(folder: Path, several: list[int], kills: int, seed: int) -> dict:
@@ -260,21 +262,20 @@ def everything_once(folder: Path, several: list[int], kills: int, seed: int) -> 
         evaluations[n] = evaluated(folder, n)
         assert evaluations[n] == evaluations[1], f'{n} processes evaluate otherwise than one'
         print(n, 'processes have run the whole job', flush=True)
+    Together(folder / 'alone', 1, *SIMPLE, *MESH, f'train.steps = {2 * kills + 2}').finish()
     for n in several:
         killed[n] = kill_many(folder, n, kills, generator)
         stopped[n] = [stop(folder, n, victims) for victims in ([n - 1], list(range(n)))]
     # From here on this process touches devices: no forks any more.
-    for n in several:
-        assert_same_run(folder / f'alone_{n}', folder / f'killed_{n}', 2 * kills + 2)
     faults = [fault for of_n in killed.values() for fault in of_n]
     return {
         'kills': len(faults),
         'seconds_until_the_others_ended': [fault['seconds'] for fault in faults],
         'told': sum(fault['told'] for fault in faults),
         'stops': sum(map(len, stopped.values())),
-        'differences': {
-            f'{mesh}_{n}': differences(folder / f'{mesh}_1', folder / f'{mesh}_{n}')
-            for mesh in ('full', 'fsdp')
+        'differences_to_one_process': {
+            f'{name}_{n}': differences(folder / one, folder / f'{name}_{n}')
+            for one, name in [('full_1', 'full'), ('fsdp_1', 'fsdp'), ('alone', 'killed')]
             for n in several
         },
     }
