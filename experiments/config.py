@@ -9,6 +9,7 @@ import difflib
 import inspect
 import logging
 import re
+import signal
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -244,6 +245,8 @@ def begin(arguments: argparse.Namespace, level: int = logging.INFO) -> None:
         raise ValueError(
             f'cannot join the other processes: {error} Give --coordinator, --num-processes and --process-id.'
         ) from error
+    # JAX has put a handler of its own there that would let nothing but Orbax know of a SIGTERM.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if jax.process_index() > 0:
         logging.getLogger().setLevel(logging.WARNING)
 
