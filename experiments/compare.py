@@ -30,7 +30,7 @@ from scipy import stats
 
 import experiments.train  # noqa: F401  registers `train`, whose bindings the files of methods set
 from experiments import quickstart
-from experiments.config import Experiment, parse
+from experiments.config import Experiment, parse, run_command
 from troll_jax.collect import make_collector
 from troll_jax.evaluate import evaluate
 from troll_jax.learn import Learner, make_learner
@@ -306,4 +306,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

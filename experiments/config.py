@@ -6,10 +6,13 @@ The library does not know gin. Every function and class that a configuration may
 import argparse
 import dataclasses
 import difflib
+import dis
 import inspect
 import logging
+import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ import gin
 import jax
 from transformers import PreTrainedTokenizerBase
 
+import troll_jax
+from experiments.bindings import check_types
 from troll_jax.critic import Critic
 from troll_jax.data.prompts import PromptSet, encode_prompts
 from troll_jax.data.tasks import Task
@@ -32,17 +37,23 @@ from troll_jax.models.hf_weights import load_config
 from troll_jax.ops import advantages, aggregation, categorical, losses, projection, regularisers, schedules, support
 from troll_jax.optimizer import adamw
 from troll_jax.rewards import sandbox, terms
+from troll_jax.rewards.worker import CannotGrade
 from troll_jax.sharding import make_mesh
 
 CONFIG_HELP = 'a gin file; more of them may follow, such as those of configs/objectives after a task'
 
+_OURS = (Path(__file__).parent, Path(troll_jax.__file__).parent)
+_GIN = Path(gin.__file__).parent
+
 _registered: dict[str, list[str]] = {}  # names of what gin files can name, with those of their parameters
+_targets: dict[str, Callable] = {}  # what these names stand for
 _command_line: list[str] = []  # the bindings that `parse` was given last
 
 
 def register(target, fixed: Sequence[str] = (), name: str | None = None):
     """Makes a function or class known to gin under its own or another name. `fixed` parameters cannot be bound."""
     name = name or target.__name__
+    _targets[name] = target
     _registered[name] = [parameter for parameter in inspect.signature(target).parameters if parameter not in fixed]
     return gin.external_configurable(target, name=name, module='troll_jax', denylist=list(fixed) or None)
 
@@ -178,6 +189,41 @@ class Experiment:
 Experiment = register(Experiment)
 
 
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command. An error that its user can mend is one line, with exit status 2; a bug keeps its traceback.
+
+    The user's are an OSError, CannotGrade, a ValueError that this code raises itself, and calls that gin finds
+    incomplete. With TROLL_TRACEBACK=1 in the environment they have a traceback too.
+    """
+    try:
+        main()
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        if os.environ.get('TROLL_TRACEBACK') == '1' or not _is_of_the_user(error):
+            raise
+        print(f'error: {_one_line(error)}', file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_of_the_user(error: Exception) -> bool:
+    if isinstance(error, (OSError, CannotGrade)):
+        return True
+    raised = error.__traceback__
+    while raised.tb_next is not None:
+        raised = raised.tb_next
+    code = raised.tb_frame.f_code
+    if _GIN in Path(code.co_filename).parents:
+        return True
+    # On purpose, by a statement `raise`: not what int() or an unpacking raised in the middle of a line.
+    on_purpose = code.co_code[raised.tb_lasti] == dis.opmap['RAISE_VARARGS']
+    return isinstance(error, ValueError) and on_purpose and not set(_OURS).isdisjoint(Path(code.co_filename).parents)
+
+
+def _one_line(error: Exception) -> str:
+    """The message, behind the name of what was called, in place of gin's own account of that."""
+    message, *calls = re.split(r"\s*In call to configurable '([\w.]+)'[^\n]*", str(error))
+    return ' '.join(f'{calls[0]}: {message}'.split() if calls else message.split())
+
+
 def command_line(description: str, name: str, help: str) -> argparse.ArgumentParser:
     """What all commands take, the argument `name` first. Options may stand anywhere: use `parse_intermixed_args`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -242,7 +288,8 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
     Files that are included are looked for in the working folder and next to this package.
 
     Raises:
-      ValueError: a file, name or parameter that does not exist, with the nearest that does; a macro that nothing uses.
+      ValueError: a file, name or parameter that does not exist, with the nearest that does; a macro that nothing uses;
+        a value that is not of its parameter's type.
     """
     _command_line[:] = bindings
     for file in files:
@@ -257,6 +304,7 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
         raise ValueError(
             f'{scoped[1]!r} binds within a scope, and nothing here uses scopes; leave out what is before the /'
         )
+    check_types(_targets)
 
 
 def checkpoint_folder(run_dir: str | Path) -> str:

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 import experiments.train  # noqa: F401  registers what a run's config.gin binds
-from experiments.config import Experiment, begin, checkpoint_folder, command_line, parse, register
+from experiments.config import Experiment, begin, checkpoint_folder, command_line, parse, register, run_command
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.evaluate import Evaluation, estimate, evaluate, pass_at_k
 from troll_jax.models import decoder as decoders
@@ -144,4 +144,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

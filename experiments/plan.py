@@ -28,7 +28,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from experiments.config import CONFIG_HELP, Experiment, files_and_bindings, parse  # noqa: E402
+from experiments.config import CONFIG_HELP, Experiment, files_and_bindings, parse, run_command  # noqa: E402
 from experiments.train import abstract_state, check_sizes, train  # noqa: E402
 from troll_jax.ops.regularisers import regularised  # noqa: E402
 from troll_jax.packing import abstract_batch, batch_shape  # noqa: E402
@@ -232,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.config import Experiment, begin, checkpoint_folder, command_line, parse
+from experiments.config import Experiment, begin, checkpoint_folder, command_line, parse, run_command
 from experiments.replay_report import plot, report
 from experiments.run_folder import restore_or_start
 from experiments.train import train
@@ -374,4 +374,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -23,7 +23,7 @@ import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from experiments.config import Experiment, check_bindings_used, parse_command_line, register
+from experiments.config import Experiment, check_bindings_used, parse_command_line, register, run_command
 from experiments.run_folder import restore_or_start, save_setup
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.collect import make_collector
@@ -204,6 +204,9 @@ def train(
         whiten_advantages=whiten_advantages,
         mask_truncated=mask_truncated,
     )
+    with jax.set_mesh(mesh):
+        check_programs(sampler, learner, rewards, prompts, prompts_per_step)
+    check_bindings_used()  # all errors of a configuration come before anything is written
     with (
         stop_on_signal() as stop,  # before the checkpoints, which are still written when the loop has ended
         jax.set_mesh(mesh),
@@ -213,8 +216,6 @@ def train(
         Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader,
     ):
         grader.start()
-        check_programs(sampler, learner, rewards, prompts, prompts_per_step)
-        check_bindings_used()
         state = restore_or_start(checkpoints, experiment, learner.shapes, learner.start)
         first = int(state.progress.step)
         is_first_process = jax.process_index() == 0
@@ -368,4 +369,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

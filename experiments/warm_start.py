@@ -17,7 +17,7 @@ import optax
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3Config
 
-from experiments.config import parse_command_line, register
+from experiments.config import parse_command_line, register, run_command
 from troll_jax.data.prompts import PromptSet, batch_indices, encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic, demonstration
 from troll_jax.data.tokenizer import character_tokenizer
@@ -187,4 +187,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)
