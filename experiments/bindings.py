@@ -11,8 +11,9 @@ from typing import Any
 import gin
 from gin.config import ConfigurableReference, macro
 
+_LARGEST = 2**31  # of whole numbers: JAX has them in 32 bits
 _PLAIN = {
-    int: 'a whole number',
+    int: 'a whole number below 2 ** 31',
     float: 'a finite number',
     bool: 'True or False',
     str: "text in quotes, such as 'text'",
@@ -88,6 +89,8 @@ def _fits(value: Any, expected: Any) -> bool:
         return isinstance(value, ConfigurableReference) and not value.evaluate and _is_such_a_function(value, arguments)
     if isinstance(value, ConfigurableReference):
         return value.evaluate and _returns(value.configurable.wrapped, kind)
+    if type(value) is int and abs(value) >= _LARGEST:
+        return False
     if kind is float:
         return type(value) in (int, float) and math.isfinite(value)
     if kind in (int, bool, str, type(None)):

@@ -12,7 +12,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,9 @@ class Experiment:
     mesh: jax.sharding.Mesh | None = None
 
     def __post_init__(self):
+        for name in ('max_prompt_length', 'max_response_length'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} is {getattr(self, name)}; expected at least 1 token')
         if self.mesh is None:
             object.__setattr__(self, 'mesh', make_mesh())
 
@@ -222,6 +226,20 @@ def _one_line(error: Exception) -> str:
     """The message, behind the name of what was called, in place of gin's own account of that."""
     message, *calls = re.split(r"\s*In call to configurable '([\w.]+)'[^\n]*", str(error))
     return ' '.join(f'{calls[0]}: {message}'.split() if calls else message.split())
+
+
+@contextmanager
+def nothing_left_behind(folder: str) -> Iterator[None]:
+    """Removes the folders that an error leaves empty: `folder`, its `checkpoints`, and those above that it made."""
+    folder = Path(folder)
+    made = [path for path in (folder / 'checkpoints', folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # what is not empty, and what another process has removed
+            for path in made:
+                path.rmdir()
+        raise
 
 
 def command_line(description: str, name: str, help: str) -> argparse.ArgumentParser:

@@ -23,7 +23,14 @@ import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from experiments.config import Experiment, check_bindings_used, parse_command_line, register, run_command
+from experiments.config import (
+    Experiment,
+    check_bindings_used,
+    nothing_left_behind,
+    parse_command_line,
+    register,
+    run_command,
+)
 from experiments.run_folder import restore_or_start, save_setup
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.collect import make_collector
@@ -156,7 +163,7 @@ def train(
         | {'keep_checkpoints': keep_checkpoints, 'head_chunk': head_chunk, 'max_draws': max_draws}
         | ({} if profile_step is None else {'profile_step': profile_step}),
         at_least_zero={'evaluate_every': evaluate_every, 'table_every': table_every}
-        | {'save_rollout_every': save_rollout_every},
+        | {'save_rollout_every': save_rollout_every, 'seed': seed},
     )
     if save_rollout_every % checkpoint_every:
         raise ValueError(
@@ -208,6 +215,7 @@ def train(
         check_programs(sampler, learner, rewards, prompts, prompts_per_step)
     check_bindings_used()  # all errors of a configuration come before anything is written
     with (
+        nothing_left_behind(checkpoint_dir or run_dir),
         stop_on_signal() as stop,  # before the checkpoints, which are still written when the loop has ended
         jax.set_mesh(mesh),
         Checkpoints(

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3Config
 
 from experiments.config import parse_command_line, register, run_command
+from experiments.train import check_limits
 from troll_jax.data.prompts import PromptSet, batch_indices, encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic, demonstration
 from troll_jax.data.tokenizer import character_tokenizer
@@ -70,8 +71,19 @@ def warm_start(
       seed: of weights, data order and demonstrations.
 
     Raises:
+      ValueError: a number that makes no sense.
       RuntimeError: the first part has not ended after `max_steps`.
     """
+    sizes = {'width': width, 'layers': layers, 'heads': heads, 'kv_heads': kv_heads, 'head_dim': head_dim}
+    check_limits(
+        above_zero=sizes
+        | {'mlp_width': mlp_width, 'batch': batch, 'learning_rate': learning_rate}
+        | {'max_steps': max_steps},
+        at_least_zero={'mixed_steps': mixed_steps, 'seed': seed},
+    )
+    for name, share in [('worked_share', worked_share), ('accuracy', accuracy)]:
+        if not 0 <= share <= 1:
+            raise ValueError(f'{name} is a share, from 0 to 1; got {share}')
     tokenizer = character_tokenizer(CHARACTERS)
     prompt_room, response_room = 2 * task.operands, task.operands + 2
     hf_config = Qwen3Config(

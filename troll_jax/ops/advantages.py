@@ -113,7 +113,12 @@ def gae(rewards: jax.Array, values: jax.Array, *, gamma: float = 1.0, lam: float
 
     Returns:
       [T]
+
+    Raises:
+      ValueError: `gamma` or `lam` is not in [0, 1].
     """
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise ValueError(f'gamma and lam must be in [0, 1]; got gamma = {gamma} and lam = {lam}')
     chex.assert_rank([rewards, values], 1)
     chex.assert_equal_shape([rewards, values])
     errors = rewards + gamma * jnp.append(values[1:], 0) - values
