@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -58,9 +59,12 @@ def load_rows(source: str, split: str, *, config: str | None = None, test_split:
     try:
         if files:
             builder = _BUILDERS[os.path.splitext(files[0])[1]]
-            return datasets.load_dataset(builder, data_files={name: files}, split=name)
-        owner_and_name, folder = source.split('/')[:2], source.split('/')[2:]
-        return datasets.load_dataset('/'.join(owner_and_name), config, data_dir='/'.join(folder) or None, split=name)
+            rows = datasets.load_dataset(builder, data_files={name: files}, split=name)
+        else:
+            owner_and_name, folder = '/'.join(source.split('/')[:2]), '/'.join(source.split('/')[2:])
+            rows = datasets.load_dataset(owner_and_name, config, data_dir=folder or None, split=name)
+        rows.data.validate(full=True)  # or text that is not UTF-8 is an error wherever it is read first
+        return rows
     except Exception as error:  # of many kinds: no network, no such id, damaged, no rows
         where = f'the files {files}' if files else f'{source!r}, which is no folder here (looked in {os.getcwd()}),'
         raise ValueError(
@@ -94,6 +98,16 @@ def check_columns(rows: Dataset, columns: tuple[str, ...], where: str) -> None:
             f'{where} has no column {missing}; got {rows.column_names}, expected {list(columns)}, or the schema of '
             'verl: prompt, reward_model. Rename the columns, or point to the data set in its original form.'
         )
+
+
+def check_questions(questions: Iterable[object], column: str, where: Callable[[int], str]) -> None:
+    """Raises a ValueError for the first of a column that is not text, or empty: 'None' would be asked otherwise."""
+    for row, question in enumerate(questions):
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(
+                f'The {column!r} in {where(row)} is {repr(question)[:120]}; expected text that is not empty. Fix or drop '
+                'that row.'
+            )
 
 
 def as_messages(question: str, instruction: str | None, system_prompt: str | None) -> list[dict[str, str]]:
