@@ -63,8 +63,8 @@ def encode_prompts(
         long_prompts: 'drop' or 'cut'. One that is too long without any of the user's words is dropped in any case.
 
     Raises:
-        ValueError: no rows, a template argument that the template does not mention, an empty prompt, a doubled BOS,
-            every prompt is too long, or `long_prompts` is neither.
+        ValueError: no rows, a template that fails, an argument that it does not mention, an empty prompt, a doubled
+            BOS, every prompt is too long, or `long_prompts` is neither.
     """
     if len(dataset) == 0:
         raise ValueError('The data set has no rows; expected at least one prompt. Check its source and split.')
@@ -75,12 +75,17 @@ def encode_prompts(
     if long_prompts not in ('drop', 'cut'):
         raise ValueError(f"long_prompts is {long_prompts!r}; expected 'drop' or 'cut'.")
 
-    template = _TODAY.sub(lambda call: repr(_DATE.strftime(call['format'])), tokenizer.get_chat_template())
-
     def render(conversations):
-        texts = tokenizer.apply_chat_template(
-            conversations, chat_template=template, tokenize=False, add_generation_prompt=True, **template_arguments
-        )
+        try:
+            template = _TODAY.sub(lambda call: repr(_DATE.strftime(call['format'])), tokenizer.get_chat_template())
+            texts = tokenizer.apply_chat_template(
+                conversations, chat_template=template, tokenize=False, add_generation_prompt=True, **template_arguments
+            )
+        except Exception as error:  # whatever a template does
+            raise ValueError(
+                f'The chat template fails on the prompts ({type(error).__name__}: {error}). Correct it, or set '
+                'chat_template_from to a model whose template fits.'
+            ) from error
         return texts, tokenizer(texts, add_special_tokens=False)['input_ids']
 
     texts, encoded = render(list(dataset['messages']))

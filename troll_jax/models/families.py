@@ -40,9 +40,19 @@ class Family(NamedTuple):
     constants: tuple[Constant, ...] = ()
 
 
+_POSITIVE = (
+    *('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads'),
+    *('intermediate_size', 'max_position_embeddings', 'rms_norm_eps'),
+)
+
+
 def _sizes(hf: PretrainedConfig) -> dict[str, Any]:
     """The fields of DecoderConfig that all families name alike."""
     rope, scaling = hf.rope_parameters, None
+    positive = {name: getattr(hf, name) for name in _POSITIVE} | {'rope_theta': rope['rope_theta']}
+    for name, value in positive.items():
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f'{name} of the model is {value!r}; expected a number above 0. Correct its config.json.')
     if rope['rope_type'] == 'llama3':
         scaling = RopeScaling(
             factor=float(rope['factor']),
@@ -170,7 +180,7 @@ def family(architectures: list[str] | None) -> Family:
     Raises:
       ValueError: it is not supported.
     """
-    if not architectures or architectures[0] not in FAMILIES:
+    if not isinstance(architectures, list) or architectures[:1] not in [[name] for name in FAMILIES]:
         raise ValueError(f'unsupported architecture: got {architectures}, expected one of {sorted(FAMILIES)}')
     return FAMILIES[architectures[0]]
 

@@ -105,8 +105,8 @@ def check_questions(questions: Iterable[object], column: str, where: Callable[[i
     for row, question in enumerate(questions):
         if not isinstance(question, str) or not question.strip():
             raise ValueError(
-                f'The {column!r} in {where(row)} is {repr(question)[:120]}; expected text that is not empty. Fix or drop '
-                'that row.'
+                f'The {column!r} in {where(row)} is {repr(question)[:120]}; expected text that is not empty. Fix or '
+                'drop that row.'
             )
 
 

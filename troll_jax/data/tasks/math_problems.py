@@ -94,8 +94,8 @@ class MathProblems:
                 number = type(answer) in (int, float) and math.isfinite(answer)
                 if not number and not (isinstance(answer, str) and answer.strip()):
                     raise ValueError(
-                        f'The {self.answer!r} in {where(row)} is {repr(answer)[:120]}; expected LaTeX or a number. Fix or '
-                        'drop that row.'
+                        f'The {self.answer!r} in {where(row)} is {repr(answer)[:120]}; expected LaTeX or a number. Fix '
+                        'or drop that row.'
                     )
                 answers.append(str(answer).strip())
         return Dataset.from_dict({'messages': messages, 'answer': answers})
