@@ -1,0 +1,43 @@
+"""What the tests of bad input share: a small model, and how hypothesis draws."""
+
+from pathlib import Path
+
+import jax
+from hypothesis import HealthCheck, settings
+from transformers import Qwen3Config
+
+from troll_jax.data.tasks.arithmetic import CHARACTERS
+from troll_jax.data.tokenizer import character_tokenizer
+from troll_jax.models import decoder as decoders
+from troll_jax.models.families import decoder_config
+from troll_jax.models.hf_weights import save_pretrained
+
+REPOSITORY = Path(__file__).parent.parent
+
+few = settings(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def save_model(folder: Path) -> Path:
+    """A model with positions for 8 tokens, and the tokenizer of the arithmetic task."""
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4)
+    hf_config = Qwen3Config(
+        vocab_size=17,
+        intermediate_size=8,
+        max_position_embeddings=8,
+        architectures=['Qwen3ForCausalLM'],
+        dtype='float32',
+        **sizes,
+    )
+    save_pretrained(folder, decoders.init(decoder_config(hf_config), jax.random.key(0)), hf_config)
+    character_tokenizer(CHARACTERS).save_pretrained(folder)
+    return folder
+
+
+def fresh(folder: Path) -> Path:
+    """A name in a folder that is not taken: hypothesis has one temporary folder for all of its cases."""
+    return folder / str(len(list(folder.iterdir())))
