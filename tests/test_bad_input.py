@@ -61,8 +61,7 @@ WRONG = {
 OBJECTS = ['1', "'a'", '{1: 2}', '@Unisolated', '[3]', '@mean_centred()']  # wrong for all else
 
 
-@few
-@settings(max_examples=150)
+@settings(few, max_examples=150)
 @given(st.data())
 def test_a_value_of_another_type_is_an_error_that_names_the_parameter(data):
     """Guards types that gin passes on to where they fail as something else, or, such as True for 1, do not fail."""
@@ -85,8 +84,7 @@ def test_a_value_that_gin_cannot_read_is_an_error(value):
         parse([CONFIG], [f'train.steps = {value}'])
 
 
-@few
-@settings(max_examples=25)
+@settings(few, max_examples=25)
 @given(st.sampled_from(PARAMETERS), st.integers(0, 40), st.sampled_from(['x', '_', 'q']))
 def test_a_misspelt_parameter_is_an_error_that_names_it(name, position, letter):
     gin.clear_config()
@@ -141,8 +139,7 @@ BELOW = {
 }
 
 
-@few
-@settings(max_examples=60)
+@settings(few, max_examples=60)
 @given(st.sampled_from(sorted(BELOW)), st.integers(0, 10**6))
 @example('train.mass', 0)
 @example('train.seed', 3)
@@ -282,8 +279,7 @@ json_values = st.recursive(
 )
 
 
-@few
-@settings(max_examples=60)
+@settings(few, max_examples=60)
 @given(st.sampled_from(list(TASKS)), st.data())
 def test_a_row_that_is_wrong_is_an_error(tmp_path, model, task, data):
     """Guards 'None' or '[]' as a question or an answer, and errors of pyarrow or of a template that say nothing."""

@@ -38,8 +38,7 @@ FIELDS = [*SIZES, 'intermediate_size', 'max_position_embeddings', 'rms_norm_eps'
 never = st.sampled_from([-1, 0, 'x', [], {}, [3], True, [None], 1e400, {'a': None}])
 
 
-@few
-@settings(max_examples=60)
+@settings(few, max_examples=60)
 @given(st.sampled_from([*FIELDS, 'rope_parameters', 'layer_types', 'hidden_act']), never)
 @example('rope_parameters', {'rope_type': 'yarn', 'rope_theta': 1.0})
 @example('rope_parameters', {'rope_type': 'default', 'rope_theta': 'x'})
