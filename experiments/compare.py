@@ -30,7 +30,8 @@ from scipy import stats
 
 import experiments.train  # noqa: F401  registers `train`, whose bindings the files of methods set
 from experiments import quickstart
-from experiments.config import Experiment, parse, run_command
+from experiments.command import run_command
+from experiments.config import Experiment, parse
 from troll_jax.collect import make_collector
 from troll_jax.evaluate import evaluate
 from troll_jax.learn import Learner, make_learner
@@ -97,6 +98,14 @@ def settings(methods: list[str], seeds: int) -> Iterator[Setting]:
             yield Setting(method, rate, staleness, seed)
 
 
+def read(method: str) -> None:
+    """Makes gin know a method alone. What gin makes reads its bindings when it is called: they must be there then."""
+    estimator, objective = method.split('/')
+    file, bindings = OBJECTIVES[objective]
+    gin.clear_config()
+    parse([TASK, file, *FILES.get(estimator, ())], [*ESTIMATORS[estimator], *bindings])
+
+
 class Bench:
     """What all runs share: the start model, the data, and the compiled programs."""
 
@@ -120,10 +129,7 @@ class Bench:
 
     def learner(self, method: str) -> Learner:
         """The learner of a method. The learning rate is part of its optimizer's state: one program for all."""
-        estimator, objective = method.split('/')
-        file, bindings = OBJECTIVES[objective]
-        gin.clear_config()
-        parse([TASK, file, *FILES.get(estimator, ())], [*ESTIMATORS[estimator], *bindings])
+        read(method)
         of_adamw = gin.get_bindings('adamw')
         rate = of_adamw.pop('learning_rate')
         experiment = self.experiment
@@ -171,7 +177,7 @@ class Bench:
         )
         mean = lambda name: float(np.mean([row[f'update/{name}'] for row in rows]))
         last = rows[-1].get('critic/explained_variance')
-        critic = {} if last is None else {'explained_variance': float(last)}
+        critic = {} if last is None or not np.isfinite(last) else {'explained_variance': float(last)}
         held = 'projected_share' if 'update/projected_share' in rows[0] else 'clipped_share'
         return (
             setting._asdict()
@@ -208,7 +214,9 @@ def run_all(folder: Path, methods: list[str], seeds: int) -> None:
         with jax.set_mesh(experiment.mesh):
             for i, setting in enumerate(todo):
                 start = time.perf_counter()
-                row = bench.run(setting, learner(setting.method))
+                of_method = learner(setting.method)
+                read(setting.method)
+                row = bench.run(setting, of_method)
                 row['seconds'] = round(time.perf_counter() - start, 1)
                 with path.open('a') as file:
                     file.write(json.dumps(row, ensure_ascii=False) + '\n')

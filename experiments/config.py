@@ -6,14 +6,11 @@ The library does not know gin. Every function and class that a configuration may
 import argparse
 import dataclasses
 import difflib
-import dis
 import inspect
 import logging
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,6 @@ import gin
 import jax
 from transformers import PreTrainedTokenizerBase
 
-import troll_jax
 from experiments.bindings import check_types
 from troll_jax.critic import Critic
 from troll_jax.data.prompts import PromptSet, encode_prompts
@@ -29,7 +25,7 @@ from troll_jax.data.tasks import Task
 from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tasks.eurus_code import EurusCode
 from troll_jax.data.tasks.gsm8k import GSM8K
-from troll_jax.data.tasks.math_problems import DAPOMath, EurusMath, MathEval, MathProblems
+from troll_jax.data.tasks.math_problems import BENCHMARKS, DAPOMath, EurusMath, MathEval, MathProblems
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
 from troll_jax.models.attention import best_implementation
 from troll_jax.models.decoder import DecoderConfig
@@ -38,13 +34,11 @@ from troll_jax.models.hf_weights import load_config
 from troll_jax.ops import advantages, aggregation, categorical, losses, projection, regularisers, schedules, support
 from troll_jax.optimizer import adamw
 from troll_jax.rewards import sandbox, terms
-from troll_jax.rewards.worker import CannotGrade
 from troll_jax.sharding import make_mesh
 
 CONFIG_HELP = 'a gin file; more of them may follow, such as those of configs/objectives after a task'
 
-_OURS = (Path(__file__).parent, Path(troll_jax.__file__).parent)
-_GIN = Path(gin.__file__).parent
+_PEER_TIMEOUT = 30  # seconds without a sign of life after which another process counts as dead
 
 _registered: dict[str, list[str]] = {}  # names of what gin files can name, with those of their parameters
 _targets: dict[str, Callable] = {}  # what these names stand for
@@ -82,12 +76,14 @@ for _target in (
     MathProblems,
     DAPOMath,
     EurusMath,
-    MathEval,
     sandbox.Bubblewrap,
     sandbox.SandboxFusion,
     sandbox.Unisolated,
 ):
     register(_target)
+MathEval = register(MathEval)
+for _benchmark in BENCHMARKS:  # @AMC() is MathEval with this benchmark, and with all that is bound of MathEval besides
+    register(partial(MathEval, benchmark=_benchmark), name=_benchmark.replace('-', '_'))
 for _target in (
     aggregation.token_mean,
     aggregation.sequence_mean,
@@ -129,6 +125,12 @@ class Experiment:
       template_arguments: for the chat template.
       long_prompts: what becomes of prompts that are longer: 'drop', or 'cut', at the beginning of the user's words.
       mesh: of devices, by `make_mesh`; all of them in `fsdp` if None.
+      validation: what is evaluated, in training and by `experiments.evaluate`: for each set a name, a task whose test
+        split it is, and samples per prompt, such as `('AMC', @AMC(), 32)`. One sample is greedy, several are drawn at
+        temperature 1. None: the test split of `task`, greedy.
+
+    Raises:
+      ValueError: two sets of a name, a name that is no part of a file's name, or less than one sample.
     """
 
     model: str
@@ -142,6 +144,7 @@ class Experiment:
     template_arguments: dict[str, Any] | None = None
     long_prompts: str = 'drop'
     mesh: jax.sharding.Mesh | None = None
+    validation: Sequence[tuple[str, Task, int]] | None = None
 
     def __post_init__(self):
         for name in ('max_prompt_length', 'max_response_length'):
@@ -149,6 +152,18 @@ class Experiment:
                 raise ValueError(f'{name} is {getattr(self, name)}; expected at least 1 token')
         if self.mesh is None:
             object.__setattr__(self, 'mesh', make_mesh())
+        if self.validation is None:
+            object.__setattr__(self, 'validation', (('test', self.task, 1),))
+        names = [name for name, _, _ in self.validation]
+        fits = lambda name: re.fullmatch(r'[\w-]+', name) and name != 'mean'
+        if not names or len(set(names)) < len(names) or not all(map(fits, names)):
+            raise ValueError(
+                f'Experiment.validation names the sets {names}; expected at least one, and names that differ, of '
+                "letters, digits, _ and -, and not 'mean'"
+            )
+        for name, _, samples in self.validation:
+            if samples < 1:
+                raise ValueError(f'Experiment.validation asks for {samples} samples of {name!r}; expected at least 1')
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.model, chat_template_from=self.chat_template_from)
@@ -156,9 +171,10 @@ class Experiment:
     def stop_tokens(self, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         return stop_token_ids(tokenizer, self.model)
 
-    def load_prompts(self, split: str, tokenizer: PreTrainedTokenizerBase) -> PromptSet:
+    def load_prompts(self, split: str, tokenizer: PreTrainedTokenizerBase, task: Task | None = None) -> PromptSet:
+        """The prompts of a split of a task, which is the experiment's own by default."""
         return encode_prompts(
-            self.task.load(split),
+            (task or self.task).load(split),
             tokenizer,
             max_length=self.max_prompt_length,
             template_arguments=self.template_arguments,
@@ -193,55 +209,6 @@ class Experiment:
 Experiment = register(Experiment)
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command. An error that its user can mend is one line, with exit status 2; a bug keeps its traceback.
-
-    The user's are an OSError, CannotGrade, a ValueError that this code raises itself, and calls that gin finds
-    incomplete. With TROLL_TRACEBACK=1 in the environment they have a traceback too.
-    """
-    try:
-        main()
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
-        if os.environ.get('TROLL_TRACEBACK') == '1' or not _is_of_the_user(error):
-            raise
-        print(f'error: {_one_line(error)}', file=sys.stderr)
-        sys.exit(2)
-
-
-def _is_of_the_user(error: Exception) -> bool:
-    if isinstance(error, (OSError, CannotGrade)):
-        return True
-    raised = error.__traceback__
-    while raised.tb_next is not None:
-        raised = raised.tb_next
-    code = raised.tb_frame.f_code
-    if _GIN in Path(code.co_filename).parents:
-        return True
-    # On purpose, by a statement `raise`: not what int() or an unpacking raised in the middle of a line.
-    on_purpose = code.co_code[raised.tb_lasti] == dis.opmap['RAISE_VARARGS']
-    return isinstance(error, ValueError) and on_purpose and not set(_OURS).isdisjoint(Path(code.co_filename).parents)
-
-
-def _one_line(error: Exception) -> str:
-    """The message, behind the name of what was called, in place of gin's own account of that."""
-    message, *calls = re.split(r"\s*In call to configurable '([\w.]+)'[^\n]*", str(error))
-    return ' '.join(f'{calls[0]}: {message}'.split() if calls else message.split())
-
-
-@contextmanager
-def nothing_left_behind(folder: str) -> Iterator[None]:
-    """Removes the folders that an error leaves empty: `folder`, its `checkpoints`, and those above that it made."""
-    folder = Path(folder)
-    made = [path for path in (folder / 'checkpoints', folder, *folder.parents) if not path.exists()]
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # what is not empty, and what another process has removed
-            for path in made:
-                path.rmdir()
-        raise
-
-
 def command_line(description: str, name: str, help: str) -> argparse.ArgumentParser:
     """What all commands take, the argument `name` first. Options may stand anywhere: use `parse_intermixed_args`."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -263,12 +230,17 @@ def begin(arguments: argparse.Namespace, level: int = logging.INFO) -> None:
     Raises:
       ValueError: where the other processes are is not known.
     """
-    logging.basicConfig(level=level, format='%(levelname)s %(name)s: %(message)s')
+    # Force: libraries have set up logging of their own when they were imported, and nothing of ours would be seen.
+    logging.basicConfig(level=level, format='%(levelname)s %(name)s: %(message)s', force=True)
+    logging.getLogger('absl').setLevel(logging.WARNING)  # in which Orbax tells of every array
     where = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if not arguments.distributed and where == (None, None, None):
         return
     try:
-        jax.distributed.initialize(*where)
+        # Without these limits a run hangs for minutes when one of its processes has died.
+        jax.distributed.initialize(
+            *where, heartbeat_timeout_seconds=_PEER_TIMEOUT, shutdown_timeout_seconds=_PEER_TIMEOUT
+        )
     except ValueError as error:
         raise ValueError(
             f'cannot join the other processes: {error} Give --coordinator, --num-processes and --process-id.'

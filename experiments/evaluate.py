@@ -1,118 +1,187 @@
-"""Evaluates a checkpoint of a run. Needs nothing but the run's folder.
+"""Evaluates a run, one of its checkpoints, or a model in Hugging Face format.
 
     python -m experiments.evaluate RUN_DIR [--step N] ['evaluation.samples_per_prompt = 16' …]
+    python -m experiments.evaluate RUN_DIR configs/data/math_eval.gin          # other problems than the run's own
+    python -m experiments.evaluate MODEL configs/data/gsm8k.gin ['binding = value' …]
 
-Step 0 is the model that the run started from. Prints a table and writes `evaluation_<step>_<split>_<samples>.json` and
-`responses_….jsonl` of that name into the run's folder.
+The first argument is the folder of a run, which needs nothing else; or a folder `…/checkpoints/<step>` of one; or a
+folder or bucket with such checkpoints and no configuration, or a model's folder or id on the hub, which need gin files
+that say on what: a checkpoint also of which `Experiment.model`. Step 0 is the model that a run started from.
+
+What is evaluated is `Experiment.validation`, by default the test split of `Experiment.task`. Prints a table and writes,
+for every set, `evaluation_<step>_<set>_<samples>.json` and `responses_….jsonl` of that name, and the mean of several
+sets as `evaluation_<step>_mean.json`, into the run's folder or `evaluation.folder`.
 """
 
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
+from typing import NamedTuple
 
 import gin
 import jax
 import numpy as np
+from etils import epath
 
 import experiments.train  # noqa: F401  registers what a run's config.gin binds
-from experiments.config import Experiment, begin, checkpoint_folder, command_line, parse, register, run_command
+from experiments.command import run_command
+from experiments.config import Experiment, begin, checkpoint_folder, command_line, files_and_bindings, parse, register
+from experiments.validation import make_validation
 from troll_jax.checkpoint import Checkpoints
-from troll_jax.evaluate import Evaluation, estimate, evaluate, pass_at_k
+from troll_jax.data.prompts import PromptSet
+from troll_jax.evaluate import Evaluation, estimate, pass_at_k, success
 from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_pretrained
-from troll_jax.rewards.pool import Grader
 from troll_jax.rollout import make_sampler
 
 logger = logging.getLogger(__name__)
 
+SLOTS = 32  # on each device, for a model that no configuration of a training comes with
+
+
+class Source(NamedTuple):
+    """What there is to evaluate. A model in Hugging Face format is neither a run nor checkpoints."""
+
+    run_dir: Path | None  # with config.gin and model
+    checkpoints: str | None  # folder or bucket that has `checkpoints`; of a run its configuration may say otherwise
+    step: int | None  # if one checkpoint was named
+    name: str  # for files
+
+
+def find_source(source: str) -> Source:
+    """Whether a path is that of a run, of a checkpoint, or of a model."""
+    path, step = epath.Path(source), None
+    if path.name.isdigit() and path.parent.name == 'checkpoints':
+        path, step = path.parent, int(path.name)
+    if path.name == 'checkpoints':
+        path = path.parent
+    is_run, has_checkpoints = (path / 'config.gin').exists(), step is not None or (path / 'checkpoints').is_dir()
+    name = re.sub(r'[^\w.-]+', '_', '_'.join(path.parts[-2:])).strip('_')
+    run_dir = Path(path) if is_run else None
+    return Source(run_dir, str(path) if has_checkpoints else None, step, name)
+
 
 @register
 def evaluation(
-    run_dir: str,
+    source: str,
     step: int | None = None,
     split: str = 'test',
-    samples_per_prompt: int = 1,
+    samples_per_prompt: int | None = None,
     temperature: float | None = None,
     slots: int | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
-) -> dict:
-    """Restores a checkpoint, samples responses to a split, grades them, and writes and returns the estimates.
+    folder: str | None = None,
+) -> dict[str, dict]:
+    """Samples responses to every set of `Experiment.validation`, grades them, and writes and returns the estimates.
 
     Args:
-      run_dir: folder of the run.
+      source: a run, a checkpoint or a model; see the module.
       step: of the checkpoint; None is the latest, 0 the model that the run started from.
       split: 'test' or 'train'.
-      samples_per_prompt: n, for mean@n and pass@k with k up to n.
+      samples_per_prompt: n, for mean@n and pass@k with k up to n, of every set. None: what the set says.
       temperature: of the sampling; by default 0, greedy, for one sample and 1 for several.
       slots: responses that are decoded at a time, on all devices together; fewer save memory. None: as in training.
       top_k, top_p: sample from the most probable tokens only; off by default.
       seed: of the sampling.
+      folder: to write to; None is the run's folder, or `runs/evaluation_<source>`.
+
+    Returns:
+      The estimates by the name of the set; of several sets, their mean as 'mean'.
 
     Raises:
-      ValueError: not a run's folder, or no such checkpoint.
+      ValueError: no such checkpoint.
     """
-    run_dir = Path(run_dir)
-    if temperature is None:
-        temperature = 0.0 if samples_per_prompt == 1 else 1.0
-    # Tokenizer and sizes are those that the run saved; the model it started from may be gone.
-    start = Experiment()
-    experiment = dataclasses.replace(start, model=str(run_dir / 'model'), chat_template_from=None)
+    found = find_source(source)
+    step = found.step if step is None else step
+    # Tokenizer and sizes are those that a run saved; the model it started from may be gone.
+    start = experiment = Experiment()
+    if found.run_dir is not None:
+        experiment = dataclasses.replace(start, model=str(found.run_dir / 'model'), chat_template_from=None)
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
-    prompts = experiment.load_prompts(split, tokenizer)
-    settings = {'slots': None, 'gather_weights': True} | gin.get_bindings('train')
-    settings['slots'] = settings['slots'] or settings['prompts_per_step'] * settings['samples_per_prompt']
-    sampler = make_sampler(
-        config,
-        samples_per_prompt=samples_per_prompt,
-        max_response_length=experiment.max_response_length,
-        temperature=temperature,
-        stop_tokens=experiment.stop_tokens(tokenizer),
-        max_tokens=1,  # nothing is learnt from these samples
-        mass=1.0,
-        top_k=top_k,
-        top_p=top_p,
-        slots=settings['slots'] if slots is None else slots,
-        gather_weights=settings['gather_weights'],
-    )
-    with jax.set_mesh(experiment.mesh), Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader:
-        grader.start()
-        if step == 0:
-            _, params = load_pretrained(start.model, mesh=experiment.mesh)
+    training = gin.get_bindings('train')
+    if slots is None:
+        of_a_step = training.get('prompts_per_step', 0) * training.get('samples_per_prompt', 0)
+        slots = training.get('slots') or of_a_step or SLOTS * experiment.mesh.size
+    temperature_of = lambda samples: float(samples > 1) if temperature is None else temperature
+
+    def sampler_of(samples: int):
+        return make_sampler(
+            config,
+            samples_per_prompt=samples,
+            max_response_length=experiment.max_response_length,
+            temperature=temperature_of(samples),
+            stop_tokens=experiment.stop_tokens(tokenizer),
+            max_tokens=1,  # nothing is learnt from these samples
+            mass=1.0,
+            top_k=top_k,
+            top_p=top_p,
+            slots=slots,
+            gather_weights=training.get('gather_weights', True),
+        )
+
+    validate = make_validation(experiment, tokenizer, sampler_of, split=split, samples_per_prompt=samples_per_prompt)
+    with jax.set_mesh(experiment.mesh):
+        is_model = found.run_dir is None and found.checkpoints is None
+        if is_model and step:
+            raise ValueError(f'{source} is a model and has no checkpoint of step {step}; leave --step out')
+        if is_model or step == 0:
+            step, (_, params) = 0, load_pretrained(start.model, mesh=experiment.mesh)
         else:
-            with Checkpoints(checkpoint_folder(run_dir), read_only=True) as checkpoints:
+            where = found.checkpoints if found.run_dir is None else checkpoint_folder(found.run_dir)
+            with Checkpoints(where, read_only=True) as checkpoints:
                 if not checkpoints.steps:
                     raise ValueError(f'no whole checkpoint in {checkpoints.path}; train first, or evaluate --step 0')
                 step = checkpoints.steps[-1] if step is None else step
                 params = checkpoints.restore_params(decoders.abstract(config, experiment.mesh)[1], step)
-        result = evaluate(
-            sampler,
-            params,
-            prompts,
-            grader,
-            tokenizer,
-            jax.random.key(seed),
-            mesh=experiment.mesh,
-        )
+        results = validate(params, jax.random.key(seed))
+
+    out = Path(folder) if folder else found.run_dir or Path(f'runs/evaluation_{found.name}')
+    # What is not as by default is part of a file's name, so that one evaluation does not overwrite another.
     options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
-    summary = {'step': step, 'split': split} | options | summarise(result)
-    # What is not as by default is part of the name, so that one evaluation does not overwrite another.
-    usual = {'temperature': 0.0 if samples_per_prompt == 1 else 1.0, 'top_k': None, 'top_p': None, 'seed': 0}
-    special = [f'_{option}_{value}' for option, value in options.items() if value != usual[option]]
-    name = f'{step}_{split}_{samples_per_prompt}' + ''.join(special)
+    usual = {'temperature': None, 'top_k': None, 'top_p': None, 'seed': 0}
+    special = ''.join(f'_{option}_{value}' for option, value in options.items() if value != usual[option])
+    summaries = {}
+    for name, (result, prompts) in results.items():
+        samples = result.rewards.shape[1]
+        if split == 'train':
+            name = 'train' if name == 'test' else f'{name}_train'
+        options |= {'temperature': temperature_of(samples)}
+        summaries[name] = {'step': step, 'set': name, 'split': split} | options | summarise(result)
+        write(out, f'{step}_{name}_{samples}{special}', summaries[name], result, prompts)
+    if len(summaries) > 1:
+        mean = estimate(*(success(result) for result, _ in results.values()))
+        common = {'split': split, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
+        summaries['mean'] = {'step': step, 'sets': list(summaries), 'success': mean._asdict()} | common
+        write(
+            out,
+            f'{step}_mean{"" if split == "test" else f"_{split}"}'
+            f'{"" if samples_per_prompt is None else f"_{samples_per_prompt}"}{special}',
+            summaries['mean'],
+        )
+    return summaries
+
+
+def write(
+    folder: Path, name: str, summary: dict, result: Evaluation | None = None, prompts: PromptSet | None = None
+) -> None:
+    """Writes a summary, and every response with its reward. With several processes the first one does."""
     if jax.process_index() > 0:
-        return summary
-    (run_dir / f'evaluation_{name}.json').write_text(json.dumps(summary, indent=2) + '\n')
-    with (run_dir / f'responses_{name}.jsonl').open('w') as file:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f'evaluation_{name}.json').write_text(json.dumps(summary, indent=2) + '\n')
+    if result is None:
+        return
+    with (folder / f'responses_{name}.jsonl').open('w', encoding='utf-8') as file:
         for text, answer, responses, rewards in zip(
             prompts.texts, prompts.answers, result.responses, result.rewards.tolist(), strict=True
         ):
             row = {'prompt': text, 'answer': answer, 'responses': responses, 'rewards': rewards}
             file.write(json.dumps(row, ensure_ascii=False) + '\n')
-    return summary
 
 
 def summarise(result: Evaluation) -> dict:
@@ -123,7 +192,7 @@ def summarise(result: Evaluation) -> dict:
     return {
         'problems': problems,
         'samples_per_prompt': samples,
-        'success': estimate(correct / samples)._asdict(),
+        'success': estimate(success(result))._asdict(),
         f'mean@{samples}': estimate(result.rewards.mean(axis=1))._asdict(),
         **{f'pass@{k}': estimate(np.array([pass_at_k(samples, c, k) for c in correct]))._asdict() for k in ks},
         'response_length': float(result.lengths.mean()),
@@ -132,15 +201,23 @@ def summarise(result: Evaluation) -> dict:
 
 
 def main() -> None:
-    parser = command_line(__doc__, 'run_dir', help='folder of a run')
+    parser = command_line(__doc__, 'config', help='folder of a run or a checkpoint, or a model; then gin files')
     parser.add_argument('--step', type=int, help='of the checkpoint; the latest by default')
     arguments = parser.parse_intermixed_args()
     begin(arguments, level=logging.WARNING)
-    parse([Path(arguments.run_dir) / 'config.gin'], arguments.bindings)
-    step = {} if arguments.step is None else {'step': arguments.step}
-    summary = evaluation(arguments.run_dir, **step)
-    for name, value in summary.items() if jax.process_index() == 0 else ():
-        print(f'{name:20}', '{mean:.4f}  [{low:.4f}, {high:.4f}]'.format(**value) if isinstance(value, dict) else value)
+    (source, *files), bindings = files_and_bindings(arguments)
+    found = find_source(source)
+    if found.run_dir is not None:
+        files = [found.run_dir / 'config.gin', *files]
+    elif found.checkpoints is None:
+        bindings = [*bindings, f'Experiment.model = {source!r}']
+    parse(files, bindings)
+    summaries = evaluation(source, **({} if arguments.step is None else {'step': arguments.step}))
+    for name, summary in summaries.items() if jax.process_index() == 0 else ():
+        print(f'{"" if len(summaries) == 1 else name}')
+        for key, value in summary.items():
+            shown = '{mean:.4f}  [{low:.4f}, {high:.4f}]'.format(**value) if isinstance(value, dict) else value
+            print(f'{key:20}', shown)
 
 
 if __name__ == '__main__':

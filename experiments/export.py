@@ -8,7 +8,8 @@ import shutil
 from pathlib import Path
 
 import experiments.train  # noqa: F401  registers what a run's config.gin binds
-from experiments.config import checkpoint_folder, parse, run_command
+from experiments.command import run_command
+from experiments.config import checkpoint_folder, parse
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.models import decoder as decoders
 from troll_jax.models.families import decoder_config

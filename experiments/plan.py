@@ -28,15 +28,17 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from experiments.config import CONFIG_HELP, Experiment, files_and_bindings, parse, run_command  # noqa: E402
-from experiments.train import abstract_state, check_sizes, train  # noqa: E402
-from troll_jax.ops.regularisers import regularised  # noqa: E402
+from experiments.command import run_command  # noqa: E402
+from experiments.config import CONFIG_HELP, Experiment, files_and_bindings, parse  # noqa: E402
+from experiments.train import check_sizes, train  # noqa: E402
+from troll_jax.learn import abstract_state  # noqa: E402
+from troll_jax.ops.regularisers import needs_reference, regularised  # noqa: E402
 from troll_jax.packing import abstract_batch, batch_shape  # noqa: E402
 from troll_jax.planning import CHIPS, Chip, add_iterations, count_flops, program_cost, roofline  # noqa: E402
 from troll_jax.rollout import PREFILL_CHUNK, make_sampler  # noqa: E402
 from troll_jax.sharding import make_mesh, named_sharding  # noqa: E402
 from troll_jax.slots import prefill_batch  # noqa: E402
-from troll_jax.types import Prompts  # noqa: E402
+from troll_jax.types import Prompts, Reference  # noqa: E402
 from troll_jax.update import make_update  # noqa: E402
 
 PROGRAMS = ('update', 'prefill', 'decode')
@@ -96,12 +98,19 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
         sharding = named_sharding(mesh, (*axes, *[None] * (len(shape) - len(axes))))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    state = abstract_state(experiment, config, settings['optimizer'])
+    # A critic and a reference model lie on the devices beside the policy. Their own programs are not compiled.
+    has_reference = any(map(needs_reference, (*settings['regularisers'], settings['reward_penalty'])))
+    critic = settings['critic']
+    state = abstract_state(config, settings['optimizer'], mesh, critic=critic, has_reference=has_reference)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         rows = Prompts(array((prompts, experiment.max_prompt_length)), array((prompts,)))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
         keys = array(keys.shape, keys.dtype)
         batch = abstract_batch(shape, settings['max_tokens'])
+        if any(map(needs_reference, settings['regularisers'])):
+            batch = batch._replace(reference=Reference(batch.weights, batch.old.log_probs))
+        if critic is not None:
+            batch = batch._replace(values=batch.weights, returns=batch.weights)
         batch = jax.tree.map(lambda x: array(x.shape, x.dtype, (None, 'batch')), batch)
         on_chips = partial(examine, chip=CHIPS[generation], devices=len(devices))
         results = []

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
+from experiments.command import run_command  # noqa: E402
 from troll_jax.metrics import read_metrics  # noqa: E402
 
 # Per panel: title, whether its axis is logarithmic, and metric → style of its line.
@@ -65,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

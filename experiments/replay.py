@@ -26,7 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.config import Experiment, begin, checkpoint_folder, command_line, parse, run_command
+from experiments.command import run_command
+from experiments.config import Experiment, begin, checkpoint_folder, command_line, parse
 from experiments.replay_report import plot, report
 from experiments.run_folder import restore_or_start
 from experiments.train import train

@@ -23,20 +23,21 @@ import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
-from experiments.config import (
-    Experiment,
-    check_bindings_used,
+from experiments.command import run_command
+from experiments.config import Experiment, check_bindings_used, parse_command_line, register
+from experiments.run_folder import (
+    check_setup,
+    check_writable,
+    describe_setup,
     nothing_left_behind,
-    parse_command_line,
-    register,
-    run_command,
+    restore_or_start,
+    save_setup,
 )
-from experiments.run_folder import restore_or_start, save_setup
+from experiments.validation import make_validation, metrics_of
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.collect import make_collector
 from troll_jax.critic import Critic
 from troll_jax.data.prompts import PromptSet, batch_indices
-from troll_jax.evaluate import evaluate
 from troll_jax.learn import Aggregation, Estimator, Learner, make_learner
 from troll_jax.metrics import MetricsWriter
 from troll_jax.ops.advantages import needs_greedy_reward
@@ -78,8 +79,12 @@ def train(
     checkpoint_every: int = 10,
     checkpoint_dir: str | None = None,
     keep_checkpoints: int = 2,
+    keep_best: bool = False,
+    on_change: str = 'stop',
     save_rollout_every: int = 0,
     profile_step: int | None = None,
+    max_skipped: int = 8,
+    debug_nans: bool = False,
     seed: int = 0,
     regularisers: Sequence[Regulariser] = (),
     reward_penalty: Regulariser | None = None,
@@ -118,15 +123,22 @@ def train(
         memory; at least one row. None is 8,192, or one row. What is left of the last part is padding: the fewer rows a
         part has, the less (`update/padding_share`).
       head_chunk: tokens whose logits are in memory at a time in an update, on each device.
-      evaluate_every: steps between greedy evaluations on the test split; 0 turns them off.
+      evaluate_every: steps between evaluations of `Experiment.validation`; 0 turns them off.
       table_every: steps between tables of the tokens that are projected or clipped most; 0 turns them off. With
         `@sequence_region` all tokens of a response count that is outside.
       checkpoint_every: steps between checkpoints. The last step is saved in any case.
       checkpoint_dir: a folder or bucket (gs://…) to keep them in; None is `run_dir`.
       keep_checkpoints: how many of the latest to keep.
+      keep_best: keeps the checkpoint with the highest `eval/success` besides, of those steps that are evaluated.
+      on_change: if a run would go on with another configuration, tokenizer or data than it was started with: 'stop',
+        or 'go on'. What changes nothing that is learnt, such as `steps`, may always change (`run_folder.FREE`).
       save_rollout_every: steps between rollouts that are saved for `experiments/replay.py`, a multiple of
         `checkpoint_every`, as `rollouts/<step>.npz` with the step of the checkpoint that sampled it. These checkpoints
         are kept, besides the latest. 0 turns it off.
+      max_skipped: after so many steps in a row with an update that was skipped, because its gradient was not finite,
+        the run ends with an error. The last of these steps can be replayed: its rollout and the checkpoint that sampled
+        it are saved. At least 2; 0 never ends it.
+      debug_nans: ends the run where the first NaN appears (`jax_debug_nans`); slow.
       profile_step: the step of which a trace is written into the run's folder `profile`, for TensorBoard or Perfetto.
       seed: of the order of the data and of the sampling.
       regularisers: what is added to the objective, e.g. `[@entropy_bonus]`; see `troll_jax.ops.regularisers`.
@@ -163,17 +175,30 @@ def train(
         | {'keep_checkpoints': keep_checkpoints, 'head_chunk': head_chunk, 'max_draws': max_draws}
         | ({} if profile_step is None else {'profile_step': profile_step}),
         at_least_zero={'evaluate_every': evaluate_every, 'table_every': table_every}
-        | {'save_rollout_every': save_rollout_every, 'seed': seed},
+        | {'save_rollout_every': save_rollout_every, 'max_skipped': max_skipped, 'seed': seed},
     )
+    if max_draws > 1 and samples_per_prompt < 2:
+        raise ValueError(
+            f'max_draws = {max_draws} replaces groups whose rewards are all equal, and with samples_per_prompt = 1 all '
+            'are; raise samples_per_prompt, or set max_draws = 1'
+        )
+    if max_skipped == 1:
+        raise ValueError('max_skipped must be at least 2, or 0 to go on whatever happens; got 1')
+    if keep_best and not evaluate_every:
+        raise ValueError('keep_best goes by eval/success, and evaluate_every = 0 turns evaluations off; raise it')
     if save_rollout_every % checkpoint_every:
         raise ValueError(
             f'save_rollout_every = {save_rollout_every} must be a multiple of checkpoint_every = {checkpoint_every}, '
             'so that the parameters that sampled a rollout are there to replay it'
         )
+    is_first_process = jax.process_index() == 0
+    if is_first_process:
+        check_writable(run_dir)
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
-    prompts, held_out = (experiment.load_prompts(split, tokenizer) for split in ('train', 'test'))
+    prompts = experiment.load_prompts('train', tokenizer)
     batch_indices(len(prompts), prompts_per_step, seed=seed, step=0)  # an error now if there are too few
+    setup = describe_setup(tokenizer, {'train': prompts})
 
     new_sampler = partial(
         make_sampler,
@@ -187,6 +212,10 @@ def train(
         samples_per_prompt=samples_per_prompt, temperature=temperature, max_tokens=max_tokens, mass=mass
     )
     greedy_sampler = new_sampler(samples_per_prompt=1, temperature=0.0, max_tokens=1, mass=1.0)
+    drawing = partial(new_sampler, temperature=1.0, max_tokens=1, mass=1.0)
+    validate = make_validation(
+        experiment, tokenizer, lambda samples: greedy_sampler if samples == 1 else drawing(samples_per_prompt=samples)
+    )
     learner = make_learner(
         config,
         optimizer,
@@ -211,24 +240,27 @@ def train(
         whiten_advantages=whiten_advantages,
         mask_truncated=mask_truncated,
     )
-    with jax.set_mesh(mesh):
-        check_programs(sampler, learner, rewards, prompts, prompts_per_step)
-    check_bindings_used()  # all errors of a configuration come before anything is written
     with (
         nothing_left_behind(checkpoint_dir or run_dir),
         stop_on_signal() as stop,  # before the checkpoints, which are still written when the loop has ended
         jax.set_mesh(mesh),
+        jax.debug_nans(debug_nans or jax.config.jax_debug_nans),
         Checkpoints(
-            checkpoint_dir or run_dir, keep=keep_checkpoints, keep_every=save_rollout_every or None
+            checkpoint_dir or run_dir,
+            keep=keep_checkpoints,
+            keep_every=save_rollout_every or None,
+            keep_best=keep_best,
         ) as checkpoints,
         Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader,
     ):
         grader.start()
+        check_programs(sampler, learner, rewards, prompts, prompts_per_step)
+        check_bindings_used()
+        check_setup(checkpoints, setup, on_change)
         state = restore_or_start(checkpoints, experiment, learner.shapes, learner.start)
         first = int(state.progress.step)
-        is_first_process = jax.process_index() == 0
         if is_first_process:
-            save_setup(Path(run_dir), experiment, tokenizer, first, checkpoint_dir)
+            save_setup(Path(run_dir), experiment, tokenizer, first, checkpoint_dir, setup)
         if first >= steps:
             logger.warning('nothing to do: %s is at step %d of %d', run_dir, first, steps)
         collect = make_collector(
@@ -246,22 +278,21 @@ def train(
         )
 
         def evaluate_now() -> dict[str, float]:
-            result = evaluate(
-                greedy_sampler, state.params, held_out, grader, tokenizer, jax.random.key(seed), mesh=mesh
-            )
-            return {'eval/success': result.rewards.mean(), 'eval/response_length': result.lengths.mean()}
+            return metrics_of(validate(state.params, jax.random.key(seed), grader))
 
         with MetricsWriter(run_dir, resume_after=first, write=is_first_process) as metrics:
             if first == 0 and evaluate_every:
                 metrics.write(0, evaluate_now())
             hide = None if is_first_process else True  # None: hidden if there is no terminal
+            skipped = 0  # steps in a row
             progress = tqdm(range(first + 1, steps + 1), initial=first, total=steps, unit='step', disable=hide)
             for step in progress:
                 if step == profile_step:
                     jax.profiler.start_trace(Path(run_dir) / 'profile')
                 experience = collect(state.params, int(state.progress.draws))
                 start = time.perf_counter()
-                saved = save_rollout_every and (step - 1) % save_rollout_every == 0
+                last_chance = skipped and skipped == max_skipped - 1
+                saved = last_chance or (save_rollout_every and (step - 1) % save_rollout_every == 0)
                 save_to = Path(run_dir) / 'rollouts' / f'{step - 1}.npz' if saved else None
                 state, row, logs = learner.learn(state, experience, save_to)
                 row = experience.logs | row | speed(experience.rollout, time.perf_counter() - start)
@@ -270,7 +301,8 @@ def train(
 
                 if old_policy == 'rollout':
                     warn_of_noise(row)
-                if row.get('update/skipped'):
+                skipped = skipped + 1 if row.get('update/skipped') or row.get('critic/skipped') else 0
+                if skipped:
                     logger.warning('step %d: an update was skipped, its gradient was not finite', step)
                 if table_every and step % table_every == 0 and logs:
                     metrics.write_table(step, token_table(logs, tokenizer))
@@ -279,8 +311,11 @@ def train(
                     row |= evaluate_now()
                 metrics.write(step, row)
                 progress.set_postfix(reward=f'{row["reward/mean"]:.3f}', kl=f'{row.get("update/kl_mean", 0):.4f}')
-                if step % checkpoint_every == 0 or step == steps or stopping:
-                    checkpoints.save(state)
+                if last_chance and skipped:
+                    raise FloatingPointError(not_finite(run_dir, step, skipped, save_to))
+                checkpoints.check()
+                if step % checkpoint_every == 0 or step == steps or stopping or 0 < skipped == max_skipped - 1:
+                    checkpoints.save(state, row.get('eval/success'))
                 if stopping:
                     break
 
@@ -340,6 +375,14 @@ def token_table(logs: list[UpdateLog], tokenizer, rows: int = 20) -> list[dict]:
         for i in most
         if held[i]
     ]
+
+
+def not_finite(run_dir: str, step: int, skipped: int, rollout: Path) -> str:
+    return (
+        f'step {step}: gradients were not finite in {skipped} steps in a row (train.max_skipped). The parameters are '
+        f'finite and saved as of step {step - 1}. `python -m experiments.replay {run_dir} --batch {rollout}` shows the '
+        'first token whose loss is not; with train.debug_nans = True the run ends where the first NaN appears'
+    )
 
 
 def speed(rollout, seconds: float) -> dict[str, float]:

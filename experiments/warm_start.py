@@ -17,7 +17,8 @@ import optax
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3Config
 
-from experiments.config import parse_command_line, register, run_command
+from experiments.command import run_command
+from experiments.config import parse_command_line, register
 from experiments.train import check_limits
 from troll_jax.data.prompts import PromptSet, batch_indices, encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic, demonstration

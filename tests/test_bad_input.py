@@ -21,7 +21,9 @@ from hypothesis import strategies as st
 
 import experiments.train
 import experiments.warm_start  # noqa: F401  registers what its configuration binds
-from experiments.config import _targets, nothing_left_behind, parse, run_command
+from experiments.command import run_command
+from experiments.config import _targets, parse
+from experiments.run_folder import nothing_left_behind
 from troll_jax.data.prompts import encode_prompts
 from troll_jax.data.tasks.eurus_code import EurusCode
 from troll_jax.data.tasks.gsm8k import GSM8K
@@ -206,7 +208,7 @@ def raise_deeply(error):
 @pytest.mark.parametrize('error', [ValueError('got 3,\n  expected 4'), FileNotFoundError('no file')])
 def test_an_error_of_the_user_is_one_line(error, capsys, monkeypatch):
     # An OSError is its user's wherever it is raised; of ValueErrors those of this code, not of a library or a test.
-    monkeypatch.setattr('experiments.config._OURS', (Path(__file__).parent,))
+    monkeypatch.setattr('experiments.command._OURS', (Path(__file__).parent,))
     with pytest.raises(SystemExit) as exit:
         run_command(raise_deeply(error))
     message = capsys.readouterr().err
@@ -219,12 +221,12 @@ def test_an_error_of_the_user_is_one_line(error, capsys, monkeypatch):
 @pytest.mark.parametrize('main', [lambda: int('x'), lambda: json.loads('{'), raise_deeply(KeyError('x'))])
 def test_a_bug_keeps_its_traceback(main, monkeypatch):
     """Guards against a mistake of ours that looks like one of the user: neither is raised on purpose."""
-    monkeypatch.setattr('experiments.config._OURS', (Path(__file__).parent,))
+    monkeypatch.setattr('experiments.command._OURS', (Path(__file__).parent,))
     with pytest.raises((ValueError, KeyError)):
         run_command(main)
 
 
-COMMANDS = ['compare', 'evaluate', 'export', 'plan', 'replay', 'train', 'warm_start']
+COMMANDS = [path.stem for path in (REPOSITORY / 'experiments').glob('*.py') if 'def main(' in path.read_text()]
 
 
 def test_every_command_is_run_with_care():

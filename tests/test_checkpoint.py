@@ -140,6 +140,17 @@ def test_only_the_latest_are_kept(mesh, tmp_path):
     assert [path.name for path in (tmp_path / 'checkpoints').iterdir()] == ['101']
 
 
+def test_the_best_is_kept_besides(mesh, tmp_path):
+    """Guards against the best model being removed, also by a later start, and the first of equally good ones kept."""
+    for scores in ({1: 0.5, 2: 0.7, 3: 0.7}, {4: 0.6, 5: None, 6: 0.1}):
+        with Checkpoints(tmp_path, keep=1, keep_best=True) as checkpoints:
+            for step, score in scores.items():
+                checkpoints.save(state_on(mesh, step), score)
+        with Checkpoints(tmp_path) as checkpoints:
+            assert checkpoints.steps == sorted({3, max(scores)})
+            assert_same(checkpoints.restore(shapes_on(mesh), 3), state_on(mesh, 3))
+
+
 def test_a_step_that_is_there_is_left_alone(run, mesh):
     """Guards against an error at the end of a run whose last step was also a periodic one."""
     with Checkpoints(run) as checkpoints:

@@ -16,7 +16,7 @@ from troll_jax.rewards.pool import Grader
 from troll_jax.rewards.sandbox import Bubblewrap, SandboxFusion, Unisolated
 from troll_jax.rewards.worker import CannotGrade
 
-BOX = Bubblewrap(case_seconds=1.0, memory_gb=0.5, output_mb=1.0, processes=4, disk_mb=8.0)
+BOX = Bubblewrap(case_seconds=4.0, memory_gb=0.5, output_mb=1.0, processes=4, disk_mb=8.0)
 
 STDIN = json.dumps({'inputs': ['2\n3\n', '5\n7\n', '1\n1\n'], 'outputs': ['5\n', '12', ['2']]})
 CALL = json.dumps({'fn_name': 'add', 'inputs': ['2\n3', [5, 7], '[1]\n[2]'], 'outputs': ['5', [12], [[1, 2]]]})

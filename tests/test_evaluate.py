@@ -66,6 +66,14 @@ def test_an_estimate_is_deterministic_and_its_mean_exact():
     assert estimate(values, draws=250).low == pytest.approx(first.low, abs=0.02)  # draws that no block divides
 
 
+def test_the_mean_of_sets():
+    """Guards against sets that count by their size, and against problems that are drawn across sets."""
+    values = np.random.default_rng(1).random(37)
+    alone, both = estimate(values), estimate(values, np.full(5, 0.25))
+    assert both.mean == (alone.mean + 0.25) / 2
+    assert both.high - both.low == pytest.approx((alone.high - alone.low) / 2, rel=0.05)
+
+
 def test_equal_problems_leave_no_doubt():
     assert estimate(np.full(7, 0.25)) == (0.25, 0.25, 0.25)
     assert estimate(np.array([1.0])) == (1.0, 1.0, 1.0)

@@ -287,7 +287,11 @@ def test_sizes_for_planning_are_those_of_the_models():
     """Guards config.json files that were written by hand, parameters that a family has too many or too few of, and
     `rope_scaling`, which published files have beside `rope_theta`."""
     models = Path(__file__).parent.parent / 'configs/models'
-    configs = {folder.name: decoder_config(load_config(folder)) for folder in models.iterdir()}
+    configs = {
+        folder.name: decoder_config(load_config(folder))
+        for folder in models.iterdir()
+        if folder.is_dir() and folder.name != '__pycache__'
+    }
     count = lambda config: sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract(config)[1]))
     assert {name: count(config) for name, config in configs.items()} == PUBLISHED
     assert configs['llama-3.2-3b'].rope_scaling == RopeScaling(32.0, 1.0, 4.0, 8192)

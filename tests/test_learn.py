@@ -150,6 +150,28 @@ def test_critic_learns_before_the_policy():
     assert int(state.progress.updates) == 2 and row['update/gradient_norm'] > 0
 
 
+def test_responses_that_are_all_masked_teach_nothing():
+    """Guards 0/0 in means over no tokens: nothing is learnt, by no model, and every number is finite."""
+    pull = functools.partial(kl_to_reference, coefficient=0.1)
+    pull.reference = True
+    bench = learner(
+        estimator=gae,
+        critic=Critic(optimizer=SGD),
+        regularisers=[pull],
+        whiten_advantages=True,
+        mask_truncated=True,
+    )
+    cut = rollout()._replace(stop_token=np.full(ROWS, -1, np.int32))
+    state = bench.start(copy(nearby_params()))
+    head = np.asarray(state.critic.params['head'])
+    state, metrics, _ = bench.learn(state, Experience(cut, REWARDS, None, 1, {}))
+    jax.tree.map(np.testing.assert_array_equal, state.params, nearby_params())
+    np.testing.assert_array_equal(state.critic.params['head'], head)
+    for kind in ('update', 'critic'):
+        assert metrics[f'{kind}/loss'] == metrics[f'{kind}/gradient_norm'] == metrics[f'{kind}/skipped'] == 0
+    assert np.isfinite(list(metrics.values())).all(), metrics
+
+
 @pytest.mark.parametrize('settings', [{'value_clip': 1e-3}, {'optimizer': optax.sgd(0.5)}])
 def test_settings_of_a_critic(settings):
     """Guards settings of the critic that nothing reads."""

@@ -103,6 +103,17 @@ def test_a_torn_last_line_is_removed(tmp_path, torn):
     assert steps_in(tmp_path) == [1, 2, 4]
 
 
+def test_half_a_character_is_removed(tmp_path):
+    """Guards against a table of tokens that a crash cut within a character, and that no start could read again."""
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write_table(1, [{'text': 'é', 'held': 1, 'seen': 2}])
+    path = tmp_path / 'held_tokens.jsonl'
+    path.write_bytes(path.read_bytes() + '{"step": 2, "tokens": [{"text": "é'.encode()[:-1])
+    with MetricsWriter(tmp_path, resume_after=1) as metrics:
+        metrics.write_table(2, [{'text': 'ö', 'held': 1, 'seen': 2}])
+    assert [row['tokens'][0]['text'] for row in table(tmp_path)] == ['é', 'ö']
+
+
 def test_a_run_that_died_before_its_first_checkpoint_starts_over(tmp_path):
     """Guards against a row of step 0 that is kept, so that the second start fails on writing it again."""
     write(tmp_path, [0, 1, 2])

@@ -8,7 +8,7 @@ import pytest
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.optimizer import adamw, apply_gradients, state_shapes
 from troll_jax.sharding import make_mesh, named_sharding
-from troll_jax.types import Progress, TrainState
+from troll_jax.types import START, TrainState
 
 RATE = 3e-3
 
@@ -139,7 +139,7 @@ def test_an_offloaded_state_gives_the_same_steps_and_stays_on_the_host(tmp_path)
     moments = [leaf for leaf in jax.tree.leaves(host_state) if leaf.ndim]
     assert all(leaf.addressable_shards[0].data.shape == (3, 2) for leaf in moments)
 
-    whole = TrainState(Progress(jnp.int32(4), jnp.int32(4), jnp.float32(0)), host_params, host_state)
+    whole = TrainState(jax.tree.map(jnp.asarray, START)._replace(step=jnp.int32(4)), host_params, host_state)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(whole)
     with Checkpoints(tmp_path, read_only=True) as checkpoints:

@@ -4,7 +4,15 @@ import jax
 import numpy as np
 import pytest
 
-from troll_jax.packing import BatchShape, abstract_batch, batch_shape, first_fit, make_batch, padding_share
+from troll_jax.packing import (
+    BatchShape,
+    abstract_batch,
+    batch_shape,
+    first_fit,
+    make_batch,
+    padding_share,
+    response_layout,
+)
 from troll_jax.types import Rollout, SparseLogProbs
 
 PROMPT, RESPONSE, KEPT = 5, 11, 3
@@ -74,6 +82,18 @@ def test_every_token_is_there_once(shape):
     assert (~empty).sum() == (data.prompt_lengths + data.response_lengths).sum()
     used = np.any(~empty, axis=(1, 2))
     assert np.all(used == (np.arange(shape.micro_batches) < used.sum())), 'empty micro-batches were meant to come last'
+
+
+def test_numbers_of_tokens_find_their_places_and_the_way_back():
+    """Guards values and advantages of a critic that end up at other tokens than the batch's own."""
+    shape, data = BatchShape(7, 3, 16), rollout(random_lengths(21))
+    layout = response_layout(data, shape)
+    inside = np.arange(RESPONSE) < data.response_lengths[:, None]
+    ones = np.ones(21, np.float32)
+    batch = make_batch(data, data.entropy, ones, shape)  # a number of its own for every token
+    np.testing.assert_array_equal(layout.scatter(data.entropy), batch.advantages)
+    np.testing.assert_array_equal(layout.scatter(data.log_probs), batch.old_log_probs)
+    np.testing.assert_array_equal(layout.gather(batch.old_log_probs), np.where(inside, data.log_probs, 0))
 
 
 def test_a_weight_of_zero_is_not_learnt_from():

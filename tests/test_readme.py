@@ -26,7 +26,9 @@ def test_the_file_tree_is_complete_and_true():
         for path in (REPOSITORY / folder).rglob(pattern)
         if path.name != '__init__.py'
     }
-    assert listed == files
+    # Files of data, models and ablations are named by the table of the paper's experiments: test_paper_configs.py.
+    in_table = {file for file in files if file.startswith(('configs/data/', 'configs/models/', 'configs/ablations/'))}
+    assert listed == files - in_table and in_table
 
 
 def test_links_and_commands_lead_somewhere():

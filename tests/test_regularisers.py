@@ -5,9 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from troll_jax.ops.categorical import entropy
-from troll_jax.ops.losses import TokenLogProbs, ppo_clip
+from troll_jax.ops.losses import ReferenceView, TokenLogProbs, ppo_clip
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.regularisers import (
     entropy_bonus,
@@ -15,9 +16,12 @@ from troll_jax.ops.regularisers import (
     k2,
     k3,
     kl_to_old,
+    kl_to_reference,
+    needs_reference,
     regularised,
     truncated_importance_weights,
 )
+from troll_jax.ops.support import bucket_tail
 from troll_jax.types import SparseLogProbs
 
 P, Q = (jax.nn.log_softmax(jax.random.normal(jax.random.key(seed), 7)) for seed in (0, 1))
@@ -84,3 +88,49 @@ def test_truncated_importance_weights_by_hand():
     np.testing.assert_allclose(truncated_importance_weights(trainer, sampler, limit=3.0), [2, 0.5, 3, 3], rtol=1e-5)
     gradient = jax.grad(lambda x: jnp.sum(truncated_importance_weights(x, sampler)))(trainer)
     assert np.all(gradient == 0)
+
+
+def with_reference(scores, reference, kept: int) -> TokenLogProbs:
+    """`row_of`, beside a reference model with these scores [7]; the old policy lists the first `kept` tokens."""
+    new, ref = jax.nn.log_softmax(scores), jnp.tile(jax.nn.log_softmax(reference), (3, 1))
+    listed = jnp.tile(jnp.arange(kept), (3, 1))
+    bucket = lambda at_old, at_ref, tokens: bucket_tail(at_old, None, SparseLogProbs(tokens, at_ref))
+    row = row_of(scores)
+    at_sampled = jnp.take_along_axis(ref, row.tokens[:, None], axis=1)[:, 0]
+    view = ReferenceView(at_sampled, *jax.vmap(bucket)(new[:, :kept], ref[:, :kept], listed))
+    return row._replace(reference=view)
+
+
+def test_kl_to_a_reference():
+    """Guards the direction of the divergence, the tail, and estimates of another pair of policies.
+
+    With all tokens listed it is that of the whole vocabulary, with some never more; its gradient is zero at the
+    reference alone, and so are those of k2 and k3. That of k1 is not: it belongs into a reward.
+    """
+    scores, reference = jax.random.normal(jax.random.key(3), (3, 7)), jax.random.normal(jax.random.key(4), (7,))
+    new, ref = jax.nn.log_softmax(scores), jax.nn.log_softmax(reference)
+    dense = jnp.sum(jnp.exp(new) * (new - ref[None]), axis=1)
+    whole, some = (kl_to_reference(with_reference(scores, reference, kept), coefficient=0.5) for kept in (7, 4))
+    np.testing.assert_allclose(whole, 0.5 * dense, rtol=1e-5)
+    assert np.all(some < whole) and np.all(some > 0)
+    row = with_reference(scores, reference, 4)
+    for estimator in (k1, k2, k3):
+        expected = 2.0 * estimator(row.new_log_probs, ref[row.tokens])
+        got = kl_to_reference(row, coefficient=2.0, estimator=estimator)
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+    def slope(scores, estimator) -> float:
+        loss = lambda x: kl_to_reference(with_reference(x, reference, 4), coefficient=1.0, estimator=estimator).sum()
+        return float(np.abs(jax.grad(loss)(scores)).max())
+
+    at_reference = jnp.tile(reference, (3, 1))
+    for estimator in (None, k2, k3):
+        assert slope(at_reference, estimator) < 1e-6 < 0.01 < slope(scores, estimator)
+    assert slope(at_reference, k1) > 0.1
+    assert needs_reference(kl_to_reference) and not needs_reference(entropy_bonus) and not needs_reference(None)
+
+
+def test_without_a_reference_model_there_is_no_pull():
+    """Guards a pull towards nothing."""
+    with pytest.raises(ValueError, match='kl_to_reference needs a reference model'):
+        kl_to_reference(row_of(jnp.zeros((3, 7))), coefficient=1.0)

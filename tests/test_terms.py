@@ -41,6 +41,13 @@ def test_weighted_sum():
     np.testing.assert_array_equal(terms['length'], [-1, -4])
 
 
+def test_names_of_terms():
+    """Guards two terms of one name, of which the second would count twice, and a name that the log uses."""
+    for names in ([], ['a', 'a'], ['mean']):
+        with pytest.raises(ValueError, match='rewards are named'):
+            weigh([(name, 1.0, task_reward) for name in names], responses([1, 4], 4))
+
+
 @pytest.mark.parametrize(
     ('term', 'said'),
     [

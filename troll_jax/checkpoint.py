@@ -1,15 +1,21 @@
 """Checkpoints of a run, by Orbax: saved in the background, restored straight onto the mesh in use."""
 
+import logging
 import os
+from contextlib import contextmanager
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as managers
 
 from troll_jax.types import CriticState, Progress, TrainState
 
 _OPTIONAL = ('critic', 'reference')  # items of a state that not every run has
+_SCORE = 'score'  # by which the best checkpoint is found
+
+_logger = logging.getLogger(__name__)
 
 
 class Checkpoints:
@@ -19,19 +25,34 @@ class Checkpoints:
       folder: of the run, or a bucket (gs://…); checkpoints lie in `checkpoints/<step>` below it.
       keep: how many of the latest to keep.
       keep_every: checkpoints of steps that are a multiple of it are kept besides; None keeps the latest alone.
+      keep_best: the one that was saved with the highest score is kept besides, of equal ones the latest.
       read_only: touches nothing, so that a run that is under way can be looked into.
     """
 
     def __init__(
-        self, folder: str | os.PathLike, *, keep: int = 2, keep_every: int | None = None, read_only: bool = False
+        self,
+        folder: str | os.PathLike,
+        *,
+        keep: int = 2,
+        keep_every: int | None = None,
+        keep_best: bool = False,
+        read_only: bool = False,
     ):
         folder = os.fspath(folder)
         self.path = epath.Path(folder if '://' in folder else os.path.abspath(folder)) / 'checkpoints'
-        options = (
-            ocp.CheckpointManagerOptions(read_only=True, create=False)
-            if read_only
-            else ocp.CheckpointManagerOptions(max_to_keep=keep, keep_period=keep_every, cleanup_tmp_directories=True)
-        )
+        if read_only:
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+        else:
+            kept = [managers.LatestN(n=keep)]
+            kept += [managers.EveryNSteps(keep_every)] if keep_every else []
+            kept += (
+                [managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)] if keep_best else []
+            )
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=managers.AnyPreservationPolicy(kept),
+                best_fn=_score if keep_best else None,  # without which Orbax writes no score
+                cleanup_tmp_directories=True,
+            )
         self._manager = ocp.CheckpointManager(
             self.path,
             options=options,
@@ -41,8 +62,13 @@ class Checkpoints:
     def __enter__(self) -> 'Checkpoints':
         return self
 
-    def __exit__(self, *_) -> None:
-        self._manager.wait_until_finished()
+    def __exit__(self, kind, *_) -> None:
+        try:
+            self.wait()
+        except OSError as error:
+            if kind is None:
+                raise
+            _logger.error('%s', error)  # what ended the run comes first
         self._manager.close()
 
     @property
@@ -50,10 +76,46 @@ class Checkpoints:
         """The steps of all whole checkpoints, ascending."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState) -> None:
-        """Starts saving. Returns once the arrays are copied; a step that is not after the latest is left alone."""
+    def save(self, state: TrainState, score: float | None = None) -> None:
+        """Starts saving. Returns once the arrays are copied; a step that is not after the latest is left alone.
+
+        Args:
+          state: what to save.
+          score: for `keep_best`, if it is known.
+
+        Raises:
+          OSError: this checkpoint, or the one before in the background, could not be written.
+        """
         items = {name: ocp.args.StandardSave(value) for name, value in _items(state).items()}
-        self._manager.save(int(state.progress.step), args=ocp.args.Composite(**items))
+        metrics = None if score is None else {_SCORE: float(score)}
+        with self._explained():
+            self._manager.save(int(state.progress.step), args=ocp.args.Composite(**items), metrics=metrics)
+
+    def check(self) -> None:
+        """Raises the OSError of a save in the background that has failed, if one has. Costs nothing."""
+        with self._explained():
+            self._manager.check_for_errors()
+            if not self._manager.is_saving_in_progress():
+                self._manager.wait_until_finished()  # at once, and raises what ended a save before its last part
+
+    def wait(self) -> None:
+        """Returns when all is on disk. Raises an OSError if something could not be written."""
+        with self._explained():
+            self._manager.wait_until_finished()
+
+    @contextmanager
+    def _explained(self):
+        """Whatever Orbax and its storage raise while saving, as an OSError that says what is left and what to do."""
+        try:
+            yield
+        except Exception as error:
+            self._manager.reload()
+            lines = str(error).splitlines()
+            raise OSError(
+                f'a checkpoint could not be written to {self.path} ({type(error).__name__}: '
+                f'{lines[0] if lines else ""}). Whole are those of the steps {self.steps}. See that there is room and '
+                'that it may be written to, then start again: the run goes on from the latest of them.'
+            ) from error
 
     def restore(self, shapes: TrainState, step: int) -> TrainState:
         """Restores a whole state.
@@ -113,6 +175,10 @@ class Checkpoints:
 def _items(state: TrainState) -> dict[str, Any]:
     as_dict = lambda x: x._asdict() if isinstance(x, Progress | CriticState) else x
     return {name: as_dict(value) for name, value in state._asdict().items() if value is not None}
+
+
+def _score(metrics: dict[str, float]) -> float:
+    return metrics[_SCORE]
 
 
 class _Mismatch(Exception):

@@ -53,8 +53,8 @@ def make_collector(
       rewards: name, weight and function of each term.
       greedy_sampler: one greedy response per prompt, for estimators that compare with it.
       max_draws: more than one is dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all
-        equal are replaced by groups of further draws, at most so many in all. If these do not suffice, groups of equal
-        rewards fill up the batch.
+        equal, with all their terms, are replaced by groups of further draws, at most so many in all. If these do not
+        suffice, groups of equal rewards fill up the batch.
       seed: of the data's order and of the sampling.
       mesh: of the devices.
 
@@ -95,7 +95,8 @@ def make_collector(
                 break
         used = len(groups)
         uniform = 1 - np.mean(varied)
-        first = np.argsort(~np.concatenate(varied), kind='stable')[:prompts_per_step] if max_draws > 1 else slice(None)
+        # In the order of the draws, so that groups that fill up are not all in the last minibatches.
+        first = np.sort(np.argsort(~np.concatenate(varied), kind='stable')[:prompts_per_step])
         choose = lambda arrays: np.concatenate(arrays)[first] if max_draws > 1 else arrays[0]
         samples = groups[0].shape[1]
         by_group = lambda *x: choose([leaf.reshape(-1, samples, *leaf.shape[1:]) for leaf in x])

@@ -122,12 +122,26 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def estimate(per_problem: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> Estimate:
-    """The mean of values [n] over problems, with a 95 % interval by the percentile bootstrap over problems."""
+def success(result: Evaluation) -> np.ndarray:
+    """Of each problem the share of its samples that are correct: [n]. A reward below 1 is none."""
+    return (result.rewards >= 1).mean(axis=1)
+
+
+def estimate(*per_problem: np.ndarray, draws: int = 10_000, seed: int = 0) -> Estimate:
+    """The mean of values over problems, with a 95 % interval by the percentile bootstrap over problems.
+
+    Args:
+      per_problem: values [n]. Of several sets of problems it is the mean of the sets' means, in which every set counts
+        alike; problems are drawn within their set. With the differences of two models on the same problems it is the
+        paired bootstrap.
+      draws: of the bootstrap.
+      seed: of the draws.
+    """
     generator = np.random.default_rng(seed)
-    n = len(per_problem)
     means = np.empty(draws)
     for start in range(0, draws, 100):
-        means[start : start + 100] = per_problem[generator.integers(n, size=(min(100, draws - start), n))].mean(axis=1)
+        count = min(100, draws - start)
+        of_sets = [values[generator.integers(len(values), size=(count, len(values)))].mean(1) for values in per_problem]
+        means[start : start + count] = np.mean(of_sets, axis=0)
     low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(per_problem.mean()), float(low), float(high))
+    return Estimate(float(np.mean([values.mean() for values in per_problem])), float(low), float(high))

@@ -78,7 +78,8 @@ def make_learner(
     """
     has_reference = any(needs_reference(x) for x in (*regularisers, reward_penalty))
     _check_settings(estimator, critic, old_policy, importance_limit)
-    _check_reference(has_reference, reward_penalty, refresh_reference_every)
+    _check_reference(has_reference, reward_penalty, refresh_reference_every, mask_truncated)
+    in_loss = any(map(needs_reference, regularisers))
     policy = {'temperature': temperature, 'tail_rule': tail_rule, 'max_tokens': max_tokens, 'mass': mass}
     policy['head_chunk'] = head_chunk
     update = make_update(config, optimizer, objective=regularised(objective, regularisers), **policy)
@@ -112,8 +113,11 @@ def make_learner(
         advantages = jnp.where(mask, jax.vmap(estimator)(rewards, values), 0.0)
         return whiten(advantages, mask) if whiten_advantages else advantages, advantages + values
 
+    def is_learnt(part: Rollout) -> np.ndarray:
+        return part.stopped | (not mask_truncated)
+
     def pack(part: Rollout):
-        learnt = part.stopped | (not mask_truncated)
+        learnt = is_learnt(part)
         weights = np.asarray(aggregation(np.where(learnt, part.response_lengths, 0), max_length=max_response_length))
         return make_batch(part, np.zeros(len(learnt), np.float32), np.where(learnt, weights, 0), shape)
 
@@ -140,6 +144,8 @@ def make_learner(
         penalties = np.zeros(rollout.log_probs.shape, np.float32)
         if has_reference:
             batches, of_parts = zip(*[reference(state.reference, batch) for batch in batches], strict=True)
+            if not in_loss:  # nothing reads it any more
+                batches = [batch._replace(reference=None) for batch in batches]
             if reward_penalty is not None:
                 penalties = to_responses(of_parts)
                 metrics['reward/penalty'] = penalties.sum(axis=1).mean()
@@ -151,20 +157,22 @@ def make_learner(
             added['advantages'] = np.broadcast_to(advantages, rollout.log_probs.shape)
         else:
             added['values'] = to_responses([values_of(state.critic.params, batch) for batch in batches])
-            mask = np.arange(rollout.log_probs.shape[1]) < lengths[:, None]
+            mask = (np.arange(rollout.log_probs.shape[1]) < lengths[:, None]) & is_learnt(rollout)[:, None]
             rewards = token_rewards(experience.rewards.reshape(-1), penalties, lengths)
             added['advantages'], added['returns'] = map(np.asarray, estimate_by_values(rewards, added['values'], mask))
-            metrics |= {
-                'critic/explained_variance': explained_variance(added['values'][mask], added['returns'][mask]),
-                'critic/value': added['values'][mask].mean(),
-                'critic/return': added['returns'][mask].mean(),
-            }
+            if mask.any():
+                values, returns = added['values'][mask], added['returns'][mask]
+                metrics |= {
+                    'critic/explained_variance': explained_variance(values, returns),
+                    'critic/value': values.mean(),
+                    'critic/return': returns.mean(),
+                }
 
         def complete(i: int):
-            """Minibatch i, on the devices."""
+            """Minibatch i; on the devices if it has been there, else in numpy."""
             known = {name: layouts[i].scatter(array[slices[i]]) for name, array in added.items()}
             if not passes_first:
-                return place(batches[i]._replace(**known), mesh, (None, 'batch'))
+                return batches[i]._replace(**known)
             batch = batches[i]._replace(**place(known, mesh, (None, 'batch')))
             return batch._replace(advantages=batch.advantages * importance[i])
 
@@ -174,6 +182,7 @@ def make_learner(
         logs, critic_logs, batches = [], [], list(batches)
         for i in range(len(slices)):
             batch, batches[i] = complete(i), None  # not to be kept
+            batch = batch if passes_first else place(batch, mesh, (None, 'batch'))
             if critic is not None:
                 new, log = update_critic(state.critic, batch)
                 state = state._replace(critic=new)
@@ -202,8 +211,9 @@ def make_learner(
         batch = abstract_batch(shape, rollout.support.tokens.shape[-1])
         floats = batch.weights
         if has_reference:
-            batch = batch._replace(reference=Reference(floats, batch.old.log_probs))
             jax.eval_shape(reference, shapes.reference, batch)
+            if in_loss:
+                batch = batch._replace(reference=Reference(floats, batch.old.log_probs))
         if critic is None:
             jax.eval_shape(estimate, rewards, greedy)
         else:
@@ -234,7 +244,12 @@ def _check_settings(estimator, critic, old_policy, importance_limit) -> None:
         )
 
 
-def _check_reference(has_reference, reward_penalty, refresh_every) -> None:
+def _check_reference(has_reference, reward_penalty, refresh_every, mask_truncated) -> None:
+    if reward_penalty is not None and mask_truncated:
+        raise ValueError(
+            'reward_penalty and mask_truncated do not go together: of masked responses no penalty is known, and their '
+            'rewards count for the others; choose one, or put the pull into train.regularisers'
+        )
     if reward_penalty is not None and not needs_reference(reward_penalty):
         raise ValueError('reward_penalty must compare with a reference model, such as @kl_to_reference')
     if refresh_every < 0 or (refresh_every and not has_reference):

@@ -20,6 +20,8 @@ class Responses(NamedTuple):
     grades: np.ndarray  # [R] float32, by the task
 
 
+RESERVED = {'mean', 'penalty', 'uniform_share', 'timeouts', 'crashes', 'errors'}  # in the log, under 'reward/'
+
 RewardTerm = Callable[[Responses], np.ndarray]
 
 
@@ -72,6 +74,9 @@ def weigh(terms: Sequence[tuple[str, float, RewardTerm]], responses: Responses) 
     Raises:
       ValueError: a term gives something else than one finite number for each response.
     """
+    names = [name for name, *_ in terms]
+    if not names or len(set(names)) < len(names) or set(names) & RESERVED:
+        raise ValueError(f'rewards are named {names}; expected at least one, names that differ, and none of {RESERVED}')
     values = {name: np.asarray(term(responses), np.float32) for name, _, term in terms}
     for name, value in values.items():
         if value.shape != responses.lengths.shape or not np.all(np.isfinite(value)):

@@ -1,0 +1,141 @@
+"""Does a long run stay as it began?
+
+    python -m experiments.benchmarks.soak [--steps 2000] [--folder DIR]
+
+Trains a tiny random model with all that a step can do: evaluation, tables, checkpoints. The last line
+is one line of JSON: host memory (RSS) after a tenth of the steps and at the end, its growth per step by a straight line
+through the second half, programs that were compiled after a tenth of the steps, and by the same two steps threads, open
+files, children, and what lies in the run's folder.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
+
+from experiments.config import parse
+from experiments.train import train
+from troll_jax.data.tasks.arithmetic import CHARACTERS
+from troll_jax.data.tokenizer import character_tokenizer
+
+METHOD = Path(__file__).parents[2] / 'configs/quickstart_troll.gin'
+SETTINGS = [
+    'Arithmetic.operands = 2',
+    'Arithmetic.train_size = 60',
+    'Arithmetic.test_size = 16',
+    'Experiment.max_prompt_length = 4',
+    'Experiment.max_response_length = 3',
+    'train.prompts_per_step = 8',
+    'train.samples_per_prompt = 4',
+    'train.minibatch_prompts = 4',
+    'train.head_chunk = 40',
+    'train.max_tokens = 8',
+    'train.evaluate_every = 5',
+    "train.rewards = [('task', 1.0, @task_reward), ('length', 1.0, @soft_overlong)]",  # so that there is a gradient
+    'soft_overlong.share = 1.0',
+    'train.table_every = 5',
+    'train.checkpoint_every = 5',
+]
+
+
+def write_model(folder: Path) -> None:
+    """A policy that is far from certain: its samples differ, and so do their rewards."""
+    tokenizer = character_tokenizer(CHARACTERS)
+    set_seed(0)
+    sizes = {'hidden_size': 16, 'intermediate_size': 24, 'num_attention_heads': 2, 'num_key_value_heads': 1}
+    sizes |= {'head_dim': 8, 'num_hidden_layers': 2, 'max_position_embeddings': 64, 'initializer_range': 0.5}
+    Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def sample(run_dir: Path, compiled: list) -> dict[str, int]:
+    """What this process and its run take up now."""
+    status = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
+    children = Path(f'/proc/self/task/{os.getpid()}/children').read_text().split()
+    files = [path for path in run_dir.rglob('*') if path.is_file()]
+    checkpoints = run_dir / 'checkpoints'
+    size = lambda folder: sum(path.stat().st_size for path in files if folder in path.parents)
+    return {
+        'rss_mb': int(status['VmRSS'].split()[0]) / 1024,
+        'compiled': len(compiled),
+        'threads': int(status['Threads']),
+        'open_files': len(os.listdir('/proc/self/fd')),
+        'children': len(children),
+        'files': sum(checkpoints not in path.parents for path in files),
+        'checkpoints': len(os.listdir(checkpoints)) if checkpoints.exists() else 0,
+        'checkpoints_mb': size(checkpoints) / 2**20,
+        'metrics_mb': (run_dir / 'metrics.jsonl').stat().st_size / 2**20,
+    }
+
+
+def watch(run_dir: Path, compiled: list, done: threading.Event, samples: dict[int, dict]) -> None:
+    """Takes a sample now and then, under the number of steps so far."""
+    path = run_dir / 'metrics.jsonl'
+    while not done.wait(1.0):
+        try:
+            samples[path.read_bytes().count(b'\n')] = sample(run_dir, compiled)
+        except FileNotFoundError:  # the run has not begun, or a checkpoint is just being removed
+            continue
+
+
+def summarise(samples: dict[int, dict], steps: int) -> dict:
+    """Raises a ValueError if there are too few samples to say anything."""
+    kept = sorted(step for step in samples if step > steps / 10)
+    half = [step for step in kept if step > steps / 2]
+    if len(half) < 5:
+        raise ValueError(f'{steps} steps were over too soon to be watched; raise --steps')
+    first, last = samples[kept[0]], samples[kept[-1]]
+    rss = [samples[step]['rss_mb'] for step in half]
+    return {
+        'steps': steps,
+        'rss_mb': [round(first['rss_mb']), round(last['rss_mb'])],
+        'rss_kb_per_step': round(1024 * float(np.polyfit(half, rss, 1)[0]), 2),
+        'compiled_after_warm_up': last['compiled'] - first['compiled'],
+        **{name: [first[name], last[name]] for name in ('threads', 'open_files', 'children', 'files')},
+        'most_checkpoints': max(samples[step]['checkpoints'] for step in kept),
+        'most_checkpoints_mb': round(max(samples[step]['checkpoints_mb'] for step in kept), 3),
+        'metrics_kb_per_step': round(1024 * (last['metrics_mb'] - first['metrics_mb']) / (kept[-1] - kept[0]), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--steps', type=int, default=2000)
+    parser.add_argument('--folder', type=Path, help='to write to, which must not exist; a temporary one by default')
+    arguments = parser.parse_args()
+    compiled, samples, done = [], {}, threading.Event()
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if 'backend_compile' in name else None
+    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary) / 'soak'
+        folder.mkdir(parents=True)
+        write_model(folder / 'model')
+        run_dir = folder / 'run'
+        names = [f'Experiment.model = {str(folder / "model")!r}', f'train.run_dir = {str(run_dir)!r}']
+        parse([METHOD], [*SETTINGS, *names, f'train.steps = {arguments.steps}'])
+        watcher = threading.Thread(target=watch, args=(run_dir, compiled, done, samples))
+        watcher.start()
+        begin = time.monotonic()
+        try:
+            train()
+        finally:
+            done.set()
+            watcher.join()
+        seconds = time.monotonic() - begin
+    for step in sorted(samples)[:: max(1, len(samples) // 10)]:
+        print(step, json.dumps({name: round(value, 2) for name, value in samples[step].items()}))
+    print(json.dumps(summarise(samples, arguments.steps) | {'seconds': round(seconds)}))
+
+
+if __name__ == '__main__':
+    main()

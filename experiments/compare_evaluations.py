@@ -1,0 +1,119 @@
+"""Compares two evaluations on the same problems by the paired bootstrap.
+
+    python -m experiments.compare_evaluations A B [--step-a N] [--step-b N]
+
+A and B are two files `responses_<step>_<set>_<samples>.jsonl` of `experiments.evaluate`, or the folders that it wrote:
+then every set that both have is compared, and the sets' mean, by default at the latest step that a folder has of each.
+
+The difference of two models on one problem does not vary with how hard the problem is, so the interval of the mean
+difference is narrower than what the intervals of the two models by themselves would suggest.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from experiments.command import run_command
+from troll_jax.evaluate import Estimate, estimate
+
+
+def read_success(file: Path) -> tuple[list[str], np.ndarray]:
+    """The reference answers of the problems, and of each the share of correct samples [n]."""
+    with file.open(encoding='utf-8') as lines:  # not splitlines, which ends a line at characters that models write
+        rows = [json.loads(line) for line in lines]
+    return [row['answer'] for row in rows], np.array([np.mean([r >= 1 for r in row['rewards']]) for row in rows])
+
+
+def find_responses(path: Path, step: int | None = None) -> dict[str, Path]:
+    """The files of responses in a folder by set and number of samples, of this or each set's latest step.
+
+    Raises:
+      ValueError: there are none.
+    """
+    found: dict[str, tuple[int, Path]] = {}
+    for file in path.glob('responses_*.jsonl'):
+        if name := re.fullmatch(r'responses_(\d+)_(.+)\.jsonl', file.name):
+            at, of = int(name[1]), name[2]
+            if step in (None, at) and at >= found.get(of, (-1,))[0]:
+                found[of] = at, file
+    if not found:
+        of_step = '' if step is None else f' of step {step}'
+        raise ValueError(
+            f'no responses{of_step} in {str(path)!r}; expected a folder that experiments.evaluate wrote to'
+        )
+    return {of: file for of, (_, file) in sorted(found.items())}
+
+
+def pair(a: Path, b: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The shares of correct samples of two files on the same problems.
+
+    Prompts may differ, as two models have two templates, but not the reference answers and their order.
+
+    Raises:
+      ValueError: the problems are not the same.
+    """
+    (answers_a, success_a), (answers_b, success_b) = read_success(a), read_success(b)
+    if answers_a != answers_b:
+        row = next((i for i, (x, y) in enumerate(zip(answers_a, answers_b, strict=False)) if x != y), None)
+        where = f'the answers of problem {row} differ' if row is not None else 'one has more of them'
+        raise ValueError(
+            f'{a} and {b} are not of the same problems: {len(answers_a)} and {len(answers_b)}, {where}. Evaluate '
+            'both on the same set, with a max_prompt_length that drops no prompt of either.'
+        )
+    return success_a, success_b
+
+
+def compare(a: Path, b: Path, step_a: int | None = None, step_b: int | None = None) -> dict[str, dict]:
+    """Of every set, and of the mean of several: success of A and of B, and B less A, each an `Estimate`.
+
+    Raises:
+      ValueError: no responses, no set that both have, or other problems.
+    """
+    if a.is_file() and b.is_file():
+        files = {b.stem: (a, b)}
+    else:
+        of_a, of_b = find_responses(a, step_a), find_responses(b, step_b)
+        files = {name: (of_a[name], of_b[name]) for name in of_a if name in of_b}
+        if not files:
+            raise ValueError(
+                f'no set in common: {a} has {list(of_a)}, {b} has {list(of_b)} (set and samples per prompt)'
+            )
+    pairs = {name: pair(*both) for name, both in files.items()}
+    rows = {name: _row([both]) for name, both in pairs.items()}
+    return rows if len(rows) == 1 else rows | {'mean': _row(list(pairs.values()))}
+
+
+def _row(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Estimate | int]:
+    return {
+        'problems': sum(len(a) for a, _ in pairs),
+        'a': estimate(*(a for a, _ in pairs)),
+        'b': estimate(*(b for _, b in pairs)),
+        'difference': estimate(*(b - a for a, b in pairs)),
+        'b_better': int(sum((b > a).sum() for a, b in pairs)),
+        'a_better': int(sum((a > b).sum() for a, b in pairs)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('a', type=Path)
+    parser.add_argument('b', type=Path)
+    parser.add_argument('--step-a', type=int, help='of a folder; the latest by default')
+    parser.add_argument('--step-b', type=int)
+    arguments = parser.parse_args()
+    rows = compare(arguments.a, arguments.b, arguments.step_a, arguments.step_b)
+    width = max(map(len, ['set', *rows]))
+    print(f'{"set":{width}} | problems | A     | B     | B less A, 95 % interval | B better at | A better at')
+    for name, row in rows.items():
+        low, high = row['difference'].low, row['difference'].high
+        print(
+            f'{name:{width}} | {row["problems"]:8} | {row["a"].mean:.3f} | {row["b"].mean:.3f} | '
+            f'{row["difference"].mean:+.3f} [{low:+.3f}, {high:+.3f}] | {row["b_better"]:11} | {row["a_better"]:11}'
+        )
+
+
+if __name__ == '__main__':
+    run_command(main)

@@ -1,0 +1,76 @@
+"""Evaluates parameters on all validation sets of an experiment, while it trains and afterwards."""
+
+import logging
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import cache
+
+import jax
+import numpy as np
+
+from experiments.config import Experiment
+from troll_jax.evaluate import Evaluation, evaluate, success
+from troll_jax.rewards.pool import Grader
+
+logger = logging.getLogger(__name__)
+
+
+def make_validation(
+    experiment: Experiment,
+    tokenizer,
+    sampler_of: Callable[[int], Callable],
+    *,
+    split: str = 'test',
+    samples_per_prompt: int | None = None,
+) -> Callable[..., dict]:
+    """Loads the prompts of `experiment.validation`, and builds what evaluates parameters on them.
+
+    Args:
+      experiment: to validate.
+      tokenizer: of the model.
+      sampler_of: a sampler that draws so many responses per prompt, greedy ones if it is one. Called once per number.
+      split: of the sets.
+      samples_per_prompt: of every set, instead of its own.
+
+    Raises:
+      ValueError: less than one sample per prompt, or a task whose data cannot be read.
+
+    Returns:
+      A function of parameters and a random key, and if one runs already the grader of the experiment's own task, to an
+      `Evaluation` with its `PromptSet` for each name of a set.
+    """
+    if samples_per_prompt is not None and samples_per_prompt < 1:
+        raise ValueError(f'samples_per_prompt must be at least 1; got {samples_per_prompt}')
+    sampler_of = cache(sampler_of)
+    sets = [
+        (name, task, experiment.load_prompts(split, tokenizer, task), samples_per_prompt or samples)
+        for name, task, samples in experiment.validation
+    ]
+
+    def validate(params, key: jax.Array, own_grader: Grader | None = None) -> dict:
+        results = {}
+        for name, task, prompts, samples in sets:
+            # Workers start while the responses are sampled, and are not kept for sets that differ in their grading.
+            is_own = own_grader is not None and task == experiment.task
+            with nullcontext(own_grader) if is_own else Grader(task.grade, deadline=task.deadline) as grader:
+                grader.start()
+                sampler, mesh = sampler_of(samples), experiment.mesh
+                results[name] = evaluate(sampler, params, prompts, grader, tokenizer, key, mesh=mesh), prompts
+            logger.info('%s: %.4f', name, results[name][0].rewards.mean())
+        return results
+
+    return validate
+
+
+def metrics_of(results: dict[str, tuple[Evaluation, object]]) -> dict[str, float]:
+    """For the log: the mean over the sets, in which every set counts alike, and of several sets each of them."""
+    of_sets = {
+        name: {'success': float(success(result).mean()), 'response_length': float(result.lengths.mean())}
+        for name, (result, _) in results.items()
+    }
+    means = {
+        f'eval/{key}': float(np.mean([row[key] for row in of_sets.values()])) for key in next(iter(of_sets.values()))
+    }
+    if len(of_sets) == 1:
+        return means
+    return means | {f'eval/{name}/{key}': value for name, row in of_sets.items() for key, value in row.items()}

@@ -1,0 +1,87 @@
+"""The comparison of many short runs: on a tiny model, and its tables by hand."""
+
+import gin
+import numpy as np
+import pytest
+from test_train import model  # noqa: F401  a fixture, and the task StartsWithHash
+
+from experiments import compare
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    gin.clear_config()
+    yield
+    gin.clear_config()
+
+
+def row(method='GRPO/Clip', learning_rate=2e-4, staleness=2, seed=0, success=0.5) -> dict:
+    names = ('method', 'learning_rate', 'staleness', 'seed', 'success')
+    return dict(zip(names, (method, learning_rate, staleness, seed, success), strict=True))
+
+
+def test_runs_differ_in_their_setting_alone(tmp_path, model, monkeypatch):  # noqa: F811
+    """Guards a learning rate that is compiled in and stays that of the first run, a state that one run leaves to the
+    next, and runs that are made twice."""
+    task = tmp_path / 'task.gin'
+    task.write_text(
+        f"""
+        include 'configs/quickstart.gin'
+        Experiment.model = '{model}'
+        Experiment.max_prompt_length = 4
+        Experiment.max_response_length = 3
+        Experiment.task = @StartsWithHash()
+        StartsWithHash.operands = 2
+        StartsWithHash.train_size = 60
+        StartsWithHash.test_size = 10
+        train.samples_per_prompt = 4
+        train.minibatch_prompts = 8
+        train.head_chunk = 40
+        """
+    )
+    for name, value in {'MODEL': tmp_path, 'TASK': str(task), 'UPDATES': 4, 'STALENESS': (2,)}.items():
+        monkeypatch.setattr(compare, name, value)
+    monkeypatch.setattr(compare, 'LEARNING_RATES', (0.0, 0.1))
+    compare.run_all(tmp_path / 'results', ['PPO/TROLL'], seeds=1)
+    still, hot = compare.read_results(tmp_path / 'results/results.jsonl')
+    assert (still['learning_rate'], hot['learning_rate']) == (0.0, 0.1)
+    assert still['rewards'][0] == hot['rewards'][0] and len(hot['rewards']) == 2
+    assert still['kl_mean'] < 1e-9 < 1e-4 < hot['kl_mean']
+    assert {'success', 'entropy', 'held_share', 'explained_variance'} <= set(hot)
+    written = (tmp_path / 'results/results.jsonl').read_text()
+    monkeypatch.setattr(compare, 'LEARNING_RATES', (0.1, 0.0))
+    compare.run_all(tmp_path / 'results', ['PPO/TROLL'], seeds=1)
+    assert (tmp_path / 'results/results.jsonl').read_text() == written
+
+
+def test_intervals_are_over_seeds():
+    """Guards intervals over runs of one seed at several settings, which are not independent of each other."""
+    rows = [row(seed=s, staleness=n, success=x) for s, n, x in [(0, 2, 0.1), (0, 8, 0.3), (1, 2, 0.5), (1, 8, 0.7)]]
+    interval = compare.success_of(rows, method='GRPO/Clip')
+    np.testing.assert_allclose(interval.mean, 0.4, rtol=1e-6)
+    np.testing.assert_allclose(interval.half, 12.706 * np.std([0.2, 0.6], ddof=1) / 2**0.5, rtol=1e-4)
+    assert compare.success_of(rows, method='GRPO/Clip', staleness=8, seed=1) is not None
+    assert compare.success_of(rows, method='PPO/Clip') is None
+    assert '| GRPO, Clip | 0.300 ± ' in compare.table(rows)
+
+
+def test_every_method_has_the_settings_of_its_name():
+    """Guards a row of the table that is another method: what is bound last must win over the objective's file."""
+    bound = {}
+    for method in compare.METHODS:
+        compare.read(method)
+        lines = gin.config_str(max_line_length=1000).splitlines()
+        bound[method] = dict(line.split(' = ', 1) for line in lines if ' = ' in line)
+    assert len(bound) == 16
+    assert {m for m, b in bound.items() if b['train.estimator'] == '@gae'} == {m for m in bound if m.startswith('PPO')}
+    assert {m for m, b in bound.items() if b['train.aggregation'] == '@constant_length'} == {
+        m for m in bound if m.startswith('Dr.GRPO')
+    }
+    for method, bindings in bound.items():
+        assert (bindings['train.objective'] == '@troll') == ('TROLL' in method)
+        assert ('train.regularisers' in bindings) == ('KL' in method)
+        if 'TROLL' in method:
+            assert (float(bindings['troll.alpha']) == 0) == ('α' in method)
+            assert (bindings.get('troll.ratio') == '@sequence_ratio') == ('GSPO' in method)
+        else:
+            assert (float(bindings['ppo_clip.lower']) < 0.1) == ('GSPO' in method)

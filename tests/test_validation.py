@@ -1,0 +1,263 @@
+"""Evaluation as a user starts it: of runs, checkpoints and models, on several sets; and comparing two of them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gin
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+
+import experiments.evaluate
+from experiments.compare_evaluations import compare, find_responses
+from experiments.config import Experiment, parse, register
+from experiments.export import export
+from experiments.train import train
+from troll_jax.data.tasks.arithmetic import CHARACTERS
+from troll_jax.data.tasks.math_problems import MathProblems
+from troll_jax.data.tokenizer import character_tokenizer
+from troll_jax.evaluate import estimate
+from troll_jax.metrics import read_metrics
+
+REPOSITORY = Path(__file__).parent.parent
+FILES = [str(REPOSITORY / 'configs/quickstart.gin'), str(REPOSITORY / 'configs/objectives/troll.gin')]
+PROBLEMS = 7  # of the second set
+
+
+@register
+class OddLength(MathProblems):
+    """Rewards what random weights do half of the time."""
+
+    def grade(self, response: str, answer: str) -> float:
+        return float(len(response) % 2)
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    gin.clear_config()
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory) -> str:
+    """Random weights, and so responses of all kinds."""
+    folder = tmp_path_factory.mktemp('model')
+    tokenizer = character_tokenizer(CHARACTERS)
+    sizes = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 1}
+    heads = {'num_attention_heads': 2, 'num_key_value_heads': 1, 'head_dim': 8}
+    torch.manual_seed(3)
+    config = Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.5, **sizes, **heads)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    GenerationConfig(eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope='module')
+def bindings(tmp_path_factory) -> list[str]:
+    """A small experiment that is evaluated on two sets: another task, greedy, and its own, with three samples."""
+    folder = tmp_path_factory.mktemp('problems')
+    for split, count in [('train', 2 * PROBLEMS + 2), ('test', PROBLEMS)]:
+        rows = [{'problem': f'{i % 10}+1=', 'answer': str(i)} for i in range(count)]
+        (folder / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+    return [
+        'Arithmetic.operands = 2',
+        'Experiment.task = @OddLength()',
+        'Arithmetic.train_size = 60',
+        'Arithmetic.test_size = 11',
+        f"OddLength.source = '{folder}'",
+        'OddLength.instruction = None',
+        'OddLength.deadline = None',
+        "Experiment.validation = [('modulo', @Arithmetic(), 1), ('sums', @OddLength(), 3)]",
+        'Experiment.max_prompt_length = 4',
+        'Experiment.max_response_length = 5',
+        'train.steps = 1',
+        'train.prompts_per_step = 16',
+        'train.samples_per_prompt = 4',
+        'train.evaluate_every = 1',
+        'adamw.learning_rate = 1e-2',
+    ]
+
+
+@pytest.fixture(scope='module')
+def run_dir(model, bindings, tmp_path_factory) -> Path:
+    """A run of one step, whose start model is gone."""
+    folder = tmp_path_factory.mktemp('run')
+    gin.clear_config()
+    start = shutil.copytree(model, folder / 'start')
+    parse(FILES, [*bindings, f"Experiment.model = '{start}'", f"train.run_dir = '{folder / 'run'}'"])
+    train()
+    shutil.rmtree(start)
+    return folder / 'run'
+
+
+def evaluate(monkeypatch, *arguments: str) -> None:
+    """The command."""
+    gin.clear_config()
+    monkeypatch.setattr('sys.argv', ['evaluate', *map(str, arguments)])
+    experiments.evaluate.main()
+
+
+def read(folder: Path, name: str):
+    text = (folder / name).read_text()
+    return json.loads(text) if name.endswith('.json') else [json.loads(line) for line in text.splitlines()]
+
+
+def test_training_evaluates_every_set(run_dir):
+    """Guards a set that is loaded and not used, and a mean that large sets dominate."""
+    for row in read_metrics(run_dir / 'metrics.jsonl'):
+        of_sets = [row['eval/modulo/success'], row['eval/sums/success']]
+        assert row['eval/success'] == pytest.approx(np.mean(of_sets))
+        assert of_sets[0] * 11 == pytest.approx(round(of_sets[0] * 11))
+        assert of_sets[1] * 3 * PROBLEMS == pytest.approx(round(of_sets[1] * 3 * PROBLEMS))
+        assert row['eval/response_length'] > 0
+
+
+def test_a_run_is_evaluated_on_every_set(run_dir, monkeypatch, capsys):
+    """Guards responses of one set under the name of another, a number of samples that a set does not ask for, and an
+    evaluation that wants more than the run's folder."""
+    evaluate(monkeypatch, run_dir)
+    modulo, sums = (read(run_dir, f'responses_1_{name}.jsonl') for name in ('modulo_1', 'sums_3'))
+    assert [len(modulo), len(sums)] == [11, PROBLEMS] and [row['prompt'] for row in sums] == [
+        f'{i}+1=' for i in range(PROBLEMS)
+    ]
+    assert {len(row['responses']) for row in modulo} == {1} and {len(row['responses']) for row in sums} == {3}
+    assert any(len(set(row['responses'])) > 1 for row in sums), 'several samples are drawn'
+    summary = read(run_dir, 'evaluation_1_sums_3.json')
+    assert (summary['temperature'], summary['problems'], summary['step']) == (1.0, PROBLEMS, 1)
+    assert read(run_dir, 'evaluation_1_modulo_1.json')['temperature'] == 0.0
+    means = [read(run_dir, f'evaluation_1_{name}.json')['success']['mean'] for name in ('modulo_1', 'sums_3')]
+    assert read(run_dir, 'evaluation_1_mean.json')['success']['mean'] == pytest.approx(np.mean(means))
+    assert means[1] == pytest.approx(np.mean([np.mean(row['rewards']) for row in sums])) and 0 < means[1] < 1
+    logged = read_metrics(run_dir / 'metrics.jsonl')[-1]
+    assert logged['eval/modulo/success'] == pytest.approx(means[0])  # greedy: the same whenever it is asked
+    assert 'sums' in capsys.readouterr().out
+
+
+def test_a_checkpoint_a_bucket_and_an_export_are_the_run(run_dir, model, bindings, tmp_path, monkeypatch):
+    """Guards the three other ways to name parameters: every one finds the same, and needs what it says it needs."""
+    one_set = "Experiment.validation = [('sums', @OddLength(), 3)]"
+    evaluate(monkeypatch, run_dir, one_set, 'evaluation.seed = 5')
+    expected = read(run_dir, 'responses_1_sums_3_seed_5.jsonl')
+    assert expected != read(run_dir, 'responses_1_sums_3.jsonl'), 'the seed was meant to matter'
+
+    def found(source, *arguments, step=1) -> list[dict]:
+        to = ['evaluation.seed = 5', f"evaluation.folder = '{tmp_path}/results'"]
+        evaluate(monkeypatch, source, *arguments, one_set, *to)
+        return read(tmp_path / 'results', f'responses_{step}_sums_3_seed_5.jsonl')
+
+    assert found(run_dir / 'checkpoints/1') == expected
+    # Checkpoints alone: sizes and tokenizer are those of a model that gin names.
+    shutil.copytree(run_dir / 'checkpoints', tmp_path / 'bucket/checkpoints')
+    shutil.rmtree(tmp_path / 'results')
+    assert found(tmp_path / 'bucket', *FILES, *bindings, f"Experiment.model = '{model}'") == expected
+    # A model in Hugging Face format: what the run exports, with what it was configured to do.
+    export(str(run_dir), str(tmp_path / 'exported'))
+    assert found(tmp_path / 'exported', *FILES, *bindings, step=0) == expected
+    # It is not the model that the run started from.
+    assert found(model, *FILES, *bindings, step=0) != expected
+
+
+def test_a_checkpoint_that_is_not_there_is_an_error(run_dir, monkeypatch):
+    with pytest.raises(ValueError, match=r'no checkpoint of step 5 in .*; there are \[1\]'):
+        evaluate(monkeypatch, run_dir / 'checkpoints/5')
+
+
+def test_the_benchmarks_of_the_paper(monkeypatch):
+    """Guards the paper's protocol, and a source that only one of the seven would read."""
+    parse([*FILES, REPOSITORY / 'configs/data/math_eval.gin'], ["MathEval.source = 'there'"])
+    sets = Experiment().validation
+    assert {name: samples for name, _, samples in sets} == {
+        'MATH500': 1,
+        'AMC': 32,
+        'AIME24': 32,
+        'AIME25': 32,
+        'OMNI-MATH': 1,
+        'OlympiadBench': 1,
+        'Minerva': 1,
+    }
+    for name, task, _ in sets:
+        assert (task.benchmark, task.source) == (name, 'there')
+
+
+@pytest.mark.parametrize(
+    ('validation', 'message'),
+    [
+        ("[('a', @Arithmetic(), 1), ('a', @Arithmetic(), 2)]", "names the sets \\['a', 'a'\\]"),
+        ("[('a/b', @Arithmetic(), 1)]", 'of letters, digits'),
+        ("[('mean', @Arithmetic(), 1)]", "not 'mean'"),
+        ("[('a', @Arithmetic(), 0)]", "0 samples of 'a'"),
+        ('[]', 'at least one'),
+    ],
+)
+def test_sets_that_cannot_be_evaluated_are_an_error(validation, message):
+    """Guards files of results that overwrite each other, and a mean of nothing."""
+    parse(FILES, [f'Experiment.validation = {validation}'])
+    with pytest.raises(ValueError, match=message):
+        Experiment()
+
+
+def write_responses(folder: Path, name: str, rewards, answers=None) -> Path:
+    folder.mkdir(exist_ok=True)
+    rows = [
+        {
+            'prompt': '?',
+            'answer': str(i) if answers is None else answers[i],
+            'responses': [],
+            'rewards': list(of_problem),
+        }
+        for i, of_problem in enumerate(rewards)
+    ]
+    (folder / name).write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    return folder / name
+
+
+# Eight problems, of which B solves all that A does and two more; and three with two samples each.
+A = [[1], [1], [1], [1], [0], [0], [0], [0]]
+B = [[1], [1], [1], [1], [1], [1], [0], [0]]
+A2, B2 = [[1, 0], [0, 0], [1, 1]], [[1, 1], [0, 0], [0, 1]]
+
+
+def test_a_comparison_by_hand(tmp_path):
+    """Guards signs, pairs and shares; and the paired bootstrap, whose spread is that of the differences."""
+    row = compare(write_responses(tmp_path, 'a.jsonl', A), write_responses(tmp_path, 'b.jsonl', B))['b']
+    assert (row['problems'], row['a_better'], row['b_better']) == (8, 0, 2)
+    assert (row['a'].mean, row['b'].mean, row['difference'].mean) == (0.5, 0.75, 0.25)
+    # Of eight draws of differences, each 1 with probability 1/4: the 2.5 and 97.5 % points of a binomial, by its table.
+    assert (row['difference'].low, row['difference'].high) == (0.0, 0.625)
+    # If B were another model on other problems, the difference would have the spread of two independent means.
+    independent = estimate(np.array(B)[:, 0]), estimate(np.array(A)[:, 0])
+    unpaired = np.hypot(*(e.high - e.low for e in independent))
+    assert row['difference'].high - row['difference'].low < 0.75 * unpaired
+
+
+def test_folders_are_compared_set_by_set(tmp_path):
+    """Guards pairs of sets with other samples or of older steps, and a mean that weighs problems alike."""
+    a, b = tmp_path / 'a', tmp_path / 'b'
+    for folder, one, other in [(a, A, A2), (b, B, B2)]:
+        write_responses(folder, 'responses_9_one_set_1.jsonl', one)
+        write_responses(folder, 'responses_9_other_2.jsonl', other)
+    write_responses(a, 'responses_10_one_set_1.jsonl', B)
+    write_responses(b, 'responses_9_one_set_4.jsonl', [[1] * 4] * 8)
+    assert find_responses(a)['one_set_1'].name == 'responses_10_one_set_1.jsonl'
+    assert compare(a, b)['one_set_1']['difference'] == (0, 0, 0)
+    rows = compare(a, b, step_a=9)
+    assert list(rows) == ['one_set_1', 'other_2', 'mean']
+    assert (rows['other_2']['a_better'], rows['other_2']['b_better']) == (1, 1)
+    assert rows['other_2']['difference'].mean == 0.0
+    assert rows['mean']['difference'].mean == pytest.approx((0.25 + 0) / 2)
+    with pytest.raises(ValueError, match='no responses of step 3'):
+        compare(a, b, step_a=3)
+
+
+def test_other_problems_are_an_error(tmp_path):
+    """Guards pairs of problems that have nothing to do with each other."""
+    a = write_responses(tmp_path, 'a.jsonl', A)
+    swapped = write_responses(tmp_path, 'b.jsonl', B, answers=['0', '1', '3', '2', '4', '5', '6', '7'])
+    with pytest.raises(ValueError, match='the answers of problem 2 differ'):
+        compare(a, swapped)
+    with pytest.raises(ValueError, match='8 and 7, one has more'):
+        compare(a, write_responses(tmp_path, 'c.jsonl', B[:7]))
