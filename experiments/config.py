@@ -287,8 +287,8 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
             raise ValueError(f'no configuration file {str(file)!r}')
     try:
         gin.parse_config_files_and_bindings([str(file) for file in files], list(bindings))
-    except (ValueError, SyntaxError, OSError) as error:
-        raise ValueError(f'{str(error).strip()}{_nearest(str(error))}') from None
+    except Exception as error:  # of many kinds: Python's own tokenizer and parser read these files
+        raise ValueError(f'{str(error).strip()}{_nearest(str(error))}') from error
     _check_macros(gin.config_str())
     if scoped := re.search(r'^\s*([\w./]+/[\w.]+) =', gin.config_str(), re.MULTILINE):
         raise ValueError(

@@ -1,5 +1,6 @@
 """What the tests of bad input share: a small model, and how hypothesis draws."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -14,12 +15,17 @@ from troll_jax.models.hf_weights import save_pretrained
 
 REPOSITORY = Path(__file__).parent.parent
 
-few = settings(
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+MORE = int(os.environ.get('MORE_BAD_INPUT', 1))  # times as many cases, and others at every run
+
+
+def cases(number: int) -> settings:
+    return settings(
+        max_examples=number * MORE,
+        derandomize=MORE == 1,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
 
 
 def save_model(folder: Path) -> Path:

@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from bad_input import REPOSITORY, few, fresh, save_model
-from hypothesis import example, given, settings
+from bad_input import REPOSITORY, cases, fresh, save_model
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from troll_jax.data.prompts import encode_prompts
@@ -38,7 +38,7 @@ FIELDS = [*SIZES, 'intermediate_size', 'max_position_embeddings', 'rms_norm_eps'
 never = st.sampled_from([-1, 0, 'x', [], {}, [3], True, [None], 1e400, {'a': None}])
 
 
-@settings(few, max_examples=60)
+@cases(60)
 @given(st.sampled_from([*FIELDS, 'rope_parameters', 'layer_types', 'hidden_act']), never)
 @example('rope_parameters', {'rope_type': 'yarn', 'rope_theta': 1.0})
 @example('rope_parameters', {'rope_type': 'default', 'rope_theta': 'x'})
