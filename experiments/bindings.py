@@ -16,7 +16,7 @@ _PLAIN = {
     int: 'a whole number below 2 ** 31',
     float: 'a finite number',
     bool: 'True or False',
-    str: "text in quotes, such as 'text'",
+    str: 'text in quotes',
     type(None): 'None',
     dict: 'a dictionary',
     list: 'a list',
@@ -52,8 +52,13 @@ def _check(name: str, value: Any, expected: Any) -> None:
 
 def _resolve(value: Any) -> Any:
     """What a macro stands for, or the value itself."""
+    names = []
     while isinstance(value, ConfigurableReference) and value.configurable.wrapped is macro and value.evaluate:
-        value = gin.query_parameter(f'{"/".join(value.scopes)}/gin.macro.value')
+        name = '/'.join(value.scopes)
+        if name in names:
+            raise ValueError(f'the macro %{name} stands for itself; expected a value. Change its line.')
+        names.append(name)
+        value = gin.query_parameter(f'{name}/gin.macro.value')
     return value
 
 
@@ -171,8 +176,9 @@ def _describe(expected: Any) -> str:
         return f'a function (@name) of {", ".join(map(_name, arguments[0]))}'
     if kind in (list, tuple, collections.abc.Sequence) and arguments:
         listed = [_describe(argument) for argument in arguments if argument is not Ellipsis]
-        return f'a list of {" and ".join(listed)}'
-    return _PLAIN.get(kind) or f'a {_name(kind)} (@name())'
+        return f'a list of {listed[0]}' if len(listed) == 1 else f'({", ".join(listed)})'
+    article = 'an' if _name(kind)[0] in 'AEIOU' else 'a'
+    return _PLAIN.get(kind) or f'{article} {_name(kind)} (@name())'
 
 
 def _name(kind: Any) -> str:

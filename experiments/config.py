@@ -9,6 +9,7 @@ import difflib
 import inspect
 import logging
 import re
+import tokenize
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -285,10 +286,13 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f'no configuration file {str(file)!r}')
-    try:
-        gin.parse_config_files_and_bindings([str(file) for file in files], list(bindings))
-    except Exception as error:  # of many kinds: Python's own tokenizer and parser read these files
-        raise ValueError(f'{str(error).strip()}{_nearest(str(error))}') from error
+    reads = [(str(file), partial(gin.parse_config_file, str(file))) for file in files]
+    reads += [(repr(binding), partial(gin.parse_config, binding)) for binding in bindings]
+    for where, read in [*reads, ('the configuration', gin.finalize)]:
+        try:
+            read()
+        except Exception as error:  # of many kinds: Python's own tokenizer and parser read these files
+            raise ValueError(f'{where}: {_explain(error)}') from error
     _check_macros(gin.config_str())
     if scoped := re.search(r'^\s*([\w./]+/[\w.]+) =', gin.config_str(), re.MULTILINE):
         raise ValueError(
@@ -326,6 +330,16 @@ def _check_macros(config: str) -> None:
             near = difflib.get_close_matches(macro, [name for name, _ in known], n=1, cutoff=0.0)[0]
             meant = ' or '.join(repr(full) for name, full in known if name == near)
             raise ValueError(f'nothing uses the macro {macro!r}.\nDid you mean {meant}?')
+
+
+def _explain(error: Exception) -> str:
+    """What is wrong with a configuration that gin refuses, and what to do."""
+    message = str(error).strip()
+    if macro := re.search(r"No bindings specified for '([^']+)/gin.macro'", message):
+        return f'nothing defines the macro %{macro[1]}; expected a line {macro[1]} = value'
+    if isinstance(error, (SyntaxError, tokenize.TokenError, UnicodeError)) or 'Failed to parse token' in message:
+        return f'cannot be read ({message}); expected name.parameter = value, and text in quotes'
+    return f'{message}{_nearest(message)}'
 
 
 def _nearest(message: str) -> str:

@@ -121,9 +121,9 @@ def _read_json(model: str, name: str) -> dict:
 def _from_pretrained(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except OSError:  # no such model: it says so
-        raise
     except Exception as error:  # of many kinds: files are read as they come
+        if isinstance(error, OSError) and not os.path.isdir(model):  # no such model: it says so
+            raise
         raise ValueError(
             f'The tokenizer of {model!r} cannot be read ({type(error).__name__}: {error}); expected tokenizer.json and '
             'tokenizer_config.json in Hugging Face format. Copy or download them again.'

@@ -66,11 +66,13 @@ def load_rows(source: str, split: str, *, config: str | None = None, test_split:
         rows.data.validate(full=True)  # or text that is not UTF-8 is an error wherever it is read first
         return rows
     except Exception as error:  # of many kinds: no network, no such id, damaged, no rows
+        while files and error.__cause__ is not None:  # of a file the first cause tells what is wrong with it
+            error = error.__cause__
         where = f'the files {files}' if files else f'{source!r}, which is no folder here (looked in {os.getcwd()}),'
         raise ValueError(
             f'Split {name!r} of {where} cannot be read or is empty ({type(error).__name__}: {error}). Expected a '
-            f'folder with {name}*.parquet or {name}*.jsonl files, a path with {{split}} in it, or an id on the '
-            'Hugging Face hub.'
+            f'folder with {name}*.parquet or {name}*.jsonl files that have rows, in UTF-8, a path with {{split}} in '
+            'it, or an id on the Hugging Face hub.'
         ) from error
 
 
