@@ -25,6 +25,13 @@ _PLAIN = {
 }
 
 
+def parameters(target: Callable) -> list[inspect.Parameter]:
+    """Of a function or class, also of a `partial` of one, less what that sets. What gin wraps hides its own."""
+    given, target = getattr(target, 'keywords', {}), getattr(target, 'func', target)
+    found = inspect.signature(target.__init__ if inspect.isclass(target) else target).parameters.values()
+    return [parameter for parameter in found if parameter.name not in given and parameter.name != 'self']
+
+
 def check_types(targets: Mapping[str, Callable]) -> None:
     """Compares every value that is bound with the annotation, or else the default, of its parameter.
 
@@ -64,11 +71,10 @@ def _resolve(value: Any) -> Any:
 
 def _expected(target: Callable, parameter: str) -> Any:
     """The type of a parameter. One without an annotation takes a function like its default, or a number instead."""
-    target = getattr(target, 'func', target)  # of a `functools.partial`
     hints = _hints(target)
     if parameter in hints:
         return hints[parameter]
-    default = inspect.signature(target).parameters[parameter].default
+    default = next(found.default for found in parameters(target) if found.name == parameter)
     if callable(default):
         return Callable
     if default is None:
@@ -77,6 +83,7 @@ def _expected(target: Callable, parameter: str) -> Any:
 
 
 def _hints(target: Callable) -> dict[str, Any]:
+    target = getattr(target, 'func', target)  # of a `partial`
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     return hints | {'return': target} if inspect.isclass(target) else hints
 
@@ -121,8 +128,8 @@ def _is_such_a_function(reference: ConfigurableReference, arguments: tuple) -> b
         return False
     if given is Ellipsis:
         return True
-    hints = _hints(getattr(target, 'func', target))
-    names = [p.name for p in inspect.signature(target).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    hints = _hints(target)
+    names = [p.name for p in parameters(target) if p.kind is not p.KEYWORD_ONLY]
     if len(names) < len(given):
         return False
     return all(_same(hints.get(name, Any), want) for name, want in zip(names, given, strict=False))
@@ -130,7 +137,7 @@ def _is_such_a_function(reference: ConfigurableReference, arguments: tuple) -> b
 
 def _returns(target: Callable, kind: Any) -> bool:
     """Whether what a call of `target` gives may be of a class, as far as that is known."""
-    hints = _hints(getattr(target, 'func', target))
+    hints = _hints(target)
     returned = hints.get('return', Any)
     if getattr(kind, '_is_protocol', False) and inspect.isclass(returned):
         needed = {*vars(kind), *vars(kind).get('__annotations__', ())}
@@ -159,7 +166,7 @@ def _missing(reference: ConfigurableReference) -> list[str]:
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)[: 1 + reference.evaluate]
     return [
         f'{configurable.name}.{p.name}'
-        for p in inspect.signature(configurable.wrapped).parameters.values()
+        for p in parameters(configurable.wrapped)
         if p.kind in kinds and p.default in (p.empty, gin.REQUIRED)
         if p.name not in bound and p.name not in (configurable.denylist or ())
     ]

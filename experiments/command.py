@@ -48,4 +48,23 @@ def _is_of_the_user(error: Exception) -> bool:
 def _one_line(error: Exception) -> str:
     """The message, behind the name of what was called, in place of gin's own account of that."""
     message, *calls = re.split(r"\s*In call to configurable '([\w.]+)'[^\n]*", str(error))
-    return ' '.join(f'{calls[0]}: {message}'.split() if calls else message.split())
+    if calls and isinstance(error, TypeError):
+        message = _of_call(calls[0], message)
+    elif calls:
+        message = f'{calls[0]}: {message}'
+    return ' '.join(message.split())
+
+
+def _of_call(name: str, message: str) -> str:
+    """What to do about a call without what it needs, or with more than it takes."""
+    bound = re.findall(rf'^(\S+) = .*@{name}\b(?!\()', gin.config_str(), re.MULTILINE)
+    if bound:
+        why = message.strip().splitlines()[0]
+        where = ' or '.join(bound)
+        return (
+            f'{where} is @{name}, which is not called as it is there ({why}); expected a function that is. Change it.'
+        )
+    if unbound := re.search(r'for arguments: \[(.+?)\]', message):  # in gin's account
+        lines = ', '.join(f'{name}.{parameter}' for parameter in re.findall(r"'(\w+)'", unbound[1]))
+        return f'{name} needs {lines}, and nothing binds them; bind each, or add a gin file that does'
+    return f'{name}: {message}'

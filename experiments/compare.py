@@ -306,6 +306,8 @@ def main() -> None:
     if not arguments.only_draw:
         run_all(arguments.folder, arguments.methods, arguments.seeds)
     rows = read_results(arguments.folder / 'results.jsonl')
+    if not rows:
+        raise ValueError(f'no runs in {arguments.folder}/results.jsonl; leave out --only-draw, or change --folder')
     figure = draw(rows)
     figure.savefig(arguments.folder / 'comparison.png', dpi=90)
     plt.close(figure)

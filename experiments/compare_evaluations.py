@@ -21,10 +21,21 @@ from troll_jax.evaluate import Estimate, estimate
 
 
 def read_success(file: Path) -> tuple[list[str], np.ndarray]:
-    """The reference answers of the problems, and of each the share of correct samples [n]."""
+    """The reference answers of the problems, and of each the share of correct samples [n].
+
+    Raises:
+      ValueError: a file that experiments.evaluate did not write, or not to its end.
+    """
     with file.open(encoding='utf-8') as lines:  # not splitlines, which ends a line at characters that models write
-        rows = [json.loads(line) for line in lines]
-    return [row['answer'] for row in rows], np.array([np.mean([r >= 1 for r in row['rewards']]) for row in rows])
+        try:
+            rows = [json.loads(line) for line in lines]
+            success = [np.mean([r >= 1 for r in row['rewards']]) for row in rows]
+            answers = [row['answer'] for row in rows]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{file} is damaged ({error!r}); expected what experiments.evaluate wrote') from error
+    if not rows:
+        raise ValueError(f'{file} is empty; expected what experiments.evaluate wrote')
+    return answers, np.array(success)
 
 
 def find_responses(path: Path, step: int | None = None) -> dict[str, Path]:

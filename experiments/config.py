@@ -6,7 +6,6 @@ The library does not know gin. Every function and class that a configuration may
 import argparse
 import dataclasses
 import difflib
-import inspect
 import logging
 import re
 import tokenize
@@ -19,7 +18,7 @@ import gin
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from experiments.bindings import check_types
+from experiments.bindings import check_types, parameters
 from troll_jax.critic import Critic
 from troll_jax.data.prompts import PromptSet, encode_prompts
 from troll_jax.data.tasks import Task
@@ -50,7 +49,7 @@ def register(target, fixed: Sequence[str] = (), name: str | None = None):
     """Makes a function or class known to gin under its own or another name. `fixed` parameters cannot be bound."""
     name = name or target.__name__
     _targets[name] = target
-    _registered[name] = [parameter for parameter in inspect.signature(target).parameters if parameter not in fixed]
+    _registered[name] = [found.name for found in parameters(target) if found.name not in fixed]
     return gin.external_configurable(target, name=name, module='troll_jax', denylist=list(fixed) or None)
 
 
@@ -298,6 +297,10 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
         raise ValueError(
             f'{scoped[1]!r} binds within a scope, and nothing here uses scopes; leave out what is before the /'
         )
+    for name, known in _registered.items():  # gin itself does not see what a `partial` takes
+        for unknown in gin.get_bindings(name, resolve_references=False).keys() - known:
+            message = f"Configurable '{name}' doesn't have a parameter named '{unknown}'."
+            raise ValueError(f'{message}{_nearest(message)}')
     check_types(_targets)
 
 

@@ -28,6 +28,7 @@ from etils import epath
 import experiments.train  # noqa: F401  registers what a run's config.gin binds
 from experiments.command import run_command
 from experiments.config import Experiment, begin, checkpoint_folder, command_line, files_and_bindings, parse, register
+from experiments.run_folder import check_writable
 from experiments.validation import make_validation
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet
@@ -107,6 +108,8 @@ def evaluation(
     if slots is None:
         of_a_step = training.get('prompts_per_step', 0) * training.get('samples_per_prompt', 0)
         slots = training.get('slots') or of_a_step or SLOTS * experiment.mesh.size
+    out = found.run_dir or f'runs/evaluation_{found.name}' if folder is None else folder
+    check_writable(out)
     temperature_of = lambda samples: float(samples > 1) if temperature is None else temperature
 
     def sampler_of(samples: int):
@@ -140,7 +143,6 @@ def evaluation(
                 params = checkpoints.restore_params(decoders.abstract(config, experiment.mesh)[1], step)
         results = validate(params, jax.random.key(seed))
 
-    out = Path(folder) if folder else found.run_dir or Path(f'runs/evaluation_{found.name}')
     # What is not as by default is part of a file's name, so that one evaluation does not overwrite another.
     options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
     usual = {'temperature': None, 'top_k': None, 'top_p': None, 'seed': 0}
@@ -152,13 +154,13 @@ def evaluation(
             name = 'train' if name == 'test' else f'{name}_train'
         options |= {'temperature': temperature_of(samples)}
         summaries[name] = {'step': step, 'set': name, 'split': split} | options | summarise(result)
-        write(out, f'{step}_{name}_{samples}{special}', summaries[name], result, prompts)
+        write(Path(out), f'{step}_{name}_{samples}{special}', summaries[name], result, prompts)
     if len(summaries) > 1:
         mean = estimate(*(success(result) for result, _ in results.values()))
         common = {'split': split, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
         summaries['mean'] = {'step': step, 'sets': list(summaries), 'success': mean._asdict()} | common
         write(
-            out,
+            Path(out),
             f'{step}_mean{"" if split == "test" else f"_{split}"}'
             f'{"" if samples_per_prompt is None else f"_{samples_per_prompt}"}{special}',
             summaries['mean'],

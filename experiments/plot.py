@@ -61,7 +61,11 @@ def main() -> None:
     parser.add_argument('run_dirs', nargs='+', help='folders of runs')
     parser.add_argument('--output', default='curves.png')
     arguments = parser.parse_args()
-    plot_runs({run: read_metrics(Path(run) / 'metrics.jsonl') for run in arguments.run_dirs}, arguments.output)
+    runs = {run: read_metrics(Path(run) / 'metrics.jsonl') for run in arguments.run_dirs}
+    for run, rows in runs.items():
+        if not rows:
+            raise ValueError(f'{run}/metrics.jsonl has no whole line; expected the folder of a run that took a step')
+    plot_runs(runs, arguments.output)
     print(f'wrote {arguments.output}')
 
 

@@ -116,10 +116,14 @@ def check_setup(checkpoints: Checkpoints, new: dict[str, dict], on_change: str) 
 
 
 def check_writable(folder: str | Path) -> None:
-    """Raises an OSError, which names the folder, if nothing can be written there. Leaves nothing behind.
+    """Leaves nothing behind: a folder that does not exist is made later, and the nearest above it is tried.
 
-    A folder that does not exist is made when there is something to write: the nearest above it is tried.
+    Raises:
+      ValueError: no name.
+      OSError: nothing can be written there.
     """
+    if not str(folder):
+        raise ValueError("got '' for a folder to write to; expected a name. Bind one, '.' is the working folder")
     folder = Path(folder)
     try:
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -129,8 +133,7 @@ def check_writable(folder: str | Path) -> None:
     except OSError as error:
         raise OSError(
             error.errno,
-            f'{error.strerror}: the run keeps its files there. Make it writable, or bind train.run_dir to '
-            'another folder',
+            f'{error.strerror}: files are to be written there. Make it writable, or bind another folder',
             str(folder),
         ) from error
 

@@ -194,6 +194,8 @@ def train(
     is_first_process = jax.process_index() == 0
     if is_first_process:
         check_writable(run_dir)
+        if checkpoint_dir is not None and '://' not in checkpoint_dir:
+            check_writable(checkpoint_dir)
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
     prompts = experiment.load_prompts('train', tokenizer)

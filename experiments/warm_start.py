@@ -19,6 +19,7 @@ from transformers import GenerationConfig, Qwen3Config
 
 from experiments.command import run_command
 from experiments.config import parse_command_line, register
+from experiments.run_folder import check_writable
 from experiments.train import check_limits
 from troll_jax.data.prompts import PromptSet, batch_indices, encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic, demonstration
@@ -85,6 +86,7 @@ def warm_start(
     for name, share in [('worked_share', worked_share), ('accuracy', accuracy)]:
         if not 0 <= share <= 1:
             raise ValueError(f'{name} is a share, from 0 to 1; got {share}')
+    check_writable(folder)
     tokenizer = character_tokenizer(CHARACTERS)
     prompt_room, response_room = 2 * task.operands, task.operands + 2
     hf_config = Qwen3Config(

@@ -23,6 +23,7 @@ def load_tokenizer(model: str, *, chat_template_from: str | None = None) -> PreT
             base model's own in its configuration files.
 
     Raises:
+        FileNotFoundError: no such model.
         ValueError: files that cannot be read, no chat template, no end-of-sequence token, or the borrowed one is not in
             the vocabulary.
     """
@@ -122,8 +123,8 @@ def _from_pretrained(model: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # of many kinds: files are read as they come
-        if isinstance(error, OSError) and not os.path.isdir(model):  # no such model: it says so
-            raise
+        if isinstance(error, OSError) and not os.path.isdir(model):
+            raise FileNotFoundError(f'{model!r} is not a folder, and not on the hub either: {error}') from error
         raise ValueError(
             f'The tokenizer of {model!r} cannot be read ({type(error).__name__}: {error}); expected tokenizer.json and '
             'tokenizer_config.json in Hugging Face format. Copy or download them again.'
