@@ -171,6 +171,12 @@ def test_a_number_out_of_its_range_is_an_error_before_anything_is_written(tmp_pa
         ('troll.bound = 0', 'bound'),
         ("Experiment.compute_dtype = 'float16'", "compute_dtype must be one of .*got 'float16'"),
         ('dppo.bound = 0.1', "reads 'dppo.bound'"),
+        (
+            "train.old_policy = 'recompute'\ntrain.importance_limit = 0.5",
+            'limit of the importance .* at least 1; got 0.5',
+        ),
+        ('default_tail.probability = -1.0', 'probability of the default tail must be between 0 and 1; got -1.0'),
+        ('group_normalised.epsilon = 0', 'epsilon of group_normalised must be positive; got 0'),
     ],
 )
 def test_what_only_a_traced_program_refuses_comes_before_anything_is_written(tmp_path, model, binding, message):

@@ -22,8 +22,10 @@ def group_normalised(rewards: jax.Array, *, epsilon: float = 1e-6) -> jax.Array:
       epsilon: keeps a group whose rewards are all equal at zero.
 
     Raises:
-      ValueError: a group of one has no spread.
+      ValueError: a group of one has no spread, or `epsilon` is not positive.
     """
+    if not epsilon > 0:
+        raise ValueError(f'epsilon of group_normalised must be positive; got {epsilon}')
     return mean_centred(rewards) / (jnp.std(rewards, ddof=1) + epsilon)
 
 

@@ -114,5 +114,10 @@ def truncated_importance_weights(
       log_probs: [...] of the sampled tokens, as the trainer computes them.
       sampler_log_probs: [...] as the sampler recorded them.
       limit: C, at least 1.
+
+    Raises:
+      ValueError: a limit that tokens of equal probability exceed.
     """
+    if not limit >= 1:
+        raise ValueError(f'limit of the importance weights must be at least 1; got {limit}')
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.minimum(log_probs - sampler_log_probs, 20.0)), limit))
