@@ -1,10 +1,14 @@
-"""What the tests of bad input share: a small model, and how hypothesis draws."""
+"""What the tests of bad input share: a small model, and how hypothesis draws.
+
+MORE_BAD_INPUT=10 in the environment draws ten times as many cases, and others at every run.
+"""
 
 import os
 from pathlib import Path
 
 import jax
 from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
 from transformers import Qwen3Config
 
 from troll_jax.data.tasks.arithmetic import CHARACTERS
@@ -15,7 +19,7 @@ from troll_jax.models.hf_weights import save_pretrained
 
 REPOSITORY = Path(__file__).parent.parent
 
-MORE = int(os.environ.get('MORE_BAD_INPUT', 1))  # times as many cases, and others at every run
+MORE = int(os.environ.get('MORE_BAD_INPUT', 1))
 
 
 def cases(number: int) -> settings:
@@ -42,6 +46,12 @@ def save_model(folder: Path) -> Path:
     save_pretrained(folder, decoders.init(decoder_config(hf_config), jax.random.key(0)), hf_config)
     character_tokenizer(CHARACTERS).save_pretrained(folder)
     return folder
+
+
+def damaged(content: bytes) -> st.SearchStrategy[bytes]:
+    """The content with a part of it replaced: a file that is cut, torn, or has something else in its middle."""
+    ends = st.tuples(st.integers(0, len(content)), st.integers(0, len(content))).map(sorted)
+    return st.builds(lambda at, by: content[: at[0]] + by + content[at[1] :], ends, st.binary(max_size=7))
 
 
 def fresh(folder: Path) -> Path:

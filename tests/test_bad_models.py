@@ -3,13 +3,15 @@
 import json
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from bad_input import REPOSITORY, cases, fresh, save_model
+from bad_input import REPOSITORY, cases, damaged, fresh, save_model
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from experiments.command import run_command
 from troll_jax.data.prompts import encode_prompts
 from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
@@ -69,6 +71,20 @@ def test_a_damaged_file_of_a_model_is_an_error(tmp_path, model, content):
     ]:
         with pytest.raises((ValueError, OSError)):
             load(changed(model, tmp_path, file, content))
+
+
+FILES = ['config.json', 'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja', 'model.safetensors']
+
+
+@cases(60)
+@given(st.sampled_from(FILES), st.data())
+def test_a_file_of_a_model_with_a_part_replaced_is_read_or_an_error(tmp_path, model, file, data):
+    """Guards errors of transformers, tokenizers, jinja and safetensors that reach the user as they are."""
+    folder = changed(model, tmp_path, file, data.draw(damaged((model / file).read_bytes())))
+    prompts = Arithmetic(train_size=3).load('train')
+    for use in (load_pretrained, lambda folder: encode_prompts(prompts, load_tokenizer(folder), max_length=20)):
+        with suppress(SystemExit):
+            run_command(lambda use=use: use(folder))
 
 
 @pytest.mark.parametrize('index', [{}, {'weight_map': 3}, {'weight_map': {'a': 3}}, {'weight_map': {'a': 'b.bin'}}])
