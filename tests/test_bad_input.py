@@ -233,9 +233,9 @@ def test_an_error_of_the_user_is_one_line(error, capsys, monkeypatch):
         run_command(raise_deeply(error))
 
 
-@pytest.mark.parametrize('main', [lambda: int('x'), lambda: json.loads('{'), raise_deeply(KeyError('x'))])
+@pytest.mark.parametrize('main', [lambda: int('x'), lambda: json.loads(''), raise_deeply(KeyError('x'))])
 def test_a_bug_keeps_its_traceback(main, monkeypatch):
-    """Guards against a mistake of ours that looks like one of the user: neither is raised on purpose."""
+    """Guards against a mistake of ours that looks like one of the user: none is raised on purpose, by this code."""
     monkeypatch.setattr('experiments.command._OURS', (Path(__file__).parent,))
     with pytest.raises((ValueError, KeyError)):
         run_command(main)
