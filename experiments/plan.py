@@ -2,7 +2,7 @@
 
     python -m experiments.plan configs/qwen3_0_6b_gsm8k_troll.gin --topology v5e:2x4,v5p:2x2x1 ['binding = value' …]
 
-Compiles the update and the sampler that `experiments.train` would run, ahead of time for each topology, with the
+Compiles the programs that `experiments.train` would run on the devices, ahead of time for each topology, with the
 compiler in the `libtpu` wheel (`pip install "libtpu==0.0.42.*"`), and prints per device what the compiler says of
 memory, and what must at least be computed, moved and sent. The bound on time is that of a perfect overlap: a run takes
 longer. Neither weights nor data are read; of `Experiment.model` only config.json, and folders of `configs/models` hold
@@ -31,21 +31,19 @@ from jax.experimental import topologies  # noqa: E402
 from experiments.command import run_command  # noqa: E402
 from experiments.config import CONFIG_HELP, Experiment, files_and_bindings, parse  # noqa: E402
 from experiments.train import check_sizes, train  # noqa: E402
-from troll_jax.learn import abstract_state  # noqa: E402
-from troll_jax.ops.regularisers import needs_reference, regularised  # noqa: E402
-from troll_jax.packing import abstract_batch, batch_shape  # noqa: E402
+from troll_jax.learn import make_learner  # noqa: E402
+from troll_jax.packing import batch_shape  # noqa: E402
 from troll_jax.planning import CHIPS, Chip, add_iterations, count_flops, program_cost, roofline  # noqa: E402
 from troll_jax.rollout import PREFILL_CHUNK, make_sampler  # noqa: E402
 from troll_jax.sharding import make_mesh, named_sharding  # noqa: E402
 from troll_jax.slots import prefill_batch  # noqa: E402
-from troll_jax.types import Prompts, Reference  # noqa: E402
-from troll_jax.update import make_update  # noqa: E402
+from troll_jax.types import Prompts  # noqa: E402
 
-PROGRAMS = ('update', 'prefill', 'decode')
+PROGRAMS = ('recompute', 'reference', 'values', 'critic', 'update', 'prefill', 'decode')
 
 
 def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
-    """Compiles these programs of the parsed experiment for a topology and returns what they need there.
+    """Compiles those of these programs that the parsed experiment has, and returns what they need on a topology.
 
     Raises:
       ValueError: an unknown topology, or sizes that do not go together on its devices.
@@ -80,50 +78,54 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
         micro_batch_tokens=settings['micro_batch_tokens'],
         devices=mesh.shape['data'] * mesh.shape['fsdp'],
     )
-    common = {name: settings[name] for name in ('temperature', 'max_tokens', 'mass')}
     sampler = make_sampler(
         config,
         samples_per_prompt=samples,
         max_response_length=experiment.max_response_length,
         stop_tokens=[0],
         slots=slots,
-        gather_weights=settings['gather_weights'],
-        **common,
+        **{name: settings[name] for name in ('temperature', 'max_tokens', 'mass', 'gather_weights')},
     )
-    common |= {name: settings[name] for name in ('tail_rule', 'head_chunk')}
-    objective = regularised(settings['objective'], settings['regularisers'])
-    update = make_update(config, settings['optimizer'], objective=objective, **common)
+    optimizer = settings['optimizer']
+    learner = make_learner(
+        config,
+        optimizer,
+        shape,
+        minibatch=minibatch * samples,
+        max_response_length=experiment.max_response_length,
+        mesh=mesh,
+        **{
+            name: settings[name]
+            for name in inspect.signature(make_learner).parameters.keys() & settings.keys() - {'optimizer'}
+        },
+    )
 
     def array(shape: tuple[int, ...], dtype=jnp.int32, axes=('batch',)) -> jax.ShapeDtypeStruct:
         sharding = named_sharding(mesh, (*axes, *[None] * (len(shape) - len(axes))))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    # A critic and a reference model lie on the devices beside the policy. Their own programs are not compiled.
-    has_reference = any(map(needs_reference, (*settings['regularisers'], settings['reward_penalty'])))
-    critic = settings['critic']
-    state = abstract_state(config, settings['optimizer'], mesh, critic=critic, has_reference=has_reference)
+    state = learner.shapes
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         rows = Prompts(array((prompts, experiment.max_prompt_length)), array((prompts,)))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
         keys = array(keys.shape, keys.dtype)
-        batch = abstract_batch(shape, settings['max_tokens'])
-        if any(map(needs_reference, settings['regularisers'])):
-            batch = batch._replace(reference=Reference(batch.weights, batch.old.log_probs))
-        if critic is not None:
-            batch = batch._replace(values=batch.weights, returns=batch.weights)
-        batch = jax.tree.map(lambda x: array(x.shape, x.dtype, (None, 'batch')), batch)
         on_chips = partial(examine, chip=CHIPS[generation], devices=len(devices))
         results = []
-        if 'update' in programs:
-            tokens = minibatch * samples * length
-            results.append(on_chips('update', update, (state, batch), tokens=tokens, iterations=shape.micro_batches))
+        of_learner = learner.programs(settings['max_tokens'])
+        for program, arguments in of_learner.values():
+            jax.eval_shape(program, *arguments)  # an error now, rather than after minutes of compilation
+        for name, (program, arguments) in of_learner.items():
+            if name in programs:
+                others = bytes_on_device(state) - bytes_on_device(arguments[0])
+                tokens, iterations = minibatch * samples * length, shape.micro_batches
+                results.append(on_chips(name, program, arguments, tokens=tokens, iterations=iterations, beside=others))
         if {'prefill', 'decode'} & set(programs):
             begin = sampler.begin.trace(state.params, rows, keys, None)
             shardings = begin.lower().compile().output_shardings
             shape_of = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
             arguments = weights, requests, slots_of = jax.tree.map(shape_of, begin.out_info, shardings)
-            # The parameters stay on the devices beside the weights that are decoded with.
-            of_sampler = partial(on_chips, arguments=arguments, beside=bytes_on_device(state.params))
+            # All that is trained stays on the devices beside the weights that are decoded with.
+            of_sampler = partial(on_chips, arguments=arguments, beside=bytes_on_device(state))
             (shards, each, length), (_, slots) = requests.tokens.shape, slots_of.request.shape
             if 'prefill' in programs:
                 tokens = shards * prefill_batch(slots, samples, each) * min(PREFILL_CHUNK, length)
@@ -199,9 +201,9 @@ def examine(
 
 
 def bytes_on_device(tree) -> int:
-    """Of arrays with shardings, the part of one device."""
+    """Of arrays with shardings, the part of one device; without what lies in the memory of its host."""
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    return sum(size(x) for x in jax.tree.leaves(tree))
+    return sum(size(x) for x in jax.tree.leaves(tree) if x.sharding.memory_kind != 'pinned_host')
 
 
 def print_table(rows: list[dict]) -> None:

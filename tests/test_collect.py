@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
+from tiny import decoder_config
 
 from troll_jax.collect import make_collector
 from troll_jax.data.prompts import batch_indices, encode_prompts
@@ -20,19 +21,7 @@ from troll_jax.sharding import make_mesh
 B, G, T = 5, 3, 4
 TOKENIZER = character_tokenizer(CHARACTERS)
 TASK = Arithmetic(operands=2, train_size=31, test_size=7)
-CONFIG = decoders.DecoderConfig(
-    vocab_size=len(TOKENIZER),
-    width=8,
-    layers=1,
-    heads=2,
-    kv_heads=1,
-    head_dim=4,
-    mlp_width=12,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tied_embeddings=True,
-    compute_dtype='float32',
-)
+CONFIG = decoder_config(len(TOKENIZER), width=8, layers=1, heads=2, kv_heads=1, head_dim=4, mlp_width=12)
 
 
 @functools.cache

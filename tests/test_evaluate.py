@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from tiny import decoder_config
 
 from troll_jax.data.prompts import encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
 from troll_jax.data.tokenizer import EOS, PAD, character_tokenizer
 from troll_jax.evaluate import decode_responses, estimate, evaluate, pass_at_k
-from troll_jax.models.decoder import DecoderConfig, abstract
+from troll_jax.models.decoder import abstract
 from troll_jax.rewards.pool import Grader
 from troll_jax.rollout import make_sampler
 from troll_jax.sharding import MESH_AXES, make_mesh
@@ -97,19 +98,7 @@ def one_device():
 @pytest.fixture(scope='module')
 def policy(tokenizer):
     """A sampler and random parameters whose responses differ in length and text, some with an end and some without."""
-    config = DecoderConfig(
-        vocab_size=len(tokenizer),
-        width=8,
-        layers=1,
-        heads=2,
-        kv_heads=1,
-        head_dim=4,
-        mlp_width=8,
-        rope_theta=100.0,
-        norm_eps=1e-6,
-        tied_embeddings=False,
-        compute_dtype='float32',
-    )
+    config = decoder_config(len(tokenizer), width=8, layers=1, heads=2, kv_heads=1, head_dim=4, rope_theta=100.0)
     sampler = make_sampler(
         config,
         samples_per_prompt=SAMPLES,

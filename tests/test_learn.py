@@ -33,7 +33,7 @@ from troll_jax.ops.losses import importance_weighted, troll
 from troll_jax.ops.regularisers import k1, kl_to_reference
 from troll_jax.ops.support import bucket_tail, default_tail
 from troll_jax.optimizer import adamw
-from troll_jax.packing import batch_shape, make_batch
+from troll_jax.packing import batch_shape, make_batch, make_layout
 from troll_jax.sharding import make_mesh
 from troll_jax.types import START, TrainState
 
@@ -76,9 +76,11 @@ def with_head(critic, scale: float):
 
 def by_hand(params, advantages, **extra):
     """Parameters and metrics after one update with given advantages [R] or [R, T]."""
-    shape = batch_shape(ROWS, PROMPT + RESPONSE, row_tokens=13)
+    layout = make_layout(rollout(), batch_shape(ROWS, PROMPT + RESPONSE, row_tokens=13))
     weights = np.asarray(token_mean(rollout().response_lengths, max_length=RESPONSE))
-    batch = make_batch(rollout(), np.asarray(advantages), weights, shape)._replace(**extra)
+    advantages = np.asarray(advantages, np.float32).reshape(ROWS, -1)
+    extra['advantages'] = layout.scatter(np.broadcast_to(advantages, MASK.shape))
+    batch = make_batch(rollout(), weights, weights, layout)._replace(**extra)
     state, log = updater(troll)(TrainState(jax.tree.map(jnp.asarray, START), copy(params), SGD.init(params)), batch)
     return jax.tree.map(np.asarray, (state.params, log.metrics))
 
@@ -189,9 +191,8 @@ def test_values_do_not_see_their_token():
     """Guards the shift by one: a baseline that knows the token it is a baseline of biases the gradient."""
     bench = learner(estimator=gae, critic=Critic())
     params = with_head(bench.start(copy(policy_params())).critic, 1.0).params
-    shape = batch_shape(ROWS, PROMPT + RESPONSE)
     weights = np.ones(ROWS, np.float32)
-    batch = make_batch(rollout(), weights, weights, shape)
+    batch = make_batch(rollout(), weights, weights, make_layout(rollout(), batch_shape(ROWS, PROMPT + RESPONSE)))
     changed = batch.tokens.copy()
     row, at = 0, int(np.flatnonzero(batch.weights[0, 0])[2])  # the third response token of the first row
     changed[0, row, at] = (changed[0, row, at] + 1) % CONFIG.vocab_size

@@ -10,8 +10,8 @@ from troll_jax.packing import (
     batch_shape,
     first_fit,
     make_batch,
+    make_layout,
     padding_share,
-    response_layout,
 )
 from troll_jax.types import Rollout, SparseLogProbs
 
@@ -53,7 +53,7 @@ def test_every_token_is_there_once(shape):
     """Guards against values that stand one off, at another response's tokens, or twice; and gaps within a sequence."""
     data, advantages = rollout(random_lengths(21)), np.linspace(-1, 1, 21, dtype=np.float32)
     weights = np.linspace(1, 2, 21, dtype=np.float32)
-    batch = make_batch(data, advantages, weights, shape)
+    batch = make_batch(data, advantages, weights, make_layout(data, shape))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), batch) == jax.tree.map(
         lambda x: (x.shape, x.dtype), abstract_batch(shape, KEPT)
     )
@@ -87,20 +87,19 @@ def test_every_token_is_there_once(shape):
 def test_numbers_of_tokens_find_their_places_and_the_way_back():
     """Guards values and advantages of a critic that end up at other tokens than the batch's own."""
     shape, data = BatchShape(7, 3, 16), rollout(random_lengths(21))
-    layout = response_layout(data, shape)
+    layout = make_layout(data, shape)
     inside = np.arange(RESPONSE) < data.response_lengths[:, None]
     ones = np.ones(21, np.float32)
-    batch = make_batch(data, data.entropy, ones, shape)  # a number of its own for every token
-    np.testing.assert_array_equal(layout.scatter(data.entropy), batch.advantages)
+    batch = make_batch(data, ones, ones, layout)
     np.testing.assert_array_equal(layout.scatter(data.log_probs), batch.old_log_probs)
     np.testing.assert_array_equal(layout.gather(batch.old_log_probs), np.where(inside, data.log_probs, 0))
 
 
 def test_a_weight_of_zero_is_not_learnt_from():
     """Guards responses that are masked: they are context for nothing, and the mask is the weight."""
-    batch = make_batch(
-        rollout([[2, 3], [1, 4]]), np.ones(2, np.float32), np.array([0, 0.5], np.float32), BatchShape(1, 1, 16)
-    )
+    data = rollout([[2, 3], [1, 4]])
+    weights = np.array([0, 0.5], np.float32)
+    batch = make_batch(data, np.ones(2, np.float32), weights, make_layout(data, BatchShape(1, 1, 16)))
     assert np.sum(batch.weights > 0) == 4
 
 
@@ -115,7 +114,7 @@ def test_log_normal_lengths_leave_little_padding(seed):
     support = SparseLogProbs(small(np.int32)[:, :, None], small(np.float32)[:, :, None])
     data = Rollout(tokens, prompts, responses, np.full(256, -1), small(np.float32), small(np.float32), support)
     packed, padded = batch_shape(256, 2560, micro_batch_tokens=2560), BatchShape(1, 256, 2560)
-    share = lambda shape: padding_share(make_batch(data, np.ones(256), np.ones(256), shape))
+    share = lambda shape: padding_share(make_batch(data, np.ones(256), np.ones(256), make_layout(data, shape)))
     assert share(packed) <= 0.05 and share(padded) > 0.8
 
 

@@ -9,7 +9,7 @@ import gin
 import jax
 import numpy as np
 import pytest
-from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
+from tiny import save_qwen3
 
 from experiments.config import parse, register
 from experiments.replay import find_methods, replay
@@ -49,13 +49,7 @@ def run(tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp('replay')
     tokenizer = character_tokenizer(CHARACTERS)
-    set_seed(0)
-    sizes = {'hidden_size': 16, 'intermediate_size': 24, 'num_attention_heads': 2, 'num_key_value_heads': 1}
-    sizes |= {'head_dim': 8, 'num_hidden_layers': 2, 'max_position_embeddings': 64}
-    Qwen3ForCausalLM(
-        Qwen3Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, initializer_range=0.5, **sizes)
-    ).save_pretrained(folder / 'model')
-    tokenizer.save_pretrained(folder / 'model')
+    save_qwen3(folder / 'model', tokenizer, initializer_range=0.5)
     gin.clear_config()
     bindings = [
         f'Experiment.model = {str(folder / "model")!r}',

@@ -14,12 +14,13 @@ import optax
 import pytest
 import torch
 from test_decoder import FAMILIES, tiny_hf_config, tiny_torch_model
+from tiny import decoder_config
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_pretrained
 from troll_jax.ops.losses import ppo_clip
 from troll_jax.ops.support import default_tail
-from troll_jax.packing import batch_shape, make_batch
+from troll_jax.packing import batch_shape, make_batch, make_layout
 from troll_jax.rollout import _uniform, make_sampler
 from troll_jax.sharding import make_mesh, named_sharding
 from troll_jax.slots import enqueue, idle_state
@@ -27,19 +28,7 @@ from troll_jax.types import START, Prompts, TrainState
 from troll_jax.update import make_update
 
 VOCAB, PROMPT, RESPONSE, GROUP, KEPT, MASS = 38, 5, 7, 3, 11, 1 - 1e-5
-CONFIG = decoders.DecoderConfig(
-    vocab_size=VOCAB,
-    width=12,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=6,
-    mlp_width=22,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tied_embeddings=False,
-    compute_dtype='float32',
-)
+CONFIG = decoder_config(VOCAB)
 NEVER = VOCAB + 1  # a token that no model says
 NO_LIMITS = np.full(8 * GROUP, RESPONSE)
 
@@ -146,7 +135,8 @@ def test_update_finds_the_policy_unchanged():
     params = jax.tree.map(jnp.copy, policy_params())
     count = len(result.tokens)
     weights = np.full(count, 1 / result.response_lengths.sum(), np.float32)
-    batch = make_batch(result, np.ones(count, np.float32), weights, batch_shape(count, PROMPT + RESPONSE))
+    layout = make_layout(result, batch_shape(count, PROMPT + RESPONSE))
+    batch = make_batch(result, np.ones(count, np.float32), weights, layout)
     start = jax.tree.map(jnp.asarray, START)
     metrics = update(TrainState(start, params, optax.sgd(0.0).init(params)), batch)[1].metrics
     assert metrics['kl_max'] < 1e-4 and abs(metrics['ratio_max'] - 1) < 1e-4

@@ -15,7 +15,8 @@ import jax
 import numpy as np
 import pytest
 from faults.runs import everything
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+from tiny import save_qwen3
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from experiments.config import parse, register
 from experiments.evaluate import evaluation
@@ -188,21 +189,7 @@ def test_one_update_does_not_depend_on_the_mesh(tmp_path, model, mesh):
 def two_kv_heads(folder) -> str:
     """A model that a mesh with tensor = 2 divides: a vocabulary of even size and two key-value heads."""
     tokenizer = character_tokenizer('0123456789+-*=#?')
-    write_qwen3(folder, tokenizer, num_attention_heads=4, num_key_value_heads=2, hidden_size=16, intermediate_size=24)
-    return str(folder)
-
-
-def write_qwen3(folder, tokenizer, **sizes) -> None:
-    config = Qwen3Config(
-        vocab_size=len(tokenizer),
-        num_hidden_layers=2,
-        head_dim=8,
-        max_position_embeddings=64,
-        eos_token_id=tokenizer.eos_token_id,
-        **sizes,
-    )
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return save_qwen3(folder, tokenizer, num_attention_heads=4, num_key_value_heads=2)
 
 
 @pytest.mark.parametrize('method', ['troll', 'clip'])
@@ -456,14 +443,7 @@ def test_the_papers_configs_run_with_small_stand_ins(tmp_path, method):
     """Guards against configuration files that rot: both run as they are, but for a model and data that fit in here."""
     tokenizer = character_tokenizer(''.join(sorted(set('What is plus?0123456789#boxed{}\\ =\n'))))
     tokenizer.chat_template = CHAT_TEMPLATE
-    write_qwen3(
-        tmp_path / 'model',
-        tokenizer,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        hidden_size=16,
-        intermediate_size=24,
-    )
+    save_qwen3(tmp_path / 'model', tokenizer)
     for split in ('train', 'test'):
         rows = [{'question': f'What is {i} plus {i}?', 'answer': f'It is {2 * i}\n#### {2 * i}'} for i in range(40)]
         (tmp_path / f'{split}.jsonl').write_text('\n'.join(json.dumps(row) for row in rows))

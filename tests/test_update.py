@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from tiny import decoder_config
 
 from troll_jax.models import decoder as decoders
 from troll_jax.ops.aggregation import constant_length, sequence_mean, token_mean
@@ -19,7 +20,7 @@ from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import ppo_clip, sequence_region, troll
 from troll_jax.ops.schedules import adaptive_bound
 from troll_jax.ops.support import bucket_tail, default_tail, sparsify
-from troll_jax.packing import BatchShape, abstract_batch, batch_shape, make_batch
+from troll_jax.packing import BatchShape, abstract_batch, batch_shape, make_batch, make_layout
 from troll_jax.sharding import make_mesh, place
 from troll_jax.types import START, Batch, Rollout, TrainState
 from troll_jax.update import _summarise, make_recompute, make_update
@@ -29,19 +30,7 @@ VOCAB, PROMPT, RESPONSE, ROWS, KEPT, MASS = 38, 3, 5, 8, 11, 1 - 1e-5
 troll_of_responses = functools.partial(troll, region=sequence_region)
 troll_on_schedule = functools.partial(troll, bound=functools.partial(adaptive_bound, start=0.05, target=0.1))
 AGGREGATIONS = (token_mean, sequence_mean, constant_length)
-CONFIG = decoders.DecoderConfig(
-    vocab_size=VOCAB,
-    width=12,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=6,
-    mlp_width=22,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tied_embeddings=False,
-    compute_dtype='float32',
-)
+CONFIG = decoder_config(VOCAB)
 
 
 SGD = optax.sgd(1.0)
@@ -106,7 +95,7 @@ PADDED = batch_shape(ROWS, PROMPT + RESPONSE)  # a row for each response
 def batch(shape: BatchShape = PADDED, aggregation=token_mean, advantages=ADVANTAGES, data=None) -> Batch:
     data = rollout() if data is None else data
     weights = np.asarray(aggregation(data.response_lengths, max_length=RESPONSE))
-    return make_batch(data, advantages, weights, shape)
+    return make_batch(data, advantages, weights, make_layout(data, shape))
 
 
 @functools.cache

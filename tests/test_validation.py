@@ -7,8 +7,7 @@ from pathlib import Path
 import gin
 import numpy as np
 import pytest
-import torch
-from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
+from tiny import save_qwen3
 
 import experiments.evaluate
 from experiments.compare_evaluations import compare, find_responses
@@ -46,13 +45,7 @@ def model(tmp_path_factory) -> str:
     """Random weights, and so responses of all kinds."""
     folder = tmp_path_factory.mktemp('model')
     tokenizer = character_tokenizer(CHARACTERS)
-    sizes = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 1}
-    heads = {'num_attention_heads': 2, 'num_key_value_heads': 1, 'head_dim': 8}
-    torch.manual_seed(3)
-    config = Qwen3Config(vocab_size=len(tokenizer), max_position_embeddings=64, initializer_range=0.5, **sizes, **heads)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
-    GenerationConfig(eos_token_id=tokenizer.eos_token_id).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_qwen3(folder, tokenizer, seed=3, num_hidden_layers=1, initializer_range=0.5)
     return str(folder)
 
 

@@ -16,6 +16,9 @@ from troll_jax.rewards.pool import Grader
 from troll_jax.rewards.terms import Responses, RewardTerm, weigh
 from troll_jax.types import Rollout
 
+_FAILURES = ('timeouts', 'crashes', 'errors')
+_SECONDS = ('seconds/prefill', 'seconds/decode', 'seconds/rollout', 'seconds/reward')
+
 
 class Experience(NamedTuple):
     """B groups of G graded responses, in numpy, and what it took to get them."""
@@ -24,7 +27,15 @@ class Experience(NamedTuple):
     rewards: np.ndarray  # [B, G] float32, weighted sums of their terms
     greedy_rewards: np.ndarray | None  # [B] of the greedy responses to the same prompts, if they were asked for
     draws: int  # batches of prompts that were sampled
-    logs: dict[str, float]  # of all that was sampled, kept or not
+    logs: dict[str, float]  # of all that was sampled, kept or not; speed, seconds and failures with greedy responses
+
+
+class _Groups(NamedTuple):
+    """Responses to some prompts, G to each."""
+
+    rollout: Rollout  # arrays [groups, G, …]
+    rewards: np.ndarray  # [groups, G] float32
+    greedy_rewards: np.ndarray | None = None  # [groups]
 
 
 def make_collector(
@@ -64,81 +75,93 @@ def make_collector(
     """
     key = jax.random.key(seed)
 
-    def sample(sampler, params, indices, draw, seconds) -> tuple[Rollout, np.ndarray, dict]:
+    def sample(sampler, params, indices, draw) -> tuple[_Groups, dict[str, float]]:
         start = perf_counter()
         rollout = sample_responses(sampler, params, prompts, indices, jax.random.fold_in(key, draw), mesh=mesh)
-        seconds['rollout'] += perf_counter() - start
-
-        start = perf_counter()
+        sampled = perf_counter()
         samples = len(rollout.response_lengths) // len(indices)
         texts = decode_responses(rollout, tokenizer)
         grades = grade(grader, texts, [prompts.answers[i] for i in indices for _ in range(samples)])
         responses = Responses(texts, rollout.response_lengths, max_response_length, grades.rewards)
         total, terms = weigh(rewards, responses)
-        seconds['reward'] += perf_counter() - start
-        failures = {name: getattr(grades, name) for name in ('timeouts', 'crashes', 'errors')}
-        return rollout, total.reshape(len(indices), samples), terms | failures
+        by_group = lambda x: x.reshape(len(indices), samples, *x.shape[1:])
+        groups = _Groups(*jax.tree.map(by_group, (rollout._replace(work=None), total)))
+        log = _describe(rollout) | {f'reward/{name}': np.mean(value) for name, value in terms.items()}
+        log |= {f'reward/{name}': getattr(grades, name) for name in _FAILURES} | {'reward/mean': np.mean(total)}
+        return groups, log | {'seconds/rollout': sampled - start, 'seconds/reward': perf_counter() - sampled}
 
     def collect(params, draws: int) -> Experience:
-        seconds = {'rollout': 0.0, 'reward': 0.0}
-        rollouts, groups, greedy, logs = [], [], [], []
+        kept, logs, greedy_logs, varied = None, [], [], 0
         for draw in count(draws):
             indices = batch_indices(len(prompts), prompts_per_step, seed=seed, step=draw)
-            rollout, total, log = sample(sampler, params, indices, draw, seconds)
-            rollouts.append(rollout)
-            groups.append(total)
+            groups, log = sample(sampler, params, indices, draw)
             logs.append(log)
             if greedy_sampler is not None:
-                greedy.append(sample(greedy_sampler, params, indices, draw, seconds)[1][:, 0])
-            varied = [np.ptp(rewards, axis=1) > 0 for rewards in groups]
-            if len(groups) == max_draws or np.sum(varied) >= prompts_per_step:
+                greedy, log = sample(greedy_sampler, params, indices, draw)
+                groups = groups._replace(greedy_rewards=greedy.rewards[:, 0])
+                greedy_logs.append(log)
+            varied += np.sum(~_uniform(groups))
+            kept = groups if kept is None else _best(kept, groups)
+            if len(logs) == max_draws or varied >= prompts_per_step:
                 break
-        used = len(groups)
-        uniform = 1 - np.mean(varied)
-        # In the order of the draws, so that groups that fill up are not all in the last minibatches.
-        first = np.sort(np.argsort(~np.concatenate(varied), kind='stable')[:prompts_per_step])
-        choose = lambda arrays: np.concatenate(arrays)[first] if max_draws > 1 else arrays[0]
-        samples = groups[0].shape[1]
-        by_group = lambda *x: choose([leaf.reshape(-1, samples, *leaf.shape[1:]) for leaf in x])
-        chosen = jax.tree.map(
-            lambda *x: by_group(*x).reshape(-1, *x[0].shape[1:]), *[rollout._replace(work=None) for rollout in rollouts]
-        )
+        used = len(logs)
         mean = lambda name: np.mean([log[name] for log in logs])
+        total = lambda name, logs=logs: sum(log[name] for log in logs)
+        everything = logs + greedy_logs
         return Experience(
-            rollout=chosen,
-            rewards=choose(groups),
-            greedy_rewards=choose(greedy) if greedy else None,
+            rollout=jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), kept.rollout),
+            rewards=kept.rewards,
+            greedy_rewards=kept.greedy_rewards,
             draws=used,
             logs={
-                'reward/mean': np.mean(groups),
-                **{f'reward/{name}': mean(name) for name, *_ in rewards},
-                **{f'reward/{name}': sum(log[name] for log in logs) for name in ('timeouts', 'crashes', 'errors')},
-                'reward/uniform_share': uniform,
-                **_describe(rollouts, seconds['rollout']),
+                'reward/mean': mean('reward/mean'),
+                **{f'reward/{name}': mean(f'reward/{name}') for name, *_ in rewards},
+                **{f'reward/{name}': total(f'reward/{name}', everything) for name in _FAILURES},
+                'reward/uniform_share': 1 - varied / (used * prompts_per_step),
+                'rollout/response_length': mean('response_length'),
+                'rollout/longest_response': max(log['longest_response'] for log in logs),
+                'rollout/decode_steps': total('decode_steps'),
+                'rollout/slots_in_use': total('tokens') / total('places'),
+                'rollout/truncated_share': mean('truncated_share'),
+                'rollout/entropy': total('entropy') / total('tokens'),
+                'rollout/kept_tokens': total('kept_tokens') / total('tokens'),
+                'rollout/tokens_per_second': total('tokens', everything) / total('seconds/rollout', everything),
                 'rollout/draws': used,
-                **{f'seconds/{name}': value for name, value in seconds.items()},
+                **{name: total(name, everything) for name in _SECONDS},
             },
         )
 
     return collect
 
 
-def _describe(rollouts: list[Rollout], seconds: float) -> dict[str, float]:
-    """Metrics of everything that was sampled."""
-    lengths = np.concatenate([rollout.response_lengths for rollout in rollouts])
-    tokens = int(lengths.sum())
-    masks = [np.arange(x.log_probs.shape[1]) < x.response_lengths[:, None] for x in rollouts]
-    over_tokens = lambda values: sum(np.sum(x, where=mask) for x, mask in zip(values, masks, strict=True)) / tokens
-    steps = sum(rollout.work.steps for rollout in rollouts)
+def _uniform(groups: _Groups) -> np.ndarray:
+    """[groups] bool: all rewards are the same."""
+    return np.ptp(groups.rewards, axis=1) == 0
+
+
+def _best(*parts: _Groups) -> _Groups:
+    """As many groups as one part has: the first whose rewards differ, filled up by the first of the others.
+
+    They stay in their order, so that those that fill up are not all in the last minibatches.
+    """
+    groups = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    first = np.sort(np.argsort(_uniform(groups), kind='stable')[: len(parts[0].rewards)])
+    return jax.tree.map(lambda x: x[first], groups)
+
+
+def _describe(rollout: Rollout) -> dict[str, float]:
+    """What is logged of a rollout: means over responses, and sums over tokens."""
+    lengths, work = rollout.response_lengths, rollout.work
+    mask = np.arange(rollout.log_probs.shape[1]) < lengths[:, None]
     return {
-        'rollout/response_length': lengths.mean(),
-        'rollout/longest_response': lengths.max(),
-        'rollout/decode_steps': steps,
-        'rollout/slots_in_use': tokens / (steps * rollouts[0].work.slots),
-        'rollout/truncated_share': 1 - np.mean([rollout.stopped.mean() for rollout in rollouts]),
-        'rollout/entropy': over_tokens([rollout.entropy for rollout in rollouts]),
-        'rollout/kept_tokens': over_tokens([np.sum(rollout.support.tokens >= 0, axis=2) for rollout in rollouts]),
-        'rollout/tokens_per_second': tokens / seconds,
-        'seconds/prefill': sum(rollout.work.prefill_seconds for rollout in rollouts),
-        'seconds/decode': sum(rollout.work.decode_seconds for rollout in rollouts),
+        'tokens': int(lengths.sum()),
+        'response_length': lengths.mean(),
+        'longest_response': lengths.max(),
+        'truncated_share': 1 - rollout.stopped.mean(),
+        'entropy': np.sum(rollout.entropy, where=mask),
+        'kept_tokens': np.sum(np.sum(rollout.support.tokens >= 0, axis=2), where=mask),
+        'decode_steps': work.steps,
+        'places': work.steps * work.slots,
+        'seconds/prefill': work.prefill_seconds,
+        'seconds/decode': work.decode_seconds,
     }

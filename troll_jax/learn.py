@@ -18,10 +18,10 @@ from troll_jax.ops.advantages import needs_greedy_reward, needs_values, whiten
 from troll_jax.ops.regularisers import Regulariser, needs_reference, regularised
 from troll_jax.ops.values import explained_variance
 from troll_jax.optimizer import state_shapes
-from troll_jax.packing import BatchShape, abstract_batch, make_batch, padding_share, response_layout
+from troll_jax.packing import BatchShape, Layout, abstract_batch, make_batch, make_layout, padding_share
 from troll_jax.saved_batches import save_batches
-from troll_jax.sharding import fetch, place
-from troll_jax.types import START, Reference, Rollout, TrainState
+from troll_jax.sharding import fetch, named_sharding, place
+from troll_jax.types import START, Batch, Reference, Rollout, TrainState
 from troll_jax.update import Objective, TailRule, UpdateLog, make_recompute, make_reference, make_update
 
 Aggregation = Callable[..., jax.Array]
@@ -35,6 +35,7 @@ class Learner(NamedTuple):
     shapes: TrainState  # of what is trained, with shardings
     start: Callable[[Any], TrainState]  # from the start model's parameters, which become part of it
     learn: Callable[..., tuple[TrainState, dict[str, float], list[UpdateLog]]]  # of a state and an Experience
+    programs: Callable[[int], dict[str, tuple]]  # of the step and their arguments' shapes, if rollouts list K tokens
     check: Callable[[Rollout, int], None]  # traces all programs for a rollout's shapes, before there are any weights
 
 
@@ -116,10 +117,11 @@ def make_learner(
     def is_learnt(part: Rollout) -> np.ndarray:
         return part.stopped | (not mask_truncated)
 
-    def pack(part: Rollout):
+    def pack(part: Rollout, layout: Layout) -> Batch:
+        """Without advantages, which are not known yet."""
         learnt = is_learnt(part)
         weights = np.asarray(aggregation(np.where(learnt, part.response_lengths, 0), max_length=max_response_length))
-        return make_batch(part, np.zeros(len(learnt), np.float32), np.where(learnt, weights, 0), shape)
+        return make_batch(part, np.zeros(len(learnt), np.float32), np.where(learnt, weights, 0), layout)
 
     def learn(
         state: TrainState, experience: Experience, save_to: Path | None = None
@@ -127,8 +129,8 @@ def make_learner(
         rollout, lengths = experience.rollout, experience.rollout.response_lengths
         slices = [slice(i, i + minibatch) for i in range(0, len(lengths), minibatch)]
         parts = [jax.tree.map(lambda x, at=at: x[at], rollout) for at in slices]
-        layouts = [response_layout(part, shape) for part in parts]
-        batches = [pack(part) for part in parts]
+        layouts = [make_layout(part, shape) for part in parts]
+        batches = [pack(part, layout) for part, layout in zip(parts, layouts, strict=True)]
         metrics = {'update/padding_share': np.mean([padding_share(batch) for batch in batches])}
         to_responses = lambda arrays: np.concatenate(
             [layout.gather(x) for layout, x in zip(layouts, fetch(arrays), strict=True)]
@@ -203,29 +205,41 @@ def make_learner(
             state = state._replace(reference=copy_reference(state.params))
         return state, metrics, logs
 
-    def check(rollout: Rollout, prompts: int) -> None:
-        responses, room = rollout.log_probs.shape
-        rewards = jax.ShapeDtypeStruct((prompts, responses // prompts), jnp.float32)
-        greedy = jax.ShapeDtypeStruct((prompts,), jnp.float32) if needs_greedy_reward(estimator) else None
-        jax.eval_shape(partial(aggregation, max_length=max_response_length), rollout.response_lengths)
-        batch = abstract_batch(shape, rollout.support.tokens.shape[-1])
-        floats = batch.weights
+    def programs(kept: int) -> dict[str, tuple[Callable, tuple]]:
+        batch = abstract_batch(shape, kept)
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=named_sharding(mesh, (None, 'batch', *[None] * (x.ndim - 2)))
+            ),
+            batch,
+        )
+        floats, found = batch.weights, {}
+        if old_policy == 'recompute':
+            found['recompute'] = recompute, (shapes.params, batch)
         if has_reference:
-            jax.eval_shape(reference, shapes.reference, batch)
+            found['reference'] = reference, (shapes.reference, batch)
             if in_loss:
                 batch = batch._replace(reference=Reference(floats, batch.old.log_probs))
+        if critic is not None:
+            found['values'] = values_of, (shapes.critic.params, batch)
+            batch = batch._replace(values=floats, returns=floats)
+            found['critic'] = update_critic, (shapes.critic, batch)
+        return found | {'update': (update, (shapes, batch))}
+
+    def check(rollout: Rollout, prompts: int) -> None:
+        responses, room = rollout.log_probs.shape
+        jax.eval_shape(partial(aggregation, max_length=max_response_length), rollout.response_lengths)
         if critic is None:
+            rewards = jax.ShapeDtypeStruct((prompts, responses // prompts), jnp.float32)
+            greedy = jax.ShapeDtypeStruct((prompts,), jnp.float32) if needs_greedy_reward(estimator) else None
             jax.eval_shape(estimate, rewards, greedy)
         else:
             tokens = jax.ShapeDtypeStruct((responses, room), jnp.float32)
             jax.eval_shape(estimate_by_values, tokens, tokens, jax.ShapeDtypeStruct((responses, room), bool))
-            batch = batch._replace(values=floats, returns=floats)
-            jax.eval_shape(update_critic, shapes.critic, batch)
-        if old_policy == 'recompute':
-            jax.eval_shape(recompute, shapes.params, batch)
-        jax.eval_shape(update, shapes, batch)
+        for program, arguments in programs(rollout.support.tokens.shape[-1]).values():
+            jax.eval_shape(program, *arguments)
 
-    return Learner(shapes, start, learn, check)
+    return Learner(shapes, start, learn, programs, check)
 
 
 def _check_settings(estimator, critic, old_policy, importance_limit) -> None:

@@ -101,13 +101,15 @@ def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarra
 
 
 class Layout(NamedTuple):
-    """Where N response tokens stand in the rows of a batch."""
+    """Where R sequences stand in the rows of a batch, and where the N tokens of their responses do."""
 
+    shape: BatchShape
+    rows: np.ndarray  # [R] of M · Z
+    starts: np.ndarray  # [R] of S
+    padded: tuple[int, int]  # R, T
     response: np.ndarray  # [N] of R
     t: np.ndarray  # [N] of T
     at: np.ndarray  # [N] of M · Z · S
-    shape: BatchShape
-    padded: tuple[int, int]  # R, T
 
     def scatter(self, values: np.ndarray) -> np.ndarray:
         """Values of responses' tokens [R, T] at their places in a batch [M, Z, S]; 0 elsewhere."""
@@ -122,28 +124,27 @@ class Layout(NamedTuple):
         return out
 
 
-def response_layout(rollout: Rollout, shape: BatchShape) -> Layout:
-    """Where `make_batch` puts the tokens of R responses."""
+def make_layout(rollout: Rollout, shape: BatchShape) -> Layout:
+    """Packs R responses with their prompts; `shape` is what `batch_shape` gives for as many sequences."""
     rows, starts = first_fit(rollout.prompt_lengths + rollout.response_lengths, shape.row_tokens)
     begin = rows * shape.row_tokens + starts + rollout.prompt_lengths
     response, t = _every_token(rollout.response_lengths)
-    return Layout(response, t, begin[response] + t, shape, rollout.log_probs.shape)
+    return Layout(shape, rows, starts, rollout.log_probs.shape, response, t, begin[response] + t)
 
 
-def make_batch(rollout: Rollout, advantages: np.ndarray, weights: np.ndarray, shape: BatchShape) -> Batch:
-    """Packs responses and what is known of them into one batch.
+def make_batch(rollout: Rollout, advantages: np.ndarray, weights: np.ndarray, layout: Layout) -> Batch:
+    """What an update learns from, out of responses and what is known of them.
 
     Args:
       rollout: R responses, in numpy.
-      advantages: [R] or [R, T]
+      advantages: [R]
       weights: [R] of a response's tokens in the loss, see `troll_jax.ops.aggregation`; 0 leaves it out.
-      shape: as `batch_shape` gives it for R sequences.
+      layout: of these responses.
 
     Returns:
       A Batch in numpy.
     """
-    lengths = rollout.prompt_lengths + rollout.response_lengths
-    rows, starts = first_fit(lengths, shape.row_tokens)
+    lengths, rows, starts = rollout.prompt_lengths + rollout.response_lengths, layout.rows, layout.starts
     # Segments are numbered by where they begin, from 1.
     order = np.lexsort((starts, rows))
     new_row = np.diff(rows[order], prepend=-1) != 0
@@ -152,7 +153,7 @@ def make_batch(rollout: Rollout, advantages: np.ndarray, weights: np.ndarray, sh
     segments[order] = 1 + count - np.maximum.accumulate(np.where(new_row, count, 0))
 
     kept = rollout.support.tokens.shape[-1]
-    batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_batch(shape, kept))
+    batch = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract_batch(layout.shape, kept))
     batch.old.tokens.fill(-1)
     batch.old.log_probs.fill(-np.inf)
 
@@ -160,14 +161,14 @@ def make_batch(rollout: Rollout, advantages: np.ndarray, weights: np.ndarray, sh
         array.reshape(-1, *array.shape[3:])[to] = values
 
     source, position = _every_token(lengths)
-    to = (rows * shape.row_tokens + starts)[source] + position
+    to = (rows * layout.shape.row_tokens + starts)[source] + position
     fill(batch.tokens, to, rollout.tokens[source, position])
     fill(batch.positions, to, position)
     fill(batch.segment_ids, to, segments[source])
 
-    source, t, to, *_ = response_layout(rollout, shape)
+    source, t, to = layout.response, layout.t, layout.at
     fill(batch.weights, to, weights[source])
-    fill(batch.advantages, to, advantages[source] if advantages.ndim == 1 else advantages[source, t])
+    fill(batch.advantages, to, advantages[source])
     fill(batch.old_log_probs, to, rollout.log_probs[source, t])
     fill(batch.old.tokens, to, rollout.support.tokens[source, t])
     fill(batch.old.log_probs, to, rollout.support.log_probs[source, t])

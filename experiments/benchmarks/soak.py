@@ -1,11 +1,12 @@
 """Does a long run stay as it began?
 
-    python -m experiments.benchmarks.soak [--steps 2000] [--folder DIR]
+    python -m experiments.benchmarks.soak [--steps 2000] [--checkpoint-every 5] [--folder DIR]
 
 Trains a tiny random model with all that a step can do: evaluation, tables, checkpoints. The last line
 is one line of JSON: host memory (RSS) after a tenth of the steps and at the end, its growth per step by a straight line
 through the second half, programs that were compiled after a tenth of the steps, and by the same two steps threads, open
-files, children, and what lies in the run's folder.
+files, children, and what lies in the run's folder; and the most that arrays on the device took up in the first and in
+the second half.
 """
 
 import argparse
@@ -65,6 +66,7 @@ def sample(run_dir: Path, compiled: list) -> dict[str, int]:
     checkpoints = run_dir / 'checkpoints'
     size = lambda folder: sum(path.stat().st_size for path in files if folder in path.parents)
     return {
+        'arrays_mb': sum(array.nbytes for array in jax.live_arrays()) / 2**20,
         'rss_mb': int(status['VmRSS'].split()[0]) / 1024,
         'compiled': len(compiled),
         'threads': int(status['Threads']),
@@ -95,14 +97,16 @@ def summarise(samples: dict[int, dict], steps: int) -> dict:
         raise ValueError(f'{steps} steps were over too soon to be watched; raise --steps')
     first, last = samples[kept[0]], samples[kept[-1]]
     rss = [samples[step]['rss_mb'] for step in half]
+    most = lambda name, steps: round(max(samples[step][name] for step in steps), 3)
     return {
         'steps': steps,
         'rss_mb': [round(first['rss_mb']), round(last['rss_mb'])],
         'rss_kb_per_step': round(1024 * float(np.polyfit(half, rss, 1)[0]), 2),
+        'most_arrays_mb': [most('arrays_mb', set(kept) - set(half)), most('arrays_mb', half)],
         'compiled_after_warm_up': last['compiled'] - first['compiled'],
         **{name: [first[name], last[name]] for name in ('threads', 'open_files', 'children', 'files')},
-        'most_checkpoints': max(samples[step]['checkpoints'] for step in kept),
-        'most_checkpoints_mb': round(max(samples[step]['checkpoints_mb'] for step in kept), 3),
+        'most_checkpoints': most('checkpoints', kept),
+        'most_checkpoints_mb': most('checkpoints_mb', kept),
         'metrics_kb_per_step': round(1024 * (last['metrics_mb'] - first['metrics_mb']) / (kept[-1] - kept[0]), 2),
     }
 
@@ -110,6 +114,7 @@ def summarise(samples: dict[int, dict], steps: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--steps', type=int, default=2000)
+    parser.add_argument('--checkpoint-every', type=int, default=5)
     parser.add_argument('--folder', type=Path, help='to write to, which must not exist; a temporary one by default')
     arguments = parser.parse_args()
     compiled, samples, done = [], {}, threading.Event()
@@ -122,7 +127,8 @@ def main() -> None:
         write_model(folder / 'model')
         run_dir = folder / 'run'
         names = [f'Experiment.model = {str(folder / "model")!r}', f'train.run_dir = {str(run_dir)!r}']
-        parse([METHOD], [*SETTINGS, *names, f'train.steps = {arguments.steps}'])
+        names += [f'train.steps = {arguments.steps}', f'train.checkpoint_every = {arguments.checkpoint_every}']
+        parse([METHOD], [*SETTINGS, *names])
         watcher = threading.Thread(target=watch, args=(run_dir, compiled, done, samples))
         watcher.start()
         begin = time.monotonic()
