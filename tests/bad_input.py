@@ -33,7 +33,7 @@ def cases(number: int) -> settings:
 
 
 def save_model(folder: Path) -> Path:
-    """A model with positions for 8 tokens, and the tokenizer of the arithmetic task."""
+    """A model whose config names no end of a sequence, and the tokenizer of the arithmetic task, which does."""
     sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=4)
     hf_config = Qwen3Config(
         vocab_size=17,
