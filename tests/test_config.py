@@ -46,7 +46,7 @@ def bound(*names: str) -> list:
         ('adamw.learning_rte = 1e-3', r"Did you mean 'learning_rate'\?"),
         ('train.objective = @trol', r"'@trol'[\s\S]*Did you mean 'troll'\?"),
         ('train.optimizer = @adam()', r"'@adam\(\)'[\s\S]*Did you mean 'adamw'\?"),
-        ('train.steps = %steps', "nothing defines the macro %steps"),
+        ('train.steps = %steps', 'nothing defines the macro %steps'),
         ('train.steps = ', 'Unable to parse'),
         ('macro.steps = 3', "'macro' doesn't have a parameter named 'steps'"),
         ("include 'configs/no_such.gin'", 'Unable to open file: configs/no_such.gin'),
