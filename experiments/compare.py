@@ -33,7 +33,7 @@ from experiments import quickstart
 from experiments.command import run_command
 from experiments.config import Experiment, parse
 from troll_jax.collect import make_collector
-from troll_jax.evaluate import evaluate
+from troll_jax.evaluate import evaluate, success
 from troll_jax.learn import Learner, make_learner
 from troll_jax.models.hf_weights import load_pretrained
 from troll_jax.optimizer import adamw
@@ -182,7 +182,7 @@ class Bench:
         return (
             setting._asdict()
             | {
-                'success': float(result.rewards.mean()),
+                'success': float(success(result).mean()),
                 'rewards': [round(float(row['reward/mean']), 4) for row in rows],
                 'entropy': float(rows[-1]['rollout/entropy']),
                 'kl_mean': mean('kl_mean'),

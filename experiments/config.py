@@ -6,8 +6,10 @@ The library does not know gin. Every function and class that a configuration may
 import argparse
 import dataclasses
 import difflib
+import inspect
 import logging
 import re
+import signal
 import tokenize
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -50,7 +52,10 @@ def register(target, fixed: Sequence[str] = (), name: str | None = None):
     name = name or target.__name__
     _targets[name] = target
     _registered[name] = [found.name for found in parameters(target) if found.name not in fixed]
-    return gin.external_configurable(target, name=name, module='troll_jax', denylist=list(fixed) or None)
+    configurable = gin.external_configurable(target, name=name, module='troll_jax', denylist=list(fixed) or None)
+    if inspect.isclass(target):  # whose parameters would be *args, **kwargs: gin would take any binding of what uses it
+        configurable.__signature__ = inspect.signature(target)
+    return configurable
 
 
 for _target in (
@@ -81,9 +86,11 @@ for _target in (
     sandbox.Unisolated,
 ):
     register(_target)
-MathEval = register(MathEval)
-for _benchmark in BENCHMARKS:  # @AMC() is MathEval with this benchmark, and with all that is bound of MathEval besides
-    register(partial(MathEval, benchmark=_benchmark), name=_benchmark.replace('-', '_'))
+# @AMC() is MathEval with this benchmark and all that is bound of MathEval; what is bound of AMC wins. What makes it
+# what it is cannot be bound: its name, nor for all benchmarks at once how their rows are recognised.
+MathEval = register(MathEval, fixed=('data_source',))
+for _benchmark in BENCHMARKS:
+    register(partial(MathEval, benchmark=_benchmark), fixed=('benchmark',), name=_benchmark.replace('-', '_'))
 for _target in (
     aggregation.token_mean,
     aggregation.sequence_mean,
@@ -245,6 +252,8 @@ def begin(arguments: argparse.Namespace, level: int = logging.INFO) -> None:
         raise ValueError(
             f'cannot join the other processes: {error} Give --coordinator, --num-processes and --process-id.'
         ) from error
+    # JAX has put a handler of its own there that would let nothing but Orbax know of a SIGTERM.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if jax.process_index() > 0:
         logging.getLogger().setLevel(logging.WARNING)
 
@@ -297,10 +306,6 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
         raise ValueError(
             f'{scoped[1]!r} binds within a scope, and nothing here uses scopes; leave out what is before the /'
         )
-    for name, known in _registered.items():  # gin itself does not see what a `partial` takes
-        for unknown in gin.get_bindings(name, resolve_references=False).keys() - known:
-            message = f"Configurable '{name}' doesn't have a parameter named '{unknown}'."
-            raise ValueError(f'{message}{_nearest(message)}')
     check_types(_targets)
 
 
@@ -309,16 +314,19 @@ def checkpoint_folder(run_dir: str | Path) -> str:
     return gin.get_bindings('train').get('checkpoint_dir') or str(run_dir)
 
 
-def check_bindings_used() -> None:
+def check_bindings_used(also: Sequence[str] = ()) -> None:
     """Raises a ValueError if a binding of the command line has changed nothing, once all that it could change is built.
 
     Files may bind what an experiment does not use, such as the parameters of another objective.
+
+    Args:
+      also: names that are used without gin seeing it.
     """
     used = gin.operative_config_str()
     names = [name for binding in _command_line for name in re.findall(r'^\s*([\w./]+)\s*=', binding, re.MULTILINE)]
     for name in names:
         name = name.removeprefix('troll_jax.')
-        if '.' in name and not re.search(rf'^(# )?{re.escape(name)} =', used, re.MULTILINE):
+        if '.' in name and name not in also and not re.search(rf'^(# )?{re.escape(name)} =', used, re.MULTILINE):
             raise ValueError(
                 f'nothing that this experiment uses reads {name!r}: it would change nothing. Leave it out, or bind '
                 f'what uses {name.split(".")[0]!r}.'
@@ -348,11 +356,17 @@ def _explain(error: Exception) -> str:
 def _nearest(message: str) -> str:
     """What the writer of a mistyped name may have meant."""
     parameter = re.search(r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'", message)
+    fixed = re.search(r"Configurable '([^']+)' has denylisted kwarg '([^']+)'", message)
     unknown = re.search(r"No configurable matching (?:reference )?'@?([^']+)'", message)
     if parameter and parameter[1].split('.')[-1] in _registered:
         name, known = parameter[2], _registered[parameter[1].split('.')[-1]]
     elif unknown:
         name, known = unknown[1].split('/')[-1].split('.')[-1].removesuffix('()'), list(_registered)
+    elif fixed:
+        known = sorted(_registered[fixed[1].split('.')[-1]])
+        return (
+            f'\n{fixed[2]!r} is no setting of {fixed[1]!r}: the code that uses it gives it. Known: {", ".join(known)}.'
+        )
     else:
         return ''
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

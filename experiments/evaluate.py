@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,12 +28,22 @@ from etils import epath
 
 import experiments.train  # noqa: F401  registers what a run's config.gin binds
 from experiments.command import run_command
-from experiments.config import Experiment, begin, checkpoint_folder, command_line, files_and_bindings, parse, register
+from experiments.config import (
+    Experiment,
+    begin,
+    check_bindings_used,
+    checkpoint_folder,
+    command_line,
+    files_and_bindings,
+    parse,
+    register,
+)
 from experiments.run_folder import check_writable
 from experiments.validation import make_validation
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet
-from troll_jax.evaluate import Evaluation, estimate, pass_at_k, success
+from troll_jax.evaluate import Evaluation, estimate, is_correct, pass_at_k, success
+from troll_jax.hub import is_path, what_is_there
 from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_pretrained
 from troll_jax.rollout import make_sampler
@@ -40,6 +51,8 @@ from troll_jax.rollout import make_sampler
 logger = logging.getLogger(__name__)
 
 SLOTS = 32  # on each device, for a model that no configuration of a training comes with
+# What is read of a training besides: how it decodes, and where it keeps its checkpoints.
+OF_TRAINING = ('slots', 'prompts_per_step', 'samples_per_prompt', 'gather_weights', 'checkpoint_dir')
 
 
 class Source(NamedTuple):
@@ -62,6 +75,24 @@ def find_source(source: str) -> Source:
     name = re.sub(r'[^\w.-]+', '_', '_'.join(path.parts[-2:])).strip('_')
     run_dir = Path(path) if is_run else None
     return Source(run_dir, str(path) if has_checkpoints else None, step, name)
+
+
+def check_source(source: str, found: Source, settings: Sequence[str]) -> None:
+    """Raises a ValueError for what is neither a run nor a model, and for a model without a word of what to ask it."""
+    path = epath.Path(source)
+    if found.checkpoints is None and '://' not in source:
+        is_model = (path / 'config.json').exists()
+        if not is_model and (path.exists() or is_path(source) or source.count('/') > 1):
+            raise ValueError(
+                f'{source!r} is neither a run (with config.gin), nor checkpoints, nor a model (with config.json): '
+                f'{what_is_there(source)}'
+            )
+    if not settings:
+        where = '' if path.exists() else f' {source!r} is no folder here, so it would be the id of a model on the hub.'
+        raise ValueError(
+            'a model, or checkpoints without config.gin, need gin files that say on what to evaluate, such as '
+            f'configs/data/gsm8k.gin; got none.{where}'
+        )
 
 
 @register
@@ -94,7 +125,7 @@ def evaluation(
       The estimates by the name of the set; of several sets, their mean as 'mean'.
 
     Raises:
-      ValueError: no such checkpoint.
+      ValueError: no such checkpoint, or a binding of the command line that nothing here reads.
     """
     found = find_source(source)
     step = found.step if step is None else step
@@ -104,7 +135,7 @@ def evaluation(
         experiment = dataclasses.replace(start, model=str(found.run_dir / 'model'), chat_template_from=None)
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
-    training = gin.get_bindings('train')
+    training = {name: value for name, value in gin.get_bindings('train').items() if name in OF_TRAINING}
     if slots is None:
         of_a_step = training.get('prompts_per_step', 0) * training.get('samples_per_prompt', 0)
         slots = training.get('slots') or of_a_step or SLOTS * experiment.mesh.size
@@ -128,6 +159,7 @@ def evaluation(
         )
 
     validate = make_validation(experiment, tokenizer, sampler_of, split=split, samples_per_prompt=samples_per_prompt)
+    check_bindings_used(also=[f'train.{name}' for name in OF_TRAINING])
     with jax.set_mesh(experiment.mesh):
         is_model = found.run_dir is None and found.checkpoints is None
         if is_model and step:
@@ -141,20 +173,22 @@ def evaluation(
                     raise ValueError(f'no whole checkpoint in {checkpoints.path}; train first, or evaluate --step 0')
                 step = checkpoints.steps[-1] if step is None else step
                 params = checkpoints.restore_params(decoders.abstract(config, experiment.mesh)[1], step)
-        results = validate(params, jax.random.key(seed))
 
-    # What is not as by default is part of a file's name, so that one evaluation does not overwrite another.
-    options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
-    usual = {'temperature': None, 'top_k': None, 'top_p': None, 'seed': 0}
-    special = ''.join(f'_{option}_{value}' for option, value in options.items() if value != usual[option])
-    summaries = {}
-    for name, (result, prompts) in results.items():
-        samples = result.rewards.shape[1]
-        if split == 'train':
-            name = 'train' if name == 'test' else f'{name}_train'
-        options |= {'temperature': temperature_of(samples)}
-        summaries[name] = {'step': step, 'set': name, 'split': split} | options | summarise(result)
-        write(Path(out), f'{step}_{name}_{samples}{special}', summaries[name], result, prompts)
+        # What is not as by default is part of a file's name, so that one evaluation does not overwrite another.
+        options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
+        usual = {'temperature': None, 'top_k': None, 'top_p': None, 'seed': 0}
+        special = ''.join(f'_{option}_{value}' for option, value in options.items() if value != usual[option])
+        summaries = {}
+
+        def done(name: str, result: Evaluation, prompts: PromptSet) -> None:  # a set at a time: many take hours
+            samples = result.rewards.shape[1]
+            if split == 'train':
+                name = 'train' if name == 'test' else f'{name}_train'
+            settings = options | {'temperature': temperature_of(samples)}
+            summaries[name] = {'step': step, 'set': name, 'split': split} | settings | summarise(result)
+            write(Path(out), f'{step}_{name}_{samples}{special}', summaries[name], result, prompts)
+
+        results = validate(params, jax.random.key(seed), done=done)
     if len(summaries) > 1:
         mean = estimate(*(success(result) for result, _ in results.values()))
         common = {'split': split, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
@@ -189,14 +223,16 @@ def write(
 def summarise(result: Evaluation) -> dict:
     """Estimates with 95 % confidence intervals over problems."""
     problems, samples = result.rewards.shape
-    correct = (result.rewards >= 1).sum(axis=1)
+    correct = is_correct(result.rewards).sum(axis=1)
+    of_problems = estimate(success(result))._asdict()
     ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     return {
         'problems': problems,
         'samples_per_prompt': samples,
-        'success': estimate(success(result))._asdict(),
-        f'mean@{samples}': estimate(result.rewards.mean(axis=1))._asdict(),
+        'success': of_problems,
+        f'mean@{samples}': of_problems,  # the field's name for it
         **{f'pass@{k}': estimate(np.array([pass_at_k(samples, c, k) for c in correct]))._asdict() for k in ks},
+        'reward': estimate(result.rewards.mean(axis=1))._asdict(),
         'response_length': float(result.lengths.mean()),
         'truncated_share': float(1 - result.stopped.mean()),
     }
@@ -207,19 +243,41 @@ def main() -> None:
     parser.add_argument('--step', type=int, help='of the checkpoint; the latest by default')
     arguments = parser.parse_intermixed_args()
     begin(arguments, level=logging.WARNING)
+    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns that checkpoints that are only read are only read
+    logging.getLogger('experiments').setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
     (source, *files), bindings = files_and_bindings(arguments)
     found = find_source(source)
     if found.run_dir is not None:
         files = [found.run_dir / 'config.gin', *files]
-    elif found.checkpoints is None:
-        bindings = [*bindings, f'Experiment.model = {source!r}']
+    else:
+        check_source(source, found, files + bindings)
+        bindings += [f'Experiment.model = {source!r}'] if found.checkpoints is None else []
     parse(files, bindings)
     summaries = evaluation(source, **({} if arguments.step is None else {'step': arguments.step}))
-    for name, summary in summaries.items() if jax.process_index() == 0 else ():
-        print(f'{"" if len(summaries) == 1 else name}')
-        for key, value in summary.items():
-            shown = '{mean:.4f}  [{low:.4f}, {high:.4f}]'.format(**value) if isinstance(value, dict) else value
-            print(f'{key:20}', shown)
+    if jax.process_index() == 0:
+        show(summaries)
+
+
+def show(summaries: dict[str, dict]) -> None:
+    """Prints a table: of several sets a row for each, of one all that is known of it."""
+    interval = '{mean:.4f} [{low:.4f}, {high:.4f}]'
+    if len(summaries) == 1:
+        for key, value in next(iter(summaries.values())).items():
+            print(f'{key:20}', interval.format(**value) if isinstance(value, dict) else value)
+        return
+    width = max(map(len, summaries))
+    print(f'{"set":{width}} | step | problems | samples | success, 95 % interval   | pass@k     | length | truncated')
+    for name, row in summaries.items():
+        head = f'{name:{width}} | {row["step"]:4} |'
+        success = interval.format(**row['success'])
+        if name == 'mean':
+            print(f'{head} {"":8} | {"":7} | {success} |')
+            continue
+        k, best = [(key[4:], value['mean']) for key, value in row.items() if key.startswith('pass@')][-1]
+        print(
+            f'{head} {row["problems"]:8} | {row["samples_per_prompt"]:7} | {success} | {k:3} {best:.4f} | '
+            f'{row["response_length"]:6.1f} | {row["truncated_share"]:9.3f}'
+        )
 
 
 if __name__ == '__main__':

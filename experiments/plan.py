@@ -110,6 +110,7 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
         keys = array(keys.shape, keys.dtype)
         on_chips = partial(examine, chip=CHIPS[generation], devices=len(devices))
+        label = lambda rows: [{'topology': topology, 'model': experiment.model} | row for row in rows]
         results = []
         of_learner = learner.programs(settings['max_tokens'])
         for program, arguments in of_learner.values():
@@ -121,7 +122,11 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
                 results.append(on_chips(name, program, arguments, tokens=tokens, iterations=iterations, beside=others))
         if {'prefill', 'decode'} & set(programs):
             begin = sampler.begin.trace(state.params, rows, keys, None)
-            shardings = begin.lower().compile().output_shardings
+            try:
+                shardings = compile_program(begin).output_shardings
+            except TooLarge as error:
+                of_sampler = [name for name in ('prefill', 'decode') if name in programs]
+                return label(results + [does_not_fit(name, CHIPS[generation], error) for name in of_sampler])
             shape_of = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
             arguments = weights, requests, slots_of = jax.tree.map(shape_of, begin.out_info, shardings)
             # All that is trained stays on the devices beside the weights that are decoded with.
@@ -133,7 +138,7 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
             if 'decode' in programs:
                 # A step in which the tokens of all slots fit into as many pages as there are slots.
                 results.append(of_sampler('decode', sampler.decode, tokens=shards * slots))
-        return [{'topology': topology, 'model': experiment.model} | result for result in results]
+        return label(results)
 
 
 def examine(
@@ -163,13 +168,9 @@ def examine(
     begin = time.perf_counter()
     traced = program.trace(*arguments)
     try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        # The compiler gives up where temporaries alone are more than there is, and says how much.
-        asked = re.search(r'temporaries \(([\d.]+)G\)', str(error))
-        if asked is None:
-            raise
-        return {'program': name, 'needed_gb': float(asked[1]), 'memory_gb': chip.memory / 1e9, 'fits': False}
+        compiled = compile_program(traced)
+    except TooLarge as error:
+        return does_not_fit(name, chip, error)
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
@@ -198,6 +199,29 @@ def examine(
         'tokens_per_second': tokens / bound.seconds,
         'compile_seconds': seconds,
     }
+
+
+class TooLarge(Exception):
+    """The compiler has given up on a program that takes more memory than there is: so many GB, on each device."""
+
+    def __init__(self, gb: float):
+        self.gb = gb
+
+
+def compile_program(traced):
+    """Compiles a traced program. Raises `TooLarge`."""
+    try:
+        return traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        # The compiler gives up where temporaries alone are more than there is, and says how much.
+        asked = re.search(r'temporaries \(([\d.]+)G\)', str(error))
+        if asked is None:
+            raise
+        raise TooLarge(float(asked[1])) from None
+
+
+def does_not_fit(name: str, chip: Chip, error: TooLarge) -> dict:
+    return {'program': name, 'needed_gb': error.gb, 'memory_gb': chip.memory / 1e9, 'fits': False}
 
 
 def bytes_on_device(tree) -> int:

@@ -37,7 +37,7 @@ def make_validation(
 
     Returns:
       A function of parameters and a random key, and if one runs already the grader of the experiment's own task, to an
-      `Evaluation` with its `PromptSet` for each name of a set.
+      `Evaluation` with its `PromptSet` for each name of a set. `done` is called with these three after every set.
     """
     if samples_per_prompt is not None and samples_per_prompt < 1:
         raise ValueError(f'samples_per_prompt must be at least 1; got {samples_per_prompt}')
@@ -47,7 +47,7 @@ def make_validation(
         for name, task, samples in experiment.validation
     ]
 
-    def validate(params, key: jax.Array, own_grader: Grader | None = None) -> dict:
+    def validate(params, key: jax.Array, own_grader: Grader | None = None, done: Callable | None = None) -> dict:
         results = {}
         for name, task, prompts, samples in sets:
             # Workers start while the responses are sampled, and are not kept for sets that differ in their grading.
@@ -56,7 +56,9 @@ def make_validation(
                 grader.start()
                 sampler, mesh = sampler_of(samples), experiment.mesh
                 results[name] = evaluate(sampler, params, prompts, grader, tokenizer, key, mesh=mesh), prompts
-            logger.info('%s: %.4f', name, results[name][0].rewards.mean())
+            logger.info('%s: %.4f', name, success(results[name][0]).mean())
+            if done is not None:
+                done(name, *results[name])
         return results
 
     return validate

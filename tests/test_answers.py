@@ -1,6 +1,7 @@
 """Answers: where they are taken from, the reward for their form, and a golden set of what counts as equal."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,9 @@ def test_the_golden_answers():
         ('#### 7', ['boxed'], None),
         ('Add.\n#### 1,234 \nDone 5', ['####'], '1,234'),
         ('Answer: 3, no.\n**Answer:** $x = 4$', ['Answer:'], '$x = 4$'),
+        ('Answer: 3, no. Answer: 4', ['Answer:'], '4'),
+        ('The answer is 3. **Answer:** 4', ['Answer:'], '4'),
+        ('#### 3 no #### 4', ['####'], '4'),
         ('the final answer is 5', ['Answer:'], '5'),
         ('The answer is: 5.', ['Answer:'], '5.'),
         ('ANSWER: (C)', ['Answer:'], '(C)'),
@@ -43,7 +47,8 @@ def test_the_golden_answers():
     ],
 )
 def test_places(text, places, answer):
-    """Guards against an earlier answer, the next line, and a fallback that overrules what the policy marked."""
+    """Guards against an earlier answer, also on the same line, the next line, and a fallback that overrules what the
+    policy marked."""
     assert find_answer(text, places) == answer
 
 
@@ -100,3 +105,13 @@ def test_hostile_text_takes_linear_time():
         find_answer(text)
         answer_format(text, 'boxed'), answer_format(text, '####'), answer_format(text, 'Answer:')
         normalised(text)
+
+
+@pytest.mark.parametrize('piece', ['Answer: 1 ', 'answer is ', '#', '#### 1 ', 'answer ', 'answer***', 'Answer:'])
+@pytest.mark.parametrize('place', ['####', 'Answer:'])
+def test_one_line_of_a_megabyte_is_searched_in_a_moment(place, piece):
+    """Guards against a search for the last marker that starts anew at every one of them, in time against the square."""
+    line = piece * (2**20 // len(piece))
+    begin = time.process_time()
+    find_answer(line + f' {place} 7', [place])
+    assert time.process_time() - begin < 1

@@ -265,7 +265,7 @@ OTHER = [str(CONFIG), *SMALL, "Experiment.model = 'model'", "train.run_dir = 'ne
         ('train', [*OTHER, "train.run_dir = 'file/run'"], "files are to be written there.*another folder: 'file/run'"),
         ('train', [*OTHER, "train.checkpoint_dir = 'file'"], "files are to be written there.*another folder: 'file'"),
         ('train', [*OTHER, "train.run_dir = 'gs://a/b'"], 'bind train.checkpoint_dir to a bucket'),
-        ('train', [*OTHER, "Experiment.model = 'a/b/c'"], "'a/b/c' is not a folder, and not on the hub"),
+        ('train', [*OTHER, "Experiment.model = 'a/b/c'"], "'a/b/c' is not a folder.*Expected the folder of a model"),
         (
             'train',
             [*OTHER, "Experiment.model = 'empty'"],
@@ -279,7 +279,8 @@ OTHER = [str(CONFIG), *SMALL, "Experiment.model = 'model'", "train.run_dir = 'ne
         ),
         ('train', [*OTHER, 'Experiment.validation = []'], 'expected at least one'),
         ('train', [*OTHER, 'train.rewards = []'], 'expected at least one'),
-        ('evaluate', ['empty'], 'Experiment needs Experiment.max_prompt_length, .* bind each, or add a gin file'),
+        ('evaluate', ['empty'], 'neither a run .*nor a model'),
+        ('evaluate', ['model'], 'Experiment needs Experiment.max_prompt_length, .* bind each, or add a gin file'),
         ('evaluate', ['run'], "'run/model' is not a folder"),
         ('evaluate', ['model', *OTHER[:-2], "evaluation.folder = 'file'"], "another folder: 'file'"),
         ('evaluate', ['model', *OTHER[:-2], '--step', '5'], 'has no checkpoint of step 5; leave --step out'),

@@ -1,26 +1,37 @@
 """Rewards of programs: what is taken for the program, what for right, and the task."""
 
 import json
-import time
+from dataclasses import replace
 from functools import partial
 
 import datasets
 import gin
 import pytest
 from isolation import require_bubblewrap
+from patience import patience
 
 from experiments.config import parse
 from troll_jax.data.tasks.eurus_code import EurusCode
-from troll_jax.rewards.code import AssertTest, CallTest, grade_code, last_program, parse_tests, same_output, same_value
+from troll_jax.rewards.code import (
+    AssertTest,
+    CallTest,
+    ValueTest,
+    grade_code,
+    last_program,
+    parse_tests,
+    same_output,
+    same_value,
+)
 from troll_jax.rewards.pool import Grader
 from troll_jax.rewards.sandbox import Bubblewrap, SandboxFusion, Unisolated
 from troll_jax.rewards.worker import CannotGrade
 
-BOX = Bubblewrap(case_seconds=4.0, memory_gb=0.5, output_mb=1.0, processes=4, disk_mb=8.0)
+BOX = Bubblewrap(case_seconds=20.0, memory_gb=0.5, output_mb=1.0, processes=4, disk_mb=8.0)
 
 STDIN = json.dumps({'inputs': ['2\n3\n', '5\n7\n', '1\n1\n'], 'outputs': ['5\n', '12', ['2']]})
 CALL = json.dumps({'fn_name': 'add', 'inputs': ['2\n3', [5, 7], '[1]\n[2]'], 'outputs': ['5', [12], [[1, 2]]]})
-ASSERT = json.dumps({'assert_case': ['assert add(2, 3) == 5', 'assert add([1], [2]) == [1, 2]']})
+ASSERT = json.dumps({'assert_case': ['assert add(2, 3) == 5', 'assert add([1], [2]) == [1, 2], "lists"']})
+INSIDE = json.dumps({'assert_case': ['x = add(2, 3)\nassert x == 5', 'assert not add([1], [2]) != [1, 2]']})
 
 
 def block(program: str) -> str:
@@ -30,7 +41,7 @@ def block(program: str) -> str:
 @pytest.fixture(scope='module')
 def grade():
     require_bubblewrap()
-    return partial(grade_code, sandbox=BOX, program_seconds=10.0)
+    return partial(grade_code, sandbox=BOX, program_seconds=60.0)
 
 
 # --- without a sandbox
@@ -119,9 +130,28 @@ def test_tests_that_cannot_be_read_are_an_error(text):
 def test_both_forms_of_arguments():
     tests = parse_tests(CALL)
     assert tests[0] == CallTest('add', [2, 3], 5) and tests[1] == CallTest('add', [5, 7], [12])
-    assert parse_tests(json.dumps({'fn_name': 'f', 'inputs': ['"a\\nb"'], 'outputs': ['plain']})) == [
-        CallTest('f', ['a\nb'], 'plain')
-    ]
+    for inputs, arguments in [('"a\\nb"', ['a\nb']), ('1\n2\n', [1, 2]), ('', []), ('1\n""\n', [1, ''])]:
+        tests = parse_tests(json.dumps({'fn_name': 'f', 'inputs': [inputs], 'outputs': ['plain']}))
+        assert tests == [CallTest('f', arguments, 'plain')]
+
+
+@pytest.mark.parametrize(
+    'code, test',
+    [
+        ('assert f(1, (2,)) == {"a": (1, -2.5), "b": set()}', ValueTest('(f(1, (2,)))', {'a': (1, -2.5), 'b': set()})),
+        ('assert f(\n  1) == 2, "no"', ValueTest('(f(\n  1))', 2)),
+        ('assert f(1) == g(2)', None),
+        ('assert f(1) == 2 == 2', None),
+        ('assert f(1) != 2', None),
+        ('assert f(1)', None),
+        ('x = 1\nassert f(x) == 2', None),
+        ('assert f(1) ==', None),
+        ('(' * 10_000, None),
+    ],
+)
+def test_what_an_assert_expects_is_kept_outside_where_it_is_a_literal(code, test):
+    (found,) = parse_tests(json.dumps({'assert_case': [code]}))
+    assert found == test if test else isinstance(found, AssertTest) and found.code == code
 
 
 # --- in a sandbox
@@ -134,7 +164,7 @@ MAIN = ADD + '\nif __name__ == "__main__":\n    add(input(), input())'
 
 @pytest.mark.parametrize(
     'answer, program',
-    [(STDIN, ADD_INPUT), (CALL, ADD), (CALL, METHOD), (CALL, MAIN), (ASSERT, ADD), (ASSERT, MAIN)]
+    [(STDIN, ADD_INPUT), (CALL, ADD), (CALL, METHOD), (CALL, MAIN), (ASSERT, ADD), (ASSERT, MAIN), (INSIDE, ADD)]
     + [(CALL, 'from __future__ import annotations\nadd = lambda a, b: a + b')],
 )
 def test_right_programs_pass(grade, answer, program):
@@ -143,6 +173,23 @@ def test_right_programs_pass(grade, answer, program):
     assert result.reward == 1.0 and result.passed == result.tests and result.reason == '', result
 
 
+# Looks through the texts in all code and namespaces of its process for what an assert expects of `add`.
+PEEK = """
+import gc, re, sys, types
+def texts():
+    frame, things = sys._getframe(), gc.get_objects()
+    while frame:
+        things += [frame.f_code, frame.f_globals]
+        frame = frame.f_back
+    for thing in things:
+        code = isinstance(thing, types.CodeType) and thing.co_consts
+        yield from (x for x in code or isinstance(thing, dict) and [*thing.values()] or () if isinstance(x, str))
+def add(a, b):
+    for text in texts():
+        for found in re.findall(r'add.*==[ ](\\w+)', text):
+            return eval(found)
+    raise NameError('nothing found')
+"""
 EQUAL = 'class Equal:\n    def __eq__(self, other): return True\n'
 
 
@@ -152,7 +199,6 @@ EQUAL = 'class Equal:\n    def __eq__(self, other): return True\n'
         (STDIN, 'print(5)', "wrong output: '5"),
         (STDIN, 'print(int(input()) - 1)', 'wrong output'),
         (STDIN, '1 / 0', 'failed: ZeroDivisionError'),
-        (STDIN, 'while True: pass', 'timeout'),
         (STDIN, 'x = bytearray(10**10)', 'memory'),
         (STDIN, 'while True: print("5" * 10**6)', 'output'),
         (STDIN, 'print(\ud800)', 'not a text that UTF-8 can hold'),
@@ -162,16 +208,32 @@ EQUAL = 'class Equal:\n    def __eq__(self, other): return True\n'
         (CALL, 'def add(a, b): return float("nan")', 'wrong output'),
         (CALL, EQUAL + 'add = lambda a, b: Equal()', 'failed: TypeError'),
         (CALL, 'import json\njson.dumps = lambda x: "[" * 99999\nadd = max', 'output that cannot be read'),
-        (ASSERT, 'def add(a, b): return a - b', 'failed: AssertionError'),
-        (ASSERT, 'import sys\nsys.exit(0)', 'wrong output'),
-        (ASSERT, 'import os\nos._exit(0)', 'wrong output'),
-        (ASSERT, 'print(">>> 0123456789abcdef")\nquit()', 'wrong output'),
+        (ASSERT, 'def add(a, b): return a - b', "wrong output: '\\n>>> -1"),
+        (ASSERT, EQUAL + 'add = lambda a, b: Equal()', 'output that cannot be read'),
+        (ASSERT, 'add = lambda a, b: "5"', 'wrong output'),
+        (ASSERT, 'add = lambda a, b: (1, 2) if a == [1] else 5', 'wrong output'),
+        (ASSERT, 'print(">>> " + "[" * 10**5)\nquit()', 'wrong output'),
+        (ASSERT, PEEK, 'NameError: nothing found'),
+        (INSIDE, 'def add(a, b): return a - b', 'failed: AssertionError'),
+        (INSIDE, 'import sys\nsys.exit(0)', 'wrong output'),
+        (INSIDE, 'import os\nos._exit(0)', 'wrong output'),
+        (INSIDE, 'print(">>> 0123456789abcdef")\nquit()', 'wrong output'),
     ],
 )
 def test_wrong_programs_do_not(grade, answer, program, reason):
     """Guards against exits, prints and odd values by which a policy could pass tests without solving anything."""
     result = grade(block(program), answer)
     assert result.reward == 0.0 and reason in result.reason, result
+
+
+def test_what_an_assert_expects_can_be_read_where_it_runs_inside(grade):
+    """That the program above would find what is there; and the limit that `AssertTest` documents."""
+    assert grade(block(PEEK), json.dumps({'assert_case': ['x = 3; assert add(2, x) == 5']})).reward == 1.0
+
+
+def test_a_program_that_hangs_is_wrong(grade):
+    result = grade(block('while True: pass'), STDIN, sandbox=replace(BOX, case_seconds=0.5))
+    assert result.reward == 0.0 and 'timeout' in result.reason, result
 
 
 def test_no_program_is_not_run(grade):
@@ -190,9 +252,8 @@ def test_the_share_of_tests(grade):
 def test_all_tests_share_a_time_limit(grade):
     """Guards against a thousand tests that take their time limit each."""
     tests = json.dumps({'inputs': [''] * 50, 'outputs': ['1'] * 50})
-    begin = time.monotonic()
     result = grade(block('import time\ntime.sleep(0.4)\nprint(1)'), tests, program_seconds=1.0)
-    assert time.monotonic() - begin < 5 and result.reward == 0 and 0 < result.passed < 10
+    assert result.reward == 0 and 0 < result.passed < 10
     assert 'for all tests' in result.reason
 
 
@@ -243,9 +304,9 @@ def test_a_task_without_a_sandbox_does_not_begin(monkeypatch, tmp_path):
     """Guards against hours of loading before an error, and against programs that run unisolated by default."""
     monkeypatch.setenv('PATH', str(tmp_path))
     with pytest.raises(CannotGrade, match='apt install bubblewrap'):
-        EurusCode()
+        EurusCode().load('train')  # and not when it is made, which planning does too
     with pytest.raises(CannotGrade, match='Is the service up'):
-        EurusCode(sandbox=SandboxFusion('http://127.0.0.1:9', attempts=1))
+        EurusCode(sandbox=SandboxFusion('http://127.0.0.1:9', attempts=1)).load('test')
 
 
 def test_gin_chooses_the_sandbox():
@@ -267,7 +328,7 @@ def test_unusable_limits_are_errors(arguments):
 def test_many_programs_in_the_pool():
     """Guards against a task that workers cannot load, and programs that disturb each other."""
     require_bubblewrap()
-    task = EurusCode(sandbox=BOX, program_seconds=5.0)
+    task = EurusCode(sandbox=replace(BOX, case_seconds=1.0 + patience()), program_seconds=60.0)
     bomb = block('import os\nwhile True:\n  try: os.fork()\n  except OSError: pass')
     responses = [block(ADD_INPUT), block('print(0)'), bomb, block('import os\nos.kill(-1, 9)'), ''] * 3
     with Grader(task.grade, deadline=task.deadline, workers=2) as grader:

@@ -13,6 +13,7 @@ import experiments.train
 import experiments.warm_start  # noqa: F401  registers what its configuration binds
 from experiments.config import Experiment, parse, parse_command_line
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
+from troll_jax.data.tasks.math_problems import BENCHMARKS
 from troll_jax.data.tokenizer import character_tokenizer
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
@@ -46,6 +47,10 @@ def bound(*names: str) -> list:
         ('adamw.learning_rte = 1e-3', r"Did you mean 'learning_rate'\?"),
         ('train.objective = @trol', r"'@trol'[\s\S]*Did you mean 'troll'\?"),
         ('train.optimizer = @adam()', r"'@adam\(\)'[\s\S]*Did you mean 'adamw'\?"),
+        ("AMC.sorce = 'data'", r"Did you mean 'source'\?"),
+        ("AMC.benchmark = 'MATH500'", r"'benchmark' is no setting of 'AMC'[\s\S]*Known: .*data_source, .*source"),
+        ("MathEval.data_source = 'amc'", r"'data_source' is no setting of 'MathEval'"),
+        ("MathEval.sorce = 'data'", r"Did you mean 'source'\?"),
         ('train.steps = %steps', 'nothing defines the macro %steps'),
         ('train.steps = ', 'Unable to parse'),
         ('macro.steps = 3', "'macro' doesn't have a parameter named 'steps'"),
@@ -269,6 +274,28 @@ def test_every_task_can_be_named_and_sent_to_a_grading_worker(task):
     experiment = Experiment()
     assert type(experiment.task).__name__ == task
     assert type(pickle.loads(pickle.dumps(experiment.task.grade)).__self__).__name__ == task
+
+
+def test_benchmarks_share_a_source_and_keep_what_they_are():
+    """Guards a binding that would make seven sets one, and one of a single set that the others read too."""
+    bindings = [
+        "MathEval.source = 'there'",
+        "AMC.data_source = 'amc23'",
+        "AMC.source = 'here'",
+        "Experiment.model = 'm'",
+    ]
+    sets = "[('A', @AMC(), 1), ('B', @AIME24(), 1), ('C', @MathEval(), 1)]"
+    parse(
+        [CONFIGS / 'quickstart.gin'], [*bindings, f'Experiment.validation = {sets}', "MathEval.benchmark = 'Minerva'"]
+    )
+    assert [(task.benchmark, task.source, task.data_source) for _, task, _ in Experiment().validation] == [
+        ('AMC', 'here', 'amc23'),
+        ('AIME24', 'there', BENCHMARKS['AIME24']),
+        ('Minerva', 'there', BENCHMARKS['Minerva']),
+    ]
+    for name in (*BENCHMARKS, 'MathEval'):  # gin takes any binding of what has **kwargs
+        target = gin.get_configurable(name.replace('-', '_'))
+        assert {'source', 'deadline'} <= set(inspect.signature(target).parameters), name
 
 
 def test_long_prompts_are_cut_if_asked(experiment):

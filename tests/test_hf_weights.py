@@ -184,6 +184,20 @@ def test_every_wrong_tensor_is_named(folder):
     assert len(str(error.value).splitlines()) == 5
 
 
+def test_frequencies_that_old_exports_store_are_derived(folder):
+    """Guards against Llama checkpoints of 2023 that do not load, and against other tensors that are let through."""
+    frequencies = np.ones(4, np.float32)
+    names = [f'model.layers.{i}.self_attn.rotary_emb.inv_freq' for i in range(3)] + ['model.rotary_emb.inv_freq']
+    before = load_pretrained(folder)[1]
+    rewrite(folder, lambda tensors: tensors.update(dict.fromkeys(names, frequencies)))
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(folder)[1], before)
+    others = ['model.layers.0.self_attn.rotary_emb.scale', 'model.layers.0.mlp.rotary_emb.inv_freq', 'inv_freq']
+    rewrite(folder, lambda tensors: tensors.update(dict.fromkeys(others, frequencies)))
+    with pytest.raises(ValueError) as error:
+        load_pretrained(folder)
+    assert str(error.value).count('expected no such tensor') == len(others) == len(str(error.value).splitlines()) - 1
+
+
 def test_tied_head_that_is_stored_must_be_the_embedding(folder):
     """Guards both sides: published Qwen3 checkpoints store the tied head too, but a different one is not tied."""
     rewrite(folder, lambda tensors: tensors.update({'lm_head.weight': tensors['model.embed_tokens.weight'].copy()}))
@@ -303,7 +317,7 @@ def test_unusable_folders_are_named(folder, tmp_path):
     """Guards the messages that a user meets first; a pickle is never opened."""
     with pytest.raises(FileNotFoundError, match="'no/such' is not a folder, and not on the hub"):
         load_pretrained('no/such')
-    with pytest.raises(FileNotFoundError, match=f"'{tmp_path}/none' is not a folder"):
+    with pytest.raises(FileNotFoundError, match=rf"'{tmp_path}/none' is not a folder: '{tmp_path}' has \['model'\]"):
         load_config(str(tmp_path / 'none'))
 
     weights = folder / 'model.safetensors'

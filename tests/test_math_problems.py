@@ -3,6 +3,7 @@
 import json
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 
@@ -242,6 +243,30 @@ def test_a_folder_of_the_hub_is_asked_for(monkeypatch):
         ('PRIME-RL/Eurus-2-RL-Data', None, None, 'validation'),
         ('openai/gsm8k', 'main', None, 'test'),
     ]
+
+
+def test_another_layout_than_was_assumed_is_listed(monkeypatch, tmp_path):
+    """Guards an error that leaves a user to guess how somebody else has named files, columns or sets."""
+    monkeypatch.setattr(huggingface_hub.HfApi, 'list_repo_files', lambda *_, **__: ['eval/amc.parquet', 'dapo.parquet'])
+    with pytest.raises(ValueError, match=r"has the files \['dapo.parquet', 'eval/amc.parquet'\] on the hub"):
+        MathEval().load('test')
+    write(tmp_path / 'data/eval.parquet', [GOOD])
+    with pytest.raises(ValueError, match=r"No file matches .*test\*'.* has \['eval.parquet'\]. .*test_split"):
+        MathEval(source=str(tmp_path / 'data')).load('test')
+    assert MathEval(source=str(tmp_path / 'data'), test_split='eval', data_source='').load('test')['answer'] == ['7']
+
+
+@pytest.mark.parametrize(
+    'name', ['HuggingFaceH4/MATH-500', 'math500', 'MATH_500', 'lighteval/MATH-500', 'Minerva_MATH500']
+)
+def test_names_of_math500(tmp_path, name):
+    """Guards the name that verl gives it, and another benchmark on the same problems."""
+    write(tmp_path / 'data/test.jsonl', [verl_row(name, 'a?', '7'), verl_row('AMC', 'b?', '8')])
+    task = MathEval(source=str(tmp_path / 'data'), benchmark='Minerva' if 'Minerva' in name else 'MATH500')
+    assert task.load('test')['answer'] == ['7']
+    if 'Minerva' in name:
+        with pytest.raises(ValueError, match='No row has data_source'):
+            MathEval(source=str(tmp_path / 'data')).load('test')
 
 
 def test_places_reach_the_grading():

@@ -11,9 +11,11 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec
+from tiny import decoder_config
 
 from experiments.plan import examine, plan, print_table
 from troll_jax.models.attention import splash_attention
+from troll_jax.models.pages import Pages, TokenPages, response_pages
 from troll_jax.planning import CHIPS, Chip, Cost, add_iterations, count_flops, program_cost, roofline
 from troll_jax.sharding import make_mesh, named_sharding
 
@@ -155,6 +157,16 @@ def test_a_real_plan(tmp_path):
     assert '| v5e:2x2 | update |' in result.stdout and update['sent_gb']
     # One prompt of each device at a time, one token of each of its 8 slots.
     assert prefill['tflops'] > 2 * weights * 32 / 1e12 > decode['tflops'] > 2 * weights * 8 / 1e12
+
+
+@pytest.mark.parametrize(('tensor', 'kind'), [(1, TokenPages), (2, TokenPages), (4, Pages)])
+def test_pages_are_not_padded(tensor, kind):
+    """Guards against pools of several times their size: a TPU pads the last but one axis to eight."""
+    devices = topologies.get_topology_desc(platform='tpu', topology_name='v5e:2x2').devices
+    mesh = make_mesh(1, 4 // tensor, tensor, devices=devices)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        assert response_pages(decoder_config(8, kv_heads=4)) is kind
+    assert response_pages(decoder_config(8, kv_heads=4)) is Pages, 'this is a CPU'
 
 
 def test_what_is_too_large_for_the_compiler_does_not_fit(capsys):

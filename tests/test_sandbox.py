@@ -3,6 +3,8 @@
 import ast
 import json
 import os
+import re
+import shutil
 import socket
 import sys
 import threading
@@ -14,11 +16,17 @@ from pathlib import Path
 
 import pytest
 from isolation import require_bubblewrap
+from patience import patience
 
+from troll_jax.data.tasks.eurus_code import EurusCode
+from troll_jax.rewards import sandbox
+from troll_jax.rewards.code import grade_code
 from troll_jax.rewards.sandbox import Bubblewrap, Run, SandboxFusion, Unisolated
 from troll_jax.rewards.worker import CannotGrade
 
-BOX = Bubblewrap(case_seconds=1.5, memory_gb=0.5, output_mb=1.0, processes=4, disk_mb=8.0)
+# Generous for programs that end by themselves, since the machine may be busy; those that do not have a shorter limit.
+BOX = Bubblewrap(case_seconds=30.0, memory_gb=0.5, output_mb=1.0, processes=4, disk_mb=8.0)
+SHORT = 0.7 * patience()  # seconds
 
 
 @pytest.fixture(scope='module')
@@ -43,7 +51,7 @@ def processes_of(sandbox: Bubblewrap) -> list[str]:
     return [line for line in found if '_sitebuiltins' in line and f'\0{sandbox.case_seconds}\0' in line]
 
 
-def wait_until(condition, seconds: float = 5.0) -> bool:
+def wait_until(condition, seconds: float = 60.0) -> bool:
     end = time.monotonic() + seconds
     while not condition() and time.monotonic() < end:
         time.sleep(0.02)
@@ -71,7 +79,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.parametrize('make', [lambda: BOX, lambda: Unisolated(1.5, 0.5, 1.0)], ids=['bubblewrap', 'unisolated'])
+@pytest.mark.parametrize('make', [lambda: BOX, lambda: Unisolated(30.0, 0.5, 1.0)], ids=['bubblewrap', 'unisolated'])
 def test_programs_run_as_by_an_interpreter(make):
     """Guards against programs that are right and fail for what the sandbox does to input, threads or the exit."""
     if isinstance(make(), Bubblewrap):
@@ -80,14 +88,12 @@ def test_programs_run_as_by_an_interpreter(make):
         assert (result.status, result.output) == expected, (program, result)
 
 
-@pytest.mark.parametrize('make', [lambda: BOX, lambda: Unisolated(1.5, 0.5, 1.0)], ids=['bubblewrap', 'unisolated'])
+@pytest.mark.parametrize('make', [lambda: BOX, lambda: Unisolated(30.0, 0.5, 1.0)], ids=['bubblewrap', 'unisolated'])
 def test_limits_hold(make):
     """Guards against one program that takes all time, memory or output; those after it run as if nothing were."""
     if isinstance(make(), Bubblewrap):
         require_bubblewrap()
     attacks = [
-        ('while True: pass', 'timeout'),
-        ('import time\ntime.sleep(1000)', 'timeout'),
         ('x = bytearray(10 * 2**30)', 'memory'),
         ('x = []\nwhile True: x.append(bytes(2**24))', 'memory'),
         ('for _ in range(1000): print("x" * 2**20)', 'output'),
@@ -98,11 +104,14 @@ def test_limits_hold(make):
     results = list(make().run([(program, '') for program, _ in attacks]))
     assert [result.status for result in results] == [status for _, status in attacks]
     assert all(len(result.output) <= 2**20 and result.detail for result in results[:-1])
+    hang = ['while True: pass', 'import time\ntime.sleep(1000)']
+    results = list(replace(make(), case_seconds=SHORT).run([(program, '') for program in hang]))
+    assert [result.status for result in results] == ['timeout'] * 2 and all(result.detail for result in results)
 
 
 def test_closing_ends_what_runs(bubblewrap):
     """Guards against programs that outlive a grading that has seen enough."""
-    box = replace(bubblewrap, case_seconds=1.53)
+    box = replace(bubblewrap, case_seconds=30.53)
     with closing(box.run([('print(1)', ''), ('print(2)', '')])) as runs:
         assert next(runs).output == '1\n'
         assert len(processes_of(box)) == 2  # bubblewrap and the driver
@@ -142,8 +151,8 @@ def test_the_network_is_out_of_reach(bubblewrap):
     """Guards against programs that send data out, or fetch an answer."""
     with socket.create_server(('127.0.0.1', 0)) as server:
         port = server.getsockname()[1]
-        connect = f'import socket\nsocket.create_connection(("127.0.0.1", {port}), 1)\nprint("in")'
-        assert run(Unisolated(1.5), connect).output == 'in\n'  # without a sandbox it works
+        connect = f'import socket\nsocket.create_connection(("127.0.0.1", {port}), 20)\nprint("in")'
+        assert run(Unisolated(30.0), connect).output == 'in\n'  # without a sandbox it works
         server.accept()[0].close()
         result = run(bubblewrap, connect)
         assert result.status == 'failed' and 'Error' in result.detail
@@ -161,7 +170,8 @@ def test_a_fork_bomb_stays_small(bubblewrap):
         'import os\nwhile True:\n  try: os.fork()\n  except OSError: pass',
         'import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(9,), daemon=True).start()',
     ]
-    results = list(bubblewrap.run([(bomb, '') for bomb in bombs]))
+    short = replace(bubblewrap, case_seconds=SHORT)
+    results = [run(box, bomb) for bomb, box in zip(bombs, (bubblewrap, short, bubblewrap), strict=True)]
     assert [result.status for result in results] == ['failed', 'timeout', 'failed'], results
     count = 'import os, time\nn = 0\ntry:\n  while os.fork(): n += 1\n  time.sleep(9)\nexcept OSError: print(n)'
     assert int(run(bubblewrap, count).output) < 4
@@ -195,7 +205,7 @@ def test_nothing_outlives_its_program(bubblewrap):
         'time.sleep(0.1)\nprint("left")'
     )
     see = 'import os\nprint([p for p in os.listdir("/proc") if p.isdigit()])'
-    box = replace(bubblewrap, case_seconds=1.54)
+    box = replace(bubblewrap, case_seconds=30.54)
     first, second = box.run([(daemon, ''), (see, '')])
     assert first.output == 'left\n' and len(ast.literal_eval(second.output)) == 2
     assert wait_until(lambda: not processes_of(box))
@@ -254,6 +264,34 @@ def test_a_sandbox_that_is_not_there_is_an_error(monkeypatch, tmp_path):
         Bubblewrap().check()
 
 
+def test_a_sandbox_that_hangs_at_its_start_is_an_error(monkeypatch, tmp_path):
+    """Guards against a machine out of order that looks like programs that take too long: by a limit past the pool's
+    deadline, or by waiting for what a killed starter left behind."""
+    (tmp_path / 'bwrap').write_text(f'#!/bin/sh\nsleep 1000 & echo $! > {tmp_path}/pid\nwait\n')
+    (tmp_path / 'bwrap').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    for box in (Bubblewrap(case_seconds=0.1), Unisolated(0.1)):
+        assert EurusCode(sandbox=box, program_seconds=0.1).deadline > sandbox._START_LIMIT + 1
+    monkeypatch.setattr(sandbox, '_START_LIMIT', 0.5)
+    begin = time.monotonic()
+    with pytest.raises(CannotGrade, match=r'did not start a program: no answer in time \(limit: 0.5 s\)'):
+        run(Bubblewrap(), 'print(1)')
+    assert time.monotonic() - begin < 60
+    if (tmp_path / 'pid').exists():
+        os.kill(int((tmp_path / 'pid').read_text()), 9)
+
+
+def test_a_slow_start_takes_no_time_from_a_program(monkeypatch, tmp_path):
+    """Guards against programs that fail because the machine was busy when their sandbox was made."""
+    require_bubblewrap()
+    (tmp_path / 'bwrap').write_text(f'#!/bin/sh\nsleep 2\nexec {shutil.which("bwrap")} "$@"\n')
+    (tmp_path / 'bwrap').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
+    tests = json.dumps({'inputs': ['', ''], 'outputs': ['1', '1']})
+    grade = grade_code('```python\nprint(1)\n```', tests, sandbox=BOX, program_seconds=1.9)
+    assert grade.reward == 1.0, grade
+
+
 @pytest.mark.parametrize('arguments', [{'case_seconds': 0}, {'memory_gb': -1}, {'disk_mb': float('nan')}])
 def test_limits_are_above_zero(arguments):
     with pytest.raises(ValueError, match='expected a finite number above zero'):
@@ -269,9 +307,16 @@ class Service(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
         self.server.requests.append((self.path, body))
-        answer = self.server.answers.pop(0) if self.server.answers else 200
+        answer = self.server.answers.pop(0) if self.server.answers else self.server.usual
         if answer == 'hang':
-            time.sleep(2.5)
+            time.sleep(1.5)
+            return
+        if answer == 'trickle':
+            self.send_response(200)
+            self.end_headers()
+            for _ in range(30):
+                self.wfile.write(b' ')
+                time.sleep(0.05)
             return
         content = answer if isinstance(answer, bytes) else json.dumps(self.run(body)).encode()
         self.send_response(answer if isinstance(answer, int) else 200)
@@ -300,10 +345,10 @@ class Service(BaseHTTPRequestHandler):
 @pytest.fixture
 def service(monkeypatch):
     monkeypatch.setattr('troll_jax.rewards.sandbox._pause', lambda attempt: 0.01)
-    monkeypatch.setattr('troll_jax.rewards.sandbox._SERVICE_GRACE', 1.0)
+    monkeypatch.setattr('troll_jax.rewards.sandbox._SERVICE_GRACE', 20.0)
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     with ThreadingHTTPServer(('127.0.0.1', 0), Service) as server:
-        server.requests, server.answers = [], []
+        server.requests, server.answers, server.usual = [], [], 200
         server.url = f'http://127.0.0.1:{server.server_port}'
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -312,7 +357,7 @@ def service(monkeypatch):
 
 def test_the_protocol_of_a_service(service):
     """Guards against a client that reads what no service writes; names are those of SandboxFusion."""
-    box = SandboxFusion(service.url + '/', case_seconds=1.0, memory_gb=0.5)
+    box = SandboxFusion(service.url + '/', case_seconds=1.0 + SHORT, memory_gb=0.5)
     box.check()
     programs = ['print(input())', '1 / 0', 'while True: pass', 'raise MemoryError']
     results = list(box.run([(program, 'é') for program in programs]))
@@ -324,36 +369,45 @@ def test_the_protocol_of_a_service(service):
         'code': 'print(input())',
         'language': 'python',
         'stdin': 'é',
-        'compile_timeout': 1.0,
-        'run_timeout': 1.0,
+        'compile_timeout': box.case_seconds,
+        'run_timeout': box.case_seconds,
         'memory_limit_MB': 512,
     }
 
 
 def test_a_service_that_stumbles_is_asked_again(service):
     """Guards against a run that ends for one lost packet."""
-    service.answers = [503, b'<html>', 'hang', 200]
-    assert run(SandboxFusion(service.url, case_seconds=0.5), 'print(3)').output == '3\n'
+    service.answers = [503, b'<html>', b'{"status": "SandboxError"}', 200]
+    assert run(SandboxFusion(service.url), 'print(3)').output == '3\n'
     assert len(service.requests) == 4
 
 
 @pytest.mark.parametrize(
-    'answers, message',
+    'usual, message',
     [
-        ([500, 500], 'HTTP Error 500'),
-        ([404], 'HTTP Error 404'),
-        ([b'garbage'] * 2, 'not of the protocol.*garbage'),
-        ([b'[]'] * 2, 'not of the protocol'),
-        ([b'{"status": "Success"}'] * 2, 'not of the protocol'),
-        ([b'{"status": "Success", "run_result": {"status": "Finished"}}'] * 2, 'not of the protocol'),
-        (['hang', 'hang'], 'did not answer 2 times'),
+        (500, 'HTTP Error 500'),
+        (404, 'HTTP Error 404'),
+        (400, r'refused with HTTP 400. It does not run print\(input\(\)\) either'),
+        (422, r'refused with HTTP 422. It does not run print\(input\(\)\) either'),
+        (b'garbage', 'not of the protocol.*garbage'),
+        (b'[]', 'not of the protocol'),
+        (b'{"status": "Success"}', 'not of the protocol'),
+        (b'{"status": "Success", "run_result": {"status": "Finished"}}', 'not of the protocol'),
+        (b'{"status": "SandboxError", "message": "disk full"}', 'disk full.* It does not run print'),
+        (b'{"status": "Failed", "run_result": {"status": "Error", "stderr": "no python"}}', 'no python.* It does not'),
+        ('hang', 'did not answer 2 times, the last time with TimeoutError'),
+        ('trickle', 'did not answer 2 times, the last time with TimeoutError: the reply did not end within'),
     ],
 )
-def test_a_service_that_is_out_of_order_is_an_error(service, answers, message):
-    """Guards against zeros for rewards while nothing is graded."""
-    service.answers = list(answers)
-    with pytest.raises(CannotGrade, match=message):
+def test_a_service_that_is_out_of_order_is_an_error(service, monkeypatch, usual, message):
+    """Guards against zeros for rewards while nothing is graded: whatever a service says, if it says it always."""
+    if usual in ('hang', 'trickle'):
+        monkeypatch.setattr(sandbox, '_SERVICE_GRACE', 0.3)
+    service.usual = usual
+    with pytest.raises(CannotGrade) as error:
         run(SandboxFusion(service.url, case_seconds=0.2, attempts=2), 'print(3)')
+    assert re.search(message, str(error.value)) and service.url in str(error.value)
+    assert 'Look at its log, restart it, or change SandboxFusion.url' in str(error.value)
 
 
 def test_a_service_that_is_down_is_an_error(service):
@@ -363,12 +417,22 @@ def test_a_service_that_is_down_is_an_error(service):
         SandboxFusion(service.url, attempts=2).check()
 
 
-@pytest.mark.parametrize('answer', [413, 422, b'{"status": "SandboxError", "message": "no"}'])
-def test_a_program_cannot_end_the_run(service, answer):
-    """Guards against responses that a service refuses, by which a policy could stop its own training."""
-    service.answers = [answer] * 2
-    result = run(SandboxFusion(service.url, attempts=2), 'print(3)')
-    assert result.status == 'failed' and result.detail
+@pytest.mark.parametrize(
+    'answers, status',
+    [
+        ([413], 'failed'),
+        ([422], 'failed'),
+        ([b'{"status": "SandboxError", "message": "no"}'] * 2, 'failed'),
+        ([b'x' * 2000], 'output'),
+    ],
+)
+def test_a_program_cannot_end_the_run(service, monkeypatch, answers, status):
+    """Guards against programs that a service refuses or fails at, and ones that print more than is read of a reply, by
+    which a policy could stop its own training."""
+    monkeypatch.setattr(sandbox, '_LARGEST_REPLY', 2000)
+    service.answers = list(answers)
+    result, after = SandboxFusion(service.url, attempts=2).run([('print(3)', ''), ('print(4)', '')])
+    assert result.status == status and result.detail and after.output == '4\n'
 
 
 def test_a_url_is_a_url():

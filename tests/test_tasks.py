@@ -114,8 +114,11 @@ def test_gsm8k_says_which_files_are_missing(folder):
     write(folder / 'train.jsonl', ROWS)
     with pytest.raises(ValueError, match=r'No file matches .*test\*'):
         GSM8K(source=str(folder)).load('test')
-    with pytest.raises(ValueError, match='does not exist'):
-        GSM8K(source=str(folder / 'nowhere')).load('train')
+    for name in (folder / 'nowhere', folder / 'no/where', '.hidden/gsm8k', '~no-such-user/gsm8k', 'data/gsm8k.json'):
+        with pytest.raises(ValueError, match=f"The folder '{name}' does not exist; expected one with train"):
+            GSM8K(source=str(name)).load('train')
+    with pytest.raises(ValueError, match=rf"'{folder}' has \['train.jsonl'\]"):
+        GSM8K(source=str(folder / 'no/where')).load('train')
     with pytest.raises(ValueError, match="split is 'dev'"):
         GSM8K(source=str(folder)).load('dev')
     write(folder / 'train.parquet', ROWS)

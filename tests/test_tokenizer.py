@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from troll_jax.data.tasks.arithmetic import CHARACTERS
 from troll_jax.data.tokenizer import character_tokenizer, load_tokenizer, stop_token_ids
+from troll_jax.models.hf_weights import load_config, load_pretrained
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {{ eos_token }}{% endfor %}"
 
@@ -116,3 +117,15 @@ def test_a_template_of_another_family_is_an_error(tmp_path):
         load_tokenizer(base, chat_template_from=chat)
     with pytest.raises(ValueError, match='no chat template to lend'):
         load_tokenizer(chat, chat_template_from=base)
+
+
+@pytest.mark.parametrize('name', ['./{}', '{}/model', 'a/b/{}', '../{}', '~/{}'])
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub(name, tmp_path, monkeypatch):
+    """Guards an error that speaks of repositories and tokens where a folder was meant."""
+    (tmp_path / 'tpyo').mkdir()
+    monkeypatch.chdir(tmp_path)
+    for load in (load_tokenizer, load_config, load_pretrained):
+        with pytest.raises(FileNotFoundError, match='is not a folder') as error:
+            load(name.format('typo'))
+        assert "['tpyo']" in str(error.value) or '..' in name
+        assert ('on the hub either' in str(error.value)) == (name == '{}/model')

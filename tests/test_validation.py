@@ -10,15 +10,18 @@ import pytest
 from tiny import save_qwen3
 
 import experiments.evaluate
-from experiments.compare_evaluations import compare, find_responses
+from experiments import run_folder, validation
+from experiments.compare_evaluations import compare, find_responses, read_success
 from experiments.config import Experiment, parse, register
 from experiments.export import export
 from experiments.train import train
+from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.tasks.arithmetic import CHARACTERS
 from troll_jax.data.tasks.math_problems import MathProblems
 from troll_jax.data.tokenizer import character_tokenizer
-from troll_jax.evaluate import estimate
+from troll_jax.evaluate import Evaluation, estimate
 from troll_jax.metrics import read_metrics
+from troll_jax.rewards.worker import CannotGrade
 
 REPOSITORY = Path(__file__).parent.parent
 FILES = [str(REPOSITORY / 'configs/quickstart.gin'), str(REPOSITORY / 'configs/objectives/troll.gin')]
@@ -67,12 +70,16 @@ def bindings(tmp_path_factory) -> list[str]:
         "Experiment.validation = [('modulo', @Arithmetic(), 1), ('sums', @OddLength(), 3)]",
         'Experiment.max_prompt_length = 4',
         'Experiment.max_response_length = 5',
-        'train.steps = 1',
-        'train.prompts_per_step = 16',
-        'train.samples_per_prompt = 4',
-        'train.evaluate_every = 1',
-        'adamw.learning_rate = 1e-2',
     ]
+
+
+TRAINING = [
+    'train.steps = 1',
+    'train.prompts_per_step = 16',
+    'train.samples_per_prompt = 4',
+    'train.evaluate_every = 1',
+    'adamw.learning_rate = 1e-2',
+]
 
 
 @pytest.fixture(scope='module')
@@ -81,7 +88,7 @@ def run_dir(model, bindings, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('run')
     gin.clear_config()
     start = shutil.copytree(model, folder / 'start')
-    parse(FILES, [*bindings, f"Experiment.model = '{start}'", f"train.run_dir = '{folder / 'run'}'"])
+    parse(FILES, [*bindings, *TRAINING, f"Experiment.model = '{start}'", f"train.run_dir = '{folder / 'run'}'"])
     train()
     shutil.rmtree(start)
     return folder / 'run'
@@ -139,6 +146,7 @@ def test_a_checkpoint_a_bucket_and_an_export_are_the_run(run_dir, model, binding
 
     def found(source, *arguments, step=1) -> list[dict]:
         to = ['evaluation.seed = 5', f"evaluation.folder = '{tmp_path}/results'"]
+        arguments = [argument for argument in arguments if not argument.startswith('Arithmetic.')]
         evaluate(monkeypatch, source, *arguments, one_set, *to)
         return read(tmp_path / 'results', f'responses_{step}_sums_3_seed_5.jsonl')
 
@@ -152,6 +160,82 @@ def test_a_checkpoint_a_bucket_and_an_export_are_the_run(run_dir, model, binding
     assert found(tmp_path / 'exported', *FILES, *bindings, step=0) == expected
     # It is not the model that the run started from.
     assert found(model, *FILES, *bindings, step=0) != expected
+
+
+@pytest.mark.parametrize('binding', ['train.steps = 5', 'GSM8K.deadline = 2.0', 'troll.bound = 0.1'])
+def test_a_binding_that_nothing_reads_is_an_error(run_dir, monkeypatch, binding):
+    """Guards an evaluation of something else than was meant; what the run has bound for its training is no matter, and
+    how it decodes is read."""
+    monkeypatch.setattr(experiments.evaluate, 'make_sampler', None)
+    monkeypatch.setattr(Checkpoints, 'restore_params', None)
+    with pytest.raises(ValueError, match=f'reads {binding.split()[0]!r}: it would change nothing'):
+        evaluate(monkeypatch, run_dir, 'train.slots = 8', binding)
+
+
+@pytest.mark.parametrize(
+    ('source', 'settings', 'message'),
+    [
+        ('runs/typo', [], 'no folder here, so it would be the id of a model'),
+        ('./typo', FILES, r"'./typo' is neither a run \(with config.gin\).*has \['results'\]"),
+        ('some/run/typo', FILES, 'neither a run'),
+        ('results', FILES, r"'results' is neither a run.*results' has \['notes'\]"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said(source, settings, message, tmp_path, monkeypatch):
+    """Guards a mistyped folder that is taken for a model's id, and then for an incomplete configuration."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'results').mkdir()
+    (tmp_path / 'results/notes').touch()
+    with pytest.raises(ValueError, match=message):
+        evaluate(monkeypatch, source, *settings)
+
+
+def test_a_set_is_written_when_it_is_done(run_dir, monkeypatch, tmp_path):
+    """Guards hours of work on the first sets that are lost with what goes wrong in a later one."""
+
+    def one_set(sampler, params, prompts, grader, *_, **__):
+        if len(prompts) == PROBLEMS:
+            raise RuntimeError('the service is down')
+        ones = np.ones((len(prompts), 1), np.float32)
+        return Evaluation(ones, ones, ones, [['#']] * len(prompts))
+
+    monkeypatch.setattr(validation, 'evaluate', one_set)
+    with pytest.raises(RuntimeError, match='the service is down'):
+        evaluate(monkeypatch, run_dir, f"evaluation.folder = '{tmp_path}'")
+    assert read(tmp_path, 'evaluation_1_modulo_1.json')['success']['mean'] == 1
+
+
+def test_the_log_and_the_files_count_the_same_as_success(run_dir, monkeypatch, tmp_path, capsys):
+    """Guards rewards that are shares, of which a mean in the log was called success and files said otherwise."""
+
+    def one_set(sampler, params, prompts, grader, *_, **__):
+        rewards = np.tile(np.float32([1.0, 0.5]), len(prompts))[: len(prompts), None]
+        return Evaluation(rewards, rewards, rewards, [['#']] * len(prompts))
+
+    monkeypatch.setattr(validation, 'evaluate', one_set)
+    evaluate(monkeypatch, run_dir, f"evaluation.folder = '{tmp_path}'")
+    summary = read(tmp_path, 'evaluation_1_sums_1.json')
+    correct = (PROBLEMS + 1) // 2 / PROBLEMS
+    assert (
+        summary['success']['mean'] == summary['mean@1']['mean'] == summary['pass@1']['mean'] == pytest.approx(correct)
+    )
+    assert summary['reward']['mean'] == pytest.approx(correct + (1 - correct) / 2)
+    assert f'sums: {correct:.4f}' in capsys.readouterr().err
+    assert read_success(tmp_path / 'responses_1_sums_1.jsonl')[1].mean() == pytest.approx(correct)
+
+
+def test_programs_need_a_sandbox_before_a_model_is_loaded(model, tmp_path, monkeypatch):
+    """Guards minutes of loading before that error, and a sandbox that is asked for where no program will run."""
+    monkeypatch.setenv('PATH', str(tmp_path))
+    for module, name in ((experiments.evaluate, 'load_pretrained'), (run_folder, 'load_pretrained')):
+        monkeypatch.setattr(module, name, None)
+    code = ['Experiment.task = @EurusCode()', f"EurusCode.source = '{tmp_path}'", f"Experiment.model = '{model}'"]
+    parse(FILES, [*code, f"train.run_dir = '{tmp_path / 'run'}'"])
+    assert Experiment().decoder_config().layers == 1  # all that planning asks for
+    with pytest.raises(CannotGrade, match='apt install bubblewrap'):
+        train()
+    with pytest.raises(CannotGrade, match='apt install bubblewrap'):
+        evaluate(monkeypatch, model, *FILES, *code[:2])
 
 
 def test_a_checkpoint_that_is_not_there_is_an_error(run_dir, monkeypatch):
@@ -235,15 +319,31 @@ def test_folders_are_compared_set_by_set(tmp_path):
         write_responses(folder, 'responses_9_other_2.jsonl', other)
     write_responses(a, 'responses_10_one_set_1.jsonl', B)
     write_responses(b, 'responses_9_one_set_4.jsonl', [[1] * 4] * 8)
-    assert find_responses(a)['one_set_1'].name == 'responses_10_one_set_1.jsonl'
+    assert [file.name for file in find_responses(a).values()] == ['responses_10_one_set_1.jsonl'], (
+        'one step, the latest'
+    )
     assert compare(a, b)['one_set_1']['difference'] == (0, 0, 0)
     rows = compare(a, b, step_a=9)
+    assert compare(a, b, step_a=9, sets=['other_2']) == {'other_2': rows['other_2']}
     assert list(rows) == ['one_set_1', 'other_2', 'mean']
     assert (rows['other_2']['a_better'], rows['other_2']['b_better']) == (1, 1)
     assert rows['other_2']['difference'].mean == 0.0
     assert rows['mean']['difference'].mean == pytest.approx((0.25 + 0) / 2)
-    with pytest.raises(ValueError, match='no responses of step 3'):
+    with pytest.raises(ValueError, match=r'no responses of step 3 in .*, which has steps \[9, 10\]'):
         compare(a, b, step_a=3)
+    with pytest.raises(ValueError, match=r"not all of \['third_1'\] in common: .* has \['one_set_1'"):
+        compare(a, b, step_a=9, sets=['third_1'])
+
+
+@pytest.mark.parametrize('other', ['one_set_4', 'one_set_1_seed_5', 'two_1_temperature_0.5_top_k_7', 'train_1'])
+def test_evaluations_that_were_not_made_alike_have_no_mean(tmp_path, other):
+    """Guards a mean in which one set counts twice, or greedy responses are mixed with those of some temperature."""
+    for folder in (a := tmp_path / 'a', b := tmp_path / 'b'):
+        for name in ('one_set_1', other):
+            write_responses(folder, f'responses_9_{name}.jsonl', A)
+    with pytest.raises(ValueError, match=rf"not made alike .*'{other}'.*Choose with --sets"):
+        compare(a, b)
+    assert list(compare(a, b, sets=[other])) == [other]
 
 
 def test_other_problems_are_an_error(tmp_path):

@@ -62,7 +62,10 @@ class Checkpoints:
     def __enter__(self) -> 'Checkpoints':
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind, error, _) -> None:
+        if isinstance(error, Exception) and jax.process_count() > 1:
+            # Now: if a process has died, waiting for it ends this one before Python tells of any error.
+            _logger.error('the run ends, the first error of its processes says why: %s: %s', kind.__name__, error)
         try:
             self.wait()
         except OSError as error:

@@ -122,9 +122,14 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
+def is_correct(rewards: np.ndarray) -> np.ndarray:
+    """What counts as success everywhere, of rewards of any shape: a share of the tests that pass, below 1, is none."""
+    return rewards >= 1
+
+
 def success(result: Evaluation) -> np.ndarray:
-    """Of each problem the share of its samples that are correct: [n]. A reward below 1 is none."""
-    return (result.rewards >= 1).mean(axis=1)
+    """Of each problem the share of its samples that are correct: [n]."""
+    return is_correct(result.rewards).mean(axis=1)
 
 
 def estimate(*per_problem: np.ndarray, draws: int = 10_000, seed: int = 0) -> Estimate:

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from troll_jax.models.pages import Pages, Prefixes, TokenPages, init_pages, release
-from troll_jax.sharding import constrain, platform
+from troll_jax.models.pages import Pages, Prefixes, init_pages, release, response_pages
+from troll_jax.sharding import constrain
 from troll_jax.types import Prompts, SparseLogProbs
 
 # A text of full length takes 16 pages, unless they would be smaller than this. What a page says to its queries is
@@ -112,7 +112,7 @@ def idle_state(config, requests: Requests, slots: int | None, group: int, room: 
         request=full(count, slots),
         t=full(0, slots),
         hidden=hidden(slots, config.width),
-        responses=pages(TokenPages if platform() == 'tpu' else Pages, slots, room, _LEAST_RESPONSE_PAGE),
+        responses=pages(response_pages(config), slots, room, _LEAST_RESPONSE_PAGE),
         records=Record(full(0, count, room), floats(count, room), floats(count, room), support),
         lengths=full(0, count),
         stop_token=full(-1, count),

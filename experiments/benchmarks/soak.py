@@ -46,14 +46,14 @@ SETTINGS = [
 ]
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, vocabulary: int | None = None, kv_heads: int = 1) -> None:
     """A policy that is far from certain: its samples differ, and so do their rewards."""
     tokenizer = character_tokenizer(CHARACTERS)
     set_seed(0)
-    sizes = {'hidden_size': 16, 'intermediate_size': 24, 'num_attention_heads': 2, 'num_key_value_heads': 1}
+    sizes = {'hidden_size': 16, 'intermediate_size': 24, 'num_attention_heads': 2, 'num_key_value_heads': kv_heads}
     sizes |= {'head_dim': 8, 'num_hidden_layers': 2, 'max_position_embeddings': 64, 'initializer_range': 0.5}
     Qwen3ForCausalLM(
-        Qwen3Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
+        Qwen3Config(vocab_size=vocabulary or len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
     ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -21,11 +21,33 @@ TINY = [*SETTINGS, 'train.evaluate_every = 0', 'train.checkpoint_every = 1']
 
 
 class Process:
-    """A training run in a fork of this process, which must not have touched a device: nothing is imported again."""
+    """A training run in a fork of this process, which must not have touched a device: nothing is imported again.
 
-    def __init__(self, run_dir: Path, model: Path, *bindings: str):
-        self.run_dir, self.log = run_dir, run_dir.with_suffix('.log')
+    Args:
+      run_dir: of the run.
+      model: that it starts from.
+      bindings: of gin.
+      files: configurations.
+      options: of the command line.
+      name: of the log beside `run_dir`, where several processes have one.
+      before: is called in the fork before the run.
+      command: what is called: `main` of a command that takes the folder of a run, or by default of the training.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        model: Path,
+        *bindings: str,
+        files: Sequence[str] = ('configs/quickstart_troll.gin',),
+        options: Sequence[str] = (),
+        name: str = '',
+        before: Callable[[], None] = lambda: None,
+        command: Callable[[], None] = train.main,
+    ):
+        self.run_dir, self.log = run_dir, run_dir.with_name(f'{run_dir.name}{name}.log')
         where = [f'train.run_dir = {str(run_dir)!r}', f'Experiment.model = {str(model)!r}']
+        self.log.write_text('')  # what an earlier run said would be taken for this one's
         self.pid = os.fork()
         if self.pid:
             return
@@ -34,8 +56,10 @@ class Process:
             with self.log.open('w') as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
-            sys.argv = ['train', 'configs/quickstart_troll.gin', *TINY, *where, *bindings]
-            train.main()
+            is_training = command is train.main
+            sys.argv = ['command', *([*files, *TINY, *where] if is_training else [str(run_dir)]), *bindings, *options]
+            before()
+            command()
             code = 0
         except BaseException:
             traceback.print_exc()
@@ -97,6 +121,13 @@ def assert_same_run(one: Path, other: Path, step: int) -> None:
 
 def everything(run_dir: Path, step: int) -> dict:
     """All arrays of a checkpoint, by the names of its items."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        items = [path for path in (run_dir / 'checkpoints' / str(step)).iterdir() if (path / '_METADATA').exists()]
-        return {item.name: checkpointer.restore(item.absolute()) for item in items}
+    items = [path for path in (run_dir / 'checkpoints' / str(step)).iterdir() if (path / '_METADATA').exists()]
+    return {item.name: _arrays(item.absolute()) for item in items}
+
+
+def _arrays(item: Path) -> dict:
+    """In numpy: there may be other devices here than those it was saved from."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(item).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return checkpointer.restore(item, ocp.args.PyTreeRestore(restore_args=as_numpy))

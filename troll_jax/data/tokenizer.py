@@ -10,6 +10,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from troll_jax.hub import model_of_folder_or_hub
+
 PAD, EOS = '<pad>', '<eos>'  # of the character tokenizer
 
 
@@ -120,12 +122,13 @@ def _read_json(model: str, name: str) -> dict:
 
 
 def _from_pretrained(model: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except Exception as error:  # of many kinds: files are read as they come
-        if isinstance(error, OSError) and not os.path.isdir(model):
-            raise FileNotFoundError(f'{model!r} is not a folder, and not on the hub either: {error}') from error
-        raise ValueError(
-            f'The tokenizer of {model!r} cannot be read ({type(error).__name__}: {error}); expected tokenizer.json and '
-            'tokenizer_config.json in Hugging Face format. Copy or download them again.'
-        ) from error
+    with model_of_folder_or_hub(model):
+        try:
+            return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        except Exception as error:  # of many kinds: files are read as they come
+            if isinstance(error, OSError) and not os.path.isdir(model):
+                raise  # not on the hub
+            raise ValueError(
+                f'The tokenizer of {model!r} cannot be read ({type(error).__name__}: {error}); expected tokenizer.json '
+                'and tokenizer_config.json in Hugging Face format. Copy or download them again.'
+            ) from error

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,6 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import AutoConfig, PretrainedConfig
 
+from troll_jax.hub import model_of_folder_or_hub
 from troll_jax.models.decoder import DecoderConfig, abstract
 from troll_jax.models.families import Constant, Tensor, decoder_config, family, tensors
 
@@ -33,6 +34,8 @@ DTYPES = {
     'float16': np.dtype(np.float16),
 }
 STORED_DTYPES = ('F32', 'BF16', 'F16')  # the same, as safetensors names them
+# What old exports of Llama store and config.json determines. A model computes it, and so does transformers.
+DERIVED = re.compile(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq')
 
 
 def load_config(model: str | Path) -> PretrainedConfig:
@@ -139,10 +142,8 @@ def _local_folder(model: str | Path, patterns: list[str]) -> Path:
     """The folder itself, or what the hub has of these files (never a pickle, never code)."""
     if Path(model).is_dir():
         return Path(model)
-    try:
+    with model_of_folder_or_hub(str(model)):
         return Path(snapshot_download(str(model), allow_patterns=patterns))
-    except (hub_errors.HFValidationError, hub_errors.HfHubHTTPError, OSError) as error:
-        raise FileNotFoundError(f'{str(model)!r} is not a folder, and not on the hub either: {error}') from error
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -248,7 +249,7 @@ def _check_stored(
         shape = list(shapes[tensor.path].shape)
         shape = shape[1:] if '{layer}' in tensor.name else shape
         expected |= dict.fromkeys(_names(tensor, config.layers), shape[::-1] if tensor.transposed else shape)
-    found = dict(stored)
+    found = {name: tensor for name, tensor in stored.items() if not DERIVED.fullmatch(name)}
     problems = []
     # A tied head may be stored all the same (Qwen3-0.6B does it). It is of no use, unless it is another one.
     if config.tied_embeddings and 'lm_head.weight' in found:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from troll_jax.sharding import constrain
+from troll_jax.sharding import RULES, constrain, platform
 
 _AXES = {'p': None, 'm': 'kv_heads', 'f': 'head_dim'}
 
@@ -45,13 +45,21 @@ class Pages(NamedTuple):
 
 
 class TokenPages(Pages):
-    """Pages with tokens before heads, so that a token is written in one piece: [layers, E, N, page, M, F].
-
-    A TPU's compiler lays a pool out like this if tokens are written into it, and copies one of another order where a
-    program begins and ends. On a CPU attention reads the other order faster.
-    """
+    """Pages with tokens before heads, so that a token is written in one piece: [layers, E, N, page, M, F]."""
 
     order = 'pmf'
+
+
+def response_pages(config) -> type[Pages]:
+    """The kind of pages for responses, into which single tokens are written.
+
+    A TPU's compiler lays such a pool out with tokens before heads, and copies one of another order where a program
+    begins and ends. With a single head on each device both orders are the same but for the padding: the last but one
+    axis comes in eights, and must not be the heads. On a CPU attention reads heads before tokens faster.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    heads = config.kv_heads // (1 if mesh.empty else mesh.shape[RULES['kv_heads']])
+    return TokenPages if platform() == 'tpu' and heads > 1 else Pages
 
 
 class Prefixes(NamedTuple):

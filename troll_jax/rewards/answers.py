@@ -17,8 +17,11 @@ NUMBER = r'(?:-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+)'
 
 # An escaped character (so that \{ and \} are no braces), the start of a box, or a brace.
 _BRACES = re.compile(r'(?P<box>\\f?boxed\s*\{)|\\.|[{}]', re.DOTALL)
-_HASHES = re.compile(r'####[^\S\n]*(.*)')
-_ANSWER = re.compile(r'\banswer\b[*_]*[^\S\n]*(?::|is\b:?)(.*)', re.IGNORECASE)
+# Markers alone: one that took the rest of its line along would hide another behind it.
+_MARKERS = {
+    '####': re.compile('####'),
+    'Answer:': re.compile(r'\banswer\b[*_]*[^\S\n]*(?::|is\b:?)', re.IGNORECASE),
+}
 _LAST_NUMBER = re.compile(rf'(?<![\d.])({NUMBER})(?!\d)')
 _LINE = {'####': re.compile(r'\s*####(.*)'), 'Answer:': re.compile(r'[\s*_]*answer[*_]*\s*:(.*)', re.IGNORECASE)}
 
@@ -36,10 +39,8 @@ def find_answer(text: str, places: Sequence[str] = PLACES) -> str | None:
     for place in places:
         if place == 'boxed' and re.search(r'\\f?boxed', text):
             found = last_boxed(text)
-        elif place == '####' and (lines := _HASHES.findall(text)):
-            found = lines[-1]
-        elif place == 'Answer:' and (lines := _ANSWER.findall(text)):
-            found = lines[-1]
+        elif place in _MARKERS and (end := max((m.end() for m in _MARKERS[place].finditer(text)), default=0)):
+            found = text[end:].partition('\n')[0]
         elif place == 'last number' and (numbers := _LAST_NUMBER.findall(text)):
             found = numbers[-1]
         else:

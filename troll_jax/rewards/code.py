@@ -1,14 +1,16 @@
 """Is a program right? It is run on test cases in a sandbox, and what comes out is compared outside of it.
 
-A program never sees what is expected of it, with one exception: asserts, which hold their own expectations.
+A program never sees what is expected of it, with one exception: asserts other than `assert f(…) == value`, which hold
+their own expectations (see `AssertTest`).
 """
 
+import ast
 import json
 import math
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import chain
@@ -33,6 +35,17 @@ _owner = _space.get('Solution')
 _function = getattr(_owner(), {name!r}) if hasattr(_owner, {name!r}) else _space[{name!r}]
 _value = _function(*_json.loads({arguments!r}))
 print('\\n' + {mark!r} + _json.dumps(_value), file=_sys.__stdout__)
+"""
+# What is printed is a literal again: of a dictionary with defaults, the dictionary.
+_EVALUATE = """
+def _plain(value):
+    if isinstance(value, dict):
+        return {{_plain(key): _plain(item) for key, item in value.items()}}
+    for kind, plain in ((list, list), (tuple, tuple), ((set, frozenset), set)):
+        if isinstance(value, kind):
+            return plain(map(_plain, value))
+    return value
+print('\\n' + {mark!r} + repr(_plain(eval({expression!r}, _space))), file=_sys.__stdout__)
 """
 _ASSERT = """
 exec(compile({code!r}, 'test.py', 'exec'), _space)
@@ -92,9 +105,38 @@ class CallTest(NamedTuple):
         return same_value(value, self.expected) or wrapped and same_value(value, self.expected[0])
 
 
+class ValueTest(NamedTuple):
+    """An expression, such as a call of a function, and its value: `assert f(1) == 2` without the program seeing the 2.
+
+    Values are compared as the assert does: exactly, and a tuple is no list. They are of types that literals have, or of
+    classes made from dict, list, tuple and set.
+    """
+
+    expression: str
+    expected: object  # of literals
+
+    def case(self, program: str) -> tuple[str, str]:
+        code = _EVALUATE.format(expression=self.expression, mark=_MARK)
+        return _DEFINE.format(surroundings=_SURROUNDINGS, program=program) + code, ''
+
+    def accepts(self, output: str) -> bool:
+        value = output.rpartition('\n' + _MARK)[2].strip()
+        # Nothing as long as this is equal, and reading it could take all memory.
+        if len(value) > 100 + 4 * len(repr(self.expected)):
+            return False
+        try:
+            return bool(ast.literal_eval(value) == self.expected)
+        except (SyntaxError, TypeError, MemoryError) as error:
+            raise ValueError(str(error)) from None
+
+
 @dataclass(frozen=True)
 class AssertTest:
-    """Code that raises if the program is wrong."""
+    """Code that raises if the program is wrong.
+
+    It runs in the program's process, where a program that is out for it finds the code and what it expects (by
+    `sys._getframe` or `gc`), or returns an object that equals everything.
+    """
 
     code: str
     # Printed at the end, and new each time: neither an early exit nor a memorised text passes for it.
@@ -114,7 +156,7 @@ def parse_tests(text: str) -> list[Test]:
         {"inputs": [...], "outputs": [...]}                    standard input and output
         {"inputs": [...], "outputs": [...], "fn_name": "f"}    arguments and value; arguments are a list, or text with
                                                                the JSON of one argument on each line
-        {"assert_case": ["assert f(1) == 2", ...]}
+        {"assert_case": ["assert f(1) == 2", ...]}             see `ValueTest` and `AssertTest`
 
     Raises:
         ValueError: it is none of these, or has no tests.
@@ -127,7 +169,7 @@ def parse_tests(text: str) -> list[Test]:
         raise ValueError(f'The tests are {text[:80]!r}; expected a JSON object with inputs and outputs, or asserts.')
     asserts = truth.get('assert_case')
     if isinstance(asserts, list) and asserts and all(isinstance(code, str) for code in asserts):
-        return [AssertTest(code) for code in asserts]
+        return [_assert_test(code) for code in asserts]
     inputs, outputs, name = truth.get('inputs'), truth.get('outputs'), truth.get('fn_name')
     if not isinstance(inputs, list) or not isinstance(outputs, list) or not 0 < len(inputs) == len(outputs):
         raise ValueError(
@@ -139,6 +181,18 @@ def parse_tests(text: str) -> list[Test]:
     if name:
         return [CallTest(name, _arguments(a), _value(b)) for a, b in zip(inputs, outputs, strict=True)]
     return [StdinTest(_lines(a), _lines(b)) for a, b in zip(inputs, outputs, strict=True)]
+
+
+def _assert_test(code: str) -> Test:
+    """A comparison of an expression with a literal is made outside of the sandbox; whatever else it may be, inside."""
+    try:
+        match ast.parse(code).body:
+            case [ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]))]:
+                expression = ast.get_source_segment(code, left)
+                return ValueTest(f'({expression})', ast.literal_eval(right))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        pass
+    return AssertTest(code)
 
 
 def last_program(response: str) -> str | None:
@@ -171,7 +225,8 @@ def grade_code(
         response: what the policy wrote.
         answer: see `parse_tests`.
         sandbox: where to run it.
-        program_seconds: for all tests together; those that have not begun by then count as failed.
+        program_seconds: for all tests together, from the start of the sandbox; those that have not begun by then count
+            as failed.
         max_tests: of which at most so many are run, the first.
         partial: the reward is the share of tests that passed, and not 1.0 for all and else 0.0.
 
@@ -188,8 +243,15 @@ def grade_code(
     except UnicodeEncodeError:
         return CodeGrade(0.0, 0, len(tests), 'not a text that UTF-8 can hold')
     passed, reasons = 0, []
-    end = time.monotonic() + program_seconds
-    with closing(sandbox.run(test.case(program) for test in tests)) as runs:
+    end = math.inf
+
+    def cases() -> Iterator[tuple[str, str]]:
+        nonlocal end
+        end = time.monotonic() + program_seconds  # the sandbox has started: how long that took is no fault of a program
+        for test in tests:
+            yield test.case(program)
+
+    with closing(sandbox.run(cases())) as runs:
         for test, run in zip(tests, chain(runs, [None]), strict=False):
             reason = 'the sandbox ended' if run is None else _why_not(test, run)
             if reason:
@@ -265,7 +327,7 @@ def _lines(value: object) -> str:
 
 def _arguments(value: object) -> list:
     if isinstance(value, str):
-        return [_value(line) for line in value.split('\n')] if value else []
+        return [_value(line) for line in value.removesuffix('\n').split('\n')] if value else []
     return value if isinstance(value, list) else [value]
 
 

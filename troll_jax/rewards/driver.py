@@ -2,7 +2,8 @@
 
 A bare interpreter gets this file as text (`python -I -S -c`), so it uses the standard library alone and little of it. A
 program is then a fork of it. It knows no expected output, so that whoever takes it over can only say what a program
-could have printed anyway.
+could have printed anyway. The exception are asserts that `rewards.code` cannot compare outside (`AssertTest`): they are
+part of the source, and a program can read in its own process all that is there, whatever the driver did to hide it.
 
 In bubblewrap's sandbox it is the init process: what a program leaves running is killed when the program has ended.
 

@@ -29,6 +29,7 @@ from typing import NamedTuple, Protocol
 
 from troll_jax.rewards.worker import CannotGrade
 
+_START_LIMIT = 30.0  # seconds until a sandbox that has not started is an error, which no program is to blame for
 _GRACE = 3.0  # seconds past the time limit that the inside of a sandbox has to say so
 _SERVICE_GRACE = 10.0  # the same for a service: queues and networks
 _LARGEST_REPLY = 2**28  # bytes of a service's reply
@@ -36,7 +37,12 @@ _LARGEST_REPLY = 2**28  # bytes of a service's reply
 # those of a sandbox that has just been killed for some milliseconds more.
 _FIRST_USER = 2**31
 _sandboxes = count()
-_REFUSED_CASES = (400, 413, 422)  # HTTP: what is wrong is in the case, so a program must not stop a run with it
+_REFUSED_CASES = (400, 413, 422)  # HTTP: what is wrong may be in the case, and a program must not stop a run with it
+_KNOWN = ('print(input())', 'ready'), 'ready'  # a case, and what it prints
+_SERVICE_ADVICE = (
+    'Is the service up, of the protocol of SandboxFusion, and large enough for all workers? Look at its log, restart '
+    'it, or change SandboxFusion.url.'
+)
 
 
 class Run(NamedTuple):
@@ -51,13 +57,15 @@ class Sandbox(Protocol):
     """Something that runs Python programs. Workers get it pickled."""
 
     longest_case: float
-    """Seconds after which `run` has said something about a case in any event."""
+    """Seconds after which `run` has said something about a case in any event, the start of the sandbox included."""
 
     def check(self) -> None:
         """Raises a `CannotGrade` that says what to do if programs cannot be run."""
 
     def run(self, cases: Iterable[tuple[str, str]]) -> Iterator[Run]:
         """Runs (source, standard input) one after another, each when its result is asked for.
+
+        The first case is taken from `cases` when the sandbox has started.
 
         May end early, if a program took the sandbox down. Close the iterator to end what still runs.
 
@@ -79,7 +87,7 @@ class _Limits:
 
     @property
     def longest_case(self) -> float:
-        return self.case_seconds + 2 * _GRACE
+        return _START_LIMIT + self.case_seconds + _GRACE + 1.0  # that said what went wrong
 
     def _driver(self, processes: int, user: int) -> list[str]:
         """The command of a driver, with its limits."""
@@ -182,7 +190,8 @@ class SandboxFusion:
         url: of the service, without /run_code.
         case_seconds: that one case may take.
         memory_gb: that one case may take.
-        attempts: per case, until a service that does not answer ends the run.
+        attempts: per case, until a service that does not answer ends the run. If it answers that it failed, or refuses
+            a program, it is asked for a program that cannot fail: is it the service or the program?
     """
 
     url: str
@@ -199,35 +208,48 @@ class SandboxFusion:
     @property
     def longest_case(self) -> float:
         pauses = sum(map(_pause, range(self.attempts - 1)))
-        return self.attempts * (self.case_seconds + _SERVICE_GRACE) + pauses + _GRACE
+        return 2 * (self.attempts * (self.case_seconds + _SERVICE_GRACE) + pauses) + _GRACE
 
     def check(self) -> None:
         _check(self, 'Is the service up, and the URL right?')
 
     def run(self, cases: Iterable[tuple[str, str]]) -> Iterator[Run]:
-        for source, given in cases:
-            for attempt in range(self.attempts):
-                last = attempt == self.attempts - 1
-                try:
-                    run = _read_reply(self._post(source, given))
-                except urllib.error.HTTPError as error:
-                    if error.code in _REFUSED_CASES:
-                        run = Run('failed', '', f'refused with HTTP {error.code}')
-                    elif last or error.code < 500 and error.code not in (408, 429):
-                        raise CannotGrade(f'{self.url} answered {error}') from error
-                    else:
-                        run = None
-                except (OSError, HTTPException, ValueError) as error:
-                    if last:
-                        raise CannotGrade(
-                            f'{self.url} did not answer {self.attempts} times, the last time with '
-                            f'{type(error).__name__}: {error}. Is the service up, and large enough for all workers?'
-                        ) from error
-                    run = None
-                if run is not None and (last or run.status != 'sandbox error'):
-                    break
-                time.sleep(_pause(attempt))
-            yield run._replace(status='failed') if run.status == 'sandbox error' else run
+        for case in cases:
+            run = self._ask(*case)
+            if run.status in ('sandbox error', 'refused'):
+                known = self._ask(*_KNOWN[0])
+                if not _is_known(known):
+                    raise CannotGrade(
+                        f'{self.url} answered {self.attempts} times: {run.detail}. It does not run print(input()) '
+                        f'either: {known}. {_SERVICE_ADVICE}'
+                    )
+                run = run._replace(status='failed')
+            yield run
+
+    def _ask(self, source: str, given: str) -> Run:
+        """What the service says of a case; its status may also be 'sandbox error' or 'refused'."""
+        for attempt in range(self.attempts):
+            last = attempt == self.attempts - 1
+            try:
+                reply = self._post(source, given)
+                if len(reply) == _LARGEST_REPLY:
+                    return Run('output', '', 'wrote too much')
+                run = _read_reply(reply)
+                if last or run.status != 'sandbox error':
+                    return run
+            except urllib.error.HTTPError as error:
+                if error.code in _REFUSED_CASES:
+                    return Run('refused', '', f'refused with HTTP {error.code}')
+                if last or error.code < 500 and error.code not in (408, 429):
+                    raise CannotGrade(f'{self.url} answered {error}. {_SERVICE_ADVICE}') from error
+            except (OSError, HTTPException, ValueError) as error:
+                if last:
+                    raise CannotGrade(
+                        f'{self.url} did not answer {self.attempts} times, the last time with '
+                        f'{type(error).__name__}: {error}. {_SERVICE_ADVICE}'
+                    ) from error
+            time.sleep(_pause(attempt))
+        raise AssertionError('the last attempt returns or raises')
 
     def _post(self, source: str, given: str) -> bytes:
         request = {
@@ -241,9 +263,15 @@ class SandboxFusion:
         message = urllib.request.Request(
             f'{self.url.rstrip("/")}/run_code', json.dumps(request).encode(), {'Content-Type': 'application/json'}
         )
-        # The timeout is of single reads; a service that sends byte after byte is for the pool's deadline to end.
-        with urllib.request.urlopen(message, timeout=self.case_seconds + _SERVICE_GRACE) as reply:
-            return reply.read(_LARGEST_REPLY)
+        limit = self.case_seconds + _SERVICE_GRACE
+        end = time.monotonic() + limit
+        content = bytearray()
+        with urllib.request.urlopen(message, timeout=limit) as reply:
+            while len(content) < _LARGEST_REPLY and (chunk := reply.read1(2**20)):
+                content += chunk
+                if time.monotonic() > end:  # the timeout above is of single reads
+                    raise TimeoutError(f'the reply did not end within {limit} s')
+        return bytes(content[:_LARGEST_REPLY])
 
 
 def _pause(attempt: int) -> float:
@@ -260,6 +288,8 @@ def _read_reply(reply: bytes) -> Run:
             raise ValueError(f'status {body["status"]!r}')
         result = body['run_result'] or body['compile_result']
         output, detail = result.get('stdout') or '', _last_line(result.get('stderr') or '')
+        if result['status'] == 'Error':  # of what runs programs, not of a program
+            return Run('sandbox error', '', f'error of the sandbox: {detail}')
         if result['status'] == 'TimeLimitExceeded':
             return Run('timeout', output, detail)
         if result['status'] == 'Finished' and result['return_code'] == 0 and body['status'] == 'Success':
@@ -272,7 +302,7 @@ def _read_reply(reply: bytes) -> Run:
 
 
 def _check(sandbox: Sandbox, advice: str) -> None:
-    runs = sandbox.run([('print(input())', 'ready')])
+    runs = sandbox.run([_KNOWN[0]])
     try:
         run = next(runs)
     except (CannotGrade, StopIteration) as error:
@@ -282,8 +312,13 @@ def _check(sandbox: Sandbox, advice: str) -> None:
         ) from error
     finally:
         runs.close()
-    if run.status != 'finished' or run.output.strip() != 'ready':
+    if not _is_known(run):
         raise CannotGrade(f'{sandbox} was given print(input()) and "ready" to run, and came back with {run}. {advice}')
+
+
+def _is_known(run: Run) -> bool:
+    """Whether a run is the right one of the case that every sandbox can run."""
+    return run.status == 'finished' and run.output.strip() == _KNOWN[1]
 
 
 def _drive(command: list[str], cases: Iterable[tuple[str, str]], limits: _Limits, folder: str | None = None):
@@ -303,11 +338,13 @@ def _drive(command: list[str], cases: Iterable[tuple[str, str]], limits: _Limits
     with process:  # waits for its end, and closes the pipes
         try:
             try:
-                _read(process.stdout, 5, time.monotonic() + 10 * _GRACE)
+                _read(process.stdout, 5, time.monotonic() + _START_LIMIT)
             except (EOFError, TimeoutError) as error:
                 process.kill()
-                said = process.stderr.read(2000).decode(errors='replace').strip()
-                raise CannotGrade(f'{command[0]!r} did not start a program: {said or error}') from error
+                raise CannotGrade(
+                    f'{command[0]!r} did not start a program: {_said(process.stderr) or error} (limit: '
+                    f'{_START_LIMIT} s). Is the machine overloaded, or out of memory or processes?'
+                ) from error
             for source, given in cases:
                 end = time.monotonic() + limits.case_seconds + _GRACE
                 try:
@@ -363,6 +400,13 @@ def _read(pipe, size: int, end: float) -> bytes:
             raise EOFError('it ended')
         content += chunk
     return bytes(content)
+
+
+def _said(pipe) -> str:
+    """What stands in a pipe, without waiting for its end: somebody who was left behind may hold the other one."""
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN)
+    return os.read(pipe.fileno(), 2000).decode(errors='replace').strip() if poll.poll(500) else ''
 
 
 def _write(pipe, content: bytes) -> None:

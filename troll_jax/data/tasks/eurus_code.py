@@ -22,7 +22,7 @@ _logger = logging.getLogger(__name__)
 class EurusCode:
     """Programming problems; a response's last ```python block is run on the problem's tests.
 
-    Making one runs a program in its sandbox, so that a run without a sandbox ends before anything is loaded.
+    Loading its rows runs a program in the sandbox first, so that a run without one ends before weights are loaded.
 
     Args:
         source: as in `load_rows`, in verl's schema with the columns `prompt` (list of {role, content}), `ability` (rows
@@ -35,7 +35,6 @@ class EurusCode:
 
     Raises:
         ValueError: a limit that is not positive.
-        CannotGrade: programs cannot be run in the sandbox, with what to do.
     """
 
     source: str = 'PRIME-RL/Eurus-2-RL-Data'
@@ -50,7 +49,6 @@ class EurusCode:
             raise ValueError(f'program_seconds is {self.program_seconds}; expected a finite number above zero.')
         if self.max_tests is not None and self.max_tests < 1:
             raise ValueError(f'max_tests is {self.max_tests}; expected at least 1, or None for all.')
-        self.sandbox.check()
 
     @property
     def deadline(self) -> float:
@@ -64,9 +62,11 @@ class EurusCode:
 
         Raises:
             ValueError: missing files or columns, an empty split, no row of code, or none with tests that can be read.
+            CannotGrade: programs cannot be run in the sandbox, with what to do.
         """
         from datasets import Dataset
 
+        self.sandbox.check()
         rows = load_rows(self.source, split, test_split=self.test_split)
         where = lambda row: locate(self.source, split, row, test_split=self.test_split)
         check_columns(rows, ('prompt', 'ability', 'reward_model'), where(0))

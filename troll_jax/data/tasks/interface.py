@@ -7,12 +7,15 @@ import os
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
+from troll_jax.hub import is_path, what_is_there
+
 if TYPE_CHECKING:
     # `datasets` takes seconds to import, and grading workers import this module without ever loading data.
     from datasets import Dataset
 
 SPLITS = ('train', 'test')
 _BUILDERS = {'.parquet': 'parquet', '.jsonl': 'json'}
+_OTHER_FILES = ('.json', '.csv', '.tsv', '.txt', '.arrow', '.gz', '.zst')  # no hub ids end so
 
 
 class Task(Protocol):
@@ -54,6 +57,7 @@ def load_rows(source: str, split: str, *, config: str | None = None, test_split:
     name = test_split if split == 'test' else split
     source = os.path.expanduser(source)
     files = _local_files(source, name)
+    owner_and_name = '/'.join(source.split('/')[:2])
     import datasets
 
     try:
@@ -61,7 +65,7 @@ def load_rows(source: str, split: str, *, config: str | None = None, test_split:
             builder = _BUILDERS[os.path.splitext(files[0])[1]]
             rows = datasets.load_dataset(builder, data_files={name: files}, split=name)
         else:
-            owner_and_name, folder = '/'.join(source.split('/')[:2]), '/'.join(source.split('/')[2:])
+            folder = '/'.join(source.split('/')[2:])
             rows = datasets.load_dataset(owner_and_name, config, data_dir=folder or None, split=name)
         rows.data.validate(full=True)  # or text that is not UTF-8 is an error wherever it is read first
         return rows
@@ -69,6 +73,7 @@ def load_rows(source: str, split: str, *, config: str | None = None, test_split:
         while files and error.__cause__ is not None:  # of a file the first cause tells what is wrong with it
             error = error.__cause__
         where = f'the files {files}' if files else f'{source!r}, which is no folder here (looked in {os.getcwd()}),'
+        where += '' if files else _files_on_hub(owner_and_name)
         raise ValueError(
             f'Split {name!r} of {where} cannot be read or is empty ({type(error).__name__}: {error}). Expected a '
             f'folder with {name}*.parquet or {name}*.jsonl files that have rows, in UTF-8, a path with {{split}} in '
@@ -119,6 +124,17 @@ def as_messages(question: str, instruction: str | None, system_prompt: str | Non
     return [*system, {'role': 'user', 'content': content}]
 
 
+def _files_on_hub(dataset: str) -> str:
+    """For an error: the files of a data set on the hub, whose layout may be another one than was taken for granted."""
+    import huggingface_hub
+
+    try:
+        files = huggingface_hub.HfApi().list_repo_files(dataset, repo_type='dataset')
+    except Exception:  # of many kinds: no network, no such id; then there is nothing to add
+        return ''
+    return f' and has the files {sorted(files)[:50]} on the hub,'
+
+
 def _local_files(source: str, split: str) -> list[str]:
     """The split's files or URLs; an empty list if `source` does not look like a path, and so is an id on the hub."""
     suffixes = ' or '.join(_BUILDERS)
@@ -135,14 +151,18 @@ def _local_files(source: str, split: str) -> list[str]:
             f'{source!r} names the same files for training and testing; write {{split}} where their names differ, '
             'e.g. data/gsm8k_{split}.jsonl, or give the folder.'
         )
-    elif source.startswith(('/', './', '../')):
-        raise ValueError(f'The folder {source!r} does not exist; expected one with {split}* files ({suffixes}).')
+    elif is_path(source) or source.endswith(_OTHER_FILES):
+        raise ValueError(
+            f'The folder {source!r} does not exist; expected one with {split}* files ({suffixes}). '
+            f'{what_is_there(source)}.'
+        )
     else:
         return []
     files = sorted(name for name in glob.glob(pattern) if name.endswith(tuple(_BUILDERS)))
     if not files:
         raise ValueError(
-            f'No file matches {pattern!r} with suffix {suffixes}; add one, or change the source {source!r}.'
+            f'No file matches {pattern!r} with suffix {suffixes}; {what_is_there(os.path.dirname(pattern))}. Add one, '
+            f'or change the source {source!r} or what it calls this split (test_split).'
         )
     kinds = {os.path.splitext(name)[1] for name in files}
     if len(kinds) > 1:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 INSTRUCTION = 'Reason step by step, and write the final answer in \\boxed{}.'
 
 BENCHMARKS = {
-    'MATH500': r'^math.?500',
+    'MATH500': r'(^|/)math.?500',  # not another set's Minerva_MATH500
     'AMC': r'amc',
     'AIME24': r'aime.*24',
     'AIME25': r'aime.*25',
@@ -45,7 +45,7 @@ class MathProblems:
         instruction: stands under the question of such data; prompts in verl's schema are complete. None for none.
         system_prompt: content of the system message, instead of the data's own; '' for none, None for the data's.
         ability: only rows of this `ability` (verl's schema); None for all.
-        data_source: only rows in whose `data_source` this regular expression is found, in any case; None for all.
+        data_source: only rows in whose `data_source` this regular expression is found, in any case; None or '' for all.
         places: where the final answer is taken from, see `rewards.answers.find_answer`.
         deadline: seconds that one grading may take.
     """
@@ -107,7 +107,11 @@ class MathProblems:
 
 @dataclass(frozen=True)
 class DAPOMath(MathProblems):
-    """DAPO-Math (Yu et al. 2025, arXiv 2503.14476) as the TROLL paper prepared it: 16,893 train, 1,024 held out."""
+    """DAPO-Math (Yu et al. 2025, arXiv 2503.14476) as the TROLL paper prepared it: 16,893 train, 1,024 held out.
+
+    Assumed, as the repository could not be looked at: its folder `dapo` has the splits train and test, as parquet in
+    verl's schema. If it has not, the error lists what is there; then bind `source` and `test_split`.
+    """
 
     source: str = 'philippbecker/troll_data/dapo'
 
@@ -126,8 +130,14 @@ class MathEval(MathProblems):
     """One benchmark of MATH-Eval, for evaluation. The TROLL paper takes the mean of 32 samples for AMC, AIME24 and
     AIME25, and one sample for the rest.
 
+    Assumed, as the repository could not be looked at: its folder `math_eval` has one split, test, as parquet in verl's
+    schema, with the rows of all benchmarks, which `data_source` tells apart. If it is laid out otherwise, the errors
+    list files, columns or values of `data_source`; then these can be bound of single benchmarks, as in
+    `AMC.source = 'owner/name/amc'` and `AMC.data_source = ''`.
+
     Args:
         benchmark: a name in `BENCHMARKS`.
+        data_source: None for what `BENCHMARKS` has for the benchmark, '' for all rows.
     """
 
     source: str = 'philippbecker/troll_data/math_eval'

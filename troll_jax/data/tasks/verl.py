@@ -36,7 +36,7 @@ def read_verl(
         rows: in verl's schema.
         locate: of a row's number, says for errors where it is.
         ability: only rows of this `ability`, such as 'math' or 'code'; None for all.
-        data_source: only rows in whose `data_source` this regular expression is found, in any case; None for all.
+        data_source: only rows in whose `data_source` this regular expression is found, in any case; None or '' for all.
         system_prompt: takes the place of the rows' system messages, or is put first; '' removes them; None keeps them.
 
     Raises:
@@ -47,12 +47,12 @@ def read_verl(
         ('ability', ability, lambda value: value == ability),
         ('data_source', data_source, lambda value: re.search(data_source, str(value), re.IGNORECASE)),
     ):
-        if wanted is None:
+        if not wanted:
             continue
         if column not in rows.column_names:
             raise ValueError(
                 f'{locate(0)} has no column {column!r}, by which {wanted!r} is to be chosen; got {rows.column_names}. '
-                f'Add it, or set {column} = None for all rows.'
+                f"Add it, or set {column} = '' for all rows."
             )
         values = rows[column][:]
         chosen = [row for row in chosen if fits(values[row])]
