@@ -280,7 +280,11 @@ OTHER = [str(CONFIG), *SMALL, "Experiment.model = 'model'", "train.run_dir = 'ne
         ('train', [*OTHER, 'Experiment.validation = []'], 'expected at least one'),
         ('train', [*OTHER, 'train.rewards = []'], 'expected at least one'),
         ('evaluate', ['empty'], 'neither a run .*nor a model'),
-        ('evaluate', ['model'], 'Experiment needs Experiment.max_prompt_length, .* bind each, or add a gin file'),
+        (
+            'evaluate',
+            ['model', str(MODEL)],
+            'Experiment needs Experiment.max_prompt_length, .* bind each, or add a gin file',
+        ),
         ('evaluate', ['run'], "'run/model' is not a folder"),
         ('evaluate', ['model', *OTHER[:-2], "evaluation.folder = 'file'"], "another folder: 'file'"),
         ('evaluate', ['model', *OTHER[:-2], '--step', '5'], 'has no checkpoint of step 5; leave --step out'),
