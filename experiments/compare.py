@@ -30,6 +30,7 @@ from scipy import stats
 
 import experiments.train  # noqa: F401  registers `train`, whose bindings the files of methods set
 from experiments import quickstart
+from experiments.command import run_command
 from experiments.config import Experiment, parse
 from troll_jax.collect import make_collector
 from troll_jax.evaluate import evaluate, success
@@ -305,6 +306,8 @@ def main() -> None:
     if not arguments.only_draw:
         run_all(arguments.folder, arguments.methods, arguments.seeds)
     rows = read_results(arguments.folder / 'results.jsonl')
+    if not rows:
+        raise ValueError(f'no runs in {arguments.folder}/results.jsonl; leave out --only-draw, or change --folder')
     figure = draw(rows)
     figure.savefig(arguments.folder / 'comparison.png', dpi=90)
     plt.close(figure)
@@ -313,4 +316,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from experiments.command import run_command
 from troll_jax.evaluate import Estimate, estimate, is_correct
 
 # What experiments.evaluate names a set's files: options that are not as by default stand at the end.
@@ -25,10 +26,21 @@ _NAME = re.compile(r'(?P<set>[\w-]+?)_(?P<samples>\d+)(?P<options>(_(temperature
 
 
 def read_success(file: Path) -> tuple[list[str], np.ndarray]:
-    """The reference answers of the problems, and of each the share of correct samples [n]."""
+    """The reference answers of the problems, and of each the share of correct samples [n].
+
+    Raises:
+      ValueError: a file that experiments.evaluate did not write, or not to its end.
+    """
     with file.open(encoding='utf-8') as lines:  # not splitlines, which ends a line at characters that models write
-        rows = [json.loads(line) for line in lines]
-    return [row['answer'] for row in rows], np.array([is_correct(np.array(row['rewards'])).mean() for row in rows])
+        try:
+            rows = [json.loads(line) for line in lines]
+            success = [is_correct(np.array(row['rewards'])).mean() for row in rows]
+            answers = [row['answer'] for row in rows]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{file} is damaged ({error!r}); expected what experiments.evaluate wrote') from error
+    if not rows:
+        raise ValueError(f'{file} is empty; expected what experiments.evaluate wrote')
+    return answers, np.array(success)
 
 
 def find_responses(path: Path, step: int | None = None) -> dict[str, Path]:
@@ -145,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -10,7 +10,8 @@ import inspect
 import logging
 import re
 import signal
-from collections.abc import Sequence
+import tokenize
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import gin
 import jax
 from transformers import PreTrainedTokenizerBase
 
+from experiments.bindings import check_types, parameters
 from troll_jax.critic import Critic
 from troll_jax.data.prompts import PromptSet, encode_prompts
 from troll_jax.data.tasks import Task
@@ -41,13 +43,15 @@ CONFIG_HELP = 'a gin file; more of them may follow, such as those of configs/obj
 _PEER_TIMEOUT = 30  # seconds without a sign of life after which another process counts as dead
 
 _registered: dict[str, list[str]] = {}  # names of what gin files can name, with those of their parameters
+_targets: dict[str, Callable] = {}  # what these names stand for
 _command_line: list[str] = []  # the bindings that `parse` was given last
 
 
 def register(target, fixed: Sequence[str] = (), name: str | None = None):
     """Makes a function or class known to gin under its own or another name. `fixed` parameters cannot be bound."""
     name = name or target.__name__
-    _registered[name] = [parameter for parameter in inspect.signature(target).parameters if parameter not in fixed]
+    _targets[name] = target
+    _registered[name] = [found.name for found in parameters(target) if found.name not in fixed]
     configurable = gin.external_configurable(target, name=name, module='troll_jax', denylist=list(fixed) or None)
     if inspect.isclass(target):  # whose parameters would be *args, **kwargs: gin would take any binding of what uses it
         configurable.__signature__ = inspect.signature(target)
@@ -150,6 +154,9 @@ class Experiment:
     validation: Sequence[tuple[str, Task, int]] | None = None
 
     def __post_init__(self):
+        for name in ('max_prompt_length', 'max_response_length'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name} is {getattr(self, name)}; expected at least 1 token')
         if self.mesh is None:
             object.__setattr__(self, 'mesh', make_mesh())
         if self.validation is None:
@@ -280,21 +287,26 @@ def parse(files: Sequence[str | Path], bindings: Sequence[str] = ()) -> None:
     Files that are included are looked for in the working folder and next to this package.
 
     Raises:
-      ValueError: a file, name or parameter that does not exist, with the nearest that does; a macro that nothing uses.
+      ValueError: a file, name or parameter that does not exist, with the nearest that does; a macro that nothing uses;
+        a value that is not of its parameter's type.
     """
     _command_line[:] = bindings
     for file in files:
         if not Path(file).is_file():
             raise ValueError(f'no configuration file {str(file)!r}')
-    try:
-        gin.parse_config_files_and_bindings([str(file) for file in files], list(bindings))
-    except (ValueError, SyntaxError, OSError) as error:
-        raise ValueError(f'{str(error).strip()}{_nearest(str(error))}') from None
+    reads = [(str(file), partial(gin.parse_config_file, str(file))) for file in files]
+    reads += [(repr(binding), partial(gin.parse_config, binding)) for binding in bindings]
+    for where, read in [*reads, ('the configuration', gin.finalize)]:
+        try:
+            read()
+        except Exception as error:  # of many kinds: Python's own tokenizer and parser read these files
+            raise ValueError(f'{where}: {_explain(error)}') from error
     _check_macros(gin.config_str())
     if scoped := re.search(r'^\s*([\w./]+/[\w.]+) =', gin.config_str(), re.MULTILINE):
         raise ValueError(
             f'{scoped[1]!r} binds within a scope, and nothing here uses scopes; leave out what is before the /'
         )
+    check_types(_targets)
 
 
 def checkpoint_folder(run_dir: str | Path) -> str:
@@ -329,6 +341,16 @@ def _check_macros(config: str) -> None:
             near = difflib.get_close_matches(macro, [name for name, _ in known], n=1, cutoff=0.0)[0]
             meant = ' or '.join(repr(full) for name, full in known if name == near)
             raise ValueError(f'nothing uses the macro {macro!r}.\nDid you mean {meant}?')
+
+
+def _explain(error: Exception) -> str:
+    """What is wrong with a configuration that gin refuses, and what to do."""
+    message = str(error).strip()
+    if macro := re.search(r"No bindings specified for '([^']+)/gin.macro'", message):
+        return f'nothing defines the macro %{macro[1]}; expected a line {macro[1]} = value'
+    if isinstance(error, (SyntaxError, tokenize.TokenError, UnicodeError)) or 'Failed to parse token' in message:
+        return f'cannot be read ({message}); expected name.parameter = value, and text in quotes'
+    return f'{message}{_nearest(message)}'
 
 
 def _nearest(message: str) -> str:

@@ -27,6 +27,7 @@ import numpy as np
 from etils import epath
 
 import experiments.train  # noqa: F401  registers what a run's config.gin binds
+from experiments.command import run_command
 from experiments.config import (
     Experiment,
     begin,
@@ -37,6 +38,7 @@ from experiments.config import (
     parse,
     register,
 )
+from experiments.run_folder import check_writable
 from experiments.validation import make_validation
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet
@@ -137,6 +139,8 @@ def evaluation(
     if slots is None:
         of_a_step = training.get('prompts_per_step', 0) * training.get('samples_per_prompt', 0)
         slots = training.get('slots') or of_a_step or SLOTS * experiment.mesh.size
+    out = found.run_dir or f'runs/evaluation_{found.name}' if folder is None else folder
+    check_writable(out)
     temperature_of = lambda samples: float(samples > 1) if temperature is None else temperature
 
     def sampler_of(samples: int):
@@ -170,7 +174,6 @@ def evaluation(
                 step = checkpoints.steps[-1] if step is None else step
                 params = checkpoints.restore_params(decoders.abstract(config, experiment.mesh)[1], step)
 
-        out = Path(folder) if folder else found.run_dir or Path(f'runs/evaluation_{found.name}')
         # What is not as by default is part of a file's name, so that one evaluation does not overwrite another.
         options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
         usual = {'temperature': None, 'top_k': None, 'top_p': None, 'seed': 0}
@@ -183,7 +186,7 @@ def evaluation(
                 name = 'train' if name == 'test' else f'{name}_train'
             settings = options | {'temperature': temperature_of(samples)}
             summaries[name] = {'step': step, 'set': name, 'split': split} | settings | summarise(result)
-            write(out, f'{step}_{name}_{samples}{special}', summaries[name], result, prompts)
+            write(Path(out), f'{step}_{name}_{samples}{special}', summaries[name], result, prompts)
 
         results = validate(params, jax.random.key(seed), done=done)
     if len(summaries) > 1:
@@ -191,7 +194,7 @@ def evaluation(
         common = {'split': split, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
         summaries['mean'] = {'step': step, 'sets': list(summaries), 'success': mean._asdict()} | common
         write(
-            out,
+            Path(out),
             f'{step}_mean{"" if split == "test" else f"_{split}"}'
             f'{"" if samples_per_prompt is None else f"_{samples_per_prompt}"}{special}',
             summaries['mean'],
@@ -278,4 +281,4 @@ def show(summaries: dict[str, dict]) -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import experiments.train  # noqa: F401  registers what a run's config.gin binds
+from experiments.command import run_command
 from experiments.config import checkpoint_folder, parse
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.models import decoder as decoders
@@ -50,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

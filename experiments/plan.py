@@ -28,6 +28,7 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
+from experiments.command import run_command  # noqa: E402
 from experiments.config import CONFIG_HELP, Experiment, files_and_bindings, parse  # noqa: E402
 from experiments.train import check_sizes, train  # noqa: E402
 from troll_jax.learn import make_learner  # noqa: E402
@@ -266,4 +267,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
 
+from experiments.command import run_command  # noqa: E402
 from troll_jax.metrics import read_metrics  # noqa: E402
 
 # Per panel: title, whether its axis is logarithmic, and metric → style of its line.
@@ -60,9 +61,13 @@ def main() -> None:
     parser.add_argument('run_dirs', nargs='+', help='folders of runs')
     parser.add_argument('--output', default='curves.png')
     arguments = parser.parse_args()
-    plot_runs({run: read_metrics(Path(run) / 'metrics.jsonl') for run in arguments.run_dirs}, arguments.output)
+    runs = {run: read_metrics(Path(run) / 'metrics.jsonl') for run in arguments.run_dirs}
+    for run, rows in runs.items():
+        if not rows:
+            raise ValueError(f'{run}/metrics.jsonl has no whole line; expected the folder of a run that took a step')
+    plot_runs(runs, arguments.output)
     print(f'wrote {arguments.output}')
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from experiments.command import run_command
 from experiments.plot import plot_runs
 from troll_jax.metrics import read_metrics
 
@@ -25,12 +26,13 @@ SAMPLES = 8  # per held-out problem
 
 
 def run(*command: str) -> float:
-    """Runs a module of this repository and returns the seconds it took."""
+    """Runs a module of this repository and returns the seconds it took. If it fails, this ends with its status."""
     print(f'\n$ python -m {shlex.join(command)}', flush=True)
     start = time.perf_counter()
     # The commands share most of their programs; what one has compiled need not be compiled again by the next.
     defaults = {'JAX_COMPILATION_CACHE_DIR': os.path.abspath('.jax_cache'), 'JAX_PLATFORMS': 'cpu'}
-    subprocess.run([sys.executable, '-m', *command], check=True, env=defaults | os.environ)
+    if status := subprocess.run([sys.executable, '-m', *command], env=defaults | os.environ).returncode:
+        sys.exit(status)  # its own words are above
     return time.perf_counter() - start
 
 
@@ -108,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

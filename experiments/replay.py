@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.command import run_command
 from experiments.config import Experiment, begin, checkpoint_folder, command_line, parse
 from experiments.replay_report import plot, report
 from experiments.run_folder import restore_or_start
@@ -374,4 +375,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

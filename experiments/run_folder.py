@@ -8,7 +8,8 @@ import logging
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,19 +116,40 @@ def check_setup(checkpoints: Checkpoints, new: dict[str, dict], on_change: str) 
 
 
 def check_writable(folder: str | Path) -> None:
-    """Makes a folder if need be. Raises an OSError, which names it, if nothing can be written there."""
+    """Leaves nothing behind: a folder that does not exist is made later, and the nearest above it is tried.
+
+    Raises:
+      ValueError: no name.
+      OSError: nothing can be written there.
+    """
+    if not str(folder):
+        raise ValueError("got '' for a folder to write to; expected a name. Bind one, '.' is the working folder")
+    folder = Path(folder)
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there) as file:
             file.write(b'.')
             file.flush()
     except OSError as error:
         raise OSError(
             error.errno,
-            f'{error.strerror}: the run keeps its files there. Make it writable, or bind train.run_dir to '
-            'another folder',
+            f'{error.strerror}: files are to be written there. Make it writable, or bind another folder',
             str(folder),
         ) from error
+
+
+@contextmanager
+def nothing_left_behind(folder: str | Path) -> Iterator[None]:
+    """Removes the folders that an error leaves empty: `folder`, its `checkpoints`, and those above that it made."""
+    folder = Path(folder)
+    made = [path for path in (folder / 'checkpoints', folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # what is not empty, and what another process has removed
+            for path in made:
+                path.rmdir()
+        raise
 
 
 def _replace(path: epath.Path, text: str) -> None:

@@ -23,8 +23,16 @@ import optax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from experiments.command import run_command
 from experiments.config import Experiment, check_bindings_used, parse_command_line, register
-from experiments.run_folder import check_setup, check_writable, describe_setup, restore_or_start, save_setup
+from experiments.run_folder import (
+    check_setup,
+    check_writable,
+    describe_setup,
+    nothing_left_behind,
+    restore_or_start,
+    save_setup,
+)
 from experiments.validation import make_validation, metrics_of
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.collect import make_collector
@@ -167,7 +175,7 @@ def train(
         | {'keep_checkpoints': keep_checkpoints, 'head_chunk': head_chunk, 'max_draws': max_draws}
         | ({} if profile_step is None else {'profile_step': profile_step}),
         at_least_zero={'evaluate_every': evaluate_every, 'table_every': table_every}
-        | {'save_rollout_every': save_rollout_every, 'max_skipped': max_skipped},
+        | {'save_rollout_every': save_rollout_every, 'max_skipped': max_skipped, 'seed': seed},
     )
     if max_draws > 1 and samples_per_prompt < 2:
         raise ValueError(
@@ -186,6 +194,8 @@ def train(
     is_first_process = jax.process_index() == 0
     if is_first_process:
         check_writable(run_dir)
+        if checkpoint_dir is not None and '://' not in checkpoint_dir:
+            check_writable(checkpoint_dir)
     tokenizer = experiment.load_tokenizer()
     config = experiment.decoder_config(tokenizer)
     prompts = experiment.load_prompts('train', tokenizer)
@@ -233,6 +243,7 @@ def train(
         mask_truncated=mask_truncated,
     )
     with (
+        nothing_left_behind(checkpoint_dir or run_dir),
         stop_on_signal() as stop,  # before the checkpoints, which are still written when the loop has ended
         jax.set_mesh(mesh),
         jax.debug_nans(debug_nans or jax.config.jax_debug_nans),
@@ -411,4 +422,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

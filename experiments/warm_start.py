@@ -17,7 +17,10 @@ import optax
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3Config
 
+from experiments.command import run_command
 from experiments.config import parse_command_line, register
+from experiments.run_folder import check_writable
+from experiments.train import check_limits
 from troll_jax.data.prompts import PromptSet, batch_indices, encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic, demonstration
 from troll_jax.data.tokenizer import character_tokenizer
@@ -70,8 +73,20 @@ def warm_start(
       seed: of weights, data order and demonstrations.
 
     Raises:
+      ValueError: a number that makes no sense.
       RuntimeError: the first part has not ended after `max_steps`.
     """
+    sizes = {'width': width, 'layers': layers, 'heads': heads, 'kv_heads': kv_heads, 'head_dim': head_dim}
+    check_limits(
+        above_zero=sizes
+        | {'mlp_width': mlp_width, 'batch': batch, 'learning_rate': learning_rate}
+        | {'max_steps': max_steps},
+        at_least_zero={'mixed_steps': mixed_steps, 'seed': seed},
+    )
+    for name, share in [('worked_share', worked_share), ('accuracy', accuracy)]:
+        if not 0 <= share <= 1:
+            raise ValueError(f'{name} is a share, from 0 to 1; got {share}')
+    check_writable(folder)
     tokenizer = character_tokenizer(CHARACTERS)
     prompt_room, response_room = 2 * task.operands, task.operands + 2
     hf_config = Qwen3Config(
@@ -187,4 +202,4 @@ def main() -> None:
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -51,7 +51,7 @@ def bound(*names: str) -> list:
         ("AMC.benchmark = 'MATH500'", r"'benchmark' is no setting of 'AMC'[\s\S]*Known: .*data_source, .*source"),
         ("MathEval.data_source = 'amc'", r"'data_source' is no setting of 'MathEval'"),
         ("MathEval.sorce = 'data'", r"Did you mean 'source'\?"),
-        ('train.steps = %steps', "No bindings specified for 'steps"),
+        ('train.steps = %steps', 'nothing defines the macro %steps'),
         ('train.steps = ', 'Unable to parse'),
         ('macro.steps = 3', "'macro' doesn't have a parameter named 'steps'"),
         ("include 'configs/no_such.gin'", 'Unable to open file: configs/no_such.gin'),

@@ -150,7 +150,10 @@ def test_methods_are_their_files_alone():
     against methods that differ in their data alone and would be computed twice.
     """
     files = [CONFIGS / 'quickstart.gin', CONFIGS / 'objectives/gspo.gin']
-    parse(files, ['train.tail_rule = @bucket_tail', 'train.regularisers = [@entropy_bonus]'])
+    parse(
+        files,
+        ['train.tail_rule = @bucket_tail', 'train.regularisers = [@entropy_bonus]', 'entropy_bonus.coefficient = 1'],
+    )
     methods = {method.name: method for method in find_methods(['clip', 'rloo', 'dr_grpo', 'gspo'], [])}
     assert [(name, method.same) for name, method in methods.items()] == [
         ('importance_weighted', ['rloo']),

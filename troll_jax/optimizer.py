@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+MU_DTYPES = ('float32', 'bfloat16', 'float16')
+
 
 def adamw(
     learning_rate: float = 1e-6,
@@ -26,7 +28,23 @@ def adamw(
       clip_norm: largest global norm of a gradient.
       mu_dtype: of the first moment, such as 'bfloat16' to save memory; that of the parameters if None.
       offload: keeps both moments in the host's memory between updates.
+
+    Raises:
+      ValueError: a number out of its range, or another type.
     """
+    at_least_zero = lambda x: x >= 0
+    for name, value, fits, expected in [
+        ('learning_rate', learning_rate, at_least_zero, 'at least 0'),
+        ('warmup_updates', warmup_updates, at_least_zero, 'at least 0'),
+        ('b1', b1, lambda x: 0 <= x < 1, 'at least 0 and below 1'),
+        ('b2', b2, lambda x: 0 <= x < 1, 'at least 0 and below 1'),
+        ('weight_decay', weight_decay, at_least_zero, 'at least 0'),
+        ('clip_norm', clip_norm, lambda x: x > 0, 'above 0'),
+        ('mu_dtype', mu_dtype, lambda x: x in (None, *MU_DTYPES), f'None or one of {MU_DTYPES}'),
+    ]:
+        # An array has no value yet where it is traced, as by optax.inject_hyperparams.
+        if not isinstance(value, jax.Array) and not fits(value):
+            raise ValueError(f'{name} of AdamW is {value!r}; expected {expected}')
     schedule = lambda done: learning_rate * jnp.minimum(1.0, (done + 1) / warmup_updates)
     optimizer = optax.chain(
         optax.clip_by_global_norm(clip_norm),

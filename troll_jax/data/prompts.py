@@ -63,8 +63,8 @@ def encode_prompts(
         long_prompts: 'drop' or 'cut'. One that is too long without any of the user's words is dropped in any case.
 
     Raises:
-        ValueError: no rows, a template argument that the template does not mention, an empty prompt, a doubled BOS,
-            every prompt is too long, or `long_prompts` is neither.
+        ValueError: no rows, a template or a tokenizer that fails, an argument that no template mentions, an empty
+            prompt, a doubled BOS, every prompt is too long, or `long_prompts` is neither.
     """
     if len(dataset) == 0:
         raise ValueError('The data set has no rows; expected at least one prompt. Check its source and split.')
@@ -75,13 +75,18 @@ def encode_prompts(
     if long_prompts not in ('drop', 'cut'):
         raise ValueError(f"long_prompts is {long_prompts!r}; expected 'drop' or 'cut'.")
 
-    template = _TODAY.sub(lambda call: repr(_DATE.strftime(call['format'])), tokenizer.get_chat_template())
-
     def render(conversations):
-        texts = tokenizer.apply_chat_template(
-            conversations, chat_template=template, tokenize=False, add_generation_prompt=True, **template_arguments
-        )
-        return texts, tokenizer(texts, add_special_tokens=False)['input_ids']
+        try:
+            template = _TODAY.sub(lambda call: repr(_DATE.strftime(call['format'])), tokenizer.get_chat_template())
+            texts = tokenizer.apply_chat_template(
+                conversations, chat_template=template, tokenize=False, add_generation_prompt=True, **template_arguments
+            )
+        except Exception as error:  # whatever a template does
+            raise ValueError(
+                f'The chat template fails on the prompts ({type(error).__name__}: {error}). Correct it, or set '
+                'chat_template_from to a model whose template fits.'
+            ) from error
+        return texts, _tokenize(texts, tokenizer)
 
     texts, encoded = render(list(dataset['messages']))
     lengths = np.array([len(ids) for ids in encoded], np.int32)
@@ -125,6 +130,19 @@ def encode_prompts(
         dropped=dropped,
         cut=cut,
     )
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    try:
+        return tokenizer(texts, add_special_tokens=False)['input_ids']
+    except Exception as error:  # of many kinds, such as a character that the vocabulary cannot spell
+        if len(texts) > 1:  # which text it is
+            for text in texts:
+                _tokenize([text], tokenizer)
+        raise ValueError(
+            f'The tokenizer fails on the prompt {texts[0][:120]!r} ({type(error).__name__}: {error}); expected text '
+            'that it has tokens for. Fix or drop that row, or use the tokenizer of another model.'
+        ) from error
 
 
 def _cut(messages: list[dict[str, str]], render: Callable, max_length: int) -> tuple[str, list[int]] | None:

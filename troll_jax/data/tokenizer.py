@@ -26,13 +26,12 @@ def load_tokenizer(model: str, *, chat_template_from: str | None = None) -> PreT
 
     Raises:
         FileNotFoundError: no such model.
-        ValueError: no chat template, no end-of-sequence token, or the borrowed one is not in the vocabulary.
+        ValueError: files that cannot be read, no chat template, no end-of-sequence token, or the borrowed one is not in
+            the vocabulary.
     """
-    with model_of_folder_or_hub(model):
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+    tokenizer = _from_pretrained(model)
     if chat_template_from is not None:
-        with model_of_folder_or_hub(chat_template_from):
-            donor = AutoTokenizer.from_pretrained(chat_template_from, trust_remote_code=False)
+        donor = _from_pretrained(chat_template_from)
         if donor.chat_template is None:
             raise ValueError(
                 f'{chat_template_from!r} has no chat template to lend; set chat_template_from to one that has.'
@@ -66,7 +65,10 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: str) -> tuple[int,
     found = {tokenizer.eos_token_id}
     for name in ('generation_config.json', 'config.json'):
         ids = _read_json(model, name).get('eos_token_id')
-        found.update(ids if isinstance(ids, list) else [ids])
+        ids = ids if isinstance(ids, list) else [ids]
+        if not all(i is None or (type(i) is int and i >= 0) for i in ids):
+            raise ValueError(f'eos_token_id in {name} of {model!r} is {ids}; expected ids, from 0. Correct that file.')
+        found.update(ids)
     found.discard(None)
     if not found:
         raise ValueError(
@@ -109,5 +111,24 @@ def _read_json(model: str, name: str) -> dict:
         path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
     if path is None:
         return {}
-    with open(path, encoding='utf-8') as file:
-        return json.load(file)
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+    except ValueError as error:
+        raise ValueError(f'{path} is damaged: {error}; copy or download it again') from error
+    if not isinstance(content, dict):
+        raise ValueError(f'{path} is damaged: got {str(content)[:80]!r}, expected an object; copy or download it again')
+    return content
+
+
+def _from_pretrained(model: str) -> PreTrainedTokenizerBase:
+    with model_of_folder_or_hub(model):
+        try:
+            return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+        except Exception as error:  # of many kinds: files are read as they come
+            if isinstance(error, OSError) and not os.path.isdir(model):
+                raise  # not on the hub
+            raise ValueError(
+                f'The tokenizer of {model!r} cannot be read ({type(error).__name__}: {error}); expected tokenizer.json '
+                'and tokenizer_config.json in Hugging Face format. Copy or download them again.'
+            ) from error

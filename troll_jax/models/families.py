@@ -1,5 +1,6 @@
 """What differs between the supported model families, as data: configs and names of tensors in checkpoints."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,9 +41,21 @@ class Family(NamedTuple):
     constants: tuple[Constant, ...] = ()
 
 
+_SIZES = (
+    *('vocab_size', 'hidden_size', 'num_hidden_layers', 'num_attention_heads', 'num_key_value_heads'),
+    *('intermediate_size', 'max_position_embeddings'),
+)
+
+
 def _sizes(hf: PretrainedConfig) -> dict[str, Any]:
     """The fields of DecoderConfig that all families name alike."""
     rope, scaling = hf.rope_parameters, None
+    numbers = {name: getattr(hf, name) for name in (*_SIZES, 'rms_norm_eps')} | {'rope_theta': rope['rope_theta']}
+    for name, value in numbers.items():
+        whole = name in _SIZES
+        if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < math.inf:
+            expected = f'a {"whole " if whole else "finite "}number above 0'
+            raise ValueError(f'{name} of the model is {value!r}; expected {expected}. Correct its config.json.')
     if rope['rope_type'] == 'llama3':
         scaling = RopeScaling(
             factor=float(rope['factor']),
@@ -170,7 +183,7 @@ def family(architectures: list[str] | None) -> Family:
     Raises:
       ValueError: it is not supported.
     """
-    if not architectures or architectures[0] not in FAMILIES:
+    if not isinstance(architectures, list) or architectures[:1] not in [[name] for name in FAMILIES]:
         raise ValueError(f'unsupported architecture: got {architectures}, expected one of {sorted(FAMILIES)}')
     return FAMILIES[architectures[0]]
 

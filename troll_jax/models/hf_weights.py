@@ -148,16 +148,28 @@ def _local_folder(model: str | Path, patterns: list[str]) -> Path:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
-        raise ValueError(f'{file} is damaged: {error}') from error
+        raise ValueError(f'{file} is damaged: {error}; copy or download it again') from error
+    if not isinstance(content, dict):
+        raise ValueError(f'{file} is damaged: got {str(content)[:80]!r}, expected an object; copy or download it again')
+    return content
 
 
 def _read_config(folder: Path) -> PretrainedConfig:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f'no {CONFIG} in {folder}; got {sorted(file.name for file in folder.iterdir())}')
-    family(_read_json(folder / CONFIG).get('architectures'))  # before transformers meets a model that it may not know
-    return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = _read_json(folder / CONFIG)
+    architectures, kind = config.get('architectures'), config.get('model_type')
+    family(architectures)  # before transformers meets a model that it may not know
+    if kind != (expected := architectures[0].removesuffix('ForCausalLM').lower()):
+        raise ValueError(f'{folder / CONFIG}: model_type is {kind!r}; expected {expected!r} with {architectures[0]}')
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of many kinds: each field has checks of its own
+        raise ValueError(
+            f'{folder / CONFIG} does not describe a {kind} model: {error} Correct it, or download it again.'
+        ) from error
 
 
 class _Stored(NamedTuple):
@@ -181,7 +193,10 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).is_file():
-        files = [folder / name for name in sorted(set(_read_json(folder / INDEX)['weight_map'].values()))]
+        names = _read_json(folder / INDEX).get('weight_map')
+        if not isinstance(names, dict) or not all(str(x).endswith('.safetensors') for x in names.values()):
+            raise ValueError(f'weight_map of {folder / INDEX} is {str(names)[:80]}; expected tensors → *.safetensors')
+        files = [folder / name for name in sorted(set(names.values()))]
     else:
         there = sorted(file.name for file in folder.iterdir())
         hint = '; only safetensors are read, convert the .bin files' if any(n.endswith('.bin') for n in there) else ''

@@ -22,8 +22,10 @@ def group_normalised(rewards: jax.Array, *, epsilon: float = 1e-6) -> jax.Array:
       epsilon: keeps a group whose rewards are all equal at zero.
 
     Raises:
-      ValueError: a group of one has no spread.
+      ValueError: a group of one has no spread, or `epsilon` is not positive.
     """
+    if not epsilon > 0:
+        raise ValueError(f'epsilon of group_normalised must be positive; got {epsilon}')
     return mean_centred(rewards) / (jnp.std(rewards, ddof=1) + epsilon)
 
 
@@ -113,7 +115,12 @@ def gae(rewards: jax.Array, values: jax.Array, *, gamma: float = 1.0, lam: float
 
     Returns:
       [T]
+
+    Raises:
+      ValueError: `gamma` or `lam` is not in [0, 1].
     """
+    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
+        raise ValueError(f'gamma and lam must be in [0, 1]; got gamma = {gamma} and lam = {lam}')
     chex.assert_rank([rewards, values], 1)
     chex.assert_equal_shape([rewards, values])
     errors = rewards + gamma * jnp.append(values[1:], 0) - values

@@ -108,9 +108,14 @@ def troll(
       alpha: α ≥ 0.
       region: `token_region` or `sequence_region`.
       ratio: of π to π_old, `token_ratio` or `sequence_ratio`.
+
+    Raises:
+      ValueError: `alpha` is negative.
     """
     chex.assert_equal_shape([row.tokens, row.segments, advantages])
     chex.assert_equal_shape([row.new.tokens, row.new.log_probs, row.old.tokens, row.old.log_probs])
+    if alpha < 0:
+        raise ValueError(f'alpha must be at least 0; got {alpha}')
     bound = bound_at(bound, progress)
     projection = region(row.new, row.old, row.segments, bound=bound)
     projected = SparseLogProbs(row.new.tokens, projection.log_probs)
@@ -163,10 +168,11 @@ def ppo_clip(
       ratio: r, `token_ratio` or `sequence_ratio`.
 
     Raises:
-      ValueError: `dual` is within the clip.
+      ValueError: `dual` is within the clip, or the clip does not hold the ratio 1.
     """
     del progress
     chex.assert_equal_shape([row.new_log_probs, row.old_log_probs, advantages])
+    _check_clip(lower, upper)
     if dual is not None and not dual > 1 + upper:
         raise ValueError(f'dual must be more than 1 + upper = {1 + upper}, or None; got {dual}')
     r = ratio(row.new_log_probs - row.old_log_probs, row.segments)
@@ -194,9 +200,13 @@ def cispo(
       advantages: [T]
       progress: not used.
       lower, upper: the weight is clipped to [1 − lower, 1 + upper]; lower = 1 is no lower bound.
+
+    Raises:
+      ValueError: the clip does not hold the ratio 1.
     """
     del progress
     chex.assert_equal_shape([row.new_log_probs, row.old_log_probs, advantages])
+    _check_clip(lower, upper)
     r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
     weight = jax.lax.stop_gradient(jnp.clip(r, 1 - lower, 1 + upper))
     return TokenLosses(-weight * advantages * row.new_log_probs, {'clipped': weight != r})
@@ -223,8 +233,13 @@ def dppo(
       progress: not used.
       bound: δ; the paper's are 0.15 or 0.2 for the total variation and 0.05 nats for the KL divergence.
       divergence: `total_variation` or `kl_divergence`.
+
+    Raises:
+      ValueError: `bound` is not positive.
     """
     del progress
+    if not bound > 0:
+        raise ValueError(f'bound must be positive; got {bound}')
     chex.assert_equal_shape([row.tokens, row.new_log_probs, row.old_log_probs, advantages])
     r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
     outside = jax.vmap(divergence)(row.old.log_probs, row.new.log_probs) > bound
@@ -237,3 +252,8 @@ def importance_weighted(row: TokenLogProbs, advantages: jax.Array, progress: Pro
     del progress
     chex.assert_equal_shape([row.new_log_probs, row.old_log_probs, advantages])
     return TokenLosses(-token_ratio(row.new_log_probs - row.old_log_probs, row.segments) * advantages, {})
+
+
+def _check_clip(lower: float, upper: float) -> None:
+    if not (0 <= lower <= 1 and upper >= 0):
+        raise ValueError(f'lower must be in [0, 1] and upper at least 0; got lower = {lower} and upper = {upper}')

@@ -35,6 +35,7 @@ def kl_to_old(row: TokenLogProbs, *, coefficient: float) -> jax.Array:
     Added to `ppo_clip`, it is the control for TROLL's regression: a pull towards π_old itself, at every token, in place
     of one towards the projection.
     """
+    _check_coefficient(coefficient)
     return coefficient * jax.vmap(kl_divergence)(row.new.log_probs, row.old.log_probs)
 
 
@@ -53,6 +54,7 @@ def kl_to_reference(row: TokenLogProbs, *, coefficient: float, estimator=None) -
     Raises:
       ValueError: there is no reference model.
     """
+    _check_coefficient(coefficient)
     if row.reference is None:
         raise ValueError('kl_to_reference needs a reference model, and this row has none')
     if estimator is None:
@@ -63,6 +65,11 @@ def kl_to_reference(row: TokenLogProbs, *, coefficient: float, estimator=None) -
 
 
 kl_to_reference.reference = True
+
+
+def _check_coefficient(coefficient: float) -> None:
+    if coefficient < 0:
+        raise ValueError(f'the coefficient of a KL divergence must be at least 0; got coefficient = {coefficient}')
 
 
 def needs_reference(regulariser: Regulariser | None) -> bool:
@@ -107,5 +114,10 @@ def truncated_importance_weights(
       log_probs: [...] of the sampled tokens, as the trainer computes them.
       sampler_log_probs: [...] as the sampler recorded them.
       limit: C, at least 1.
+
+    Raises:
+      ValueError: a limit that tokens of equal probability exceed.
     """
+    if not limit >= 1:
+        raise ValueError(f'limit of the importance weights must be at least 1; got {limit}')
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.minimum(log_probs - sampler_log_probs, 20.0)), limit))

@@ -88,7 +88,12 @@ def default_tail(
 
     Returns:
       π̃ and π_old as SparseLogProbs on the same tokens [K + K']: those of `old`, then what π̃ adds.
+
+    Raises:
+      ValueError: `probability` is none, or certainty.
     """
+    if not 0 < probability < 1:
+        raise ValueError(f'probability of the default tail must be between 0 and 1; got {probability}')
     known = (new.tokens < 0) | jnp.any(new.tokens[:, None] == old.tokens[None, :], axis=1)
     tokens = jnp.concatenate([old.tokens, jnp.where(known, -1, new.tokens)])
     at_added = jnp.where(known, -jnp.inf, jnp.log(jnp.asarray(probability, old.log_probs.dtype)))

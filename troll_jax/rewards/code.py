@@ -176,6 +176,8 @@ def parse_tests(text: str) -> list[Test]:
             f'The tests have the keys {sorted(truth)}; expected "inputs" and "outputs", lists of one length that are '
             f'not empty, or "assert_case", a list of code. They begin {text[:80]!r}.'
         )
+    if name is not None and not (isinstance(name, str) and name.isidentifier()):
+        raise ValueError(f'The tests are of the function {name!r}; expected its name, or no "fn_name".')
     if name:
         return [CallTest(name, _arguments(a), _value(b)) for a, b in zip(inputs, outputs, strict=True)]
     return [StdinTest(_lines(a), _lines(b)) for a, b in zip(inputs, outputs, strict=True)]

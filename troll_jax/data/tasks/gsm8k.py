@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from troll_jax.data.tasks.interface import as_messages, check_columns, load_rows, locate
+from troll_jax.data.tasks.interface import as_messages, check_columns, check_questions, load_rows, locate
 from troll_jax.data.tasks.verl import is_verl, read_verl
 from troll_jax.rewards.answers import NUMBER, check_places
 from troll_jax.rewards.math import grade_math
@@ -48,7 +48,8 @@ class GSM8K:
         """Rows of 'train' or 'test' with `messages` and `answer`, a plain number: no commas, no unit.
 
         Raises:
-            ValueError: missing files or columns, an empty split, or an answer without `#### number`.
+            ValueError: missing files or columns, an empty split, a question that is not text, or an answer without
+                `#### number`.
         """
         from datasets import Dataset
 
@@ -59,6 +60,7 @@ class GSM8K:
             messages, answers = read_verl(rows, where, system_prompt=self.system_prompt)
         else:
             check_columns(rows, ('question', 'answer'), where(0))
+            check_questions(rows['question'], 'question', where)
             messages = [as_messages(question, self.instruction, self.system_prompt) for question in rows['question']]
             answers = rows['answer']
         answers = [_final_number(str(answer), bare, lambda row=row: where(row)) for row, answer in enumerate(answers)]

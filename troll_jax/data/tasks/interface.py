@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Protocol
 
 from troll_jax.hub import is_path, what_is_there
@@ -56,21 +57,27 @@ def load_rows(source: str, split: str, *, config: str | None = None, test_split:
     name = test_split if split == 'test' else split
     source = os.path.expanduser(source)
     files = _local_files(source, name)
+    owner_and_name = '/'.join(source.split('/')[:2])
     import datasets
 
     try:
         if files:
             builder = _BUILDERS[os.path.splitext(files[0])[1]]
-            return datasets.load_dataset(builder, data_files={name: files}, split=name)
-        owner_and_name, folder = '/'.join(source.split('/')[:2]), source.split('/')[2:]
-        return datasets.load_dataset(owner_and_name, config, data_dir='/'.join(folder) or None, split=name)
+            rows = datasets.load_dataset(builder, data_files={name: files}, split=name)
+        else:
+            folder = '/'.join(source.split('/')[2:])
+            rows = datasets.load_dataset(owner_and_name, config, data_dir=folder or None, split=name)
+        rows.data.validate(full=True)  # or text that is not UTF-8 is an error wherever it is read first
+        return rows
     except Exception as error:  # of many kinds: no network, no such id, damaged, no rows
+        while files and error.__cause__ is not None:  # of a file the first cause tells what is wrong with it
+            error = error.__cause__
         where = f'the files {files}' if files else f'{source!r}, which is no folder here (looked in {os.getcwd()}),'
         where += '' if files else _files_on_hub(owner_and_name)
         raise ValueError(
             f'Split {name!r} of {where} cannot be read or is empty ({type(error).__name__}: {error}). Expected a '
-            f'folder with {name}*.parquet or {name}*.jsonl files, a path with {{split}} in it, or an id on the '
-            'Hugging Face hub.'
+            f'folder with {name}*.parquet or {name}*.jsonl files that have rows, in UTF-8, a path with {{split}} in '
+            'it, or an id on the Hugging Face hub.'
         ) from error
 
 
@@ -98,6 +105,16 @@ def check_columns(rows: Dataset, columns: tuple[str, ...], where: str) -> None:
             f'{where} has no column {missing}; got {rows.column_names}, expected {list(columns)}, or the schema of '
             'verl: prompt, reward_model. Rename the columns, or point to the data set in its original form.'
         )
+
+
+def check_questions(questions: Iterable[object], column: str, where: Callable[[int], str]) -> None:
+    """Raises a ValueError for the first of a column that is not text, or empty: 'None' would be asked otherwise."""
+    for row, question in enumerate(questions):
+        if not isinstance(question, str) or not question.strip():
+            raise ValueError(
+                f'The {column!r} in {where(row)} is {repr(question)[:120]}; expected text that is not empty. Fix or '
+                'drop that row.'
+            )
 
 
 def as_messages(question: str, instruction: str | None, system_prompt: str | None) -> list[dict[str, str]]:

@@ -5,10 +5,11 @@ They differ in where they come from, and are one class: problems in verl's schem
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from troll_jax.data.tasks.interface import as_messages, check_columns, load_rows, locate
+from troll_jax.data.tasks.interface import as_messages, check_columns, check_questions, load_rows, locate
 from troll_jax.data.tasks.verl import is_verl, read_verl
 from troll_jax.rewards.answers import check_places
 from troll_jax.rewards.math import grade_math
@@ -86,11 +87,17 @@ class MathProblems:
                     'change the source.'
                 )
             check_columns(rows, (self.question, self.answer), where(0))
+            check_questions(rows[self.question], self.question, where)
             messages = [as_messages(text, self.instruction, self.system_prompt) for text in rows[self.question]]
-            answers = [str(answer).strip() for answer in rows[self.answer]]
-            for row, answer in enumerate(answers):
-                if not answer or rows[row][self.answer] is None:
-                    raise ValueError(f'{where(row)} has no {self.answer!r}; expected LaTeX or a number. Drop that row.')
+            answers = []
+            for row, answer in enumerate(rows[self.answer]):
+                number = type(answer) in (int, float) and math.isfinite(answer)
+                if not number and not (isinstance(answer, str) and answer.strip()):
+                    raise ValueError(
+                        f'The {self.answer!r} in {where(row)} is {repr(answer)[:120]}; expected LaTeX or a number. Fix '
+                        'or drop that row.'
+                    )
+                answers.append(str(answer).strip())
         return Dataset.from_dict({'messages': messages, 'answer': answers})
 
     def grade(self, response: str, answer: str) -> float:

@@ -1,0 +1,443 @@
+"""Bad input: whatever is wrong with a configuration, a command or data is a ValueError that names it.
+
+Cases are drawn by hypothesis, always the same ones. Nothing is written.
+"""
+
+import importlib
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import gin
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from bad_input import REPOSITORY, cases, damaged, fresh, save_model
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
+
+import experiments.train
+import experiments.warm_start  # noqa: F401  registers what its configuration binds
+from experiments.bindings import parameters
+from experiments.command import run_command
+from experiments.config import _registered, _targets, parse
+from experiments.run_folder import nothing_left_behind
+from troll_jax.data.prompts import encode_prompts
+from troll_jax.data.tasks.eurus_code import EurusCode
+from troll_jax.data.tasks.gsm8k import GSM8K
+from troll_jax.data.tasks.math_problems import MathProblems
+from troll_jax.data.tokenizer import load_tokenizer
+from troll_jax.rewards.sandbox import Unisolated
+
+CONFIG, MODEL = REPOSITORY / 'configs/quickstart_troll.gin', REPOSITORY / 'configs/arithmetic_model.gin'
+
+
+@pytest.fixture(autouse=True)
+def no_bindings():
+    gin.clear_config()
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp('model'))
+
+
+# Bindings.
+
+PARAMETERS = {
+    f'{name}.{parameter.name}': parameter.annotation
+    for name, target in sorted(_targets.items())
+    for parameter in parameters(target)
+    if parameter.name in _registered[name]
+    # What a function takes by position comes from whoever calls it.
+    if isinstance(target, (type, partial))
+    or parameter.kind is parameter.KEYWORD_ONLY
+    or parameter.default != parameter.empty
+}
+WRONG = {
+    'int': ["'a'", '1.5', 'True', '[1]', '{}', '@adamw()', '@troll', str(2**31), '1e999'],
+    'float': ["'a'", 'True', '[1.0]', '{}', '@adamw()', '1e999', '-1e999', str(10**30)],
+    'str': ['1', '0.5', 'True', "['a']", '{}', '@adamw()', '@troll'],
+    'bool': ['1', "'True'", 'None', '[]', '@troll'],
+}
+OBJECTS = ['1', "'a'", '{1: 2}', '@Unisolated', '[3]', '@mean_centred()']  # wrong for all else
+
+
+@cases(150)
+@given(st.data())
+def test_a_value_of_another_type_is_an_error_that_names_the_parameter(data):
+    """Guards types that gin passes on to where they fail as something else, or, such as True for 1, do not fail."""
+    gin.clear_config()
+    name = data.draw(st.sampled_from(list(PARAMETERS)))
+    annotation = PARAMETERS[name]
+    words = (annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)).split(' | ')
+    value = data.draw(st.sampled_from(WRONG.get(words[0], OBJECTS)))
+    assume(not (value == '{1: 2}' and words[0].startswith('dict')) and annotation is not inspect.Parameter.empty)
+    with pytest.raises(ValueError) as error:
+        parse([CONFIG], [f'{name} = {value}'])
+    assert str(error.value).startswith(f'{name} is ') and 'expected' in str(error.value)
+
+
+@pytest.mark.parametrize('value', ['nan', 'many', '10 ** 3', '[1', '__import__("os").getcwd()', '%macro', '@', ''])
+def test_a_value_that_gin_cannot_read_is_an_error(value):
+    """Guards what is no literal: none of it is evaluated."""
+    with pytest.raises(ValueError):
+        parse([CONFIG], [f'train.steps = {value}'])
+
+
+@cases(25)
+@example('AMC.source', 0, 'x')
+@given(st.sampled_from(list(PARAMETERS)), st.integers(0, 40), st.sampled_from(['x', '_', 'q']))
+def test_a_misspelt_parameter_is_an_error_that_names_it(name, position, letter):
+    gin.clear_config()
+    owner, parameter = name.split('.')
+    position %= len(parameter) + 1
+    wrong = parameter[:position] + letter + parameter[position:]
+    with pytest.raises(ValueError, match=f"'{wrong}'[\\s\\S]*Did you mean"):
+        parse([CONFIG], [f'{owner}.{wrong} = 1'])
+
+
+@pytest.mark.parametrize(
+    'bindings, message',
+    [
+        (['train.regularisers = [@entropy_bonus]'], 'entropy_bonus.coefficient'),
+        (['troll.bound = @linear_bound', 'linear_bound.start = 0.1'], 'linear_bound.end, linear_bound.steps'),
+        (['Experiment.task = @MathProblems()'], 'MathProblems.source'),
+        (['train.optimizer = @adamw'], r'train.optimizer is @adamw; expected a GradientTransformation \(@name\(\)\)'),
+        (['train.objective = @troll()'], r'expected a function \(@name\) of TokenLogProbs'),
+        (['train.objective = @entropy_bonus'], 'expected a function'),
+        (['train.regularisers = [@troll]'], 'expected a list of a function'),
+        (['train.rewards = [("task", 1.0)]'], r'expected a list of \(text in quotes, a finite number, a function'),
+        (['Experiment.task = @make_mesh()'], 'expected a Task'),
+        (['steps = "many"', 'train.steps = %steps'], "train.steps is 'many'; expected a whole number"),
+    ],
+)
+def test_a_reference_that_is_incomplete_or_does_not_fit_is_an_error(bindings, message):
+    """Guards gin's TypeErrors, which come when a program is traced, or after minutes of loading."""
+    with pytest.raises(ValueError, match=message):
+        parse([CONFIG], bindings)
+
+
+SMALL = [
+    'train.prompts_per_step = 16',
+    'train.samples_per_prompt = 4',
+    'Arithmetic.operands = 2',
+    'Arithmetic.train_size = 60',
+    'Arithmetic.test_size = 10',
+    'Experiment.max_prompt_length = 4',
+    'Experiment.max_response_length = 4',
+]
+BELOW = {
+    **{f'train.{name}': 0 for name in ('steps', 'prompts_per_step', 'samples_per_prompt', 'minibatch_prompts')},
+    **{f'train.{name}': 0 for name in ('temperature', 'max_tokens', 'slots', 'row_tokens', 'micro_batch_tokens')},
+    **{f'train.{name}': 0 for name in ('mass', 'head_chunk', 'checkpoint_every', 'keep_checkpoints', 'max_draws')},
+    **{f'train.{name}': -1 for name in ('seed', 'evaluate_every', 'table_every', 'save_rollout_every')},
+    **{f'train.{name}': -1 for name in ('profile_step', 'refresh_reference_every')},
+    **{f'Experiment.{name}': 0 for name in ('max_prompt_length', 'max_response_length')},
+    **{f'adamw.{name}': -1 for name in ('learning_rate', 'warmup_updates', 'b1', 'b2', 'weight_decay')},
+    **{f'Arithmetic.{name}': 0 for name in ('operands', 'train_size', 'test_size')},
+    **{f'make_mesh.{name}': 0 for name in ('data', 'fsdp', 'tensor')},
+    'adamw.clip_norm': 0,
+}
+
+
+@cases(60)
+@given(st.sampled_from(sorted(BELOW)), st.integers(0, 10**6))
+@example('train.mass', 0)
+@example('train.seed', 3)
+def test_a_number_out_of_its_range_is_an_error_before_anything_is_written(tmp_path, model, name, further):
+    """Guards numbers that JAX clamps, wraps or turns into a run that learns nothing."""
+    gin.clear_config()
+    folder = tmp_path / 'runs' / 'run'
+    value = BELOW[name] - further - (2 if name.startswith('make_mesh') and further else 0)  # −1 is what is left
+    parse([CONFIG], [*SMALL, f"Experiment.model = '{model}'", f"train.run_dir = '{folder}'", f'{name} = {value}'])
+    with pytest.raises(ValueError, match=name.split('.')[1]):
+        experiments.train.train()
+    assert not folder.parent.exists()
+
+
+@pytest.mark.parametrize(
+    'binding, message',
+    [
+        ('troll.alpha = -0.1', 'alpha must be at least 0; got -0.1'),
+        ('troll.bound = 0', 'bound'),
+        ("Experiment.compute_dtype = 'float16'", "compute_dtype must be one of .*got 'float16'"),
+        ('dppo.bound = 0.1', "reads 'dppo.bound'"),
+        (
+            "train.old_policy = 'recompute'\ntrain.importance_limit = 0.5",
+            'limit of the importance .* at least 1; got 0.5',
+        ),
+        ('default_tail.probability = -1.0', 'probability of the default tail must be between 0 and 1; got -1.0'),
+        ('group_normalised.epsilon = 0', 'epsilon of group_normalised must be positive; got 0'),
+    ],
+)
+def test_what_only_a_traced_program_refuses_comes_before_anything_is_written(tmp_path, model, binding, message):
+    """Guards against a run's folder that a run which never began leaves behind."""
+    folder = tmp_path / 'runs' / 'run'
+    parse([CONFIG], [*SMALL, f"Experiment.model = '{model}'", f"train.run_dir = '{folder}'", binding])
+    with pytest.raises(ValueError, match=message):
+        experiments.train.train()
+    assert not folder.parent.exists()
+
+
+def test_a_model_without_weights_leaves_no_folder(tmp_path, model):
+    """Guards the one error that comes when the checkpoints are open: what was already there stays."""
+    shutil.copytree(model, tmp_path / 'model')
+    (tmp_path / 'model/model.safetensors').rename(tmp_path / 'model/pytorch_model.bin')
+    (tmp_path / 'runs').mkdir()
+    folder = tmp_path / 'runs' / 'of' / 'mine'
+    parse([CONFIG], [*SMALL, f"Experiment.model = '{tmp_path}/model'", f"train.run_dir = '{folder}'"])
+    with pytest.raises(FileNotFoundError, match='only safetensors are read'):
+        experiments.train.train()
+    assert not (tmp_path / 'runs/of').exists() and (tmp_path / 'runs').exists()
+
+
+def test_a_folder_with_something_in_it_stays(tmp_path):
+    """Guards a run that is continued against the clean-up of one that never began."""
+    with pytest.raises(KeyError), nothing_left_behind(str(tmp_path / 'run')):
+        (tmp_path / 'run').mkdir()
+        (tmp_path / 'run/metrics.jsonl').touch()
+        raise KeyError
+    assert (tmp_path / 'run/metrics.jsonl').exists()
+
+
+# Commands.
+
+
+def raise_deeply(error):
+    def main():
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize('error', [ValueError('got 3,\n  expected 4'), FileNotFoundError('no file')])
+def test_an_error_of_the_user_is_one_line(error, capsys, monkeypatch):
+    # An OSError is its user's wherever it is raised; of ValueErrors those of this code, not of a library or a test.
+    monkeypatch.setattr('experiments.command._OURS', (Path(__file__).parent,))
+    with pytest.raises(SystemExit) as exit:
+        run_command(raise_deeply(error))
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and message.startswith('error: ') and message.count('\n') == 1
+    monkeypatch.setenv('TROLL_TRACEBACK', '1')
+    with pytest.raises(type(error)):
+        run_command(raise_deeply(error))
+
+
+@pytest.mark.parametrize('main', [lambda: int('x'), lambda: json.loads(''), raise_deeply(KeyError('x'))])
+def test_a_bug_keeps_its_traceback(main, monkeypatch):
+    """Guards against a mistake of ours that looks like one of the user: none is raised on purpose, by this code."""
+    monkeypatch.setattr('experiments.command._OURS', (Path(__file__).parent,))
+    with pytest.raises((ValueError, KeyError)):
+        run_command(main)
+
+
+COMMANDS = [path.stem for path in (REPOSITORY / 'experiments').glob('*.py') if 'def main(' in path.read_text()]
+
+
+def test_every_command_is_run_with_care():
+    """Guards a command that is added and shows tracebacks."""
+    for name in COMMANDS:
+        source = (REPOSITORY / f'experiments/{name}.py').read_text()
+        assert source.endswith("if __name__ == '__main__':\n    run_command(main)\n"), name
+
+
+OTHER = [str(CONFIG), *SMALL, "Experiment.model = 'model'", "train.run_dir = 'new'"]
+
+
+@pytest.mark.parametrize(
+    'command, arguments, message',
+    [
+        ('train', ['none.gin'], "no configuration file 'none.gin'"),
+        ('train', ['bytes.gin'], 'bytes.gin: cannot be read .*expected name.parameter = value'),
+        ('train', ['includes.gin'], 'includes.gin: .*none.gin'),
+        ('train', ['cycle.gin'], 'the macro %a stands for itself'),
+        ('train', [*OTHER, "train.run_dir = ''"], "got '' for a folder"),
+        ('train', [*OTHER, "train.run_dir = 'file/run'"], "files are to be written there.*another folder: 'file/run'"),
+        ('train', [*OTHER, "train.checkpoint_dir = 'file'"], "files are to be written there.*another folder: 'file'"),
+        ('train', [*OTHER, "train.run_dir = 'gs://a/b'"], 'bind train.checkpoint_dir to a bucket'),
+        ('train', [*OTHER, "Experiment.model = 'a/b/c'"], "'a/b/c' is not a folder.*Expected the folder of a model"),
+        (
+            'train',
+            [*OTHER, "Experiment.model = 'empty'"],
+            "tokenizer of 'empty' cannot be read.*expected tokenizer.json",
+        ),
+        ('train', [*OTHER, 'train.estimator = @token_mean'], 'train.estimator is @token_mean, which is not called as'),
+        (
+            'train',
+            [*OTHER, 'troll.region = @token_ratio'],
+            'troll.region is @token_ratio, which is not called as it is',
+        ),
+        ('train', [*OTHER, 'Experiment.validation = []'], 'expected at least one'),
+        ('train', [*OTHER, 'train.rewards = []'], 'expected at least one'),
+        ('evaluate', ['empty'], 'neither a run .*nor a model'),
+        (
+            'evaluate',
+            ['model', str(MODEL)],
+            'Experiment needs Experiment.max_prompt_length, .* bind each, or add a gin file',
+        ),
+        ('evaluate', ['run'], "'run/model' is not a folder"),
+        ('evaluate', ['model', *OTHER[:-2], "evaluation.folder = 'file'"], "another folder: 'file'"),
+        ('evaluate', ['model', *OTHER[:-2], '--step', '5'], 'has no checkpoint of step 5; leave --step out'),
+        ('export', ['none', 'new'], "'none' is not the folder of a run"),
+        ('replay', ['run'], 'run has no saved rollout.*save_rollout_every'),
+        ('plot', ['run'], 'run/metrics.jsonl has no whole line'),
+        ('plot', ['empty'], 'empty/metrics.jsonl'),
+        ('compare_evaluations', ['run', 'run'], 'responses_1_test_1.jsonl is damaged'),
+        ('compare_evaluations', ['empty', 'empty'], "no responses in 'empty'"),
+        ('compare', ['--methods', 'none'], r"no method \['none'\]; expected some of"),
+        ('compare', ['--only-draw', '--folder', 'empty'], 'no runs in empty'),
+        ('warm_start', [str(MODEL), "warm_start.folder = 'file'"], "another folder: 'file'"),
+        ('warm_start', [str(MODEL), 'warm_start.accuracy = 2.0'], 'accuracy is a share'),
+    ],
+)
+def test_a_command_ends_with_one_line_and_status_2(command, arguments, message, model, tmp_path, monkeypatch, capsys):
+    """Guards tracebacks, and what fails only once it has run: a file where the folder of an evaluation is to be."""
+    shutil.copytree(model, tmp_path / 'model')
+    for folder in ('empty', 'run'):
+        (tmp_path / folder).mkdir()
+    texts = {'run/config.gin': f"include '{CONFIG}'\n", 'run/metrics.jsonl': '{"step": 1, "rew'}
+    texts |= {'cycle.gin': 'a = %b\nb = %a\ntrain.steps = %a\n', 'includes.gin': "include 'none.gin'\n", 'file': ''}
+    texts |= {'run/responses_1_test_1.jsonl': '{"answer": "3"}\n'}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / 'bytes.gin').write_bytes(b'\xff\xfe')
+    before = sorted(tmp_path.rglob('*'))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, 'argv', [command, *arguments])
+    with pytest.raises(SystemExit) as exit:
+        run_command(importlib.import_module(f'experiments.{command}').main)
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith('error: ')]
+    assert exit.value.code == 2 and len(errors) == 1 and re.search(message, errors[0]), errors
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_command_that_fails_writes_one_line(tmp_path):
+    """Guards what no test within this process sees: that the module is run with care, and its status."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'experiments.train', str(CONFIG), 'train.steps = "many"'],
+        cwd=tmp_path,
+        env=os.environ | {'PYTHONPATH': str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+    )
+    last = done.stderr.splitlines()[-1]  # before it gin tells of the files that it opens
+    assert done.returncode == 2 and last.startswith("error: train.steps is 'many'; expected a whole number")
+    assert 'Traceback' not in done.stderr and not done.stdout and not list(tmp_path.iterdir())
+
+
+# Data.
+
+VERL = {'ability': 'code', 'prompt': [{'role': 'user', 'content': '1'}]}
+TESTS = json.dumps({'inputs': ['1'], 'outputs': ['1']})
+TASKS = {
+    GSM8K: {'question': '1', 'answer': 'so #### 3'},
+    MathProblems: {'problem': '1', 'answer': '3'},
+    EurusCode: {**VERL, 'reward_model': {'style': 'rule', 'ground_truth': TESTS}},
+}
+
+
+def read(task, folder: Path, tokenizer) -> int:
+    """How many prompts there are in the files of a folder."""
+    options = {'sandbox': Unisolated()} if task is EurusCode else {'instruction': None}
+    return len(encode_prompts(task(source=str(folder), **options).load('train'), tokenizer, max_length=11))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.sampled_from(['', '  ', '\x00', '٣', '####']),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(['role', 'content', 'x']), inner),
+    max_leaves=3,
+)
+
+
+@cases(60)
+@given(st.sampled_from(list(TASKS)), st.data())
+def test_a_row_that_is_wrong_is_an_error(tmp_path, model, task, data):
+    """Guards 'None' or '[]' as a question or an answer, and errors of pyarrow or of a template that say nothing."""
+    row = dict(TASKS[task])
+    column = data.draw(st.sampled_from(sorted(row)))
+    if data.draw(st.booleans()):
+        del row[column]
+    else:
+        row[column] = data.draw(json_values)
+        assume(row[column] != '####' or column == 'answer')  # a question like any other
+    folder = fresh(tmp_path)
+    folder.mkdir()
+    (folder / 'train.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in [TASKS[task], row]))
+    latex = task is MathProblems and column == 'answer'  # any text may be, and numbers are
+    if latex and type(row.get(column)) in (int, str) and str(row[column]).strip():
+        assert read(task, folder, load_tokenizer(str(model))) == 2
+        return
+    try:
+        assert read(task, folder, load_tokenizer(str(model))) == 1
+    except ValueError as error:
+        assert 'xpected' in str(error) and (str(folder) in str(error) or 'the prompt' in str(error))
+    else:
+        assert column == 'ability'  # a row of something else than code is left out
+
+
+@pytest.mark.parametrize('task', TASKS, ids=lambda task: task.__name__)
+@pytest.mark.parametrize(
+    'suffix, content',
+    [
+        ('.jsonl', b''),
+        ('.jsonl', b'\n\n'),
+        ('.jsonl', b'[1, 2]\n'),
+        ('.jsonl', b'{}\n'),
+        ('.jsonl', b'{"question": "1"'),
+        ('.jsonl', b'{"question": "\xff", "problem": "\xff", "prompt": "\xff", "answer": "#### 3"}\n'),
+        ('.jsonl', b'{"question": "\\ud800", "answer": "#### 3"}\n'),
+        ('.parquet', b''),
+        ('.parquet', b'PAR1 and no more PAR1'),
+    ],
+)
+def test_a_damaged_file_is_an_error_that_names_it(tmp_path, model, task, suffix, content):
+    (tmp_path / f'train{suffix}').write_bytes(content)
+    with pytest.raises(ValueError, match=rf'train\{suffix}'):
+        read(task, tmp_path, load_tokenizer(str(model)))
+
+
+@cases(40)
+@given(st.sampled_from(list(TASKS)), st.sampled_from(['jsonl', 'parquet']), st.data())
+def test_a_file_with_a_part_replaced_is_read_or_an_error(tmp_path, model, task, kind, data):
+    """Guards what pyarrow, a tokenizer or JSON say of broken bytes: no error of theirs reaches the user as it is."""
+    folder = fresh(tmp_path)
+    folder.mkdir()
+    file = folder / f'train.{kind}'
+    if kind == 'parquet':
+        pq.write_table(pa.Table.from_pylist([TASKS[task]] * 3), file)
+    else:
+        file.write_text(''.join(json.dumps(row) + '\n' for row in [TASKS[task]] * 3))
+    file.write_bytes(data.draw(damaged(file.read_bytes())))
+    with suppress(SystemExit):
+        run_command(lambda: read(task, folder, load_tokenizer(str(model))))
+
+
+@pytest.mark.parametrize('task', TASKS, ids=lambda task: task.__name__)
+def test_parquet_without_rows_or_with_a_column_twice_is_an_error(tmp_path, model, task):
+    tokenizer = load_tokenizer(str(model))
+    table = pa.Table.from_pylist([TASKS[task]])
+    for name, bad in [('none', table.slice(0, 0)), ('twice', table.append_column(table.schema[0], table.column(0)))]:
+        (tmp_path / name).mkdir()
+        pq.write_table(bad, tmp_path / name / 'train.parquet')
+        with pytest.raises(ValueError, match='train.parquet'):
+            read(task, tmp_path / name, tokenizer)
+
+
+@pytest.mark.parametrize('task', TASKS, ids=lambda task: task.__name__)
+def test_rows_twice_are_kept_and_huge_ones_are_dropped(tmp_path, model, task):
+    """Guards a data set that is weighted by repetition, and one row that ends a run."""
+    huge = '1' * 100_003
+    row = TASKS[task]
+    long = {**row, 'prompt': [{'role': 'user', 'content': huge}]} if task is EurusCode else {**row, [*row][0]: huge}
+    (tmp_path / 'train.jsonl').write_text(''.join(json.dumps(x) + '\n' for x in [row, long, row]))
+    assert read(task, tmp_path, load_tokenizer(str(model))) == 2
