@@ -15,6 +15,7 @@ from troll_jax.data.tasks.eurus_code import EurusCode
 from troll_jax.rewards.code import (
     AssertTest,
     CallTest,
+    StdinTest,
     ValueTest,
     grade_code,
     last_program,
@@ -133,6 +134,7 @@ def test_both_forms_of_arguments():
     for inputs, arguments in [('"a\\nb"', ['a\nb']), ('1\n2\n', [1, 2]), ('', []), ('1\n""\n', [1, ''])]:
         tests = parse_tests(json.dumps({'fn_name': 'f', 'inputs': [inputs], 'outputs': ['plain']}))
         assert tests == [CallTest('f', arguments, 'plain')]
+    assert parse_tests(json.dumps({'fn_name': '', 'inputs': ['1'], 'outputs': ['2']})) == [StdinTest('1', '2')]
 
 
 @pytest.mark.parametrize(
@@ -159,13 +161,16 @@ def test_what_an_assert_expects_is_kept_outside_where_it_is_a_literal(code, test
 ADD_INPUT = 'print(int(input()) + int(input()))'
 ADD = 'def add(a: int, b: int) -> List[int]:\n    print("noise >>> 1")\n    return a + b'
 METHOD = 'class Solution:\n    def add(self, a, b):\n        return a + b\n'
+EQUAL_NUMBER = 'from fractions import Fraction\ndef add(a, b): return Fraction(a + b) if a == 2 else a + b'
+KEYS = json.dumps({'assert_case': ['assert shared("abc", "bcd") == {"c", "b"}', 'assert shared("a", "b") == set()']})
+SHARED = 'def shared(a, b): return dict.fromkeys(x for x in a if x in b).keys()'
 MAIN = ADD + '\nif __name__ == "__main__":\n    add(input(), input())'
 
 
 @pytest.mark.parametrize(
     'answer, program',
     [(STDIN, ADD_INPUT), (CALL, ADD), (CALL, METHOD), (CALL, MAIN), (ASSERT, ADD), (ASSERT, MAIN), (INSIDE, ADD)]
-    + [(CALL, 'from __future__ import annotations\nadd = lambda a, b: a + b')],
+    + [(CALL, 'from __future__ import annotations\nadd = lambda a, b: a + b'), (ASSERT, EQUAL_NUMBER), (KEYS, SHARED)],
 )
 def test_right_programs_pass(grade, answer, program):
     """Guards against right programs that fail for how they are called, or for what they print besides."""

@@ -36,14 +36,18 @@ _function = getattr(_owner(), {name!r}) if hasattr(_owner, {name!r}) else _space
 _value = _function(*_json.loads({arguments!r}))
 print('\\n' + {mark!r} + _json.dumps(_value), file=_sys.__stdout__)
 """
-# What is printed is a literal again: of a dictionary with defaults, the dictionary.
+# What is printed is a literal again, equal to the value: of a dictionary with defaults the dictionary, of a fraction
+# the float, if there is one.
 _EVALUATE = """
+import collections.abc as _abc, numbers as _numbers
 def _plain(value):
     if isinstance(value, dict):
         return {{_plain(key): _plain(item) for key, item in value.items()}}
-    for kind, plain in ((list, list), (tuple, tuple), ((set, frozenset), set)):
+    for kind, plain in ((list, list), (tuple, tuple), (_abc.Set, set)):
         if isinstance(value, kind):
             return plain(map(_plain, value))
+    if isinstance(value, _numbers.Number) and type(value) not in (bool, int, float, complex) and float(value) == value:
+        return float(value)
     return value
 print('\\n' + {mark!r} + repr(_plain(eval({expression!r}, _space))), file=_sys.__stdout__)
 """
@@ -109,7 +113,7 @@ class ValueTest(NamedTuple):
     """An expression, such as a call of a function, and its value: `assert f(1) == 2` without the program seeing the 2.
 
     Values are compared as the assert does: exactly, and a tuple is no list. They are of types that literals have, or of
-    classes made from dict, list, tuple and set.
+    classes made from dict, list, tuple and set, keys of dictionaries, or numbers that a float equals.
     """
 
     expression: str
@@ -176,7 +180,7 @@ def parse_tests(text: str) -> list[Test]:
             f'The tests have the keys {sorted(truth)}; expected "inputs" and "outputs", lists of one length that are '
             f'not empty, or "assert_case", a list of code. They begin {text[:80]!r}.'
         )
-    if name is not None and not (isinstance(name, str) and name.isidentifier()):
+    if name not in (None, '') and not (isinstance(name, str) and name.isidentifier()):
         raise ValueError(f'The tests are of the function {name!r}; expected its name, or no "fn_name".')
     if name:
         return [CallTest(name, _arguments(a), _value(b)) for a, b in zip(inputs, outputs, strict=True)]
