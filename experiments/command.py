@@ -19,8 +19,8 @@ _GIN = Path(gin.__file__).parent
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command. An error that its user can mend is one line, with exit status 2; a bug keeps its traceback.
 
-    The user's are an OSError, CannotGrade, a ValueError that this code raises itself, and calls that gin finds
-    incomplete. With TROLL_TRACEBACK=1 in the environment they have a traceback too.
+    The user's are an OSError that says more than its number does, CannotGrade, a ValueError that this code raises
+    itself, and calls that gin finds incomplete. With TROLL_TRACEBACK=1 in the environment they have a traceback too.
     """
     try:
         main()
@@ -32,8 +32,10 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _is_of_the_user(error: Exception) -> bool:
-    if isinstance(error, (OSError, CannotGrade)):
+    if isinstance(error, CannotGrade):
         return True
+    if isinstance(error, OSError):  # of 'Broken pipe' without a file only a traceback says what it was about
+        return error.filename is not None or error.errno is None and bool(str(error))
     raised = error.__traceback__
     while raised.tb_next is not None:
         raised = raised.tb_next

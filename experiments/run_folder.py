@@ -146,8 +146,8 @@ def nothing_left_behind(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with suppress(OSError):  # what is not empty, and what another process has removed
-            for path in made:
+        for path in made:
+            with suppress(OSError):  # what is not empty, was never made, or another process has removed
                 path.rmdir()
         raise
 
