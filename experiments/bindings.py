@@ -25,13 +25,6 @@ _PLAIN = {
 }
 
 
-def parameters(target: Callable) -> list[inspect.Parameter]:
-    """Of a function or class, also of a `partial` of one, less what that sets. What gin wraps hides its own."""
-    given, target = getattr(target, 'keywords', {}), getattr(target, 'func', target)
-    found = inspect.signature(target.__init__ if inspect.isclass(target) else target).parameters.values()
-    return [parameter for parameter in found if parameter.name not in given and parameter.name != 'self']
-
-
 def check_types(targets: Mapping[str, Callable]) -> None:
     """Compares every value that is bound with the annotation, or else the default, of its parameter.
 
@@ -74,7 +67,7 @@ def _expected(target: Callable, parameter: str) -> Any:
     hints = _hints(target)
     if parameter in hints:
         return hints[parameter]
-    default = next(found.default for found in parameters(target) if found.name == parameter)
+    default = inspect.signature(target).parameters[parameter].default
     if callable(default):
         return Callable
     if default is None:
@@ -129,7 +122,7 @@ def _is_such_a_function(reference: ConfigurableReference, arguments: tuple) -> b
     if given is Ellipsis:
         return True
     hints = _hints(target)
-    names = [p.name for p in parameters(target) if p.kind is not p.KEYWORD_ONLY]
+    names = [p.name for p in inspect.signature(target).parameters.values() if p.kind is not p.KEYWORD_ONLY]
     if len(names) < len(given):
         return False
     return all(_same(hints.get(name, Any), want) for name, want in zip(names, given, strict=False))
@@ -166,7 +159,7 @@ def _missing(reference: ConfigurableReference) -> list[str]:
     kinds = (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)[: 1 + reference.evaluate]
     return [
         f'{configurable.name}.{p.name}'
-        for p in parameters(configurable.wrapped)
+        for p in inspect.signature(configurable.wrapped).parameters.values()
         if p.kind in kinds and p.default in (p.empty, gin.REQUIRED)
         if p.name not in bound and p.name not in (configurable.denylist or ())
     ]

@@ -20,7 +20,7 @@ import gin
 import jax
 from transformers import PreTrainedTokenizerBase
 
-from experiments.bindings import check_types, parameters
+from experiments.bindings import check_types
 from troll_jax.critic import Critic
 from troll_jax.data.prompts import PromptSet, encode_prompts
 from troll_jax.data.tasks import Task
@@ -51,7 +51,7 @@ def register(target, fixed: Sequence[str] = (), name: str | None = None):
     """Makes a function or class known to gin under its own or another name. `fixed` parameters cannot be bound."""
     name = name or target.__name__
     _targets[name] = target
-    _registered[name] = [found.name for found in parameters(target) if found.name not in fixed]
+    _registered[name] = [parameter for parameter in inspect.signature(target).parameters if parameter not in fixed]
     configurable = gin.external_configurable(target, name=name, module='troll_jax', denylist=list(fixed) or None)
     if inspect.isclass(target):  # whose parameters would be *args, **kwargs: gin would take any binding of what uses it
         configurable.__signature__ = inspect.signature(target)

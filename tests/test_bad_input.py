@@ -25,7 +25,6 @@ from hypothesis import strategies as st
 
 import experiments.train
 import experiments.warm_start  # noqa: F401  registers what its configuration binds
-from experiments.bindings import parameters
 from experiments.command import run_command
 from experiments.config import _registered, _targets, parse
 from experiments.run_folder import nothing_left_behind
@@ -56,7 +55,7 @@ def model(tmp_path_factory) -> Path:
 PARAMETERS = {
     f'{name}.{parameter.name}': parameter.annotation
     for name, target in sorted(_targets.items())
-    for parameter in parameters(target)
+    for parameter in inspect.signature(target).parameters.values()
     if parameter.name in _registered[name]
     # What a function takes by position comes from whoever calls it.
     if isinstance(target, (type, partial))
@@ -201,6 +200,14 @@ def test_a_model_without_weights_leaves_no_folder(tmp_path, model):
     assert not (tmp_path / 'runs/of').exists() and (tmp_path / 'runs').exists()
 
 
+def test_folders_that_are_empty_go(tmp_path):
+    """Guards a run that ends before its folder has one for checkpoints."""
+    with pytest.raises(KeyError), nothing_left_behind(str(tmp_path / 'runs/run')):
+        (tmp_path / 'runs/run').mkdir(parents=True)
+        raise KeyError
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_with_something_in_it_stays(tmp_path):
     """Guards a run that is continued against the clean-up of one that never began."""
     with pytest.raises(KeyError), nothing_left_behind(str(tmp_path / 'run')):
@@ -222,7 +229,7 @@ def raise_deeply(error):
 
 @pytest.mark.parametrize('error', [ValueError('got 3,\n  expected 4'), FileNotFoundError('no file')])
 def test_an_error_of_the_user_is_one_line(error, capsys, monkeypatch):
-    # An OSError is its user's wherever it is raised; of ValueErrors those of this code, not of a library or a test.
+    # An OSError with words is its user's wherever it is raised, a ValueError only where this code raises it.
     monkeypatch.setattr('experiments.command._OURS', (Path(__file__).parent,))
     with pytest.raises(SystemExit) as exit:
         run_command(raise_deeply(error))
@@ -233,11 +240,15 @@ def test_an_error_of_the_user_is_one_line(error, capsys, monkeypatch):
         run_command(raise_deeply(error))
 
 
-@pytest.mark.parametrize('main', [lambda: int('x'), lambda: json.loads(''), raise_deeply(KeyError('x'))])
+@pytest.mark.parametrize(
+    'main',
+    [lambda: int('x'), lambda: json.loads(''), raise_deeply(KeyError('x'))]
+    + [lambda: os.fstat(-1), raise_deeply(TimeoutError())],  # 'Bad file descriptor' and nothing: of what?
+)
 def test_a_bug_keeps_its_traceback(main, monkeypatch):
     """Guards against a mistake of ours that looks like one of the user: none is raised on purpose, by this code."""
     monkeypatch.setattr('experiments.command._OURS', (Path(__file__).parent,))
-    with pytest.raises((ValueError, KeyError)):
+    with pytest.raises((ValueError, KeyError, OSError)):
         run_command(main)
 
 
