@@ -140,7 +140,8 @@ def evaluation(
         of_a_step = training.get('prompts_per_step', 0) * training.get('samples_per_prompt', 0)
         slots = training.get('slots') or of_a_step or SLOTS * experiment.mesh.size
     out = found.run_dir or f'runs/evaluation_{found.name}' if folder is None else folder
-    check_writable(out)
+    if jax.process_index() == 0:
+        check_writable(out)
     temperature_of = lambda samples: float(samples > 1) if temperature is None else temperature
 
     def sampler_of(samples: int):

@@ -32,7 +32,8 @@ def run(*command: str) -> float:
     # The commands share most of their programs; what one has compiled need not be compiled again by the next.
     defaults = {'JAX_COMPILATION_CACHE_DIR': os.path.abspath('.jax_cache'), 'JAX_PLATFORMS': 'cpu'}
     if status := subprocess.run([sys.executable, '-m', *command], env=defaults | os.environ).returncode:
-        sys.exit(status)  # its own words are above
+        # Its own words are above, unless it was killed, such as for memory.
+        sys.exit(status if status > 0 else f'error: {command[0]} was killed by signal {-status}')
     return time.perf_counter() - start
 
 

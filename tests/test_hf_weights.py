@@ -315,7 +315,7 @@ def test_sizes_for_planning_are_those_of_the_models():
 
 def test_unusable_folders_are_named(folder, tmp_path):
     """Guards the messages that a user meets first; a pickle is never opened."""
-    with pytest.raises(FileNotFoundError, match="'no/such' is not a folder, and not on the hub"):
+    with pytest.raises(FileNotFoundError, match="'no/such' is not a folder, and cannot be had from the hub"):
         load_pretrained('no/such')
     with pytest.raises(FileNotFoundError, match=rf"'{tmp_path}/none' is not a folder: '{tmp_path}' has \['model'\]"):
         load_config(str(tmp_path / 'none'))

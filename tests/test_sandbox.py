@@ -284,11 +284,11 @@ def test_a_sandbox_that_hangs_at_its_start_is_an_error(monkeypatch, tmp_path):
 def test_a_slow_start_takes_no_time_from_a_program(monkeypatch, tmp_path):
     """Guards against programs that fail because the machine was busy when their sandbox was made."""
     require_bubblewrap()
-    (tmp_path / 'bwrap').write_text(f'#!/bin/sh\nsleep 2\nexec {shutil.which("bwrap")} "$@"\n')
+    (tmp_path / 'bwrap').write_text(f'#!/bin/sh\nsleep {2.0 * patience()}\nexec {shutil.which("bwrap")} "$@"\n')
     (tmp_path / 'bwrap').chmod(0o755)
     monkeypatch.setenv('PATH', f'{tmp_path}:{os.environ["PATH"]}')
     tests = json.dumps({'inputs': ['', ''], 'outputs': ['1', '1']})
-    grade = grade_code('```python\nprint(1)\n```', tests, sandbox=BOX, program_seconds=1.9)
+    grade = grade_code('```python\nprint(1)\n```', tests, sandbox=BOX, program_seconds=1.9 * patience())
     assert grade.reward == 1.0, grade
 
 

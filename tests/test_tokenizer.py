@@ -128,4 +128,4 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(name, tmp_path, monkeypa
         with pytest.raises(FileNotFoundError, match='is not a folder') as error:
             load(name.format('typo'))
         assert "['tpyo']" in str(error.value) or '..' in name
-        assert ('on the hub either' in str(error.value)) == (name == '{}/model')
+        assert ('from the hub' in str(error.value)) == (name == '{}/model')

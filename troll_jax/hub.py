@@ -25,7 +25,7 @@ def model_of_folder_or_hub(model: str) -> Iterator[None]:
 
     Raises:
       FileNotFoundError: the name can only be that of a folder and there is none, before anything is loaded; or it is
-        found neither here nor on the hub.
+        no folder, and the hub does not have it, cannot be reached, or its files cannot be kept.
     """
     from huggingface_hub import errors  # not at the top: grading workers import this module
 
@@ -41,6 +41,6 @@ def model_of_folder_or_hub(model: str) -> Iterator[None]:
         yield
     except (errors.HFValidationError, errors.HfHubHTTPError, OSError) as error:
         raise FileNotFoundError(
-            f'{model!r} is not a folder, and not on the hub either: {error} If a folder was meant: '
+            f'{model!r} is not a folder, and cannot be had from the hub: {error} If a folder was meant: '
             f'{what_is_there(model)}.'
         ) from error
