@@ -121,24 +121,31 @@ def _is_such_a_function(reference: ConfigurableReference, arguments: tuple) -> b
         return False
     if given is Ellipsis:
         return True
-    hints = _hints(target)
-    names = [p.name for p in inspect.signature(target).parameters.values() if p.kind is not p.KEYWORD_ONLY]
-    if len(names) < len(given):
+    try:
+        taken = inspect.signature(target).bind_partial(*given).arguments
+    except TypeError:  # more than it takes
         return False
-    return all(_same(hints.get(name, Any), want) for name, want in zip(names, given, strict=False))
+    hints = _hints(target)
+    return all(_may_be(want, hints.get(name, Any)) for name, want in taken.items())
 
 
 def _returns(target: Callable, kind: Any) -> bool:
     """Whether what a call of `target` gives may be of a class, as far as that is known."""
-    hints = _hints(target)
-    returned = hints.get('return', Any)
-    if getattr(kind, '_is_protocol', False) and inspect.isclass(returned):
+    returned = _hints(target).get('return', Any)
+    if getattr(kind, '_is_protocol', False) and inspect.isclass(returned) and returned is not Any:
         needed = {*vars(kind), *vars(kind).get('__annotations__', ())}
         return all(hasattr(returned, name) for name in needed if not name.startswith('_'))
-    return _same(returned, kind)
+    return _may_be(returned, kind)
 
 
-def _same(one: Any, other: Any) -> bool:
+def _may_be(one: Any, other: Any) -> bool:
+    """Whether something of one type may be of another."""
+    if Any in (one, other):  # which is a class
+        return True
+    if typing.get_origin(one) in (typing.Union, types.UnionType):
+        return any(_may_be(part, other) for part in typing.get_args(one))
+    if typing.get_origin(other) in (typing.Union, types.UnionType):
+        return any(_may_be(one, part) for part in typing.get_args(other))
     if not (inspect.isclass(one) and inspect.isclass(other)):
         return typing.get_origin(one) is None or not inspect.isclass(other)
     return issubclass(one, other)

@@ -14,8 +14,10 @@ import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gin
+import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -26,7 +28,7 @@ from hypothesis import strategies as st
 import experiments.train
 import experiments.warm_start  # noqa: F401  registers what its configuration binds
 from experiments.command import run_command
-from experiments.config import _registered, _targets, parse
+from experiments.config import _registered, _targets, parse, register
 from experiments.run_folder import nothing_left_behind
 from troll_jax.data.prompts import encode_prompts
 from troll_jax.data.tasks.eurus_code import EurusCode
@@ -124,6 +126,26 @@ def test_a_reference_that_is_incomplete_or_does_not_fit_is_an_error(bindings, me
     """Guards gin's TypeErrors, which come when a program is traced, or after minutes of loading."""
     with pytest.raises(ValueError, match=message):
         parse([CONFIG], bindings)
+
+
+def bare(row, advantages, progress=None, *, x=1): ...
+
+
+def wide(row: object, advantages: jax.typing.ArrayLike, *rest) -> Any: ...
+
+
+def any_task(): ...
+
+
+def test_functions_of_ones_own_may_be_annotated_otherwise_or_not_at_all(monkeypatch):
+    """Guards against a check that takes what it does not know for wrong: `Any` is a class."""
+    for name in ('_registered', '_targets'):
+        monkeypatch.setattr(experiments.config, name, dict(getattr(experiments.config, name)))
+    for function in (bare, wide, any_task):
+        register(function)
+    for binding in ('train.objective = @bare', 'train.objective = @wide', 'Experiment.task = @any_task()'):
+        gin.clear_config()
+        parse([CONFIG], [binding])
 
 
 SMALL = [
