@@ -19,6 +19,29 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['HF_HUB_OFFLINE'] = '1'
 
+import gin  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    """What one test binds, no other sees."""
+    gin.clear_config()
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture(scope='session')
+def model(tmp_path_factory) -> str:
+    """A model of the quickstart's kind, after two steps of its warm start."""
+    from experiments.warm_start import warm_start
+    from troll_jax.data.tasks.arithmetic import Arithmetic
+
+    folder = str(tmp_path_factory.mktemp('model'))
+    task = Arithmetic(operands=2, train_size=60, test_size=16)
+    sizes = {'width': 16, 'layers': 2, 'heads': 2, 'kv_heads': 1, 'head_dim': 8, 'mlp_width': 24, 'batch': 8}
+    warm_start(folder, task, **sizes, accuracy=0.0, mixed_steps=2)
+    return folder

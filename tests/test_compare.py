@@ -1,18 +1,10 @@
 """The comparison of many short runs: on a tiny model, and its tables by hand."""
 
 import gin
+import loop  # noqa: F401  registers the task StartsWithHash
 import numpy as np
-import pytest
-from test_train import model  # noqa: F401  a fixture, and the task StartsWithHash
 
 from experiments import compare
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    gin.clear_config()
-    yield
-    gin.clear_config()
 
 
 def row(method='GRPO/Clip', learning_rate=2e-4, staleness=2, seed=0, success=0.5) -> dict:

@@ -34,13 +34,6 @@ class StartsLow(Arithmetic):
         return float(response < '5')
 
 
-@pytest.fixture(autouse=True)
-def clean_gin():
-    gin.clear_config()
-    yield
-    gin.clear_config()
-
-
 @pytest.fixture(scope='module')
 def run(tmp_path_factory) -> Path:
     """The folder of two steps with four updates each, at a learning rate at which half of the tokens leave the region.

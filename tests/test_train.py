@@ -1,176 +1,26 @@
 """The whole loop, as a user starts it, on models that are made here."""
 
 import json
-import os
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import gin
 import jax
 import numpy as np
 import pytest
-from faults.runs import everything
+from loop import HASH, REPOSITORY, run, saved, two_kv_heads, without_times
 from tiny import save_qwen3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.config import parse, register
+from experiments.config import parse
 from experiments.evaluate import evaluation
 from experiments.export import export
-from experiments.replay import replay
 from experiments.train import train
 from experiments.warm_start import warm_start
-from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tokenizer import character_tokenizer
 from troll_jax.metrics import read_metrics
-from troll_jax.models import decoder as decoders
-from troll_jax.models.families import decoder_config
-from troll_jax.models.hf_weights import load_config
-from troll_jax.sharding import make_mesh
-
-REPOSITORY = Path(__file__).parent.parent
-
-SMALL = [
-    'Experiment.max_prompt_length = 4',
-    'Experiment.max_response_length = 3',
-    'train.steps = 4',
-    'train.prompts_per_step = 16',
-    'train.samples_per_prompt = 4',
-    'train.minibatch_prompts = 8',
-    'train.evaluate_every = 2',
-    'train.checkpoint_every = 2',
-    'train.head_chunk = 40',
-]
-
 
 METHODS = sorted(file.stem for file in (REPOSITORY / 'configs/objectives').glob('*.gin'))
-
-ARITHMETIC = ['Arithmetic.operands = 2', 'Arithmetic.train_size = 60', 'Arithmetic.test_size = 10']
-
-
-@register
-class StartsWithHash(Arithmetic):
-    """Rewards a response that begins with '#': something that a policy without any knowledge can find out."""
-
-    def grade(self, response: str, answer: str) -> float:
-        return float(response.startswith('#'))
-
-
-HASH = [
-    'Experiment.task = @StartsWithHash()',
-    *(binding.replace('Arithmetic', 'StartsWithHash') for binding in ARITHMETIC),
-    'train.evaluate_every = 0',
-    'adamw.learning_rate = 1e-2',
-]
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    gin.clear_config()
-    yield
-    gin.clear_config()
-
-
-@pytest.fixture(scope='session')
-def model(tmp_path_factory) -> str:
-    """A model of the quickstart's kind, after two steps of its warm start."""
-    folder = str(tmp_path_factory.mktemp('model'))
-    task = Arithmetic(operands=2, train_size=60, test_size=16)
-    sizes = {'width': 16, 'layers': 2, 'heads': 2, 'kv_heads': 1, 'head_dim': 8, 'mlp_width': 24, 'batch': 8}
-    warm_start(folder, task, **sizes, accuracy=0.0, mixed_steps=2)
-    return folder
-
-
-def run(folder, model: str, *bindings: str, method: str = 'troll', task=tuple(ARITHMETIC)) -> list[dict]:
-    """Trains on the quickstart's task by one of the methods and returns the metrics."""
-    gin.clear_config()
-    names = [f"train.run_dir = '{folder}'", f"Experiment.model = '{model}'"]
-    files = [REPOSITORY / 'configs/quickstart.gin', REPOSITORY / f'configs/objectives/{method}.gin']
-    parse(files, [*SMALL, *task, *names, *bindings])
-    train()
-    return read_metrics(Path(folder) / 'metrics.jsonl')
-
-
-def saved(folder, step: int):
-    """The parameters of a checkpoint."""
-    config = decoder_config(load_config(str(Path(folder) / 'model')))
-    with Checkpoints(folder) as checkpoints:
-        return checkpoints.restore_params(decoders.abstract(config, make_mesh())[1], step)
-
-
-def without_times(rows: list[dict]) -> list[dict]:
-    timed = ('seconds/', 'rollout/tokens_per_second', 'update/tokens_per_second')
-    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
-
-
-def assert_same(one, other):
-    jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
-# All that a state can hold: a critic, a reference model that is replaced after the resume, draws that are not steps.
-STATEFUL = [
-    'train.regularisers = [@kl_to_reference]',
-    'kl_to_reference.coefficient = 0.01',
-    'train.refresh_reference_every = 3',
-    'train.max_draws = 2',
-    'train.keep_best = True',
-]
-
-
-@pytest.mark.parametrize(('method', 'bindings'), [('troll', []), ('troll_ppo', STATEFUL)])
-def test_resuming_equals_not_stopping(tmp_path, model, method, bindings):
-    """Guards against skipped data, keys or optimizer state that start anew, and doubled metrics after a resume.
-
-    And against a best checkpoint that is chosen by another number than the log's.
-    """
-    settings = {'method': method, 'task': [*HASH, 'train.evaluate_every = 2']}
-    whole = run(tmp_path / 'whole', model, *bindings, **settings)
-    assert all(row['update/gradient_norm'] > 1e-6 for row in whole[1:]), 'every step was meant to teach something'
-    run(tmp_path / 'parts', model, *bindings, 'train.steps = 2', **settings)
-    parts = run(tmp_path / 'parts', model, *bindings, **settings)
-    assert [row['step'] for row in parts] == [0, 1, 2, 3, 4]
-    assert without_times(parts) == without_times(whole)
-    states = [everything(tmp_path / name, 4) for name in ('parts', 'whole')]
-    assert states[0].keys() == {'progress', 'params', 'opt_state', *(('critic', 'reference') if bindings else ())}
-    assert_same(*states)
-    if bindings:
-        assert states[0]['progress']['draws'] > 4 == states[0]['progress']['step']
-        score = json.loads((tmp_path / 'parts/checkpoints/4/metrics/metrics').read_text())
-        assert score == {'score': parts[-1]['eval/success']}
-
-
-ADAPTIVE = [
-    'troll.bound = @adaptive_bound',
-    'adaptive_bound.start = 1e-3',
-    'adaptive_bound.target = 0.1',
-    'adaptive_bound.gain = 5.0',
-    'troll.region = @sequence_region',
-    'train.tail_rule = @bucket_tail',
-    'train.max_tokens = 8',
-    'train.table_every = 1',
-]
-
-
-def test_a_lost_checkpoint_repeats_its_steps(tmp_path, model):
-    """Guards against metrics of steps that a crash lost staying in the file beside those of their repetition.
-
-    With every option whose result depends on more than parameters and optimizer: the bound follows what was projected.
-    """
-    whole = run(tmp_path / 'whole', model, *ADAPTIVE, task=HASH)
-    projected = [row['update/projected_share'] for row in whole]
-    assert max(projected) > 0.1 and len(set(projected)) > 1, 'the bound was meant to matter'
-    shutil.copytree(tmp_path / 'whole', tmp_path / 'crashed')
-    shutil.rmtree(tmp_path / 'crashed/checkpoints/4')
-    again = run(tmp_path / 'crashed', model, *ADAPTIVE, task=HASH)
-    assert without_times(again) == without_times(whole)
-    assert_same(saved(tmp_path / 'crashed', 4), saved(tmp_path / 'whole', 4))
-    tables = [(tmp_path / name / 'held_tokens.jsonl').read_text() for name in ('crashed', 'whole')]
-    assert tables[0] == tables[1] and tables[0].count('\n') == 4
 
 
 @pytest.mark.parametrize('mesh', ['make_mesh.fsdp = 8', 'make_mesh.data = 2\nmake_mesh.fsdp = 2\nmake_mesh.tensor = 2'])
@@ -184,12 +34,6 @@ def test_one_update_does_not_depend_on_the_mesh(tmp_path, model, mesh):
     rows = run(tmp_path / 'other', model, *tied, *mesh.split('\n'))
     for name, value in without_times(reference)[0].items():
         assert rows[0][name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
-
-
-def two_kv_heads(folder) -> str:
-    """A model that a mesh with tensor = 2 divides: a vocabulary of even size and two key-value heads."""
-    tokenizer = character_tokenizer('0123456789+-*=#?')
-    return save_qwen3(folder, tokenizer, num_attention_heads=4, num_key_value_heads=2)
 
 
 @pytest.mark.parametrize('method', ['troll', 'clip'])
@@ -375,63 +219,6 @@ def test_a_warm_start_that_does_not_learn_is_an_error(tmp_path):
     assert not (tmp_path / 'model').exists()
 
 
-def test_another_model_in_the_run_folder_is_an_error(tmp_path, model):
-    """Guards against a run that goes on from the checkpoint of another model, even if it is told to go on."""
-    run(tmp_path / 'run', model, 'train.steps = 2')
-    other = two_kv_heads(tmp_path / 'other')
-    with pytest.raises(ValueError, match=r'(?s)Experiment.model: .*\ntokenizer: '):
-        run(tmp_path / 'run', other)
-    with pytest.raises(ValueError, match=r'another model or optimizer: .*embedding is \(17, 16\), expected \(18, 16\)'):
-        run(tmp_path / 'run', other, 'train.on_change = "go on"')
-    assert load_config(tmp_path / 'run/model').vocab_size == 17
-
-
-def test_a_change_stops_a_run_unless_it_is_told_to_go_on(tmp_path, model, caplog):
-    """Guards against a run that changes its method or its data half way unseen, whose first half has lost its
-    configuration, or that is stopped by what changes nothing, such as its length."""
-    run(tmp_path, model, 'train.steps = 2')
-    changed = ['troll.bound = 0.5', 'Arithmetic.train_size = 61']
-    with pytest.raises(ValueError, match=r'to step 2 .*\nArithmetic.train_size: 60 → 61\n') as error:
-        run(tmp_path, model, 'train.steps = 3', *changed)
-    assert re.search(r'\ntrain data: \w+ → \w+\ntroll.bound: 0.05 → 0.5\n', str(error.value))
-    assert 'train.steps' not in str(error.value) and 'bound = 0.05' in (tmp_path / 'config.gin').read_text()
-    assert [row['step'] for row in run(tmp_path, model, 'train.steps = 3', 'train.slots = 16')] == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="'go on'.*got 'goon'"):
-        run(tmp_path, model, 'train.on_change = "goon"')
-    rows = run(tmp_path, model, 'train.steps = 4', 'train.on_change = "go on"', *changed)
-    assert [row['step'] for row in rows] == [0, 1, 2, 3, 4]
-    assert 'bound = 0.05' in (tmp_path / 'config_until_3.gin').read_text()
-    assert 'bound = 0.5\n' in (tmp_path / 'config.gin').read_text()
-    assert 'troll.bound: 0.05 → 0.5' in caplog.text
-    run(tmp_path, model, 'train.steps = 4', *changed)  # what it was changed to is now its setup
-
-
-INFINITE = ['train.regularisers = [@entropy_bonus]', 'entropy_bonus.coefficient = 1e39']  # in float32
-
-
-def test_gradients_that_stay_infinite_end_the_run(tmp_path, model):
-    """Guards against a run that learns nothing for days, and a failure of which nothing is left to be looked into."""
-    settings = [*INFINITE, 'train.max_skipped = 3', 'train.checkpoint_every = 4', 'train.evaluate_every = 0']
-    with pytest.raises(FloatingPointError, match=r'step 3: .* 3 steps in a row .* as of step 2.*rollouts/2.npz'):
-        run(tmp_path, model, *settings)
-    assert [row['update/skipped'] for row in read_metrics(tmp_path / 'metrics.jsonl')] == [1, 1, 1]
-    with Checkpoints(tmp_path, read_only=True) as checkpoints:
-        assert checkpoints.steps == [2]
-    rollout = tmp_path / 'rollouts/2.npz'
-    assert [file.name for file in rollout.parent.iterdir()] == ['2.npz']
-    result = replay(tmp_path, batch=rollout, objectives=['importance_weighted'])
-    assert result['step'] == result['checkpoint'] == 2 and result['skipped_updates'] == 1
-    finite = {name: row['finite'] for name, row in result['objectives'].items()}
-    assert finite == {'importance_weighted': True, 'run': False}
-
-
-def test_the_first_nan_ends_a_run_that_looks_for_it(tmp_path, model):
-    """Guards a binding that nothing reads."""
-    with pytest.raises(FloatingPointError, match='nan'):
-        run(tmp_path, model, *INFINITE, 'train.debug_nans = True')
-    assert not jax.config.jax_debug_nans
-
-
 CHAT_TEMPLATE = (
     '{% for message in messages %}{{ message.content }}{% endfor %}'
     '{% if add_generation_prompt and enable_thinking is defined and enable_thinking is false %}={% endif %}'
@@ -473,44 +260,3 @@ def test_the_papers_configs_run_with_small_stand_ins(tmp_path, method):
     assert all(np.isfinite(list(row.values())).all() for row in rows)
     assert rows[-1]['reward/timeouts'] == rows[-1]['reward/crashes'] == rows[-1]['reward/errors'] == 0
     assert (tmp_path / 'run/checkpoints/2').is_dir()
-
-
-def test_checkpoints_may_lie_elsewhere(tmp_path, model):
-    """Guards a bucket for checkpoints: resuming, evaluation and export look for them where the run put them."""
-    elsewhere = f"train.checkpoint_dir = '{tmp_path / 'bucket'}'"
-    run(tmp_path / 'run', model, elsewhere, 'train.steps = 1', 'train.checkpoint_every = 1')
-    rows = run(tmp_path / 'run', model, elsewhere, 'train.steps = 2')
-    assert [row['step'] for row in rows] == [0, 1, 2]
-    assert not (tmp_path / 'run/checkpoints').exists() and (tmp_path / 'bucket/checkpoints/2').is_dir()
-    gin.clear_config()
-    parse([tmp_path / 'run/config.gin'])
-    assert export(str(tmp_path / 'run'), str(tmp_path / 'exported')) == 2
-    assert evaluation(str(tmp_path / 'run'))['test']['step'] == 2
-
-
-def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path, model):
-    """Guards against losing what was learnt since the last checkpoint to Ctrl-C, with the command that users type."""
-    bindings = [
-        *SMALL,
-        *ARITHMETIC,
-        f"train.run_dir = '{tmp_path}'",
-        f"Experiment.model = '{model}'",
-        'train.checkpoint_every = 1000',
-    ]
-    command = [sys.executable, '-m', 'experiments.train', 'configs/quickstart_troll.gin', *bindings]
-    process = subprocess.Popen([*command, 'train.steps = 100000'], cwd=REPOSITORY, env=dict(os.environ))
-    try:
-        deadline = time.monotonic() + 300
-        path = tmp_path / 'metrics.jsonl'
-        while not (path.exists() and len(read_metrics(path)) > 2):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=120) == 0
-    finally:
-        process.kill()
-    last = read_metrics(path)[-1]['step']
-    with Checkpoints(tmp_path) as checkpoints:
-        assert checkpoints.steps == [last]
-    rows = run(tmp_path, model, f'train.steps = {last + 1}')
-    assert [row['step'] for row in rows] == list(range(last + 2))

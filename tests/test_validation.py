@@ -36,13 +36,6 @@ class OddLength(MathProblems):
         return float(len(response) % 2)
 
 
-@pytest.fixture(autouse=True)
-def clean_gin():
-    gin.clear_config()
-    yield
-    gin.clear_config()
-
-
 @pytest.fixture(scope='module')
 def model(tmp_path_factory) -> str:
     """Random weights, and so responses of all kinds."""

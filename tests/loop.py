@@ -1,0 +1,84 @@
+"""Runs of the whole loop in this process, as a user starts them, on small sizes."""
+
+from pathlib import Path
+
+import gin
+import jax
+import numpy as np
+from tiny import save_qwen3
+
+from experiments.config import parse, register
+from experiments.train import train
+from troll_jax.checkpoint import Checkpoints
+from troll_jax.data.tasks.arithmetic import Arithmetic
+from troll_jax.data.tokenizer import character_tokenizer
+from troll_jax.metrics import read_metrics
+from troll_jax.models import decoder as decoders
+from troll_jax.models.families import decoder_config
+from troll_jax.models.hf_weights import load_config
+from troll_jax.sharding import make_mesh
+
+REPOSITORY = Path(__file__).parent.parent
+
+SMALL = [
+    'Experiment.max_prompt_length = 4',
+    'Experiment.max_response_length = 3',
+    'train.steps = 4',
+    'train.prompts_per_step = 16',
+    'train.samples_per_prompt = 4',
+    'train.minibatch_prompts = 8',
+    'train.evaluate_every = 2',
+    'train.checkpoint_every = 2',
+    'train.head_chunk = 40',
+]
+
+
+ARITHMETIC = ['Arithmetic.operands = 2', 'Arithmetic.train_size = 60', 'Arithmetic.test_size = 10']
+
+
+@register
+class StartsWithHash(Arithmetic):
+    """Rewards a response that begins with '#': something that a policy without any knowledge can find out."""
+
+    def grade(self, response: str, answer: str) -> float:
+        return float(response.startswith('#'))
+
+
+HASH = [
+    'Experiment.task = @StartsWithHash()',
+    *(binding.replace('Arithmetic', 'StartsWithHash') for binding in ARITHMETIC),
+    'train.evaluate_every = 0',
+    'adamw.learning_rate = 1e-2',
+]
+
+
+def run(folder, model: str, *bindings: str, method: str = 'troll', task=tuple(ARITHMETIC)) -> list[dict]:
+    """Trains on the quickstart's task by one of the methods and returns the metrics."""
+    gin.clear_config()
+    names = [f"train.run_dir = '{folder}'", f"Experiment.model = '{model}'"]
+    files = [REPOSITORY / 'configs/quickstart.gin', REPOSITORY / f'configs/objectives/{method}.gin']
+    parse(files, [*SMALL, *task, *names, *bindings])
+    train()
+    return read_metrics(Path(folder) / 'metrics.jsonl')
+
+
+def saved(folder, step: int):
+    """The parameters of a checkpoint."""
+    config = decoder_config(load_config(str(Path(folder) / 'model')))
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.restore_params(decoders.abstract(config, make_mesh())[1], step)
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+    timed = ('seconds/', 'rollout/tokens_per_second', 'update/tokens_per_second')
+    return [{name: value for name, value in row.items() if not name.startswith(timed)} for row in rows]
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def two_kv_heads(folder) -> str:
+    """A model that a mesh with tensor = 2 divides: a vocabulary of even size and two key-value heads."""
+    tokenizer = character_tokenizer('0123456789+-*=#?')
+    return save_qwen3(folder, tokenizer, num_attention_heads=4, num_key_value_heads=2)
