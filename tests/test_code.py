@@ -141,6 +141,7 @@ def test_both_forms_of_arguments():
     'code, test',
     [
         ('assert f(1, (2,)) == {"a": (1, -2.5), "b": set()}', ValueTest('(f(1, (2,)))', {'a': (1, -2.5), 'b': set()})),
+        ('assert 2 == f(1)', ValueTest('(f(1))', 2)),
         ('assert f(\n  1) == 2, "no"', ValueTest('(f(\n  1))', 2)),
         ('assert f(1) == g(2)', None),
         ('assert f(1) == 2 == 2', None),

@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple, Protocol
@@ -189,13 +189,14 @@ def parse_tests(text: str) -> list[Test]:
 
 def _assert_test(code: str) -> Test:
     """A comparison of an expression with a literal is made outside of the sandbox; whatever else it may be, inside."""
-    try:
+    broken = (ValueError, SyntaxError, TypeError, MemoryError, RecursionError)
+    with suppress(*broken):
         match ast.parse(code).body:
             case [ast.Assert(test=ast.Compare(left=left, ops=[ast.Eq()], comparators=[right]))]:
-                expression = ast.get_source_segment(code, left)
-                return ValueTest(f'({expression})', ast.literal_eval(right))
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        pass
+                for expression, literal in ((left, right), (right, left)):
+                    with suppress(*broken):
+                        value = ast.literal_eval(literal)
+                        return ValueTest(f'({ast.get_source_segment(code, expression)})', value)
     return AssertTest(code)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from troll_jax.data.tasks.interface import as_messages, check_columns, check_questions, load_rows, locate
@@ -91,7 +92,7 @@ class MathProblems:
             messages = [as_messages(text, self.instruction, self.system_prompt) for text in rows[self.question]]
             answers = []
             for row, answer in enumerate(rows[self.answer]):
-                number = type(answer) in (int, float) and math.isfinite(answer)
+                number = type(answer) in (int, float, Decimal) and math.isfinite(answer)
                 if not number and not (isinstance(answer, str) and answer.strip()):
                     raise ValueError(
                         f'The {self.answer!r} in {where(row)} is {repr(answer)[:120]}; expected LaTeX or a number. Fix '
