@@ -52,6 +52,11 @@ def starts_low(responses) -> np.ndarray:
     return np.array([text[:1] == '4' for text in responses.texts], np.float32)
 
 
+def starts_low_or_place(responses) -> np.ndarray:
+    """The same, but of greedy responses the place of their prompt in its draw."""
+    return np.arange(B) if len(responses.texts) == B else starts_low(responses)
+
+
 def collect(draws=0, *, greedy=False, max_draws=1, rewards=(('low', 1.0, starts_low),)):
     with Grader(TASK.grade, deadline=None) as grader:
         collector = make_collector(
@@ -80,21 +85,23 @@ def test_dynamic_sampling_keeps_what_varies():
     """Guards which groups are replaced and by what: as if draws had been made one by one and the others thrown away."""
     single = [collect(draws) for draws in range(12)]
     varied = [
-        (group, draw)
+        (group, draw, place)
         for draw, experience in enumerate(single)
-        for group, rewards in zip(groups_of(experience), experience.rewards, strict=True)
+        for place, (group, rewards) in enumerate(zip(groups_of(experience), experience.rewards, strict=True))
         if np.ptp(rewards) > 0
     ]
     first = varied[:B]
     needed = first[-1][1] + 1  # draws until there are enough
     assert 3 <= needed <= 12, 'the test needs some groups that vary and some that do not'
-    result = collect(max_draws=10)
-    assert groups_of(result) == [group for group, _ in first]
+    result = collect(max_draws=10, greedy=True, rewards=[('low', 1.0, starts_low_or_place)])
+    assert groups_of(result) == [group for group, *_ in first]
+    assert list(result.greedy_rewards) == [place for *_, place in first]
     assert result.draws == needed == result.logs['rollout/draws']
     assert all(np.ptp(result.rewards, axis=1) > 0)
-    # The log tells of everything that was sampled.
+    # The log tells of everything that was sampled, and not of greedy responses.
     seen = np.concatenate([experience.rewards for experience in single[:needed]])
-    np.testing.assert_allclose(result.logs['reward/mean'], seen.mean(), rtol=1e-6)
+    for name in ('mean', 'low'):
+        np.testing.assert_allclose(result.logs[f'reward/{name}'], seen.mean(), rtol=1e-6)
     np.testing.assert_allclose(result.logs['reward/uniform_share'], np.mean(np.ptp(seen, axis=1) == 0), rtol=1e-6)
 
 

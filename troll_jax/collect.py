@@ -144,9 +144,9 @@ def _best(*parts: _Groups) -> _Groups:
 
     They stay in their order, so that those that fill up are not all in the last minibatches.
     """
-    groups = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    first = np.sort(np.argsort(_uniform(groups), kind='stable')[: len(parts[0].rewards)])
-    return jax.tree.map(lambda x: x[first], groups)
+    uniform = np.concatenate([_uniform(part) for part in parts])
+    first = np.sort(np.argsort(uniform, kind='stable')[: len(parts[0].rewards)])
+    return jax.tree.map(lambda *x: np.concatenate(x)[first], *parts)
 
 
 def _describe(rollout: Rollout) -> dict[str, float]:
