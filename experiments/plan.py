@@ -40,13 +40,14 @@ from troll_jax.slots import prefill_batch  # noqa: E402
 from troll_jax.types import Prompts  # noqa: E402
 
 PROGRAMS = ('recompute', 'reference', 'values', 'critic', 'update', 'prefill', 'decode')
+UNUSED = ('run_dir', 'steps')  # what a run must have and a plan need not
 
 
 def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
     """Compiles those of these programs that the parsed experiment has, and returns what they need on a topology.
 
     Raises:
-      ValueError: an unknown topology, or sizes that do not go together on its devices.
+      ValueError: an unknown topology, sizes that do not go together on its devices, or settings that are missing.
     """
     generation = topology.split(':')[0]
     if generation not in CHIPS:
@@ -65,6 +66,9 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
     config = experiment.decoder_config()
     defaults = {name: p.default for name, p in inspect.signature(train).parameters.items()}
     settings = defaults | gin.get_bindings('train')
+    unbound = [f'train.{name}' for name, value in settings.items() if value is gin.REQUIRED and name not in UNUSED]
+    if unbound:
+        raise ValueError(f'a plan needs {", ".join(unbound)}; bind each, or add a gin file that does')
     prompts, samples, minibatch = (
         settings[name] for name in ('prompts_per_step', 'samples_per_prompt', 'minibatch_prompts')
     )

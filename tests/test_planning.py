@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import gin
 import jax
 import jax.numpy as jnp
 import pytest
@@ -13,6 +14,7 @@ from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 from tiny import decoder_config
 
+from experiments.config import parse
 from experiments.plan import examine, plan, print_table
 from troll_jax.models.attention import splash_attention
 from troll_jax.models.pages import Pages, TokenPages, response_pages
@@ -179,6 +181,15 @@ def test_what_is_too_large_for_the_compiler_does_not_fit(capsys):
     assert not row['fits'] and row['needed_gb'] > row['memory_gb'] == 16
     print_table([{'topology': 'v5e:2x2'} | row])
     assert '| v5e:2x2 | large | | | over' in capsys.readouterr().out
+
+
+def test_a_task_without_a_method_is_an_error(request):
+    """Guards a plan of half an experiment: what is missing is named, before anything is traced."""
+    request.addfinalizer(gin.clear_config)
+    files = ['configs/data/gsm8k.gin', 'configs/models/qwen3_0_6b.gin']
+    parse([REPOSITORY / file for file in files], ["Experiment.model = 'configs/models/qwen3-0.6b'"])
+    with pytest.raises(ValueError, match='a plan needs train.objective; bind each'):
+        plan('v5e:2x2')
 
 
 def test_an_unknown_topology_is_an_error():
