@@ -74,7 +74,6 @@ def prepare(devices: int) -> None:
     watched(troll_jax.learn, 'place', 'update')
     watched(train, 'speed', 'learnt')
     watched(Checkpoints, 'save', 'saving')
-    watched(train, 'make_learner', 'start')
     watched(train, 'restore_or_start', 'restoring')
     read = troll_jax.models.hf_weights._Stored.__getitem__
 
@@ -205,7 +204,9 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     a = rows(one)[: len(b)]  # the other one may have been stopped
     timed = ('seconds/', 'rollout/tokens_per_second', 'update/tokens_per_second')
     assert [row.keys() for row in a] == [row.keys() for row in b]
-    apart = lambda x, y: float(np.linalg.norm(np.subtract(x, y)) / max(np.linalg.norm(x), 1e-3))
+    # A NaN would be no maximum.
+    whole = lambda x: float(np.nan_to_num(x, nan=np.inf))
+    apart = lambda x, y: whole(np.linalg.norm(np.subtract(x, y)) / max(np.linalg.norm(x), 1e-3))
     numbers = [
         (apart(x[name], y[name]), name) for x, y in zip(a, b, strict=True) for name in x if not name.startswith(timed)
     ]

@@ -1,5 +1,6 @@
 """Runs of a tiny model in processes of their own, to be killed, and what is left of them."""
 
+import ctypes
 import json
 import os
 import signal
@@ -17,11 +18,14 @@ from experiments import train
 from experiments.benchmarks.soak import SETTINGS
 
 REPOSITORY = Path(__file__).parents[2]
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent has ended
 TINY = [*SETTINGS, 'train.evaluate_every = 0', 'train.checkpoint_every = 1']
 
 
 class Process:
     """A training run in a fork of this process, which must not have touched a device: nothing is imported again.
+
+    On Linux it ends with this process, so that a test that runs out of time leaves nothing behind.
 
     Args:
       run_dir: of the run.
@@ -53,6 +57,8 @@ class Process:
             return
         code = 1
         try:
+            if sys.platform == 'linux':
+                ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
             with self.log.open('w') as log:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
