@@ -2,7 +2,7 @@
 
     python -m experiments.benchmarks.soak [--steps 2000] [--checkpoint-every 5] [--folder DIR]
 
-Trains a tiny random model, with evaluation, tables and checkpoints. The last line is one line of JSON: host memory (RSS)
+Trains a tiny random model, with evaluation, tables and checkpoints. The last line is one of JSON: host memory (RSS)
 after a tenth of the steps and at the end, its growth per step by a straight line through the second half, programs that
 were compiled after a tenth of the steps, and by the same two steps threads, open files, children, and what lies in the
 run's folder; and the most that arrays on the device took up in the first and in the second half.

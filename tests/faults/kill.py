@@ -74,7 +74,7 @@ def kill_many(folder: Path, times: int, seed: int) -> dict:
     while (orphans := workers()) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not orphans, f'processes that outlived their run: {orphans}'
-    return {'kills': times, 'moments': counts, 'in_a_save': half_saved, 'steps_to_repeat_after': repeated, 'steps': steps}
+    return {'kills': times, 'moments': counts, 'in_a_save': half_saved, 'had_to_repeat': repeated, 'steps': steps}
 
 
 def workers() -> list[str]:
