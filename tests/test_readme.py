@@ -27,8 +27,16 @@ def test_the_file_tree_is_complete_and_true():
         if path.name != '__init__.py'
     }
     # Files of data, models and ablations are named by the table of the paper's experiments: test_paper_configs.py.
-    in_table = {file for file in files if file.startswith(('configs/data/', 'configs/models/', 'configs/ablations/'))}
-    assert listed == files - in_table and in_table
+    folders = ('data', 'models', 'ablations', 'objectives')
+    in_tables = {file for file in files if file.startswith(tuple(f'configs/{folder}/' for folder in folders))}
+    assert listed == files - in_tables and in_tables
+
+
+def test_the_table_of_methods_is_complete():
+    """Guards against a method that nobody finds, and against one that is gone."""
+    table = re.search(r'\| file \| objective \|.*?\n\n', README, re.DOTALL)[0]
+    listed = {name for row in table.splitlines() for name in re.findall(r'`(\w+)`', row[2:].partition('|')[0])}
+    assert listed == {file.stem for file in (REPOSITORY / 'configs/objectives').glob('*.gin')}
 
 
 def test_links_and_commands_lead_somewhere():

@@ -17,6 +17,7 @@ from troll_jax.rewards.math import grade_math
 from troll_jax.rewards.pool import Grader
 
 DEADLINE = patience()  # seconds
+with_and_without_deadline = pytest.mark.parametrize('deadline', [None, DEADLINE], ids=['no deadline', 'deadline'])
 
 
 @pytest.fixture(scope='module')
@@ -126,7 +127,7 @@ def test_an_empty_reference_is_an_error():
 # --- the pool
 
 
-@pytest.mark.parametrize('deadline', [None, DEADLINE])
+@with_and_without_deadline
 def test_rewards_keep_their_order(deadline):
     """Guards against rewards that return in the order in which workers finish."""
     responses = [str(i % 7) for i in range(211)]
@@ -168,7 +169,7 @@ def test_a_crashed_worker_costs_one_reward(grader, crash):
     assert (grades.timeouts, grades.crashes, grades.errors) == (0, 1, 0)
 
 
-@pytest.mark.parametrize('deadline', [None, DEADLINE])
+@with_and_without_deadline
 def test_an_exception_counts_as_nothing_and_is_logged_once(deadline, caplog):
     """Guards against a grader that fails on every sample in silence, and against one that floods the log."""
     with Grader(obey, deadline=deadline, workers=1) as pool:
@@ -188,7 +189,7 @@ def test_memory_is_limited(grader):
     assert grades.errors == 1
 
 
-@pytest.mark.parametrize('deadline', [None, DEADLINE])
+@with_and_without_deadline
 @pytest.mark.parametrize('bad', ['nan', 'infinity', 'huge', 'text', 'nothing'])
 def test_a_reward_that_is_no_number_names_its_sample(deadline, bad):
     """Guards against one NaN that reaches the advantages of its whole group and then the parameters."""

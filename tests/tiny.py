@@ -16,10 +16,10 @@ def decoder_config(vocab_size: int, **sizes) -> DecoderConfig:
 
 def save_qwen3(folder: Path, tokenizer: PreTrainedTokenizerBase, seed: int = 0, **sizes) -> str:
     """A folder with random weights as transformers writes it, and its tokenizer; returns its name."""
-    defaults = {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2, 'max_position_embeddings': 64}
+    defaults = {'vocab_size': len(tokenizer), 'eos_token_id': tokenizer.eos_token_id, 'max_position_embeddings': 64}
+    defaults |= {'hidden_size': 16, 'intermediate_size': 24, 'num_hidden_layers': 2}
     defaults |= {'num_attention_heads': 2, 'num_key_value_heads': 1, 'head_dim': 8}
     set_seed(seed)
-    config = Qwen3Config(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **defaults | sizes)
-    Qwen3ForCausalLM(config).save_pretrained(folder)
+    Qwen3ForCausalLM(Qwen3Config(**defaults | sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -17,9 +17,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from experiments.benchmarks.soak import write_model
-
 from .runs import Process, assert_same_run, is_saving, rows, whole_steps
+from .soak import write_model
 
 MARK = 'KILLED_RUN_OF'  # in the environment of what a run starts
 MOMENTS = ('save', 'loop', 'start')

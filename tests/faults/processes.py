@@ -26,11 +26,11 @@ import troll_jax.collect
 import troll_jax.learn
 import troll_jax.models.hf_weights
 from experiments import evaluate, train
-from experiments.benchmarks.soak import write_model
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.rewards.pool import Grader
 
 from .runs import Process, everything, rows, whole_steps
+from .soak import write_model
 
 DEVICES = 4
 MESH = ('make_mesh.fsdp = 2', 'make_mesh.tensor = 2')
@@ -293,7 +293,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary) / 'processes'
         folder.mkdir(parents=True)
-        write_model(folder / 'model', vocabulary=18, kv_heads=2)  # which two devices divide
+        write_model(folder / 'model', vocab_size=18, num_key_value_heads=2)  # which two devices divide
         if arguments.short:
             result = short(folder)
         else:

@@ -15,7 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from experiments import train
-from experiments.benchmarks.soak import SETTINGS
+
+from .soak import SETTINGS
 
 REPOSITORY = Path(__file__).parents[2]
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent has ended

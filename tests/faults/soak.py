@@ -1,6 +1,6 @@
 """Does a long run stay as it began?
 
-    python -m experiments.benchmarks.soak [--steps 2000] [--checkpoint-every 5] [--folder DIR]
+    python -m tests.faults.soak [--steps 2000] [--checkpoint-every 5] [--folder DIR]
 
 Trains a tiny random model, with evaluation, tables and checkpoints. The last line is one of JSON: host memory (RSS)
 after a tenth of the steps and at the end, its growth per step by a straight line through the second half, programs that
@@ -18,10 +18,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from transformers import Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from experiments.config import parse
 from experiments.train import train
+from tests.tiny import save_qwen3
 from troll_jax.data.tasks.arithmetic import CHARACTERS
 from troll_jax.data.tokenizer import character_tokenizer
 
@@ -45,16 +45,9 @@ SETTINGS = [
 ]
 
 
-def write_model(folder: Path, vocabulary: int | None = None, kv_heads: int = 1) -> None:
+def write_model(folder: Path, **sizes) -> None:
     """A policy that is far from certain: its samples differ, and so do their rewards."""
-    tokenizer = character_tokenizer(CHARACTERS)
-    set_seed(0)
-    sizes = {'hidden_size': 16, 'intermediate_size': 24, 'num_attention_heads': 2, 'num_key_value_heads': kv_heads}
-    sizes |= {'head_dim': 8, 'num_hidden_layers': 2, 'max_position_embeddings': 64, 'initializer_range': 0.5}
-    Qwen3ForCausalLM(
-        Qwen3Config(vocab_size=vocabulary or len(tokenizer), eos_token_id=tokenizer.eos_token_id, **sizes)
-    ).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_qwen3(folder, character_tokenizer(CHARACTERS), initializer_range=0.5, **sizes)
 
 
 def sample(run_dir: Path, compiled: list) -> dict[str, int]:
