@@ -40,13 +40,6 @@ from troll_jax.rewards.sandbox import Unisolated
 CONFIG, MODEL = REPOSITORY / 'configs/quickstart_troll.gin', REPOSITORY / 'configs/arithmetic_model.gin'
 
 
-@pytest.fixture(autouse=True)
-def no_bindings():
-    gin.clear_config()
-    yield
-    gin.clear_config()
-
-
 @pytest.fixture(scope='module')
 def model(tmp_path_factory) -> Path:
     return save_model(tmp_path_factory.mktemp('model'))

@@ -1,8 +1,10 @@
 """A name may be that of a local folder or an id on the Hugging Face hub: errors that say what was looked for."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def is_path(name: str) -> bool:
@@ -44,3 +46,14 @@ def model_of_folder_or_hub(model: str) -> Iterator[None]:
             f'{model!r} is not a folder, and cannot be had from the hub: {error} If a folder was meant: '
             f'{what_is_there(model)}.'
         ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """An object in a file of a model. Raises a ValueError, which names the file, if it holds anything else."""
+    try:
+        content = json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise ValueError(f'{file} is damaged: {error}; copy or download it again') from error
+    if not isinstance(content, dict):
+        raise ValueError(f'{file} is damaged: got {str(content)[:80]!r}, expected an object; copy or download it again')
+    return content

@@ -3,14 +3,14 @@
 Masks are made from lengths, never from token ids, so the padding token may be the end-of-sequence token.
 """
 
-import json
 import os
+from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from troll_jax.hub import model_of_folder_or_hub
+from troll_jax.hub import model_of_folder_or_hub, read_json
 
 PAD, EOS = '<pad>', '<eos>'  # of the character tokenizer
 
@@ -64,7 +64,7 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: str) -> tuple[int,
     """
     found = {tokenizer.eos_token_id}
     for name in ('generation_config.json', 'config.json'):
-        ids = _read_json(model, name).get('eos_token_id')
+        ids = _read_file_of(model, name).get('eos_token_id')
         ids = ids if isinstance(ids, list) else [ids]
         if not all(i is None or (type(i) is int and i >= 0) for i in ids):
             raise ValueError(f'eos_token_id in {name} of {model!r} is {ids}; expected ids, from 0. Correct that file.')
@@ -102,23 +102,14 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     )
 
 
-def _read_json(model: str, name: str) -> dict:
+def _read_file_of(model: str, name: str) -> dict:
     """A file of a model as a dictionary; an empty one if the model lacks it."""
     if os.path.isdir(model):
         path = os.path.join(model, name)
         path = path if os.path.exists(path) else None
     else:
         path = cached_file(model, name, _raise_exceptions_for_missing_entries=False)
-    if path is None:
-        return {}
-    try:
-        with open(path, encoding='utf-8') as file:
-            content = json.load(file)
-    except ValueError as error:
-        raise ValueError(f'{path} is damaged: {error}; copy or download it again') from error
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} is damaged: got {str(content)[:80]!r}, expected an object; copy or download it again')
-    return content
+    return {} if path is None else read_json(Path(path))
 
 
 def _from_pretrained(model: str) -> PreTrainedTokenizerBase:

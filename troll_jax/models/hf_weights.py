@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import AutoConfig, PretrainedConfig
 
-from troll_jax.hub import model_of_folder_or_hub
+from troll_jax.hub import model_of_folder_or_hub, read_json
 from troll_jax.models.decoder import DecoderConfig, abstract
 from troll_jax.models.families import Constant, Tensor, decoder_config, family, tensors
 
@@ -146,20 +146,10 @@ def _local_folder(model: str | Path, patterns: list[str]) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=patterns))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f'{file} is damaged: {error}; copy or download it again') from error
-    if not isinstance(content, dict):
-        raise ValueError(f'{file} is damaged: got {str(content)[:80]!r}, expected an object; copy or download it again')
-    return content
-
-
 def _read_config(folder: Path) -> PretrainedConfig:
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f'no {CONFIG} in {folder}; got {sorted(file.name for file in folder.iterdir())}')
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     architectures, kind = config.get('architectures'), config.get('model_type')
     family(architectures)  # before transformers meets a model that it may not know
     if kind != (expected := architectures[0].removesuffix('ForCausalLM').lower()):
@@ -193,7 +183,7 @@ def _stored_tensors(folder: Path) -> dict[str, _Stored]:
     if (folder / WEIGHTS).is_file():
         files = [folder / WEIGHTS]
     elif (folder / INDEX).is_file():
-        names = _read_json(folder / INDEX).get('weight_map')
+        names = read_json(folder / INDEX).get('weight_map')
         if not isinstance(names, dict) or not all(str(x).endswith('.safetensors') for x in names.values()):
             raise ValueError(f'weight_map of {folder / INDEX} is {str(names)[:80]}; expected tensors → *.safetensors')
         files = [folder / name for name in sorted(set(names.values()))]
