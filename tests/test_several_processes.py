@@ -44,7 +44,7 @@ def test_several_processes_learn_what_one_learns(result):
 def test_a_dead_process_ends_the_others(result):
     """Guards processes that wait for a dead one until somebody looks, and an end without a word about it."""
     assert result['codes'][2] == -9 and all(result['codes'])
-    assert result['seconds'] < 60
+    assert result['seconds'] < 120, 'a minute, and a busy machine'
     assert all(told for i, told in enumerate(result['told']) if i != 2)
 
 

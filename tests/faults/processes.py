@@ -48,7 +48,7 @@ FULL = (
 MOMENTS = ('saving', 'rollout', 'update', 'grading', 'restoring')
 # What ends a process after another has died: an error in what it was doing with the dead one, or the news from JAX.
 TOLD = re.compile('the run ends, the first error of its processes says why|another task died')
-LONGEST = 60  # seconds after which no process may be left when one has died
+LONGEST = 120  # seconds after which none may be left when one has died: two of JAX's limits, on a busy machine
 
 
 def mark(name: str, value: int = 0) -> None:
