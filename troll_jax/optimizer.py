@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
+
 MU_DTYPES = ('float32', 'bfloat16', 'float16')
 
 
@@ -32,19 +34,18 @@ def adamw(
     Raises:
       ValueError: a number out of its range, or another type.
     """
-    at_least_zero = lambda x: x >= 0
+    is_decay = lambda x: 0 <= x < 1
     for name, value, fits, expected in [
-        ('learning_rate', learning_rate, at_least_zero, 'at least 0'),
-        ('warmup_updates', warmup_updates, at_least_zero, 'at least 0'),
-        ('b1', b1, lambda x: 0 <= x < 1, 'at least 0 and below 1'),
-        ('b2', b2, lambda x: 0 <= x < 1, 'at least 0 and below 1'),
-        ('weight_decay', weight_decay, at_least_zero, 'at least 0'),
-        ('clip_norm', clip_norm, lambda x: x > 0, 'above 0'),
-        ('mu_dtype', mu_dtype, lambda x: x in (None, *MU_DTYPES), f'None or one of {MU_DTYPES}'),
+        ('learning_rate', learning_rate, is_not_negative, 'at least 0'),
+        ('warmup_updates', warmup_updates, is_not_negative, 'at least 0'),
+        ('b1', b1, is_decay, 'at least 0 and below 1'),
+        ('b2', b2, is_decay, 'at least 0 and below 1'),
+        ('weight_decay', weight_decay, is_not_negative, 'at least 0'),
+        ('clip_norm', clip_norm, is_positive, 'positive'),
     ]:
-        # An array has no value yet where it is traced, as by optax.inject_hyperparams.
-        if not isinstance(value, jax.Array) and not fits(value):
-            raise ValueError(f'{name} of AdamW is {value!r}; expected {expected}')
+        check_range(f'{name} of AdamW', value, fits, expected)
+    if mu_dtype not in (None, *MU_DTYPES):
+        raise ValueError(f'mu_dtype of AdamW must be None or one of {MU_DTYPES}; got {mu_dtype!r}')
     schedule = lambda done: learning_rate * jnp.minimum(1.0, (done + 1) / warmup_updates)
     optimizer = optax.chain(
         optax.clip_by_global_norm(clip_norm),

@@ -11,6 +11,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from troll_jax.ops.ranges import check_range, is_positive
+
 
 def group_normalised(rewards: jax.Array, *, epsilon: float = 1e-6) -> jax.Array:
     """GRPO (arXiv 2402.03300): rewards less their mean, over their standard deviation.
@@ -24,8 +26,7 @@ def group_normalised(rewards: jax.Array, *, epsilon: float = 1e-6) -> jax.Array:
     Raises:
       ValueError: a group of one has no spread, or `epsilon` is not positive.
     """
-    if not epsilon > 0:
-        raise ValueError(f'epsilon of group_normalised must be positive; got {epsilon}')
+    check_range('epsilon of group_normalised', epsilon, is_positive, 'positive')
     return mean_centred(rewards) / (jnp.std(rewards, ddof=1) + epsilon)
 
 
@@ -119,8 +120,8 @@ def gae(rewards: jax.Array, values: jax.Array, *, gamma: float = 1.0, lam: float
     Raises:
       ValueError: `gamma` or `lam` is not in [0, 1].
     """
-    if not (0 <= gamma <= 1 and 0 <= lam <= 1):
-        raise ValueError(f'gamma and lam must be in [0, 1]; got gamma = {gamma} and lam = {lam}')
+    for name, value in (('gamma', gamma), ('lam', lam)):
+        check_range(name, value, lambda x: 0 <= x <= 1, 'in [0, 1]')
     chex.assert_rank([rewards, values], 1)
     chex.assert_equal_shape([rewards, values])
     errors = rewards + gamma * jnp.append(values[1:], 0) - values

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from troll_jax.ops.categorical import total_variation
 from troll_jax.ops.projection import Projection, kl_divergence, project_sparse, project_sparse_sequence
+from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
 from troll_jax.ops.schedules import bound_at
 from troll_jax.ops.segments import segment_mean
 from troll_jax.ops.support import at_token
@@ -114,8 +115,7 @@ def troll(
     """
     chex.assert_equal_shape([row.tokens, row.segments, advantages])
     chex.assert_equal_shape([row.new.tokens, row.new.log_probs, row.old.tokens, row.old.log_probs])
-    if alpha < 0:
-        raise ValueError(f'alpha must be at least 0; got {alpha}')
+    check_range('alpha', alpha, is_not_negative, 'at least 0')
     bound = bound_at(bound, progress)
     projection = region(row.new, row.old, row.segments, bound=bound)
     projected = SparseLogProbs(row.new.tokens, projection.log_probs)
@@ -238,8 +238,7 @@ def dppo(
       ValueError: `bound` is not positive.
     """
     del progress
-    if not bound > 0:
-        raise ValueError(f'bound must be positive; got {bound}')
+    check_range('bound', bound, is_positive, 'positive')
     chex.assert_equal_shape([row.tokens, row.new_log_probs, row.old_log_probs, advantages])
     r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
     outside = jax.vmap(divergence)(row.old.log_probs, row.new.log_probs) > bound
@@ -255,5 +254,5 @@ def importance_weighted(row: TokenLogProbs, advantages: jax.Array, progress: Pro
 
 
 def _check_clip(lower: float, upper: float) -> None:
-    if not (0 <= lower <= 1 and upper >= 0):
-        raise ValueError(f'lower must be in [0, 1] and upper at least 0; got lower = {lower} and upper = {upper}')
+    check_range('lower', lower, lambda x: 0 <= x <= 1, 'in [0, 1]')
+    check_range('upper', upper, is_not_negative, 'at least 0')

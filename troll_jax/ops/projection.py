@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from troll_jax.ops.ranges import check_range, is_positive
 from troll_jax.ops.segments import segment_max, segment_mean
 from troll_jax.types import SparseLogProbs
 
@@ -134,8 +135,7 @@ def _project(log_probs, old_log_probs, segments, bound, max_evaluations) -> Proj
         raise ValueError(f'both must have one shape; got {log_probs.shape} and {old_log_probs.shape}')
     if log_probs.dtype != old_log_probs.dtype or log_probs.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f'both must be float32 or both float64; got {log_probs.dtype} and {old_log_probs.dtype}')
-    if isinstance(bound, int | float) and not bound > 0:
-        raise ValueError(f'bound is a KL divergence in nats and must be positive; got {bound}')
+    check_range('bound, a KL divergence in nats,', bound, is_positive, 'positive')
     bound = jnp.asarray(bound, log_probs.dtype)
     weight, violated, evaluations, converged, kl_unprojected = _solve(
         *jax.lax.stop_gradient((log_probs, old_log_probs, segments, bound)), max_evaluations

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from troll_jax.ops.losses import TokenLogProbs, TokenLosses
 from troll_jax.ops.projection import kl_divergence
+from troll_jax.ops.ranges import check_range, is_not_negative
 from troll_jax.types import START, Progress
 
 Regulariser = Callable[[TokenLogProbs], jax.Array]
@@ -35,7 +36,7 @@ def kl_to_old(row: TokenLogProbs, *, coefficient: float) -> jax.Array:
     Added to `ppo_clip`, it is the control for TROLL's regression: a pull towards π_old itself, at every token, in place
     of one towards the projection.
     """
-    _check_coefficient(coefficient)
+    check_range('coefficient of a KL divergence', coefficient, is_not_negative, 'at least 0')
     return coefficient * jax.vmap(kl_divergence)(row.new.log_probs, row.old.log_probs)
 
 
@@ -54,7 +55,7 @@ def kl_to_reference(row: TokenLogProbs, *, coefficient: float, estimator=None) -
     Raises:
       ValueError: there is no reference model.
     """
-    _check_coefficient(coefficient)
+    check_range('coefficient of a KL divergence', coefficient, is_not_negative, 'at least 0')
     if row.reference is None:
         raise ValueError('kl_to_reference needs a reference model, and this row has none')
     if estimator is None:
@@ -65,11 +66,6 @@ def kl_to_reference(row: TokenLogProbs, *, coefficient: float, estimator=None) -
 
 
 kl_to_reference.reference = True
-
-
-def _check_coefficient(coefficient: float) -> None:
-    if coefficient < 0:
-        raise ValueError(f'the coefficient of a KL divergence must be at least 0; got coefficient = {coefficient}')
 
 
 def needs_reference(regulariser: Regulariser | None) -> bool:
@@ -118,6 +114,5 @@ def truncated_importance_weights(
     Raises:
       ValueError: a limit that tokens of equal probability exceed.
     """
-    if not limit >= 1:
-        raise ValueError(f'limit of the importance weights must be at least 1; got {limit}')
+    check_range('limit of the importance weights', limit, lambda x: x >= 1, 'at least 1')
     return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.minimum(log_probs - sampler_log_probs, 20.0)), limit))

@@ -7,6 +7,7 @@ goes on with the bound it would have had.
 import jax
 import jax.numpy as jnp
 
+from troll_jax.ops.ranges import check_range, is_positive
 from troll_jax.types import Progress
 
 
@@ -54,5 +55,4 @@ def adaptive_bound(
 
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f'{name} of a schedule of the bound must be positive; got {value}')
+        check_range(f'{name} of a schedule of the bound', value, is_positive, 'positive')

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from troll_jax.ops.ranges import check_range
 from troll_jax.ops.top_k import top_k
 from troll_jax.types import SparseLogProbs
 
@@ -92,8 +93,7 @@ def default_tail(
     Raises:
       ValueError: `probability` is none, or certainty.
     """
-    if not 0 < probability < 1:
-        raise ValueError(f'probability of the default tail must be between 0 and 1; got {probability}')
+    check_range('probability of the default tail', probability, lambda x: 0 < x < 1, 'between 0 and 1')
     known = (new.tokens < 0) | jnp.any(new.tokens[:, None] == old.tokens[None, :], axis=1)
     tokens = jnp.concatenate([old.tokens, jnp.where(known, -1, new.tokens)])
     at_added = jnp.where(known, -jnp.inf, jnp.log(jnp.asarray(probability, old.log_probs.dtype)))
