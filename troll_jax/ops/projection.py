@@ -135,7 +135,7 @@ def _project(log_probs, old_log_probs, segments, bound, max_evaluations) -> Proj
         raise ValueError(f'both must have one shape; got {log_probs.shape} and {old_log_probs.shape}')
     if log_probs.dtype != old_log_probs.dtype or log_probs.dtype not in (jnp.float32, jnp.float64):
         raise ValueError(f'both must be float32 or both float64; got {log_probs.dtype} and {old_log_probs.dtype}')
-    check_range('bound, a KL divergence in nats,', bound, is_positive, 'positive')
+    check_range('bound (a KL divergence, in nats)', bound, is_positive, 'positive')
     bound = jnp.asarray(bound, log_probs.dtype)
     weight, violated, evaluations, converged, kl_unprojected = _solve(
         *jax.lax.stop_gradient((log_probs, old_log_probs, segments, bound)), max_evaluations
