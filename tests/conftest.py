@@ -14,6 +14,9 @@ os.environ['XLA_FLAGS'] = ' '.join(
         '--xla_cpu_collective_call_terminate_timeout_seconds=300',
     ]
 )
+# XLA's threads. By default there are as many as devices, if these are more than cores; then a device that is in two
+# collectives at a time takes the thread of another, and all wait for ever.
+os.environ['NPROC'] = '32'
 os.environ['JAX_COMPILATION_CACHE_DIR'] = str(Path(__file__).parent.parent / '.jax_cache')
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 os.environ['JAX_PLATFORMS'] = 'cpu'
