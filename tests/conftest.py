@@ -10,8 +10,6 @@ os.environ['XLA_FLAGS'] = ' '.join(
         '--xla_force_host_platform_device_count=8',
         '--xla_backend_optimization_level=0',
         '--xla_cpu_use_fusion_emitters=false',  # compiles in two thirds of the time
-        # On a busy machine the eighth device may get to a collective after the 40 s that end the process.
-        '--xla_cpu_collective_call_terminate_timeout_seconds=300',
     ]
 )
 # XLA's threads. By default there are as many as devices, if these are more than cores; then a device that is in two
