@@ -28,8 +28,11 @@ $(VENV)/installed: requirements.txt
 	$(BIN) -m pip install --quiet -r requirements.txt
 	touch $@
 
+# Bubblewrap runs the programs that a model writes. Where it can't be installed their tests are skipped, and say so.
+APT := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo -n) env DEBIAN_FRONTEND=noninteractive apt-get -q
 $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	$(BIN) -m pip install --quiet -r requirements-test.txt
+	command -v bwrap || { $(APT) install -y bubblewrap || { $(APT) update && $(APT) install -y bubblewrap; }; } || true
 	touch $@
 
 clean:

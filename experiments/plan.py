@@ -1,12 +1,16 @@
-"""Says whether an experiment fits a TPU slice, and how fast it could be there, without the slice.
+"""Says whether an experiment fits a TPU slice or GPUs, and how fast it could be there, without them.
 
-    python -m experiments.plan configs/qwen3_0_6b_gsm8k_troll.gin --topology v5e:2x4,v5p:2x2x1 ['binding = value' …]
+    python -m experiments.plan configs/qwen3_0_6b_gsm8k_troll.gin --topology v5e:2x4 h100:1 h100:8 ['binding = value' …]
 
-Compiles the programs that `experiments.train` would run on the devices, ahead of time for each topology, with the
-compiler in the `libtpu` wheel (`pip install "libtpu==0.0.42.*"`), and prints per device what the compiler says of
-memory, and what must at least be computed, moved and sent. The bound on time is that of a perfect overlap: a run takes
-longer. Neither weights nor data are read; of `Experiment.model` only config.json, and folders of `configs/models` hold
-those of the paper's models. The last line of the output is one line of JSON.
+Compiles the programs that `experiments.train` would run on the devices, ahead of time for each topology, and prints per
+device what the compiler says of memory, and what must at least be computed, moved and sent. The bound on time is that
+of a perfect overlap: a run takes longer. Three more columns say what a GPU loses between kernels: how many it launches,
+how often it makes the host wait (at every loop of unknown length and every branch), both per step for decoding and per
+call for all else, and how many instructions are computed again because the program did not fit otherwise.
+
+Neither weights nor data are read; of `Experiment.model` only config.json, and folders of `configs/models` hold those of
+the paper's models. The compilers come with `pip install "jax[tpu,cuda13-local]"`, and neither needs its device;
+attention by cuDNN, which a GPU takes for bfloat16, also needs `pip install --no-deps nvidia-cudnn-cu13`.
 """
 
 import argparse
@@ -26,16 +30,23 @@ os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 import gin  # noqa: E402
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 
 from experiments.command import run_command  # noqa: E402
 from experiments.config import CONFIG_HELP, Experiment, files_and_bindings, parse  # noqa: E402
 from experiments.train import check_sizes, train  # noqa: E402
 from troll_jax.learn import make_learner  # noqa: E402
 from troll_jax.packing import batch_shape  # noqa: E402
-from troll_jax.planning import CHIPS, Chip, add_iterations, count_flops, program_cost, roofline  # noqa: E402
+from troll_jax.planning import (  # noqa: E402
+    Chip,
+    add_iterations,
+    count_flops,
+    count_rematerialised,
+    describe,
+    program_cost,
+    roofline,
+)
 from troll_jax.rollout import PREFILL_CHUNK, make_sampler  # noqa: E402
-from troll_jax.sharding import make_mesh, named_sharding  # noqa: E402
+from troll_jax.sharding import make_mesh, named_sharding, platform  # noqa: E402
 from troll_jax.slots import prefill_batch  # noqa: E402
 from troll_jax.types import Prompts  # noqa: E402
 
@@ -49,16 +60,7 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
     Raises:
       ValueError: an unknown topology, sizes that do not go together on its devices, or settings that are missing.
     """
-    generation = topology.split(':')[0]
-    if generation not in CHIPS:
-        raise ValueError(f'the topology {topology!r} is not of a known generation; expected one of {", ".join(CHIPS)}')
-    try:
-        devices = topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
-    except Exception as error:  # whatever the compiler raises
-        raise ValueError(
-            f'no topology {topology!r}: {str(error).splitlines()[0]}. Expected a generation and the sides of a slice, '
-            'such as v5e:4x4 or v5p:2x2x1, and the libtpu wheel.'
-        ) from error
+    chip, devices = describe(topology)
     mesh = make_mesh(**gin.get_bindings('make_mesh'), devices=devices)
     with gin.unlock_config():
         gin.bind_parameter('Experiment.mesh', None)  # it would be made of this machine's devices
@@ -113,7 +115,7 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
         rows = Prompts(array((prompts, experiment.max_prompt_length)), array((prompts,)))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
         keys = array(keys.shape, keys.dtype)
-        on_chips = partial(examine, chip=CHIPS[generation], devices=len(devices))
+        on_chips = partial(examine, chip=chip, devices=len(devices))
         label = lambda rows: [{'topology': topology, 'model': experiment.model} | row for row in rows]
         results = []
         of_learner = learner.programs(settings['max_tokens'])
@@ -130,7 +132,7 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
                 shardings = compile_program(begin).output_shardings
             except TooLarge as error:
                 of_sampler = [name for name in ('prefill', 'decode') if name in programs]
-                return label(results + [does_not_fit(name, CHIPS[generation], error) for name in of_sampler])
+                return label(results + [does_not_fit(name, chip, error) for name in of_sampler])
             shape_of = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
             arguments = weights, requests, slots_of = jax.tree.map(shape_of, begin.out_info, shardings)
             # All that is trained stays on the devices beside the weights that are decoded with.
@@ -165,8 +167,8 @@ def examine(
       chip: what one device is.
       devices: of the mesh.
       tokens: that it works on, in a call, or in an iteration if `iterations` is None.
-      iterations: how often its loop of unknown length runs in a call. If None, time, rates and what is moved and sent
-        are those of one iteration alone.
+      iterations: how often its loop of unknown length runs in a call. If None, time, rates, and what is moved, sent
+        and launched are those of one iteration alone.
       beside: bytes on each device that it leaves alone.
     """
     begin = time.perf_counter()
@@ -181,7 +183,8 @@ def examine(
     # What is donated is not needed twice.
     needed += memory.output_size_in_bytes - memory.alias_size_in_bytes + beside
     once, per_iteration = (flops / devices for flops in count_flops(traced.jaxpr.jaxpr, devices))
-    cost_once, cost_per_iteration = program_cost(compiled.as_text())
+    text = compiled.as_text()
+    cost_once, cost_per_iteration = program_cost(text)
     if iterations is None:
         flops, cost = per_iteration, cost_per_iteration
     else:
@@ -195,11 +198,14 @@ def examine(
         'needed_gb': needed / 1e9,
         'memory_gb': chip.memory / 1e9,
         'fits': needed <= chip.memory,
-        'tflops': flops / 1e12,
+        'tflop': flops / 1e12,
         'moved_gb': cost.bytes / 1e9,
         'sent_gb': {kind: size / 1e9 for kind, size in sorted(cost.collectives.items())},
-        'bound_seconds': bound.seconds,
+        'bound_s': bound.seconds,
         'limit': bound.limit,
+        'launches': cost.launches,
+        'host_waits': cost.host_waits,
+        'remat': count_rematerialised(text),
         'tokens_per_second': tokens / bound.seconds,
         'compile_seconds': seconds,
     }
@@ -213,9 +219,11 @@ class TooLarge(Exception):
 
 
 def compile_program(traced):
-    """Compiles a traced program. Raises `TooLarge`."""
+    """Compiles a traced program for the devices of the mesh in context. Raises `TooLarge`."""
+    # Of several implementations of a kernel the first will do: there is no device on which to time them.
+    options = {'xla_gpu_autotune_level': '0'} if platform() == 'gpu' else None
     try:
-        return traced.lower().compile()
+        return traced.lower().compile(options)
     except jax.errors.JaxRuntimeError as error:
         # The compiler gives up where temporaries alone are more than there is, and says how much.
         asked = re.search(r'temporaries \(([\d.]+)G\)', str(error))
@@ -235,39 +243,47 @@ def bytes_on_device(tree) -> int:
 
 
 def print_table(rows: list[dict]) -> None:
-    print('| topology | program | arguments | temporary | needed of | fits | TFLOP | moved | sent | bound | tokens/s |')
-    print('| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |')
+    columns = 'topology, program, arguments, temporary, needed of, fits, TFLOP, moved, sent, bound, tokens/s'
+    columns = [*columns.split(', '), 'launches', 'host waits', 'remat']
+    print('|', ' | '.join(columns), '|')
+    print('|', ' | '.join(['---'] * len(columns)), '|')
     for row in rows:
         head = f'| {row["topology"]} | {row["program"]} |'
         if 'limit' not in row:
-            print(f'{head} | | over {row["needed_gb"]:.1f} of {row["memory_gb"]:.0f} GB | NO | | | | | |')
+            print(f'{head} | | over {row["needed_gb"]:.1f} of {row["memory_gb"]:.0f} GB | NO |' + ' |' * 8)
             continue
         sent = ', '.join(f'{kind} {size:.2g} GB' for kind, size in row['sent_gb'].items()) or 'nothing'
         print(
             f'{head} {row["argument_gb"]:.2f} GB | {row["temporary_gb"]:.2f} GB | '
             f'{row["needed_gb"]:.1f} of {row["memory_gb"]:.0f} GB | {"yes" if row["fits"] else "NO"} | '
-            f'{row["tflops"]:.3g} | {row["moved_gb"]:.3g} GB | {sent} | '
-            f'{row["bound_seconds"]:.3g} s ({row["limit"]}) | {row["tokens_per_second"]:.3g} |'
+            f'{row["tflop"]:.3g} | {row["moved_gb"]:.3g} GB | {sent} | '
+            f'{row["bound_s"]:.3g} s ({row["limit"]}) | {row["tokens_per_second"]:.3g} | '
+            f'{row["launches"]:,} | {row["host_waits"]} | {row["remat"]} |'
         )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help=CONFIG_HELP)
-    parser.add_argument('--topology', required=True, help='one or several, such as v5e:4x4,v5p:4x4x4')
+    parser.add_argument('--topology', required=True, nargs='+', help='one or several, such as v5e:4x4 v5p:4x4x4 h100:8')
     parser.add_argument('bindings', nargs='*', help="gin bindings that win over files'")
     parser.add_argument('--programs', default=','.join(PROGRAMS), help='which of them, to save time')
+    parser.add_argument('--json', action='store_true', help='prints the rows as one line of JSON, too, last')
     arguments = parser.parse_intermixed_args()
     programs = arguments.programs.split(',')
     if unknown := set(programs) - set(PROGRAMS):
         raise ValueError(f'no program {unknown}; expected some of {",".join(PROGRAMS)}')
+    # What follows the topologies on the command line may be files and bindings.
+    is_topology = lambda word: '=' not in word and not word.endswith('.gin')
+    arguments.bindings += [word for word in arguments.topology if not is_topology(word)]
     rows = []
-    for topology in arguments.topology.split(','):
+    for topology in ','.join(filter(is_topology, arguments.topology)).split(','):
         gin.clear_config()
         parse(*files_and_bindings(arguments))
         rows += plan(topology, programs)
     print_table(rows)
-    print(json.dumps(rows))
+    if arguments.json:
+        print(json.dumps(rows))
 
 
 if __name__ == '__main__':

@@ -1,17 +1,14 @@
 """Eight CPU devices for every test, so that what is sharded is tested as it is used."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 # These tests spend their time on compilation: cheap code is as good here, and a cache serves programs that recur.
-os.environ['XLA_FLAGS'] = ' '.join(
-    [
-        os.environ.get('XLA_FLAGS', ''),
-        '--xla_force_host_platform_device_count=8',
-        '--xla_backend_optimization_level=0',
-        '--xla_cpu_use_fusion_emitters=false',  # compiles in two thirds of the time
-    ]
-)
+flags = ['--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0']
+if tuple(map(int, version('jaxlib').split('.')[:3])) < (0, 11, 1):
+    flags.append('--xla_cpu_use_fusion_emitters=false')  # compiles in two thirds of the time; later XLA has no choice
+os.environ['XLA_FLAGS'] = ' '.join([os.environ.get('XLA_FLAGS', ''), *flags])
 # XLA's threads. By default there are as many as devices, if these are more than cores; then a device that is in two
 # collectives at a time takes the thread of another, and all wait for ever.
 os.environ['NPROC'] = '32'
@@ -23,6 +20,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 import gin  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from isolation import UNTESTED  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -46,3 +44,11 @@ def model(tmp_path_factory) -> str:
     sizes = {'width': 16, 'layers': 2, 'heads': 2, 'kv_heads': 1, 'head_dim': 8, 'mlp_width': 24, 'batch': 8}
     warm_start(folder, task, **sizes, accuracy=0.0, mixed_steps=2)
     return folder
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What this machine cannot test must not look green: one line says what that is, and how to get it."""
+    reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get('skipped', [])]
+    if missing := [reason for reason in reasons if UNTESTED in reason]:
+        reason = ' '.join(missing[0].removeprefix('Skipped: ').split())
+        terminalreporter.write_line(f'NOT TESTED: {len(missing)} tests were skipped, because {reason}', yellow=True)

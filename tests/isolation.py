@@ -1,6 +1,6 @@
 """What the tests of sandboxes share: whether bubblewrap works on this machine."""
 
-import shutil
+import os
 import sys
 
 import pytest
@@ -8,14 +8,15 @@ import pytest
 from troll_jax.rewards.sandbox import Bubblewrap
 from troll_jax.rewards.worker import CannotGrade
 
+UNTESTED = 'the isolation of programs is not tested'  # `conftest.py` counts skips with these words
+
 
 def require_bubblewrap() -> None:
-    """Skips where the kernel refuses; fails where bubblewrap is only not installed, which must not look green."""
+    """Skips where programs cannot be isolated; fails there if `TROLL_TEST_EVERYTHING` is set, as in CI."""
     if sys.platform != 'linux':
-        pytest.skip('bubblewrap is for Linux')
-    if shutil.which('bwrap') is None:
-        pytest.fail('NOT INSTALLED: isolation of programs cannot be tested; run `apt install bubblewrap`')
+        pytest.skip(f'{UNTESTED}: bubblewrap is for Linux')
     try:
         Bubblewrap().check()
     except CannotGrade as error:
-        pytest.skip(f'ISOLATION OF PROGRAMS IS NOT TESTED ON THIS MACHINE: {error}')
+        give_up = pytest.fail if os.environ.get('TROLL_TEST_EVERYTHING') else pytest.skip
+        give_up(f'{UNTESTED}: {error}')

@@ -1,4 +1,4 @@
-"""What a program costs on hardware that is not there: read off its jaxpr and off what XLA compiled.
+"""What a program costs on hardware that is not there: compiled for it, and read off its jaxpr and what XLA made of it.
 
 XLA's own cost analysis counts the body of a loop once. Here FLOPs are counted on the jaxpr, with loops of known length
 counted fully, and bytes on the compiled program, with the trip counts of its loops. What runs an unknown number of
@@ -6,26 +6,28 @@ times (a decode loop ends when all responses have, an update works through as ma
 counted apart, per iteration; a loop of unknown length inside of another counts as one round.
 
 Kernels written in Pallas: FLOPs are those of the body times the grid, for splash attention without the blocks above the
-diagonal, which its causal mask skips. A kernel reads its operands and writes its results once, whatever it fetches
-again.
+diagonal, which its causal mask skips. Those of cuDNN's attention are its products, without what lies above the diagonal.
+A kernel reads its operands and writes its results once, whatever it fetches again.
 """
 
+import importlib.util
 import math
 import re
 from collections import Counter
 from typing import NamedTuple
 
 import jax
+from jax.experimental import topologies
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
 class Chip(NamedTuple):
-    """One device of a TPU generation: peak rates per second, as published."""
+    """One device: peak rates per second, as published."""
 
-    flops: float  # bfloat16
+    flops: float  # bfloat16, dense
     memory: float  # bytes of HBM
     bandwidth: float  # bytes, of HBM
-    interconnect: float  # bytes, of all links together
+    interconnect: float  # bytes, of all links together; of a GPU those of NVLink, both ways
 
 
 CHIPS = {
@@ -33,14 +35,75 @@ CHIPS = {
     'v5e': Chip(197e12, 16e9, 819e9, 200e9),
     'v5p': Chip(459e12, 95e9, 2765e9, 600e9),
     'v6e': Chip(918e12, 32e9, 1640e9, 448e9),
+    'h100': Chip(989e12, 80e9, 3350e9, 900e9),
+    'h200': Chip(989e12, 141e9, 4800e9, 900e9),
 }
+
+# What XLA has to know of a GPU that is not there; on a machine that has one,
+# `topologies.get_topology_for_devices(jax.devices()).target_config` says it.
+_HOPPER = """
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048  core_count: 132  fpus_per_core: 128
+  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  clock_rate_ghz: 1.98  cuda_compute_capability {{ major: 9 }}
+  memory_bandwidth: {bandwidth:.0f}  l2_cache_size: {cache}  device_memory_size: {memory:.0f}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 12 }}
+runtime_version {{ major: 13 }}
+device_description_str: "{name}"
+"""
+_GPUS = {'h100': ('NVIDIA H100 80GB HBM3', 50 * 2**20), 'h200': ('NVIDIA H200', 60 * 2**20)}  # name, bytes of L2
+_GPUS_PER_HOST = 8
+
+
+def describe(topology: str) -> tuple[Chip, list[jax.Device]]:
+    """What one device is, and devices to compile for, of a topology that need not be there.
+
+    Args:
+      topology: a generation of TPUs and the sides of a slice, such as v5e:4x4 or v5p:2x2x1; or a GPU and how many of
+        them, such as h100:8.
+
+    Raises:
+      ValueError: an unknown topology, or a compiler that is not installed.
+    """
+    generation, _, size = topology.partition(':')
+    if generation not in CHIPS:
+        raise ValueError(f'the topology {topology!r} is not of a known generation; expected one of {", ".join(CHIPS)}')
+    chip = CHIPS[generation]
+    try:
+        if generation not in _GPUS:
+            return chip, topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
+        if importlib.util.find_spec('jax_cuda13_plugin') is None:
+            raise ValueError('the CUDA plugin is not installed')
+        hosts, on_host = (1, int(size)) if int(size) <= _GPUS_PER_HOST else (int(size) // _GPUS_PER_HOST, _GPUS_PER_HOST)
+        if hosts * on_host != int(size) or on_host < 1:
+            raise ValueError(f'no {size} GPUs on hosts of {_GPUS_PER_HOST}')
+        name, cache = _GPUS[generation]
+        config = _HOPPER.format(name=name, cache=cache, memory=chip.memory, bandwidth=chip.bandwidth)
+        return chip, topologies.get_topology_desc(
+            platform='cuda', target_config=config, topology=f'1x{hosts}x{on_host}'
+        ).devices
+    except Exception as error:  # whatever the compiler raises
+        extra = 'cuda13-local' if generation in _GPUS else 'tpu'
+        raise ValueError(
+            f'no topology {topology!r}: {str(error).splitlines()[0]}. Expected a generation and the sides of a slice, '
+            'such as v5e:4x4 or v5p:2x2x1, or a GPU and how many, such as h100:1 or h100:8; and the compiler: '
+            f'pip install "jax[{extra}]=={jax.__version__}"'
+        ) from error
 
 
 class Cost(NamedTuple):
-    """What is moved, on one device."""
+    """What one device does."""
 
-    bytes: float  # between memory and compute
+    bytes: float  # moved between memory and compute
     collectives: Counter  # bytes by kind of collective
+    launches: int = 0  # kernels of a GPU; of a TPU instructions of about the same size
+    # Loops of unknown length that are entered, and branches that are taken: on a GPU the host waits, to see what is to
+    # be launched next.
+    host_waits: int = 0
 
 
 def add_iterations(once: Cost, per_iteration: Cost, iterations: int) -> Cost:
@@ -48,7 +111,8 @@ def add_iterations(once: Cost, per_iteration: Cost, iterations: int) -> Cost:
     collectives = Counter(once.collectives)
     for kind, size in per_iteration.collectives.items():
         collectives[kind] += iterations * size
-    return Cost(once.bytes + iterations * per_iteration.bytes, collectives)
+    add = lambda name: getattr(once, name) + iterations * getattr(per_iteration, name)
+    return Cost(add('bytes'), collectives, add('launches'), add('host_waits'))
 
 
 def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
@@ -69,6 +133,11 @@ def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
         if name == 'while':
             body = count_flops(params['body_jaxpr'].jaxpr, devices)
             per_iteration += sum(body)
+            continue
+        if name in ('dot_product_attention_fwd_wrapper', 'dot_product_attention_bwd_wrapper'):  # cuDNN's, causal
+            batch, length, heads, head_dim = equation.invars[0].aval.shape
+            products = 2 if 'fwd' in name else 5
+            once += products * batch * heads * length * (length + 1) * head_dim
             continue
         repeats = {'scan': params.get('length'), 'shard_map': devices}.get(name, 1)
         if name == 'pallas_call':
@@ -108,11 +177,16 @@ class _Instruction(NamedTuple):
     rest: str
 
 
-def program_cost(text: str) -> tuple[Cost, Cost]:
-    """Bytes of a compiled program, `compiled.as_text()`: once, and per iteration of loops of unknown length.
+def count_rematerialised(text: str) -> int:
+    """How many instructions of a compiled program XLA computes a second time, because they did not fit otherwise."""
+    return len(re.findall(r'^\s+(?:ROOT )?%[\w.\-]*\.remat[\w.]* = (?!.* parameter\()', text, re.MULTILINE))
 
-    Every instruction that is not fused into another reads its operands and writes its result. That is an upper bound of
-    what has to move: what stays in fast memory from one instruction to the next is counted too.
+
+def program_cost(text: str) -> tuple[Cost, Cost]:
+    """Cost of a compiled program, `compiled.as_text()`: once, and per iteration of loops of unknown length.
+
+    Every instruction that is not fused into another is a launch, reads its operands and writes its result. For bytes
+    that is an upper bound of what has to move: what stays in fast memory from one instruction to the next counts too.
     """
     computations, entry = {}, ''
     for line in text.splitlines():
@@ -125,10 +199,8 @@ def program_cost(text: str) -> tuple[Cost, Cost]:
     # Computations that run a known number of times, and those below a loop of unknown length.
     for name, count, unknown in _runs(computations, entry, 1, False):
         total = looped if unknown else once
-        moved, collectives = _cost(computations, name)
-        total = Cost(total.bytes + count * moved, total.collectives)
-        for kind, size in collectives:
-            total.collectives[kind] += count * size
+        cost = _cost(computations, name)
+        total = add_iterations(total, cost, count)
         once, looped = (once, total) if unknown else (total, looped)
     return once, looped
 
@@ -147,13 +219,16 @@ def _runs(computations, name: str, count: int, unknown: bool):
                 yield from _runs(computations, callee, count, unknown)
 
 
-def _cost(computations, name: str) -> tuple[float, list[tuple[str, float]]]:
-    """Bytes of one computation without its loops, and its collectives, also those that are fused into others."""
-    moved = 0.0
+def _cost(computations, name: str) -> Cost:
+    """Of one computation without its loops; collectives also of those that are fused into others."""
+    moved, launches, host_waits = 0.0, 0, 0
     sizes = {instruction.name: _bytes(instruction.shape) for instruction in computations[name]}
     for instruction in computations[name]:
+        is_loop = instruction.opcode == 'while' and _trip_count(computations, instruction.rest) is None
+        host_waits += is_loop or instruction.opcode == 'conditional'
         if instruction.opcode in _FREE or instruction.opcode.endswith('-done'):
             continue
+        launches += 1
         names = _operands(instruction)
         operands = [sizes.get(operand, 0) for operand in names]
         result = sizes[instruction.name]
@@ -163,8 +238,11 @@ def _cost(computations, name: str) -> tuple[float, list[tuple[str, float]]]:
         else:
             read = (_bytes_read(computations, [instruction], name, sizes[name]) for name in set(names) & sizes.keys())
             moved += sum(read) + result
+    collectives = Counter()
     # The parts of a collective that is spread over several instructions share a channel.
-    return moved, list(dict(_collectives(computations, name)).values())
+    for kind, size in dict(_collectives(computations, name)).values():
+        collectives[kind] += size
+    return Cost(moved, collectives, launches, host_waits)
 
 
 def _opcodes(computations, instruction: _Instruction) -> set[str]:
