@@ -104,7 +104,7 @@ def replay(
 
     @jax.jit
     def step_along(gradient: dict, state: TrainState):
-        return apply_gradients(optimizer, gradient, state.opt_state, state.params, jnp.bool(True))[0]
+        return apply_gradients(optimizer, gradient, state.opt_state, state.params, jnp.bool(True), shapes.params)[0]
 
     with jax.set_mesh(experiment.mesh):
         with Checkpoints(checkpoint_folder(run_dir), read_only=True) as checkpoints:

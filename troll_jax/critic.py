@@ -11,9 +11,10 @@ import numpy as np
 import optax
 
 from troll_jax.models import decoder as decoders
+from troll_jax.models.layers import exact_products
 from troll_jax.ops.values import value_loss
 from troll_jax.optimizer import adamw, apply_gradients, state_shapes
-from troll_jax.sharding import constrain, named_sharding
+from troll_jax.sharding import constrain, current_mesh, named_sharding
 from troll_jax.types import Batch, CriticState
 from troll_jax.update import for_each_micro_batch, gradients_of
 
@@ -107,11 +108,14 @@ def make_critic_update(
             moved = jnp.abs(values - part.values)
             return jnp.sum(jnp.where(part.weights > 0, losses, 0.0)) / count, moved
 
-        gradients, total, moved = gradients_of(loss, critic.params, batch)
+        with exact_products(config.compute_dtype):
+            gradients, total, moved = gradients_of(loss, critic.params, batch)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         with jax.named_scope('optimizer'):
-            params, opt_state = apply_gradients(optimizer, gradients, critic.opt_state, critic.params, finite)
+            mesh = current_mesh()
+            shapes = None if mesh is None else abstract_critic(config, optimizer, mesh).params
+            params, opt_state = apply_gradients(optimizer, gradients, critic.opt_state, critic.params, finite, shapes)
         metrics = {'loss': total, 'gradient_norm': norm, 'skipped': 1.0 - finite}
         metrics['moved'] = jnp.sum(jnp.where(batch.weights > 0, moved, 0.0)) / count
         return CriticState(params, opt_state), metrics
@@ -130,6 +134,6 @@ def _values(graphdef, params, part: Batch) -> jax.Array:
     """[Z, S]; 0 where nothing is learnt from."""
     with jax.named_scope('critic'):
         hidden = decoders.bind(graphdef, params['decoder'])(part.tokens, part.positions, part.segment_ids)
-        values = jnp.einsum('zsd,d->zs', hidden.astype(jnp.float32), params['head'])
+        values = jnp.einsum('zsd,d->zs', hidden.astype(jnp.float32), params['head'], precision='highest')
         # The hidden state before a token knows nothing of it.
         return constrain(jnp.where(part.weights > 0, jnp.roll(values, 1, axis=1), 0.0), 'batch', 'length')

@@ -6,8 +6,8 @@ times (a decode loop ends when all responses have, an update works through as ma
 counted apart, per iteration; a loop of unknown length inside of another counts as one round.
 
 Kernels written in Pallas: FLOPs are those of the body times the grid, for splash attention without the blocks above the
-diagonal, which its causal mask skips. Those of cuDNN's attention are its products, without what lies above the diagonal.
-A kernel reads its operands and writes its results once, whatever it fetches again.
+diagonal, which its causal mask skips. cuDNN's attention counts as its products, without what lies above the diagonal. A
+kernel reads its operands and writes its results once, whatever it fetches again.
 """
 
 import importlib.util
@@ -78,13 +78,14 @@ def describe(topology: str) -> tuple[Chip, list[jax.Device]]:
             return chip, topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
         if importlib.util.find_spec('jax_cuda13_plugin') is None:
             raise ValueError('the CUDA plugin is not installed')
-        hosts, on_host = (1, int(size)) if int(size) <= _GPUS_PER_HOST else (int(size) // _GPUS_PER_HOST, _GPUS_PER_HOST)
-        if hosts * on_host != int(size) or on_host < 1:
-            raise ValueError(f'no {size} GPUs on hosts of {_GPUS_PER_HOST}')
+        count = int(size)
+        on_host = min(count, _GPUS_PER_HOST)
+        if count < 1 or count % on_host:
+            raise ValueError(f'{count} is not a number of GPUs on hosts of {_GPUS_PER_HOST}')
         name, cache = _GPUS[generation]
         config = _HOPPER.format(name=name, cache=cache, memory=chip.memory, bandwidth=chip.bandwidth)
         return chip, topologies.get_topology_desc(
-            platform='cuda', target_config=config, topology=f'1x{hosts}x{on_host}'
+            platform='cuda', target_config=config, topology=f'1x{count // on_host}x{on_host}'
         ).devices
     except Exception as error:  # whatever the compiler raises
         extra = 'cuda13-local' if generation in _GPUS else 'tpu'
@@ -146,7 +147,7 @@ def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
             if params['name'].startswith('splash'):
                 # Square blocks: as many of keys as of queries, which are the grid's last axis.
                 repeats *= (grid[-1] + 1) / (2 * grid[-1])
-        inner = [count_flops(sub, devices) for sub in _jaxprs(params)]
+        inner = [count_flops(sub, devices) for sub in sub_jaxprs(params)]
         if name == 'cond':
             inner = [max(inner)]
         once += repeats * sum(fixed for fixed, _ in inner)
@@ -154,7 +155,8 @@ def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
     return once, per_iteration
 
 
-def _jaxprs(params: dict) -> list[Jaxpr]:
+def sub_jaxprs(params: dict) -> list[Jaxpr]:
+    """The programs inside of an equation with these parameters: bodies of loops, branches, kernels."""
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, Jaxpr | ClosedJaxpr))
     return [getattr(leaf, 'jaxpr', leaf) for leaf in leaves if isinstance(leaf, Jaxpr | ClosedJaxpr)]
 

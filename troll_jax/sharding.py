@@ -56,10 +56,16 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def platform() -> str:
-    """What the devices of the mesh in context are, be they of this machine or not; without a mesh, this machine's."""
+def current_mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh in context (`jax.set_mesh`), be its devices of this machine or not; None without one."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+    return None if mesh.empty else mesh
+
+
+def platform() -> str:
+    """What the devices of the mesh in context are; without a mesh, this machine's."""
+    mesh = current_mesh()
+    return jax.default_backend() if mesh is None else mesh.abstract_device.platform
 
 
 def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
@@ -99,7 +105,7 @@ def fetch(tree: Any) -> Any:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks the compiler to lay `x` out by its logical axes. Without a mesh in context (`jax.set_mesh`): nothing."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    mesh = current_mesh()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes)))

@@ -10,12 +10,13 @@ import optax
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.head import HeadOutput, sparse_head
+from troll_jax.models.layers import exact_products
 from troll_jax.ops.losses import ReferenceView, TokenLogProbs, TokenLosses
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.regularisers import Regulariser, truncated_importance_weights
 from troll_jax.ops.support import bucket_tail, needs_own_support
 from troll_jax.optimizer import apply_gradients
-from troll_jax.sharding import constrain
+from troll_jax.sharding import constrain, current_mesh
 from troll_jax.types import Batch, Progress, Reference, SparseLogProbs, TrainState
 
 Objective = Callable[[TokenLogProbs, jax.Array, Progress], TokenLosses]
@@ -92,7 +93,8 @@ def make_gradient(
         return loss, jax.lax.stop_gradient(logs)
 
     def gradient(params, progress: Progress, batch: Batch) -> Gradient:
-        return gradients_of(lambda params, part: loss_and_logs(params, progress, part), params, batch)
+        with exact_products(config.compute_dtype):
+            return gradients_of(lambda params, part: loss_and_logs(params, progress, part), params, batch)
 
     return gradient
 
@@ -117,7 +119,9 @@ def make_update(
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         with jax.named_scope('optimizer'):
-            params, opt_state = apply_gradients(optimizer, gradients, state.opt_state, state.params, finite)
+            mesh = current_mesh()
+            shapes = None if mesh is None else decoders.abstract(config, mesh)[1]
+            params, opt_state = apply_gradients(optimizer, gradients, state.opt_state, state.params, finite, shapes)
         mask = batch.weights > 0
         metrics = {'loss': loss, 'gradient_norm': norm, 'skipped': 1.0 - finite, **_summarise(logs, mask)}
         progress = state.progress._replace(

@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from troll_jax.models.attention import attention, packed_attention
-from troll_jax.models.layers import REMAT_POLICIES, DecoderConfig, Layer, RMSNorm, weight
+from troll_jax.models.layers import REMAT_POLICIES, DecoderConfig, Layer, RMSNorm, exact_products, weight
 from troll_jax.models.pages import (
     Pages,
     Prefixes,
@@ -219,7 +219,7 @@ class Decoder(nnx.Module):
         if remat is not None:
             # Inside a scan nothing can merge the recomputation with the original, so the guard against it is waste.
             body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-        with jax.named_scope('layers'):
+        with jax.named_scope('layers'), exact_products(self.config.compute_dtype):
             (x, state), _ = jax.lax.scan(body, (x, state), (jnp.arange(self.config.layers), rotates, stacked))
         with jax.named_scope('final_norm'):
             return self.norm(x), state

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from troll_jax.models.layers import exact_products
 from troll_jax.ops.support import select
 from troll_jax.ops.top_k import top_k
 from troll_jax.sharding import RULES, partition_spec
@@ -42,9 +43,10 @@ class _Settings(NamedTuple):
 
 def logits(hidden: jax.Array, unembedding: jax.Array, *, temperature: float, dtype) -> jax.Array:
     """[..., V] float32 logits of hidden states [..., D] at a temperature. The product is taken in `dtype`."""
-    product = jnp.einsum(
-        '...d,vd->...v', hidden.astype(dtype), unembedding.astype(dtype), preferred_element_type=jnp.float32
-    )
+    with exact_products(dtype):
+        product = jnp.einsum(
+            '...d,vd->...v', hidden.astype(dtype), unembedding.astype(dtype), preferred_element_type=jnp.float32
+        )
     return product / temperature
 
 
@@ -216,8 +218,9 @@ def _backward(settings: _Settings, shards, hidden, unembedding, mask, log_partit
             d_scores, local, jnp.where(here, d_at, 0.0)
         )
         d_scores = (d_scores / settings.temperature).astype(settings.dtype)
-        d_hidden = jnp.einsum('nv,vd->nd', d_scores, part, preferred_element_type=jnp.float32)
-        d_part += jnp.einsum('nv,nd->vd', d_scores, hidden.astype(part.dtype), preferred_element_type=jnp.float32)
+        with exact_products(settings.dtype):
+            d_hidden = jnp.einsum('nv,vd->nd', d_scores, part, preferred_element_type=jnp.float32)
+            d_part += jnp.einsum('nv,nd->vd', d_scores, hidden.astype(part.dtype), preferred_element_type=jnp.float32)
         return d_part, d_hidden
 
     chunks = _Chunks.of(mask, settings.chunk, shards)

@@ -3,6 +3,7 @@
 Letters: those of `decoder.py`.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
@@ -65,6 +66,16 @@ class DecoderConfig:
             raise ValueError(f'remat must be None or one of {tuple(REMAT_POLICIES)}; got {self.remat!r}')
         if self.attention not in IMPLEMENTATIONS:
             raise ValueError(f'attention must be one of {tuple(IMPLEMENTATIONS)}; got {self.attention!r}')
+
+
+def exact_products(dtype: str) -> contextlib.AbstractContextManager:
+    """A context in which float32 products are taken in float32. By default TPUs use bfloat16, NVIDIA's GPUs TF32.
+
+    With a compute dtype of bfloat16 nothing changes. A kernel's derivative is traced where the gradient is taken, so
+    this must be in force there too.
+    """
+    is_float32 = jnp.dtype(dtype) == jnp.float32
+    return jax.default_matmul_precision('highest') if is_float32 else contextlib.nullcontext()
 
 
 def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:

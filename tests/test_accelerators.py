@@ -1,0 +1,138 @@
+"""What compilers make of training and sampling for accelerators that are not there: shardings, and what float32 is."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from tiny import decoder_config
+
+from troll_jax.critic import Critic
+from troll_jax.learn import make_learner
+from troll_jax.models.layers import COMPUTE_DTYPES
+from troll_jax.ops.advantages import gae
+from troll_jax.ops.aggregation import token_mean
+from troll_jax.ops.losses import troll
+from troll_jax.ops.regularisers import kl_to_reference
+from troll_jax.ops.support import default_tail
+from troll_jax.optimizer import adamw, apply_gradients, state_shapes
+from troll_jax.packing import BatchShape
+from troll_jax.planning import describe, sub_jaxprs
+from troll_jax.rollout import make_sampler
+from troll_jax.sharding import make_mesh, named_sharding
+from troll_jax.types import Prompts
+
+TOPOLOGIES = ['h100:8', 'v5e:2x4']
+SIZES = {'width': 256, 'heads': 8, 'kv_heads': 8, 'head_dim': 32, 'mlp_width': 384}
+KEPT, PROMPT, RESPONSE, DEVICES = 8, 16, 16, 8
+WHOLE = ('recompute', 'reference', 'values', 'critic', 'update')  # programs that read whole sequences
+
+
+def compiled(program, arguments):
+    gpu = jax.sharding.get_abstract_mesh().abstract_device.platform == 'gpu'
+    return program.lower(*arguments).compile({'xla_gpu_autotune_level': '0'} if gpu else None)
+
+
+def learner(config, mesh):
+    pull = partial(kl_to_reference, coefficient=0.1)
+    pull.reference = True
+    return make_learner(
+        config,
+        adamw(),
+        BatchShape(2, DEVICES, 64),
+        objective=troll,
+        aggregation=token_mean,
+        estimator=gae,
+        tail_rule=default_tail,
+        temperature=1.0,
+        max_tokens=KEPT,
+        mass=1 - 1e-5,
+        minibatch=16,
+        max_response_length=RESPONSE,
+        mesh=mesh,
+        head_chunk=64,
+        old_policy='recompute',
+        regularisers=[pull],
+        critic=Critic(),
+    )
+
+
+@pytest.mark.parametrize('topology', TOPOLOGIES)
+@pytest.mark.parametrize('name', ['update', 'critic'])
+def test_what_is_compiled_for_an_update(topology, name):
+    """Guards against a state that is whole on every device after one update: GPUs' compiler replicated what came out of
+    the branch that skips gradients which are not finite. And against float32 that is not, see below, where a compiler
+    has rewritten a product."""
+    mesh = make_mesh(1, -1, 2, devices=describe(topology)[1])
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        program, arguments = learner(decoder_config(1024, **SIZES), mesh).programs(KEPT)[name]
+        result = compiled(program, arguments)
+    state, text = arguments[0], result.as_text()
+    for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(result.output_shardings[0]), strict=True):
+        assert sharding.is_equivalent_to(leaf.sharding, leaf.ndim), leaf
+    # Weights are gathered a layer at a time. A replicated state would be gathered by the stacks of all layers.
+    layers = (state.params if name == 'update' else state.params['decoder'])['layers']
+    stacks = {leaf.shape for leaf in jax.tree.leaves(layers) if leaf.ndim == 3}
+    gathered = re.findall(r'\b[a-z]+\d+\[([\d,]+)\]\S* all-gather(?:-start)?\(', text)
+    assert gathered and not stacks & {tuple(map(int, sizes.split(','))) for sizes in gathered}
+
+    found = re.findall(r' f32\S* (?:dot|convolution)\(.*', text)
+    assert len(found) > 10 and all('operand_precision={highest,highest}' in line for line in found)
+
+
+@pytest.mark.parametrize('topology', TOPOLOGIES)
+def test_a_step_of_the_optimizer_gathers_nothing(topology):
+    """Guards the step alone, which needs no part of another device but the gradient's norm."""
+    mesh = make_mesh(devices=describe(topology)[1])
+    params = {'a': jax.ShapeDtypeStruct((24, 512), jnp.float32, sharding=named_sharding(mesh, ('layers', 'embed')))}
+    optimizer, finite = adamw(), jax.ShapeDtypeStruct((), bool)
+    step = jax.jit(lambda *arguments: apply_gradients(optimizer, *arguments, params), donate_argnums=(1, 2))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = compiled(step, (params, state_shapes(optimizer, params), params, finite)).as_text()
+    assert 'all-gather' not in text and 'all-reduce' in text
+
+
+def products(jaxpr, in_kernel=False):
+    """All matrix products of a program, also those in loops, branches and kernels; and whether it is in a kernel."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == 'dot_general':
+            yield equation, in_kernel
+        for inner in sub_jaxprs(equation.params):
+            yield from products(inner, in_kernel or equation.primitive.name == 'pallas_call')
+
+
+@pytest.mark.parametrize('dtype', COMPUTE_DTYPES)
+@pytest.mark.parametrize('attention', ['xla', 'splash'])
+def test_float32_is_float32(attention, dtype):
+    """Guards products of float32 that a TPU takes in bfloat16 and a GPU in TF32, in any program, forward and backward;
+    and the speed of bfloat16, which asks for nothing."""
+    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    config = decoder_config(40, compute_dtype=dtype, attention=attention, **SIZES)
+    sampler = make_sampler(
+        config,
+        samples_per_prompt=2,
+        max_response_length=RESPONSE,
+        temperature=1.0,
+        stop_tokens=[0],
+        max_tokens=KEPT,
+        mass=1.0,
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        built = learner(config, mesh)
+        programs = built.programs(KEPT)
+        prompts = Prompts(jax.ShapeDtypeStruct((2, PROMPT), int), jax.ShapeDtypeStruct((2,), int))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+        inputs = jax.eval_shape(sampler.begin, built.shapes.params, prompts, keys, None)
+        programs |= {'prefill': (sampler.prefill, inputs), 'decode': (sampler.decode, inputs)}
+        for name, (program, arguments) in programs.items():
+            found = list(products(program.trace(*arguments).jaxpr.jaxpr))
+            assert found and any(in_kernel for _, in_kernel in found) == (attention == 'splash' and name in WHOLE)
+            for equation, in_kernel in found:
+                is_float32 = all(x.aval.dtype == jnp.float32 for x in equation.invars)
+                assert is_float32 or dtype == 'bfloat16'
+                highest = equation.params['precision'] == (jax.lax.Precision.HIGHEST,) * 2
+                if is_float32 and (dtype == 'float32' or attention == 'xla'):
+                    assert highest, (name, equation)
+                elif in_kernel or not is_float32:  # splash attention multiplies some in float32, for whatever they are
+                    assert not highest, (name, equation)
