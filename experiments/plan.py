@@ -39,6 +39,7 @@ from troll_jax.packing import batch_shape  # noqa: E402
 from troll_jax.planning import (  # noqa: E402
     Chip,
     add_iterations,
+    bytes_needed,
     count_flops,
     count_rematerialised,
     describe,
@@ -179,9 +180,7 @@ def examine(
         return does_not_fit(name, chip, error)
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
-    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-    # What is donated is not needed twice.
-    needed += memory.output_size_in_bytes - memory.alias_size_in_bytes + beside
+    needed = bytes_needed(compiled) + beside
     once, per_iteration = (flops / devices for flops in count_flops(traced.jaxpr.jaxpr, devices))
     text = compiled.as_text()
     cost_once, cost_per_iteration = program_cost(text)

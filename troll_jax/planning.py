@@ -96,6 +96,13 @@ def describe(topology: str) -> tuple[Chip, list[jax.Device]]:
         ) from error
 
 
+def bytes_needed(compiled: jax.stages.Compiled) -> int:
+    """The device memory of a program, at its peak, with its arguments and results; what is donated counts once."""
+    memory = compiled.memory_analysis()
+    needed = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+    return needed + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
 class Cost(NamedTuple):
     """What one device does."""
 

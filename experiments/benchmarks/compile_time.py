@@ -15,11 +15,12 @@ from functools import partial
 
 import jax
 
-from experiments.benchmarks.update import KEPT, model, random_batch
+from experiments.benchmarks.measure import KEPT, PROMPT, RESPONSE, qwen3_0_6b, random_batch
 from troll_jax.models import decoder as decoders
 from troll_jax.ops.losses import troll
 from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import adamw
+from troll_jax.packing import BatchShape
 from troll_jax.types import START, TrainState
 from troll_jax.update import make_update
 
@@ -28,7 +29,7 @@ FEW, MANY = 4, 28
 
 def lower_update(layers: int, responses: int = 8) -> jax.stages.Lowered:
     """The update for a model of this depth, traced and not yet compiled."""
-    config, optimizer = model(layers, 'float32'), adamw()
+    config, optimizer = qwen3_0_6b(layers=layers, compute_dtype='float32'), adamw()
     update = make_update(
         config,
         optimizer,
@@ -41,7 +42,9 @@ def lower_update(layers: int, responses: int = 8) -> jax.stages.Lowered:
     _, params = decoders.abstract(config)
     progress = jax.eval_shape(lambda: START)
     state = TrainState(progress, params, jax.eval_shape(optimizer.init, params))
-    return update.lower(state, jax.eval_shape(partial(random_batch, responses, config.vocab_size)))
+    return update.lower(
+        state, jax.eval_shape(partial(random_batch, BatchShape(1, responses, PROMPT + RESPONSE), config.vocab_size))
+    )
 
 
 def main() -> None:

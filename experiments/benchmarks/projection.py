@@ -20,7 +20,6 @@ normalised p and q and never negative otherwise. The last line of the output is 
 import argparse
 import json
 import statistics
-import time
 from functools import partial
 
 import jax
@@ -28,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import troll_jax
+from experiments.benchmarks.measure import copy_bandwidth, timed
 
 POINTS, STEPS, ETAS, STOP = 8, 20, (1e-7, 1e2), 1e-5
 BISECTIONS = 60
@@ -148,20 +148,6 @@ def far_pairs(entries: int, log_floor: float) -> tuple[jax.Array, jax.Array]:
         new += [np.where(index < count, 0.0, log_floor)]
         old += [np.zeros(entries)]
     return tuple(jnp.asarray(log_softmax(np.array(rows)), jnp.float32) for rows in (new, old))
-
-
-def timed(function, *arguments) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - start
-
-
-def copy_bandwidth(repeats: int, megabytes: int = 512) -> float:
-    """Bytes per second, read and written, of a copy far larger than any cache; the fastest of several."""
-    source = jnp.zeros(megabytes * 2**18, jnp.float32)
-    copy = jax.jit(lambda x: x + 1)
-    timed(copy, source)
-    return 2 * source.nbytes / min(timed(copy, source) for _ in range(repeats))
 
 
 def error_columns(projected: jax.Array, old: jax.Array, bound: float) -> tuple[float, float]:

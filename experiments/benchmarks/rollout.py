@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config
 
+from experiments.benchmarks.measure import copy_bandwidth, decode_bytes, random_prompts
 from troll_jax.models import decoder as decoders
 from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_pretrained
@@ -74,12 +75,10 @@ def random_model(config, with_torch: bool):
 
 def work(vocab_size: int, median: float, longest: int) -> tuple[Prompts, np.ndarray]:
     """Prompts, and the length [64 · 8] of every response."""
-    generator = np.random.default_rng(0)
-    lengths = generator.integers(SHORTEST_PROMPT, LONGEST_PROMPT + 1, PROMPTS).astype(np.int32)
-    tokens = generator.integers(0, vocab_size, (PROMPTS, LONGEST_PROMPT)).astype(np.int32)
-    tokens = np.where(np.arange(LONGEST_PROMPT) < lengths[:, None], tokens, 0)
-    limits = np.clip(np.round(median * np.exp(generator.normal(size=PROMPTS * SAMPLES))), 1, longest)
-    return Prompts(jnp.asarray(tokens), jnp.asarray(lengths)), limits.astype(np.int32)
+    prompts = random_prompts(PROMPTS, SHORTEST_PROMPT, LONGEST_PROMPT, LONGEST_PROMPT, vocab_size)
+    normal = np.random.default_rng(1).normal(size=PROMPTS * SAMPLES)
+    limits = np.clip(np.round(median * np.exp(normal)), 1, longest)
+    return prompts, limits.astype(np.int32)
 
 
 def generate(model, prompts: Prompts, limits: np.ndarray, batch: int) -> None:
@@ -106,28 +105,6 @@ def generate(model, prompts: Prompts, limits: np.ndarray, batch: int) -> None:
                 eos_token_id=None,
                 pad_token_id=0,
             )
-
-
-def bandwidth() -> float:
-    """Bytes per second that are read and written, of a copy that no cache holds."""
-    x = jnp.zeros(2**27 if jax.default_backend() == 'cpu' else 2**31, jnp.uint8)
-    add = jax.jit(lambda x: x + 1)
-    times = []
-    for _ in range(8):
-        begin = time.perf_counter()
-        jax.block_until_ready(add(x))
-        times.append(time.perf_counter() - begin)
-    return 2 * x.nbytes / statistics.median(times[1:])
-
-
-def floor_bytes(config, params, prompts: Prompts, limits: np.ndarray, steps: int) -> float:
-    """What all decode steps together have to read."""
-    size = jnp.dtype(config.compute_dtype).itemsize
-    weights = sum(x.size for x in jax.tree.leaves(params)) * size
-    token = 2 * config.layers * config.kv_heads * config.head_dim * size
-    own = np.sum(limits * (limits + 1.0) / 2)
-    prompt = np.sum(np.repeat(np.asarray(prompts.lengths), SAMPLES) * limits) / SAMPLES
-    return steps * weights + token * (own + prompt)
 
 
 def main() -> None:
@@ -204,7 +181,7 @@ def main() -> None:
         result['speedup_vs_transformers'] = rates['ours'] / rates['transformers']
         result['speedup_vs_transformers_equal_lengths'] = ours_equal / theirs_equal
     steps = int(spent.steps)
-    floor = floor_bytes(config, params, prompts, limits, steps) / bandwidth()
+    floor = decode_bytes(config, params, prompts, limits, steps) / copy_bandwidth()
     result['share_of_floor'] = floor * rates['ours'] / tokens
     for name, rate in rates.items():
         print(f'{name:28} {rate:9.0f} tokens/s')

@@ -18,40 +18,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from experiments.benchmarks.measure import KEPT, PROMPT, RESPONSE, qwen3_0_6b, random_batch
 from troll_jax.models import decoder as decoders
 from troll_jax.models.head import logits
 from troll_jax.ops.losses import TokenLogProbs, ppo_clip, troll
 from troll_jax.ops.support import bucket_tail, default_tail
 from troll_jax.optimizer import adamw
-from troll_jax.types import START, Batch, SparseLogProbs, TrainState
+from troll_jax.packing import BatchShape
+from troll_jax.types import START, Batch, TrainState
 from troll_jax.update import make_update
 
-PROMPT, RESPONSE, KEPT = 64, 256, 64
 
+def plain_clip_gradient(config):
+    """gradient(params, progress, batch) of Clip as it is usually written: log-softmax over [N, V], and the sampled ones.
 
-def model(layers: int, dtype: str) -> decoders.DecoderConfig:
-    return decoders.DecoderConfig(
-        vocab_size=151_936,
-        width=1024,
-        layers=layers,
-        heads=16,
-        kv_heads=8,
-        head_dim=128,
-        mlp_width=3072,
-        rope_theta=1e6,
-        norm_eps=1e-6,
-        tied_embeddings=True,
-        compute_dtype=dtype,
-        remat='full',
-    )
-
-
-def plain_clip_update(config, optimizer):
-    """Clip as it is usually written: log-softmax over [N, V], gather the sampled tokens."""
+    For batches of one micro-batch and of one sequence in a row.
+    """
     graphdef, _ = decoders.abstract(config)
 
-    @partial(jax.jit, donate_argnums=0)
-    def update(state: TrainState, batch: Batch):
+    def gradient(params, progress, batch: Batch):
         def loss(params):
             decoder = decoders.bind(graphdef, params)
             rows = jax.tree.map(lambda x: x[0], batch)
@@ -70,29 +55,22 @@ def plain_clip_update(config, optimizer):
             )
             return jnp.mean(jax.vmap(ppo_clip)(row, response.advantages).loss)
 
-        gradients = jax.grad(loss)(state.params)
-        changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        return jax.grad(loss)(params)
+
+    return gradient
+
+
+def plain_clip_update(config, optimizer):
+    gradient = plain_clip_gradient(config)
+
+    @partial(jax.jit, donate_argnums=0)
+    def update(state: TrainState, batch: Batch):
+        changes, opt_state = optimizer.update(
+            gradient(state.params, state.progress, batch), state.opt_state, state.params
+        )
         return TrainState(state.progress, optax.apply_updates(state.params, changes), opt_state), None
 
     return update
-
-
-def random_batch(rows: int, vocab_size: int) -> Batch:
-    """Responses of full length to random prompts, sampled from a distribution over KEPT random tokens."""
-    keys, shape = jax.random.split(jax.random.key(0), 4), (1, rows, PROMPT + RESPONSE)
-    tokens = jax.random.randint(keys[0], shape, 0, vocab_size)
-    kept = jax.random.randint(keys[1], (*shape, KEPT), 0, vocab_size).at[..., 0].set(tokens)
-    log_probs = jax.nn.log_softmax(jax.random.normal(keys[2], kept.shape))
-    position = jnp.broadcast_to(jnp.arange(shape[-1], dtype=jnp.int32), shape)
-    return Batch(
-        tokens=tokens,
-        positions=position,
-        segment_ids=jnp.ones_like(tokens),
-        weights=(position >= PROMPT) / (rows * RESPONSE),
-        advantages=jnp.broadcast_to(jax.random.normal(keys[3], (1, rows, 1)), shape),
-        old_log_probs=log_probs[..., 0],
-        old=SparseLogProbs(kept.astype(jnp.int32), log_probs),
-    )
 
 
 def main() -> None:
@@ -105,7 +83,7 @@ def main() -> None:
     parser.add_argument('--repeats', type=int, default=5)
     arguments = parser.parse_args()
 
-    config, optimizer = model(arguments.layers, arguments.dtype), adamw(learning_rate=1e-6)
+    config, optimizer = qwen3_0_6b(layers=arguments.layers, compute_dtype=arguments.dtype), adamw(learning_rate=1e-6)
     sparse = dict(
         temperature=1.0,
         max_tokens=KEPT,
@@ -124,7 +102,8 @@ def main() -> None:
     _, params = decoders.abstract(config)
     scalars = jax.eval_shape(lambda: START)
     shapes = TrainState(scalars, params, jax.eval_shape(optimizer.init, params))
-    batch_shapes = jax.eval_shape(partial(random_batch, arguments.tokens // RESPONSE, config.vocab_size))
+    shape_of = lambda tokens: BatchShape(1, tokens // RESPONSE, PROMPT + RESPONSE)
+    batch_shapes = jax.eval_shape(partial(random_batch, shape_of(arguments.tokens), config.vocab_size))
     memory, flops = {}, {}
     for name, update in updates.items():
         compiled = update.lower(shapes, batch_shapes).compile()
@@ -133,7 +112,7 @@ def main() -> None:
 
     times = {name: [] for name in updates}
     if arguments.timed_tokens:
-        batch = random_batch(arguments.timed_tokens // RESPONSE, config.vocab_size)
+        batch = random_batch(shape_of(arguments.timed_tokens), config.vocab_size)
         params = decoders.init(config, jax.random.key(1))
         start = jax.tree.map(jnp.asarray, START)
         state = TrainState(start, params, optimizer.init(params))
