@@ -30,7 +30,7 @@ from troll_jax.update import make_update
 
 
 def plain_clip_gradient(config):
-    """gradient(params, progress, batch) of Clip as it is usually written: log-softmax over [N, V], and the sampled ones.
+    """gradient(params, progress, batch) of Clip as it is usually written: log-softmax over [N, V], gather the sampled.
 
     For batches of one micro-batch and of one sequence in a row.
     """
