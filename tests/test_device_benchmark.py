@@ -1,0 +1,91 @@
+"""The benchmark of a device, on this CPU and in tiny sizes: every part runs, so that it does on the day of a GPU."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.benchmarks.device import PARTS, first_that_fits, run_part, run_parts
+from experiments.benchmarks.measure import PROMPT, RESPONSE, random_batch
+from troll_jax.packing import BatchShape
+
+REPOSITORY = Path(__file__).parent.parent
+
+# What a reader looks for in each part's rows, besides `part` and `what`.
+EXPECTED = {
+    'ceilings': {'copy_gb_per_s', 'matmul_tflops'},
+    'numerics': {'error', 'limit', 'passed'},
+    'decode': {'slots', 'tokens_per_second', 'ms_per_step', 'share_of_floor', 'prefill_tokens_per_second'},
+    'update': {'tokens_per_second', 'share_of_matmul', 'seconds_over_clip', 'planned_gb', 'planned_gb_over_clip'},
+    'head': {'ms', 'ms_over_clip', 'temporary_gb'},
+    'projection': {'ms', 'share_of_floor', 'mean_evaluations'},
+    'step': {'seconds', 'seconds_rollout', 'seconds_reward', 'seconds_update', 'seconds_prefill', 'seconds_decode'},
+}
+
+
+@pytest.mark.parametrize('name', PARTS)
+def test_every_part_runs(tmp_path, name):
+    """Guards against a script that has rotted when a GPU is at hand for some minutes."""
+    run_part(name, tmp_path, profile=False)
+    rows = [json.loads(line) for line in (tmp_path / f'{name}.jsonl').read_text().splitlines()]
+    assert rows and len({row['what'] for row in rows}) == len(rows)
+    for row in rows:
+        assert row['part'] == name and EXPECTED[name] < set(row)
+        numbers = [x for x in row.values() if isinstance(x, int | float)]
+        assert np.isfinite(numbers).all() and min(numbers) >= 0, row
+        assert row.get('passed', True) and row.get('finite', True), row
+
+
+def test_the_command_prints_a_table_and_json(tmp_path):
+    """Guards what the command leaves: a table, one line of JSON last, the same in a file; and a part that is unknown."""
+    command = [sys.executable, '-m', 'experiments.benchmarks.device', '--out', str(tmp_path), '--only']
+    run = lambda *names: subprocess.run([*command, *names], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    result = run('projection,ceilings')
+    assert result.returncode == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found == json.loads((tmp_path / 'results.json').read_text())
+    assert [row['part'] for row in found['rows']] == ['ceilings', 'projection', 'projection']
+    assert found['machine']['jax'] == jax.__version__ and '| ceilings | copy_gb_per_s ' in result.stdout
+    wrong = run('projection', 'speed')
+    assert wrong.returncode == 2 and 'no part speed; expected some of ceilings, numerics' in wrong.stderr
+
+
+def test_a_part_that_fails_or_hangs_stops_no_other(tmp_path, monkeypatch):
+    """Guards the other figures of a machine that is there for minutes; and why a part has none."""
+    monkeypatch.setenv('JAX_PLATFORMS', 'nonsense')
+    (row,) = run_parts(['ceilings'], tmp_path, minutes=5, profile=False)
+    assert row['part'] == 'ceilings' and 'status 1: RuntimeError' in row['failed'] and 'nonsense' in row['failed']
+    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+    slow, late = run_parts(['decode', 'head'], tmp_path, minutes=0.05, profile=False)
+    assert slow['part'] == 'decode' and slow['failed'].startswith('ended after 1 s')
+    assert late['part'] == 'head' and late['failed'].startswith('no time was left')
+
+
+def test_sizes_shrink_where_memory_is_short():
+    """Guards figures of a small card: the first size that fits counts, and another error is not taken for memory's."""
+
+    def run(size, message='RESOURCE_EXHAUSTED: Out of memory'):
+        if size > 2:
+            raise jax.errors.JaxRuntimeError(message)
+        return size
+
+    assert first_that_fits((8, 4, 2, 1), run) == 2
+    with pytest.raises(jax.errors.JaxRuntimeError, match='RESOURCE'):
+        first_that_fits((8, 4), run)
+    with pytest.raises(jax.errors.JaxRuntimeError, match='INTERNAL'):
+        first_that_fits((8, 2), lambda size: run(size, 'INTERNAL'))
+
+
+def test_random_batches():
+    """Guards figures of rows that hold something else than whole sequences, each with its prompt outside of the loss."""
+    batch = random_batch(BatchShape(2, 3, 640), 100)
+    assert (np.diff(batch.segment_ids, axis=2) == 1).sum() == 6 and batch.segment_ids.max() == 2
+    assert (batch.weights > 0).sum() == 12 * RESPONSE and not np.any(batch.weights[..., :PROMPT])
+    np.testing.assert_allclose(batch.weights.sum(), 1, rtol=1e-5)
+    np.testing.assert_array_equal(batch.old.tokens[..., 0], batch.tokens)
+    with pytest.raises(ValueError, match='rows of 600 tokens'):
+        random_batch(BatchShape(1, 1, 600), 100)
