@@ -41,7 +41,7 @@ def test_every_part_runs(tmp_path, name):
 
 
 def test_the_command_prints_a_table_and_json(tmp_path):
-    """Guards what the command leaves: a table, one line of JSON last, the same in a file; and a part that is unknown."""
+    """Guards what the command leaves: a table, one line of JSON last, the same in a file; and an unknown part."""
     command = [sys.executable, '-m', 'experiments.benchmarks.device', '--out', str(tmp_path), '--only']
     run = lambda *names: subprocess.run([*command, *names], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     result = run('projection,ceilings')
@@ -81,7 +81,7 @@ def test_sizes_shrink_where_memory_is_short():
 
 
 def test_random_batches():
-    """Guards figures of rows that hold something else than whole sequences, each with its prompt outside of the loss."""
+    """Guards figures of rows that hold anything but whole sequences, each with its prompt outside of the loss."""
     batch = random_batch(BatchShape(2, 3, 640), 100)
     assert (np.diff(batch.segment_ids, axis=2) == 1).sum() == 6 and batch.segment_ids.max() == 2
     assert (batch.weights > 0).sum() == 12 * RESPONSE and not np.any(batch.weights[..., :PROMPT])
