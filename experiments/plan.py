@@ -121,7 +121,15 @@ def plan(topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
         results = []
         of_learner = learner.programs(settings['max_tokens'])
         for program, arguments in of_learner.values():
-            jax.eval_shape(program, *arguments)  # an error now, rather than after minutes of compilation
+            try:
+                jax.eval_shape(program, *arguments)  # an error now, rather than after minutes of compilation
+            except RuntimeError as error:
+                if 'cuDNN' not in str(error):
+                    raise
+                raise ValueError(
+                    f'{error} A GPU takes its attention: pip install --no-deps nvidia-cudnn-cu13, or bind '
+                    "Experiment.attention = 'xla'"
+                ) from error
         for name, (program, arguments) in of_learner.items():
             if name in programs:
                 others = bytes_on_device(state) - bytes_on_device(arguments[0])
@@ -232,7 +240,9 @@ def compile_program(traced):
 
 
 def does_not_fit(name: str, chip: Chip, error: TooLarge) -> dict:
-    return {'program': name, 'needed_gb': error.gb, 'memory_gb': chip.memory / 1e9, 'fits': False}
+    unknown = 'tflop moved_gb sent_gb bound_s limit launches host_waits remat tokens_per_second'.split()
+    row = {'program': name, 'needed_gb': error.gb, 'memory_gb': chip.memory / 1e9, 'fits': False}
+    return row | dict.fromkeys(unknown)
 
 
 def bytes_on_device(tree) -> int:
@@ -248,7 +258,7 @@ def print_table(rows: list[dict]) -> None:
     print('|', ' | '.join(['---'] * len(columns)), '|')
     for row in rows:
         head = f'| {row["topology"]} | {row["program"]} |'
-        if 'limit' not in row:
+        if row['limit'] is None:
             print(f'{head} | | over {row["needed_gb"]:.1f} of {row["memory_gb"]:.0f} GB | NO |' + ' |' * 8)
             continue
         sent = ', '.join(f'{kind} {size:.2g} GB' for kind, size in row['sent_gb'].items()) or 'nothing'

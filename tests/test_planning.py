@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import sysconfig
 from collections import Counter
 from pathlib import Path
 
@@ -234,6 +235,16 @@ def test_without_the_compiler_the_error_says_how_to_get_it(monkeypatch):
     """Guards the first thing that a user meets who has not installed it."""
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(ValueError, match=r'the CUDA plugin is not installed.*pip install "jax\[cuda13-local\]=='):
+        plan('h100:1')
+
+
+@pytest.mark.skipif(bool(list(Path(sysconfig.get_path('purelib')).glob('nvidia/cudnn'))), reason='cuDNN is installed')
+def test_without_cudnn_the_error_says_how_to_get_it():
+    """Guards the second thing that such a user meets."""
+    parse([REPOSITORY / 'configs/qwen3_0_6b_gsm8k_troll.gin'], ["Experiment.model = 'configs/models/qwen3-0.6b'"])
+    with pytest.raises(
+        ValueError, match=r"pip install --no-deps nvidia-cudnn-cu13, or bind Experiment.attention = 'xla'"
+    ):
         plan('h100:1')
 
 

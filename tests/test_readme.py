@@ -45,7 +45,7 @@ def test_links_and_commands_lead_somewhere():
     assert links
     for link in links:
         assert link.startswith('https://') or (REPOSITORY / link).exists(), link
-    modules = re.findall(r'python -m (experiments\.\w+)', README)
+    modules = re.findall(r'python -m (experiments(?:\.\w+)+)', README)
     configs = re.findall(r'configs/[\w/]+\.gin', README)
     targets = re.findall(r'^make (\w+)', README, re.MULTILINE)
     assert modules and configs and targets
