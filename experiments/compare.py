@@ -22,7 +22,6 @@ from typing import NamedTuple
 import gin
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from matplotlib.figure import Figure
@@ -41,9 +40,6 @@ from troll_jax.packing import batch_shape
 from troll_jax.rewards.pool import Grader
 from troll_jax.rewards.terms import task_reward
 from troll_jax.rollout import make_sampler
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
 
 MODEL = Path('runs/quickstart/model')  # of the task
 TASK = 'configs/quickstart.gin'
@@ -249,7 +245,8 @@ def success_of(rows: list[dict], **fixed) -> Interval | None:
 
 def draw(rows: list[dict]) -> Figure:
     """Success against learning rate, over all levels of staleness, and the other way round; a column per estimator."""
-    figure, axes = plt.subplots(2, len(ESTIMATORS), figsize=(16, 7), sharey=True, layout='constrained')
+    figure = Figure(figsize=(16, 7), layout='constrained')
+    axes = figure.subplots(2, len(ESTIMATORS), sharey=True)
     for column, estimator in enumerate(ESTIMATORS):
         for axis, name, values in zip(
             axes[:, column], ('learning_rate', 'staleness'), (LEARNING_RATES, STALENESS), strict=True
@@ -310,7 +307,6 @@ def main() -> None:
         raise ValueError(f'no runs in {arguments.folder}/results.jsonl; leave out --only-draw, or change --folder')
     figure = draw(rows)
     figure.savefig(arguments.folder / 'comparison.png', dpi=90)
-    plt.close(figure)
     (arguments.folder / 'comparison.md').write_text(table(rows))
     print(f'{len(rows)} runs in {arguments.folder}: comparison.md and comparison.png are written')
 

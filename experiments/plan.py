@@ -19,7 +19,6 @@ import inspect
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -38,8 +37,10 @@ from troll_jax.learn import make_learner  # noqa: E402
 from troll_jax.packing import batch_shape  # noqa: E402
 from troll_jax.planning import (  # noqa: E402
     Chip,
+    TooLarge,
     add_iterations,
     bytes_needed,
+    compile_program,
     count_flops,
     count_rematerialised,
     describe,
@@ -47,7 +48,7 @@ from troll_jax.planning import (  # noqa: E402
     roofline,
 )
 from troll_jax.rollout import PREFILL_CHUNK, make_sampler  # noqa: E402
-from troll_jax.sharding import make_mesh, named_sharding, platform  # noqa: E402
+from troll_jax.sharding import make_mesh, named_sharding  # noqa: E402
 from troll_jax.slots import prefill_batch  # noqa: E402
 from troll_jax.types import Prompts  # noqa: E402
 
@@ -218,27 +219,6 @@ def examine(
     }
 
 
-class TooLarge(Exception):
-    """The compiler has given up on a program that takes more memory than there is: so many GB, on each device."""
-
-    def __init__(self, gb: float):
-        self.gb = gb
-
-
-def compile_program(traced):
-    """Compiles a traced program for the devices of the mesh in context. Raises `TooLarge`."""
-    # Of several implementations of a kernel the first will do: there is no device on which to time them.
-    options = {'xla_gpu_autotune_level': '0'} if platform() == 'gpu' else None
-    try:
-        return traced.lower().compile(options)
-    except jax.errors.JaxRuntimeError as error:
-        # The compiler gives up where temporaries alone are more than there is, and says how much.
-        asked = re.search(r'temporaries \(([\d.]+)G\)', str(error))
-        if asked is None:
-            raise
-        raise TooLarge(float(asked[1])) from None
-
-
 def does_not_fit(name: str, chip: Chip, error: TooLarge) -> dict:
     unknown = 'tflop moved_gb sent_gb bound_s limit launches host_waits remat tokens_per_second'.split()
     row = {'program': name, 'needed_gb': error.gb, 'memory_gb': chip.memory / 1e9, 'fits': False}
@@ -274,7 +254,7 @@ def print_table(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('config', help=CONFIG_HELP)
-    parser.add_argument('--topology', required=True, nargs='+', help='one or several, such as v5e:4x4 v5p:4x4x4 h100:8')
+    parser.add_argument('--topology', required=True, help='one or several, such as v5e:4x4 v5p:4x4x4 h100:8')
     parser.add_argument('bindings', nargs='*', help="gin bindings that win over files'")
     parser.add_argument('--programs', default=','.join(PROGRAMS), help='which of them, to save time')
     parser.add_argument('--json', action='store_true', help='prints the rows as one line of JSON, too, last')
@@ -282,11 +262,13 @@ def main() -> None:
     programs = arguments.programs.split(',')
     if unknown := set(programs) - set(PROGRAMS):
         raise ValueError(f'no program {unknown}; expected some of {",".join(PROGRAMS)}')
-    # What follows the topologies on the command line may be files and bindings.
+    # To argparse, all topologies but the first are words like files and bindings.
+    words = [arguments.config, *arguments.bindings]
     is_topology = lambda word: '=' not in word and not word.endswith('.gin')
-    arguments.bindings += [word for word in arguments.topology if not is_topology(word)]
+    rest = [word for word in words if not is_topology(word)]
+    arguments.config, *arguments.bindings = rest or parser.error('expected a configuration file')
     rows = []
-    for topology in ','.join(filter(is_topology, arguments.topology)).split(','):
+    for topology in ','.join([arguments.topology, *filter(is_topology, words)]).split(','):
         gin.clear_config()
         parse(*files_and_bindings(arguments))
         rows += plan(topology, programs)

@@ -7,14 +7,10 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
-
-from experiments.command import run_command  # noqa: E402
-from troll_jax.metrics import read_metrics  # noqa: E402
+from experiments.command import run_command
+from troll_jax.metrics import read_metrics
 
 # Per panel: title, whether its axis is logarithmic, and metric → style of its line.
 PANELS = [
@@ -33,12 +29,12 @@ def plot_runs(runs: Mapping[str, Sequence[dict]], output: str | Path) -> None:
     """Writes a PNG with the curves of runs, given as name → rows of `metrics.jsonl`."""
     figure = draw_runs(runs)
     figure.savefig(output, dpi=110)
-    plt.close(figure)
 
 
 def draw_runs(runs: Mapping[str, Sequence[dict]]) -> Figure:
     """One panel for each of `PANELS`, and in it one line for each metric of each run that has something to show."""
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(4.2 * len(PANELS), 3.4), layout='constrained')
+    figure = Figure(figsize=(4.2 * len(PANELS), 3.4), layout='constrained')
+    axes = figure.subplots(1, len(PANELS))
     for axis, (title, logarithmic, metrics) in zip(axes, PANELS, strict=True):
         for colour, (name, rows) in enumerate(runs.items()):
             for metric, style in metrics.items():

@@ -37,7 +37,7 @@ from troll_jax.ops.losses import TokenLogProbs, TokenLosses, importance_weighted
 from troll_jax.ops.regularisers import regularised
 from troll_jax.optimizer import apply_gradients
 from troll_jax.saved_batches import load_batches
-from troll_jax.sharding import fetch, place
+from troll_jax.sharding import constrain_like, fetch, place
 from troll_jax.types import START, Batch, Progress, TrainState
 from troll_jax.update import Gradient, Objective, TailRule, make_gradient, make_update
 
@@ -104,7 +104,8 @@ def replay(
 
     @jax.jit
     def step_along(gradient: dict, state: TrainState):
-        return apply_gradients(optimizer, gradient, state.opt_state, state.params, jnp.bool(True), shapes.params)[0]
+        params, _ = apply_gradients(optimizer, gradient, state.opt_state, state.params, jnp.bool(True))
+        return constrain_like(params, lambda _: shapes.params)
 
     with jax.set_mesh(experiment.mesh):
         with Checkpoints(checkpoint_folder(run_dir), read_only=True) as checkpoints:

@@ -2,13 +2,9 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
-
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 def report(result: dict) -> str:
@@ -78,7 +74,6 @@ def plot(result: dict, output: str | Path) -> None:
     """Writes `draw` as a PNG."""
     figure = draw(result)
     figure.savefig(output, dpi=110)
-    plt.close(figure)
 
 
 def draw(result: dict) -> Figure:
@@ -89,9 +84,8 @@ def draw(result: dict) -> Figure:
     number = lambda value: np.nan if value is None else value
     cosines = np.array([[number(result['cosines'][one][other]) for other in names] for one in names])
     height = 2 + 0.4 * len(names)
-    figure, axes = plt.subplots(
-        1, 3, figsize=(2.6 * height + 3, height), layout='constrained', width_ratios=(1.3, 0.8, 0.8)
-    )
+    figure = Figure(figsize=(2.6 * height + 3, height), layout='constrained')
+    axes = figure.subplots(1, 3, width_ratios=(1.3, 0.8, 0.8))
     image = axes[0].imshow(cosines, vmin=-1, vmax=1, cmap='RdBu')
     axes[0].set(title='cosines of gradients', xticks=range(len(names)), yticks=range(len(names)), yticklabels=labels)
     axes[0].set_xticklabels(labels, rotation=45, ha='right', rotation_mode='anchor')

@@ -1,4 +1,4 @@
-"""What compilers make of training and sampling for accelerators that are not there: shardings, and what float32 is."""
+"""What compilers make of training and sampling for accelerators that are not there: shardings, precision, cuDNN."""
 
 import re
 from functools import partial
@@ -6,22 +6,24 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from tiny import decoder_config
+from tiny import CUDNN, decoder_config
 
 from troll_jax.critic import Critic
 from troll_jax.learn import make_learner
+from troll_jax.models.attention import cudnn_attention
 from troll_jax.models.layers import COMPUTE_DTYPES
 from troll_jax.ops.advantages import gae
 from troll_jax.ops.aggregation import token_mean
-from troll_jax.ops.losses import troll
+from troll_jax.ops.losses import ppo_clip, troll
 from troll_jax.ops.regularisers import kl_to_reference
 from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import adamw, apply_gradients, state_shapes
 from troll_jax.packing import BatchShape
-from troll_jax.planning import describe, sub_jaxprs
+from troll_jax.planning import compile_program, describe, sub_jaxprs
 from troll_jax.rollout import make_sampler
-from troll_jax.sharding import make_mesh, named_sharding
+from troll_jax.sharding import constrain_like, make_mesh, named_sharding
 from troll_jax.types import Prompts
+from troll_jax.update import make_gradient
 
 TOPOLOGIES = ['h100:8', 'v5e:2x4']
 SIZES = {'width': 256, 'heads': 8, 'kv_heads': 8, 'head_dim': 32, 'mlp_width': 384}
@@ -29,9 +31,17 @@ KEPT, PROMPT, RESPONSE, DEVICES = 8, 16, 16, 8
 WHOLE = ('recompute', 'reference', 'values', 'critic', 'update')  # programs that read whole sequences
 
 
+@pytest.fixture(autouse=True)
+def no_cache():
+    """What is compiled for a device that is not there cannot be read from JAX's cache."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update('jax_enable_compilation_cache', False)
+    yield
+    jax.config.update('jax_enable_compilation_cache', before)
+
+
 def compiled(program, arguments):
-    gpu = jax.sharding.get_abstract_mesh().abstract_device.platform == 'gpu'
-    return program.lower(*arguments).compile({'xla_gpu_autotune_level': '0'} if gpu else None)
+    return compile_program(program.trace(*arguments))
 
 
 def learner(config, mesh):
@@ -62,8 +72,8 @@ def learner(config, mesh):
 @pytest.mark.parametrize('name', ['update', 'critic'])
 def test_what_is_compiled_for_an_update(topology, name):
     """Guards against a state that is whole on every device after one update: GPUs' compiler replicated what came out of
-    the branch that skips gradients which are not finite. And against float32 that is not, see below, where a compiler
-    has rewritten a product."""
+    the branch that skips gradients which are not finite. And against products of float32 in lower precision, where a
+    compiler has rewritten them."""
     mesh = make_mesh(1, -1, 2, devices=describe(topology)[1])
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         program, arguments = learner(decoder_config(1024, **SIZES), mesh).programs(KEPT)[name]
@@ -81,16 +91,49 @@ def test_what_is_compiled_for_an_update(topology, name):
     assert len(found) > 10 and all('operand_precision={highest,highest}' in line for line in found)
 
 
+def test_a_gradient_alone_is_sharded_as_the_parameters():
+    """Guards the replay of a rollout, which keeps the gradient of every objective."""
+    mesh = make_mesh(devices=describe('h100:8')[1])
+    config = decoder_config(1024, **SIZES | {'layers': 1})
+    settings = dict(objective=ppo_clip, temperature=1.0, tail_rule=default_tail, max_tokens=KEPT, mass=1 - 1e-5)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        _, (state, batch) = learner(config, mesh).programs(KEPT)['update']
+        result = compiled(jax.jit(make_gradient(config, **settings)), (state.params, state.progress, batch))
+    shardings = jax.tree.leaves(result.output_shardings.params)
+    for leaf, sharding in zip(jax.tree.leaves(state.params), shardings, strict=True):
+        assert sharding.is_equivalent_to(leaf.sharding, leaf.ndim), leaf
+
+
 @pytest.mark.parametrize('topology', TOPOLOGIES)
 def test_a_step_of_the_optimizer_gathers_nothing(topology):
     """Guards the step alone, which needs no part of another device but the gradient's norm."""
     mesh = make_mesh(devices=describe(topology)[1])
     params = {'a': jax.ShapeDtypeStruct((24, 512), jnp.float32, sharding=named_sharding(mesh, ('layers', 'embed')))}
     optimizer, finite = adamw(), jax.ShapeDtypeStruct((), bool)
-    step = jax.jit(lambda *arguments: apply_gradients(optimizer, *arguments, params), donate_argnums=(1, 2))
+    opt_state = state_shapes(optimizer, params)
+
+    @partial(jax.jit, donate_argnums=(1, 2))
+    def step(*arguments):
+        return constrain_like(apply_gradients(optimizer, *arguments), lambda _: (params, opt_state))
+
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        text = compiled(step, (params, state_shapes(optimizer, params), params, finite)).as_text()
+        text = compiled(step, (params, opt_state, params, finite)).as_text()
     assert 'all-gather' not in text and 'all-reduce' in text
+
+
+@pytest.mark.skipif(not CUDNN, reason='cuDNN is not installed')
+def test_attention_by_cudnn_compiles():
+    """Guards what a GPU takes for bfloat16: each device with its rows and heads, an odd length, and the derivative."""
+    mesh = make_mesh(1, 4, 2, devices=describe('h100:8')[1])
+    shape = lambda heads: jax.ShapeDtypeStruct(
+        (8, 63, heads, 64), jnp.bfloat16, sharding=named_sharding(mesh, ('batch', None, 'heads', None))
+    )
+    segments = jax.ShapeDtypeStruct((8, 63), jnp.int32, sharding=named_sharding(mesh, ('batch', None)))
+    loss = lambda q, k, v, segments: jnp.sum(cudnn_attention(q, k, v, segments).astype(jnp.float32))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        text = compiled(gradient, (shape(4), shape(2), shape(2), segments)).as_text()
+    assert '__cudnn$fmha' in text and 'Backward' in text and 'all-gather' not in text
 
 
 def products(jaxpr, in_kernel=False):

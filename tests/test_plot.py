@@ -25,14 +25,6 @@ def rows(**changes) -> list[dict]:
     ]
 
 
-@pytest.fixture
-def draw():
-    figures = []
-    yield lambda runs: figures.append(draw_runs(runs)) or figures[-1]
-    for figure in figures:
-        plt.close(figure)
-
-
 def labels(figure) -> list[list[str]]:
     """Of the lines of each panel; what the legend shows is the same."""
     for axis in figure.axes:
@@ -41,9 +33,9 @@ def labels(figure) -> list[list[str]]:
     return [[line.get_label() for line in axis.lines] for axis in figure.axes]
 
 
-def test_every_line_is_drawn_in_its_panel(draw):
+def test_every_line_is_drawn_in_its_panel():
     """Guards against a metric that was renamed and is no longer drawn, and against points at wrong steps."""
-    figure = draw({'troll': rows(), 'clip': rows(**{'update/projected_share': 0.0, 'update/clipped_share': 0.2})})
+    figure = draw_runs({'troll': rows(), 'clip': rows(**{'update/projected_share': 0.0, 'update/clipped_share': 0.2})})
     kl = ['kl mean', 'kl p99', 'kl max']
     assert labels(figure) == [
         ['troll: mean', 'troll: success', 'clip: mean', 'clip: success'],
@@ -61,20 +53,20 @@ def test_every_line_is_drawn_in_its_panel(draw):
         assert colours == {'troll': 'C0', 'clip': 'C1'}
 
 
-def test_a_run_that_never_succeeds_is_drawn(draw):
+def test_a_run_that_never_succeeds_is_drawn():
     """Guards against a success or an entropy of zero that is taken for a metric that is not there."""
-    figure = draw(
+    figure = draw_runs(
         {'run': [row | {'eval/success': 0.0} for row in rows(**{'reward/mean': 0.0, 'rollout/entropy': 0.0})]}
     )
     assert labels(figure)[:2] == [['run: mean', 'run: success'], ['run']]
 
 
-def test_missing_metrics_and_nulls_are_left_out(draw):
+def test_missing_metrics_and_nulls_are_left_out():
     """Guards against a run of an older version, one without evaluations, and a NaN that the log keeps as null."""
     some = rows(**{'update/kl_p99': None, 'update/clipped_share': None})
     some = [{name: value for name, value in row.items() if name != 'eval/success'} for row in some]
     some[2]['rollout/entropy'] = None
-    figure = draw({'run': some, 'just started': []})
+    figure = draw_runs({'run': some, 'just started': []})
     assert labels(figure) == [['run: mean'], ['run'], ['run: kl mean', 'run: kl max'], ['run: projected share']]
     np.testing.assert_array_equal(figure.axes[1].lines[0].get_xdata(), [1, 3])
 

@@ -1,10 +1,13 @@
-"""Models that are small enough for tests."""
+"""Models that are small enough for tests; and whether there is cuDNN, which is not."""
 
+import sysconfig
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM, set_seed
 
 from troll_jax.models.decoder import DecoderConfig
+
+CUDNN = list(Path(sysconfig.get_path('purelib')).glob('nvidia/cudnn/lib/libcudnn.so*'))
 
 
 def decoder_config(vocab_size: int, **sizes) -> DecoderConfig:

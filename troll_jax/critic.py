@@ -14,7 +14,7 @@ from troll_jax.models import decoder as decoders
 from troll_jax.models.layers import exact_products
 from troll_jax.ops.values import value_loss
 from troll_jax.optimizer import adamw, apply_gradients, state_shapes
-from troll_jax.sharding import constrain, current_mesh, named_sharding
+from troll_jax.sharding import constrain, constrain_like, named_sharding
 from troll_jax.types import Batch, CriticState
 from troll_jax.update import for_each_micro_batch, gradients_of
 
@@ -113,12 +113,11 @@ def make_critic_update(
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         with jax.named_scope('optimizer'):
-            mesh = current_mesh()
-            shapes = None if mesh is None else abstract_critic(config, optimizer, mesh).params
-            params, opt_state = apply_gradients(optimizer, gradients, critic.opt_state, critic.params, finite, shapes)
+            result = CriticState(*apply_gradients(optimizer, gradients, critic.opt_state, critic.params, finite))
+            result = constrain_like(result, partial(abstract_critic, config, optimizer))
         metrics = {'loss': total, 'gradient_norm': norm, 'skipped': 1.0 - finite}
         metrics['moved'] = jnp.sum(jnp.where(batch.weights > 0, moved, 0.0)) / count
-        return CriticState(params, opt_state), metrics
+        return result, metrics
 
     return update
 

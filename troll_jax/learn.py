@@ -17,12 +17,19 @@ from troll_jax.models import decoder as decoders
 from troll_jax.ops.advantages import needs_greedy_reward, needs_values, whiten
 from troll_jax.ops.regularisers import Regulariser, needs_reference, regularised
 from troll_jax.ops.values import explained_variance
-from troll_jax.optimizer import state_shapes
 from troll_jax.packing import BatchShape, Layout, abstract_batch, make_batch, make_layout, padding_share
 from troll_jax.saved_batches import save_batches
 from troll_jax.sharding import fetch, named_sharding, place
 from troll_jax.types import START, Batch, Reference, Rollout, TrainState
-from troll_jax.update import Objective, TailRule, UpdateLog, make_recompute, make_reference, make_update
+from troll_jax.update import (
+    Objective,
+    TailRule,
+    UpdateLog,
+    abstract_policy,
+    make_recompute,
+    make_reference,
+    make_update,
+)
 
 Aggregation = Callable[..., jax.Array]
 Estimator = Callable[..., jax.Array]
@@ -282,14 +289,14 @@ def abstract_state(
     has_reference: bool = False,
 ) -> TrainState:
     """Shapes and shardings of all that is trained."""
-    _, params = decoders.abstract(config, mesh)
+    params, opt_state = abstract_policy(config, optimizer, mesh)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     as_reference = jax.eval_shape(partial(decoders.cast_weights, dtype=config.compute_dtype), params)
     like = lambda x, sharded: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded.sharding)
     return TrainState(
         progress=jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated), START),
         params=params,
-        opt_state=state_shapes(optimizer, params),
+        opt_state=opt_state,
         critic=None if critic is None else abstract_critic(config, critic.optimizer, mesh),
         reference=jax.tree.map(like, as_reference, params) if has_reference else None,
     )

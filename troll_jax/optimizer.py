@@ -1,7 +1,5 @@
 """The optimizer of the paper's experiments, from optax, and where its state lives."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -63,20 +61,12 @@ class Offloaded(optax.GradientTransformation):
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation,
-    gradients,
-    opt_state: optax.OptState,
-    params,
-    finite: jax.Array,
-    shapes: Any = None,
+    optimizer: optax.GradientTransformation, gradients, opt_state: optax.OptState, params, finite: jax.Array
 ) -> tuple[optax.Params, optax.OptState]:
     """One step of the optimizer, under `jax.jit`: new parameters and state, or the old ones if not `finite`.
 
-    What of the state lives in the host's memory is brought to the device for the step, and goes back there.
-
-    Args:
-      shapes: of the parameters, with the shardings that they and the state keep, see `state_shapes`. None, for a single
-        device, leaves shardings to the compiler.
+    What of the state lives in the host's memory is brought to the device for the step, and goes back there. The caller
+    says how the result is laid out (`constrain_like`): the compiler for GPUs replicates what comes out of a branch.
     """
     home = jax.tree.map(lambda x: jax.typeof(x).memory_space, opt_state)
 
@@ -87,12 +77,7 @@ def apply_gradients(
         changes, new_state = optimizer.update(gradients, on_device, params)
         return optax.apply_updates(params, changes), jax.device_put(new_state, home)
 
-    result = jax.lax.cond(finite, step, lambda gradients, *old: old[::-1], gradients, opt_state, params)
-    if shapes is None:
-        return result
-    # Said once more, because the compiler for GPUs replicates what comes out of a branch.
-    shardings = jax.tree.map(lambda x: x.sharding, (shapes, state_shapes(optimizer, shapes)))
-    return jax.lax.with_sharding_constraint(result, shardings)
+    return jax.lax.cond(finite, step, lambda gradients, *old: old[::-1], gradients, opt_state, params)
 
 
 def state_shapes(optimizer: optax.GradientTransformation, params) -> optax.OptState:

@@ -20,6 +20,8 @@ import jax
 from jax.experimental import topologies
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
+from troll_jax.sharding import platform
+
 
 class Chip(NamedTuple):
     """One device: peak rates per second, as published."""
@@ -56,7 +58,6 @@ runtime_version {{ major: 13 }}
 device_description_str: "{name}"
 """
 _GPUS = {'h100': ('NVIDIA H100 80GB HBM3', 50 * 2**20), 'h200': ('NVIDIA H200', 60 * 2**20)}  # name, bytes of L2
-_GPUS_PER_HOST = 8
 
 
 def describe(topology: str) -> tuple[Chip, list[jax.Device]]:
@@ -78,15 +79,11 @@ def describe(topology: str) -> tuple[Chip, list[jax.Device]]:
             return chip, topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
         if importlib.util.find_spec('jax_cuda13_plugin') is None:
             raise ValueError('the CUDA plugin is not installed')
-        count = int(size)
-        on_host = min(count, _GPUS_PER_HOST)
-        if count < 1 or count % on_host:
-            raise ValueError(f'{count} is not a number of GPUs on hosts of {_GPUS_PER_HOST}')
+        if int(size) not in range(1, 9):
+            raise ValueError(f'{size} is not a number of GPUs on one host, 1 to 8')
         name, cache = _GPUS[generation]
         config = _HOPPER.format(name=name, cache=cache, memory=chip.memory, bandwidth=chip.bandwidth)
-        return chip, topologies.get_topology_desc(
-            platform='cuda', target_config=config, topology=f'1x{count // on_host}x{on_host}'
-        ).devices
+        return chip, topologies.get_topology_desc(platform='cuda', target_config=config, topology=f'1x1x{size}').devices
     except Exception as error:  # whatever the compiler raises
         extra = 'cuda13-local' if generation in _GPUS else 'tpu'
         raise ValueError(
@@ -94,6 +91,27 @@ def describe(topology: str) -> tuple[Chip, list[jax.Device]]:
             'such as v5e:4x4 or v5p:2x2x1, or a GPU and how many, such as h100:1 or h100:8; and the compiler: '
             f'pip install "jax[{extra}]=={jax.__version__}"'
         ) from error
+
+
+class TooLarge(Exception):
+    """The compiler has given up on a program that takes more memory than there is: so many GB, on each device."""
+
+    def __init__(self, gb: float):
+        self.gb = gb
+
+
+def compile_program(traced):
+    """Compiles a traced program for the devices of the mesh in context. Raises `TooLarge`."""
+    # Of several implementations of a kernel the first will do: there is no device on which to time them.
+    options = {'xla_gpu_autotune_level': '0'} if platform() == 'gpu' else None
+    try:
+        return traced.lower().compile(options)
+    except jax.errors.JaxRuntimeError as error:
+        # The compiler gives up where temporaries alone are more than there is, and says how much.
+        asked = re.search(r'temporaries \(([\d.]+)G\)', str(error))
+        if asked is None:
+            raise
+        raise TooLarge(float(asked[1])) from None
 
 
 def bytes_needed(compiled: jax.stages.Compiled) -> int:
@@ -109,8 +127,8 @@ class Cost(NamedTuple):
     bytes: float  # moved between memory and compute
     collectives: Counter  # bytes by kind of collective
     launches: int = 0  # kernels of a GPU; of a TPU instructions of about the same size
-    # Loops of unknown length that are entered, and branches that are taken: on a GPU the host waits, to see what is to
-    # be launched next.
+    # Loops of unknown length that are entered, and branches: at each, a GPU's host waits at least once to see what is
+    # to be launched next.
     host_waits: int = 0
 
 

@@ -25,7 +25,7 @@ from troll_jax.models.head import logits
 from troll_jax.models.pages import grow, write_pages
 from troll_jax.ops import categorical
 from troll_jax.ops.support import select
-from troll_jax.sharding import RULES, constrain, partition_spec
+from troll_jax.sharding import RULES, constrain, current_mesh, partition_spec
 from troll_jax.slots import (
     Record,
     Requests,
@@ -285,13 +285,13 @@ def _check_requests(prompts: Prompts, keys, limits, *, slots: int | None, group:
 
 def _batch_shards() -> int:
     """E: over how many devices, or groups of them, the mesh in context spreads a batch."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in RULES['batch'])
+    mesh = current_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES['batch'])
 
 
 def _over_devices(choose):
     """`choose` on each device with its rows and its part of the vocabulary; outputs are the same over the latter."""
-    if jax.sharding.get_abstract_mesh().empty:
+    if current_mesh() is None:
         return partial(choose, None)
     rows = partition_spec(['batch'])
     specs = (rows, partition_spec(['vocab', None]), rows)

@@ -4,7 +4,7 @@ Parameters and activations name their axes by meaning ('embed', 'mlp', 'batch');
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -109,3 +109,11 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, partition_spec(axes)))
+
+
+def constrain_like(tree: Any, shapes: Callable[[jax.sharding.AbstractMesh], Any]) -> Any:
+    """The same for a whole tree: what `shapes` of the mesh in context returns has its structure, and shardings."""
+    mesh = current_mesh()
+    if mesh is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, jax.tree.map(lambda x: x.sharding, shapes(mesh)))

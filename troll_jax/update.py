@@ -15,8 +15,8 @@ from troll_jax.ops.losses import ReferenceView, TokenLogProbs, TokenLosses
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.regularisers import Regulariser, truncated_importance_weights
 from troll_jax.ops.support import bucket_tail, needs_own_support
-from troll_jax.optimizer import apply_gradients
-from troll_jax.sharding import constrain, current_mesh
+from troll_jax.optimizer import apply_gradients, state_shapes
+from troll_jax.sharding import constrain, constrain_like
 from troll_jax.types import Batch, Progress, Reference, SparseLogProbs, TrainState
 
 Objective = Callable[[TokenLogProbs, jax.Array, Progress], TokenLosses]
@@ -94,9 +94,16 @@ def make_gradient(
 
     def gradient(params, progress: Progress, batch: Batch) -> Gradient:
         with exact_products(config.compute_dtype):
-            return gradients_of(lambda params, part: loss_and_logs(params, progress, part), params, batch)
+            total = gradients_of(lambda params, part: loss_and_logs(params, progress, part), params, batch)
+        return total._replace(params=constrain_like(total.params, lambda mesh: decoders.abstract(config, mesh)[1]))
 
     return gradient
+
+
+def abstract_policy(config: decoders.DecoderConfig, optimizer: optax.GradientTransformation, mesh) -> tuple[Any, Any]:
+    """Shapes and shardings of the policy's parameters and of its optimizer's state."""
+    _, params = decoders.abstract(config, mesh)
+    return params, state_shapes(optimizer, params)
 
 
 def make_update(
@@ -119,9 +126,8 @@ def make_update(
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         with jax.named_scope('optimizer'):
-            mesh = current_mesh()
-            shapes = None if mesh is None else decoders.abstract(config, mesh)[1]
-            params, opt_state = apply_gradients(optimizer, gradients, state.opt_state, state.params, finite, shapes)
+            result = apply_gradients(optimizer, gradients, state.opt_state, state.params, finite)
+            params, opt_state = constrain_like(result, lambda mesh: abstract_policy(config, optimizer, mesh))
         mask = batch.weights > 0
         metrics = {'loss': loss, 'gradient_norm': norm, 'skipped': 1.0 - finite, **_summarise(logs, mask)}
         progress = state.progress._replace(

@@ -1,27 +1,26 @@
-"""What a GPU or TPU makes of it, in minutes: ceilings, exactness, decoding, the update, its parts, a whole step.
+"""Measures one GPU or TPU, in minutes: its ceilings, exactness, decoding, the update, its parts, a whole step.
 
     python -m experiments.benchmarks.device --out results [--minutes 8] [--only ceilings decode …] [--profile]
 
-Uses one device, weights that are random, and neither a network nor files of models or data. The parts, in this order:
+Needs neither a network nor a model nor data: weights are random. The parts, in this order:
 
 - ceilings: bandwidth of a copy (read and written) and rate of a bfloat16 product of random numbers;
 - numerics: projection, head and one gradient in float32 against the same on this machine's CPU (the projection in
-  float64); and what bfloat16 and float32 make the sampler and the trainer differ by, in nats per token;
+  float64); and the KL between sampler and trainer in bfloat16 and float32, in nats per token;
 - decode: Qwen3-0.6B's shape with GSM8K's lengths and 64 to 512 slots, against reading weights and cache once a step;
 - update: the same shape with rows of 2,560 packed tokens: TROLL, Clip, and TROLL with XLA's attention; rates, and peak
-  memory as measured and as planned, for the same program;
+  memory as measured and as planned for the same program;
 - head: loss and gradient of 8,192 tokens without any layer: TROLL, Clip, and Clip with plain logits;
 - projection: alone, against reading and writing its distributions once;
 - step: prompts to new parameters, and where its seconds go.
 
-Each part is a process of its own, with a share of the time, so that one that fails or hangs stops no other. Where
-memory is short a part takes a smaller size, and says which. On a CPU all sizes are tiny: that shows that it works, and
-measures nothing. `--out` gets results.json and each part's log, and with `--profile` traces for Perfetto. The last line
-of the output is one line of JSON.
+Each part is a process of its own with its share of the time that is left, so that one that fails or hangs stops no
+other. Where memory is short a part takes a smaller size, and says which. On a CPU all sizes are tiny: that shows that
+it works, and measures nothing. `--out` gets results.json and each part's log, and with `--profile` traces for Perfetto.
+The last line of the output is one line of JSON; the status is 1 if a part failed or a number was wrong.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import gc
@@ -35,7 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +53,7 @@ from experiments.benchmarks.measure import (
 )
 from experiments.benchmarks.projection import violating_tokens
 from experiments.benchmarks.update import plain_clip_gradient
+from experiments.command import run_command
 from troll_jax.collect import make_collector
 from troll_jax.data.prompts import PromptSet
 from troll_jax.data.tasks.gsm8k import GSM8K
@@ -81,17 +81,18 @@ POLICY = {'temperature': 1.0, 'tail_rule': default_tail, 'max_tokens': KEPT, 'ma
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Of an accelerator; a CPU has `TINY`. Where there are several, the first that memory allows is taken."""
+    """For an accelerator; a CPU takes `TINY`. Of sizes in a row the first that fits into memory is taken."""
 
     model: decoders.DecoderConfig = qwen3_0_6b()
     small: decoders.DecoderConfig = qwen3_0_6b(vocab_size=8192, width=256, layers=4, heads=8, kv_heads=4, mlp_width=768)
-    copied: int | None = None  # bytes; None: many
+    noise: tuple[float, float] = (1e-9, BOUND / 100)  # limits in float32 and in bfloat16, nats per token
+    copied: int | None = None  # bytes; None: more than any cache holds
     product: int = 8192  # rows and columns
-    slots: tuple[int, ...] = (64, 128, 256, 512)
-    rooms: tuple[int, ...] = (2048, 1024, 512)  # tokens that a response may have; those here have `response`
+    slots: tuple[int, ...] = (512, 256, 128, 64)
+    rooms: tuple[int, ...] = (2048, 1024, 512)  # the longest response; pools of pages are made for it
+    response: int = 256  # tokens of all responses
     prompt_room: int = 512
     prompt: tuple[int, int] = (64, 192)  # shortest and longest
-    response: int = 256
     samples: int = 8
     row_tokens: int = 2560
     rows: tuple[int, ...] = (8, 4, 2, 1)  # of a micro-batch
@@ -105,13 +106,14 @@ _SMALL = {'vocab_size': 320, 'width': 32, 'layers': 2, 'heads': 4, 'kv_heads': 2
 TINY = Sizes(
     model=qwen3_0_6b(**_SMALL),
     small=qwen3_0_6b(**_SMALL),
+    noise=(1e-6, BOUND / 100),
     copied=2**20,
     product=128,
-    slots=(4, 8),
+    slots=(8, 4),
     rooms=(16,),
+    response=8,
     prompt_room=16,
     prompt=(4, 12),
-    response=8,
     samples=4,
     row_tokens=640,
     rows=(1,),
@@ -122,16 +124,18 @@ TINY = Sizes(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Bench:
-    """What a part measures on, with and reports to."""
+class Bench(NamedTuple):
+    """What a part measures with, and reports to."""
 
     sizes: Sizes
-    report: Callable[[dict[str, Any]], None]  # one measurement
+    report: Callable[..., None]  # (what, **figures)
     profile: Path | None = None  # a folder for traces
 
-    def trace(self, name: str) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.profile is None else jax.profiler.trace(self.profile / name)
+    def trace(self, name: str, function: Callable[[], Any]) -> None:
+        """Calls a function once more for a trace, if one was asked for."""
+        if self.profile is not None:
+            with jax.profiler.trace(self.profile / name):
+                jax.block_until_ready(function())
 
 
 def one_device(device: jax.Device | None = None) -> jax.sharding.Mesh:
@@ -152,28 +156,23 @@ def first_that_fits(sizes: Sequence[int], run: Callable[[int], Any]) -> Any:
         except jax.errors.JaxRuntimeError as error:
             if 'RESOURCE_EXHAUSTED' not in str(error) or size == sizes[-1]:
                 raise
-        gc.collect()  # of what the failed one held
+        gc.collect()  # frees what the failed attempt held
 
 
 def ceilings(bench: Bench) -> None:
-    repeats = bench.sizes.repeats
-    bench.report(
-        {
-            'what': 'ceilings',
-            'copy_gb_per_s': copy_bandwidth(repeats, bench.sizes.copied) / 1e9,
-            'matmul_tflops': matmul_rate(repeats, bench.sizes.product) / 1e12,
-        }
-    )
+    sizes = bench.sizes
+    copy, product = copy_bandwidth(sizes.repeats, sizes.copied), matmul_rate(sizes.repeats, sizes.product)
+    bench.report('ceilings', copy_gb_per_s=copy / 1e9, matmul_tflops=product / 1e12)
 
 
 def numerics(bench: Bench) -> None:
     """Errors, each with the limit that it must not pass."""
-    cpu = jax.devices('cpu')[0]
+    cpu, sizes = jax.devices('cpu')[0], bench.sizes
 
     def report(what: str, error: float, limit: float) -> None:
-        bench.report({'what': what, 'error': float(error), 'limit': limit, 'passed': bool(error <= limit)})
+        bench.report(what, error=float(error), limit=limit, passed=bool(error <= limit))
 
-    new, old = (np.asarray(x) for x in violating_tokens(bench.sizes.projected[0], 64, BOUND))
+    new, old = (np.asarray(x) for x in violating_tokens(sizes.projected[0], 64, BOUND))
     solve = lambda new, old: jax.vmap(functools.partial(troll_jax.project, bound=BOUND))(new, old)
     ours = jax.tree.map(np.asarray, jax.jit(solve)(new, old))
     with jax.set_mesh(one_device(cpu)), jax.default_device(cpu), jax.enable_x64(True):
@@ -183,9 +182,9 @@ def numerics(bench: Bench) -> None:
     report('projection: probabilities', np.max(np.abs(np.exp(ours.log_probs) - np.exp(exact.log_probs))), 1e-3)
     report('projection: not converged', np.mean(~ours.converged), 0.0)
 
-    # The gradient of the whole: decoder, head, tail rule, projection; and the loss, which shows the head's values.
-    config = dataclasses.replace(bench.sizes.small, compute_dtype='float32')
-    params = jax.tree.map(np.asarray, decoders.init(config, jax.random.key(1)))
+    # The gradient of the whole: decoder, head, tail rule, projection.
+    config = dataclasses.replace(sizes.small, compute_dtype='float32')
+    params = jax.tree.map(np.asarray, peaked_params(config))
     batch = jax.tree.map(np.asarray, random_batch(BatchShape(2, 2, 640), config.vocab_size))
     gradient = make_gradient(config, objective=troll, **POLICY)
 
@@ -193,28 +192,33 @@ def numerics(bench: Bench) -> None:
         with jax.set_mesh(one_device(device)), jax.default_device(device):
             return jax.tree.map(np.asarray, jax.jit(gradient)(*jax.device_put((params, START, batch), device)))
 
-    of_device, of_cpu = on(jax.devices()[0]), on(cpu)
+    ours, exact = on(jax.devices()[0]), on(cpu)
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
     distance = lambda a, b: np.linalg.norm(flat(a) - flat(b)) / np.linalg.norm(flat(b))
-    report('gradient in float32, relative', distance(of_device.params, of_cpu.params), 1e-4)
+    report('gradient in float32, relative', distance(ours.params, exact.params), 1e-4)
     of_head = lambda gradient: gradient.params['embedding']  # which is tied to it
-    report('gradient of the head in float32, relative', distance(of_head(of_device), of_head(of_cpu)), 1e-4)
-    report('entropies in float32, nats', np.max(np.abs(of_device.logs['entropy'] - of_cpu.logs['entropy'])), 1e-4)
+    report('gradient of the head in float32, relative', distance(of_head(ours), of_head(exact)), 1e-4)
+    report('entropies in float32, nats', np.max(np.abs(ours.logs['entropy'] - exact.logs['entropy'])), 1e-4)
 
-    for dtype, limit in (('float32', 1e-5), ('bfloat16', BOUND / 10)):
-        report(f'KL of sampler and trainer in {dtype}, nats per token', noise(bench.sizes, dtype), limit)
+    for dtype, limit in zip(('float32', 'bfloat16'), sizes.noise, strict=True):
+        report(f'KL of sampler and trainer in {dtype}, nats per token', noise(sizes, dtype), limit)
+
+
+def peaked_params(config: decoders.DecoderConfig) -> dict[str, Any]:
+    """New weights with distributions that are as peaked as a language model's."""
+    params = decoders.init(config, jax.random.key(1))
+    return params | {'embedding': 6 * params['embedding']}
 
 
 def noise(sizes: Sizes, dtype: str) -> float:
     """Mean KL between what the trainer says of responses and what the sampler recorded, with the same parameters."""
     config = model_for(sizes.small, dtype)
-    params = decoders.init(config, jax.random.key(1))
-    params = params | {'embedding': 6 * params['embedding']}  # as peaked as a language model
+    params = peaked_params(config)
     sampler, prompts, keys = engine(config, sizes, slots=4 * sizes.samples, room=sizes.response)
     rollout = jax.tree.map(np.asarray, sampler(params, prompts, keys)._replace(work=None))
     responses = len(rollout.response_lengths)
     layout = make_layout(rollout, batch_shape(responses, sizes.prompt_room + sizes.response))
-    weights = np.full(responses, 1.0, np.float32)
+    weights = np.ones(responses, np.float32)
     batch = make_batch(rollout, weights, weights, layout)
     return float(make_recompute(config, **POLICY)(params, batch)[1])
 
@@ -241,43 +245,38 @@ def decode(bench: Bench) -> None:
     params = decoders.init(config, jax.random.key(0), one_device())
     bandwidth = copy_bandwidth(sizes.repeats, sizes.copied)
 
-    def measure(slots: int, room: int) -> None:
+    def measure(slots: int, room: int) -> int:
         sampler, prompts, keys = engine(config, sizes, slots, room)
-        sample = lambda length: sampler(params, prompts, keys, jnp.full(slots, length, jnp.int32))
-        jax.block_until_ready(sample(2))
-        works = [jax.block_until_ready(sample(sizes.response)).work for _ in range(sizes.repeats)]
+        sample = lambda length: jax.block_until_ready(sampler(params, prompts, keys, jnp.full(slots, length)))
+        sample(2)
+        works = [sample(sizes.response).work for _ in range(sizes.repeats)]
         median = lambda name: float(np.median([getattr(work, name) for work in works]))
         steps, seconds, limits = int(works[0].steps), median('decode_seconds'), np.full(slots, sizes.response)
-        floor = decode_bytes(config, params, prompts, limits, steps) / bandwidth
         bench.report(
-            {
-                'what': f'decode, {slots} slots',
-                'slots': slots,
-                'room': room,
-                'tokens_per_second': slots * sizes.response / seconds,
-                'ms_per_step': 1e3 * seconds / steps,
-                'share_of_floor': floor / seconds,
-                'prefill_tokens_per_second': float(np.sum(prompts.lengths)) / median('prefill_seconds'),
-            }
+            f'decode, {slots} slots',
+            room=room,
+            tokens_per_second=slots * sizes.response / seconds,
+            ms_per_step=1e3 * seconds / steps,
+            share_of_floor=decode_bytes(config, params, prompts, limits, steps) / bandwidth / seconds,
+            prefill_tokens_per_second=float(np.sum(prompts.lengths)) / median('prefill_seconds'),
         )
-        with bench.trace(f'decode_{slots}'):
-            if bench.profile is not None:
-                jax.block_until_ready(sample(16))
+        bench.trace(f'decode_{slots}', lambda: sample(16))
+        return room
 
-    for slots in sizes.slots:
-        first_that_fits(sizes.rooms, functools.partial(measure, slots))
+    # All with the room that the most slots leave, because the size of a page follows from it.
+    most, *fewer = sizes.slots
+    room = first_that_fits(sizes.rooms, functools.partial(measure, most))
+    for slots in fewer:
+        measure(slots, room)
 
 
 def update(bench: Bench) -> None:
-    sizes, optimizer = bench.sizes, adamw()
-    best, peak, first = model_for(sizes.model), matmul_rate(sizes.repeats, sizes.product), {}
-    # Clip is first: peaks of memory are those of a process, and TROLL's is the larger one.
-    kinds = {'Clip': (ppo_clip, best), 'TROLL': (troll, best)}
-    if best.attention != 'xla':
-        kinds['TROLL, attention by XLA'] = troll, dataclasses.replace(best, attention='xla')
+    sizes, optimizer, best = bench.sizes, adamw(), model_for(bench.sizes.model)
+    peak = matmul_rate(sizes.repeats, sizes.product)
+    memory = lambda: (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use', 0)  # of a CPU nothing is known
 
-    def measure(objective, config, rows: int) -> dict[str, Any]:
-        shape = BatchShape(2, rows, sizes.row_tokens)
+    def measure(name: str, objective, config, rows: int) -> dict[str, Any]:
+        shape, before = BatchShape(2, rows, sizes.row_tokens), memory()
         shapes = abstract_state(config, optimizer, one_device())
         state = start_state(decoders.init(config, jax.random.key(0), one_device()), optimizer, shapes)
         batch = place(jax.tree.map(np.asarray, random_batch(shape, config.vocab_size)), one_device(), (None, 'batch'))
@@ -288,94 +287,91 @@ def update(bench: Bench) -> None:
             begin = time.perf_counter()
             state, log = jax.block_until_ready(compiled(state, batch))
             times.append(time.perf_counter() - begin)
-        with bench.trace(f'update_{objective.__name__}_{config.attention}'):
-            if bench.profile is not None:
-                jax.block_until_ready(compiled(state, batch))
+        after = memory()
+        bench.trace(f'update_{name}', lambda: compiled(state, batch))
         once, per_micro_batch = count_flops(traced.jaxpr.jaxpr, 1)
         seconds, tokens = float(np.median(times[1:])), int(np.prod(shape))
-        measured = (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use')  # not of a CPU
-        memory = {} if measured is None else {'peak_gb': measured / 1e9}
-        return memory | {
+        result = {
             'rows': rows,
             'seconds': seconds,
             'tokens_per_second': tokens / seconds,
+            # At most a twentieth too high: chunks of the head that hold nothing but prompts count, and are skipped.
             'share_of_matmul': (once + shape.micro_batches * per_micro_batch) / seconds / peak,
             'planned_gb': bytes_needed(compiled) / 1e9,
             'finite': bool(np.isfinite(log.metrics['loss'])),
         }
+        # The peak of a process: it is this program's if it has grown.
+        return result | ({'peak_gb': after / 1e9} if after > before else {})
 
-    for name, (objective, config) in kinds.items():
-        # All with the rows that the first one fitted with.
-        rows = [first['rows']] if first else sizes.rows
-        result = first_that_fits(rows, functools.partial(measure, objective, config))
-        first = first or result
-        compared = [key for key in ('seconds', 'peak_gb', 'planned_gb') if key in result]
-        over_clip = {f'{key}_over_clip': result[key] / first[key] for key in compared}
-        bench.report({'what': f'update, {name}', 'attention': config.attention} | result | over_clip)
+    def clip_and_troll(rows: int) -> list[dict[str, Any]]:
+        # Clip first, because TROLL needs more.
+        return [measure(name, kind, best, rows) for name, kind in (('clip', ppo_clip), ('troll', troll))]
+
+    clip, ours = first_that_fits(sizes.rows, clip_and_troll)
+    bench.report('update, Clip', attention=best.attention, **clip)
+    compared = [name for name in ('seconds', 'peak_gb', 'planned_gb') if name in clip and name in ours]
+    over_clip = {f'{name}_over_clip': ours[name] / clip[name] for name in compared}
+    bench.report('update, TROLL', attention=best.attention, **ours, **over_clip)
+    if best.attention != 'xla':
+        plain = functools.partial(measure, 'troll_xla', troll, dataclasses.replace(best, attention='xla'))
+        found = first_that_fits([rows for rows in sizes.rows if rows <= ours['rows']], plain)
+        bench.report('update, TROLL, attention by XLA', attention='xla', **found)
 
 
 def head(bench: Bench) -> None:
     config = dataclasses.replace(model_for(bench.sizes.model), layers=0)
     params = decoders.init(config, jax.random.key(0))
+    gradients = {
+        'Clip': make_gradient(config, objective=ppo_clip, **POLICY),
+        'TROLL': make_gradient(config, objective=troll, **POLICY),
+        'Clip, plain logits': plain_clip_gradient(config),
+    }
 
-    def measure(rows: int) -> None:
-        batch, first = random_batch(BatchShape(1, rows, 320), config.vocab_size), None
-        gradients = {
-            'Clip': make_gradient(config, objective=ppo_clip, **POLICY),
-            'TROLL': make_gradient(config, objective=troll, **POLICY),
-            'Clip, plain logits': plain_clip_gradient(config),
-        }
+    def measure(rows: int) -> dict[str, tuple[float, int]]:
+        batch, found = random_batch(BatchShape(1, rows, 320), config.vocab_size), {'tokens': rows * 256}
         for name, gradient in gradients.items():
             compiled = jax.jit(gradient).lower(params, START, batch).compile()
             seconds = median_seconds(compiled, params, START, batch, repeats=bench.sizes.repeats)
-            first = first or seconds
-            bench.report(
-                {
-                    'what': f'head, {name}',
-                    'tokens': rows * 256,
-                    'ms': 1e3 * seconds,
-                    'ms_over_clip': seconds / first,
-                    'temporary_gb': compiled.memory_analysis().temp_size_in_bytes / 1e9,
-                }
-            )
+            found[name] = seconds, compiled.memory_analysis().temp_size_in_bytes
+        return found
 
-    first_that_fits(bench.sizes.head_rows, measure)
+    found = first_that_fits(bench.sizes.head_rows, measure)
+    for name in gradients:
+        (seconds, temporary), over_clip = found[name], found[name][0] / found['Clip'][0]
+        figures = {'ms': 1e3 * seconds, 'ms_over_clip': over_clip, 'temporary_gb': temporary / 1e9}
+        bench.report(f'head, {name}', tokens=found['tokens'], **figures)
 
 
 def projection(bench: Bench) -> None:
     bandwidth = copy_bandwidth(bench.sizes.repeats, bench.sizes.copied)
+    solve = jax.jit(jax.vmap(functools.partial(troll_jax.project, bound=BOUND)))
     for tokens in bench.sizes.projected:
         new, old = violating_tokens(tokens, 64, BOUND)
-        solve = jax.jit(jax.vmap(functools.partial(troll_jax.project, bound=BOUND)))
         seconds = median_seconds(solve, new, old, repeats=bench.sizes.repeats, calls=20)
         evaluations = np.asarray(solve(new, old).evaluations)
         bench.report(
-            {
-                'what': f'projection, {tokens} x 64',
-                'ms': 1e3 * seconds,
-                'share_of_floor': 3 * new.nbytes / bandwidth / seconds,  # two are read, one is written
-                'mean_evaluations': float(evaluations.mean()),
-                'max_evaluations': int(evaluations.max()),
-            }
+            f'projection, {tokens} x 64',
+            ms=1e3 * seconds,
+            share_of_floor=3 * new.nbytes / bandwidth / seconds,  # two are read, one is written
+            mean_evaluations=float(evaluations.mean()),
+            max_evaluations=int(evaluations.max()),
         )
 
 
 def step(bench: Bench) -> None:
     sizes, mesh, config = bench.sizes, one_device(), model_for(bench.sizes.model)
-    optimizer = adamw()
     # One character for each token, so that what random weights say is a text.
     tokenizer = character_tokenizer(''.join(chr(0x10000 + i) for i in range(config.vocab_size - 2)))
     task = GSM8K()
 
-    def measure(prompts: int) -> None:
-        responses, room = prompts * sizes.samples, sizes.prompt_room + sizes.response
-        tokens, lengths = map(
-            np.asarray, random_prompts(4 * prompts, *sizes.prompt, sizes.prompt_room, config.vocab_size)
-        )
+    def measure(prompts: int) -> dict[str, Any]:
+        responses = prompts * sizes.samples
+        rows = random_prompts(4 * prompts, *sizes.prompt, sizes.prompt_room, config.vocab_size)
+        data = PromptSet(*map(np.asarray, rows), ['1'] * 4 * prompts, [''] * 4 * prompts)
         learner = make_learner(
             config,
-            optimizer,
-            batch_shape(responses, room),
+            adamw(),
+            batch_shape(responses, sizes.prompt_room + sizes.response),
             objective=troll,
             aggregation=token_mean,
             estimator=group_normalised,
@@ -390,7 +386,7 @@ def step(bench: Bench) -> None:
             grader.start()
             collect = make_collector(
                 sampler,
-                PromptSet(tokens, lengths, ['1'] * len(lengths), [''] * len(lengths)),
+                data,
                 grader,
                 tokenizer,
                 prompts_per_step=prompts,
@@ -399,37 +395,34 @@ def step(bench: Bench) -> None:
                 seed=0,
                 mesh=mesh,
             )
-            for i in range(2):  # the first one compiles
-                with bench.trace('step') if i else contextlib.nullcontext():
-                    begin = time.perf_counter()
-                    experience = collect(state.params, int(state.progress.draws))
-                    collected = time.perf_counter()
-                    state, _, _ = jax.block_until_ready(learner.learn(state, experience))
-                    end = time.perf_counter()
-        seconds = {name.removeprefix('seconds/'): x for name, x in experience.logs.items() if name.startswith('sec')}
-        bench.report(
-            {
-                'what': f'step, {responses} responses of {sizes.response}',
-                'responses': responses,
-                'seconds': end - begin,
-                'tokens_per_second': responses * sizes.response / (end - begin),
-                'seconds_update': end - collected,
-                **{f'seconds_{name}': float(x) for name, x in seconds.items()},
-            }
-        )
 
-    first_that_fits(sizes.step_prompts, measure)
+            def one(state):
+                begin = time.perf_counter()
+                experience = collect(state.params, int(state.progress.draws))
+                collected = time.perf_counter()
+                state, _, _ = jax.block_until_ready(learner.learn(state, experience))
+                end = time.perf_counter()
+                logs = {name.replace('/', '_'): float(x) for name, x in experience.logs.items() if 'seconds/' in name}
+                return state, logs | {'seconds_update': end - collected, 'seconds': end - begin}
+
+            for _ in range(2):  # the first one compiles
+                state, seconds = one(state)
+            bench.trace('step', lambda: one(state)[0])
+        rate = responses * sizes.response / seconds['seconds']
+        return {'responses': responses, 'response_tokens': sizes.response, 'tokens_per_second': rate, **seconds}
+
+    bench.report('step', **first_that_fits(sizes.step_prompts, measure))
 
 
-# Name → function, and the share of the time after which the process is ended.
+# Name → function, and its part of the time that it and the parts behind it have.
 PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
-    'ceilings': (ceilings, 0.1),
-    'numerics': (numerics, 0.25),
-    'decode': (decode, 0.4),
-    'update': (update, 0.35),
-    'head': (head, 0.15),
-    'projection': (projection, 0.1),
-    'step': (step, 0.25),
+    'ceilings': (ceilings, 0.5),
+    'numerics': (numerics, 1.5),
+    'decode': (decode, 3.0),
+    'update': (update, 2.5),
+    'head': (head, 1.0),
+    'projection': (projection, 0.5),
+    'step': (step, 2.0),
 }
 
 
@@ -438,17 +431,18 @@ def run_part(name: str, out: Path, profile: bool) -> None:
     sizes = TINY if jax.default_backend() == 'cpu' else Sizes()
     with (out / f'{name}.jsonl').open('w') as file, jax.set_mesh(one_device()):
 
-        def report(row: dict[str, Any]) -> None:
-            print(json.dumps({'part': name} | row), file=file, flush=True)
+        def report(what: str, **figures) -> None:
+            print(json.dumps({'part': name, 'what': what} | figures), file=file, flush=True)
 
         PARTS[name][0](Bench(sizes, report, out / 'profile' if profile else None))
 
 
-def run_parts(names: Sequence[str], out: Path, minutes: float, profile: bool) -> Iterator[dict[str, Any]]:
+def run_parts(names: Sequence[str], out: Path, seconds: float, profile: bool) -> Iterator[dict[str, Any]]:
     """Runs parts in processes of their own and yields their measurements, and a row for each that failed."""
-    end = time.monotonic() + 60 * minutes
-    for name in names:
-        limit = min(60 * minutes * PARTS[name][1], end - time.monotonic())
+    end = time.monotonic() + seconds
+    for i, name in enumerate(names):
+        shares = [PARTS[left][1] for left in names[i:]]
+        limit = (end - time.monotonic()) * shares[0] / sum(shares)
         if limit < 1:
             yield {'part': name, 'what': name, 'failed': 'no time was left; raise --minutes, or choose parts by --only'}
             continue
@@ -459,12 +453,16 @@ def run_parts(names: Sequence[str], out: Path, minutes: float, profile: bool) ->
         with log.open('w') as file:
             try:
                 result = subprocess.run(
-                    command + ['--profile'] * profile, stdout=file, stderr=subprocess.STDOUT, timeout=limit
+                    command + ['--profile'] * profile,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    timeout=limit,
+                    env=os.environ | {'TROLL_TRACEBACK': '1'},
                 )
                 if result.returncode:
                     failed = f'status {result.returncode}: {last_error(log)} (all of it in {log.name})'
             except subprocess.TimeoutExpired:
-                failed = f'ended after {limit:.0f} s; raise --minutes'
+                failed = f'ended after {limit:.0f} s; raise --minutes, or choose parts by --only'
         yield from map(json.loads, found.read_text().splitlines() if found.exists() else ())
         if failed:
             yield {'part': name, 'what': name, 'failed': failed}
@@ -479,12 +477,18 @@ def last_error(log: Path) -> str:
 
 
 def describe_machine() -> dict[str, Any]:
-    """What figures are to be read with. By a process of its own: one that has touched a device keeps it from others."""
+    """What figures are to be read with. By a process of its own: one that has touched a device keeps it from others.
+
+    Raises:
+      ValueError: JAX finds no device.
+    """
     code = 'import jax, json; d = jax.devices(); print(json.dumps([d[0].platform, d[0].device_kind, len(d)]))'
-    result = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=120)
+    result = subprocess.run([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
     if result.returncode:
-        raise RuntimeError(f'JAX finds no device:\n{result.stderr}')
+        raise ValueError('JAX finds no device, and says above why; install its build for this one, e.g. "jax[cuda13]"')
     kind, device, count = json.loads(result.stdout.splitlines()[-1])
+    if kind == 'cpu':
+        print('No GPU or TPU: all sizes are tiny, and figures mean nothing.', file=sys.stderr)
     packages = {name: version(name) for name in ('jax', 'jaxlib', 'flax', 'optax')}
     machine = {'device': device, 'platform': kind, 'devices': count, 'cores': os.cpu_count()}
     return machine | {'date': time.strftime('%Y-%m-%d'), 'python': platform.python_version()} | packages
@@ -501,9 +505,10 @@ def print_table(machine: dict[str, Any], rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
+    begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, required=True, help='a folder for results.json, logs and traces')
-    parser.add_argument('--minutes', type=float, default=8.0, help='after which what is left is not begun')
+    parser.add_argument('--minutes', type=float, default=8.0, help='that all parts together may take')
     parser.add_argument('--only', nargs='+', default=[], help=f'some of {", ".join(PARTS)}')
     parser.add_argument('--profile', action='store_true', help='writes a trace of one call of decode, update and step')
     parser.add_argument('--part', choices=PARTS, help=argparse.SUPPRESS)  # what the processes are started with
@@ -514,20 +519,19 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     if arguments.part:
         return run_part(arguments.part, arguments.out, arguments.profile)
-    # As much of a GPU's memory as a training would be given.
-    os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.92')
+    os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.92')  # of a GPU, as docs/pods.md gives a training
     platforms = os.environ.get('JAX_PLATFORMS')
     if platforms and 'cpu' not in platforms.split(','):
-        os.environ['JAX_PLATFORMS'] = f'{platforms},cpu'  # which the references are made on
-    machine = describe_machine()
-    parts = [name for name in PARTS if name in chosen]
-    rows = list(run_parts(parts, arguments.out, arguments.minutes, arguments.profile))
-    result = {'machine': machine, 'rows': rows}
-    (arguments.out / 'results.json').write_text(json.dumps(result, indent=1))
-    print_table(machine, rows)
+        os.environ['JAX_PLATFORMS'] = f'{platforms},cpu'  # on which the references are made
+    result = {'machine': describe_machine(), 'rows': []}
+    left = 60 * arguments.minutes - (time.monotonic() - begin)
+    for row in run_parts([name for name in PARTS if name in chosen], arguments.out, left, arguments.profile):
+        result['rows'].append(row)
+        (arguments.out / 'results.json').write_text(json.dumps(result, indent=1))
+    print_table(**result)
     print(json.dumps(result))
-    sys.exit(any('failed' in row for row in rows))
+    sys.exit(any('failed' in row or not row.get('passed', row.get('finite', True)) for row in result['rows']))
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from troll_jax.models.layers import exact_products
 from troll_jax.ops.support import select
 from troll_jax.ops.top_k import top_k
-from troll_jax.sharding import RULES, partition_spec
+from troll_jax.sharding import RULES, current_mesh, partition_spec
 from troll_jax.types import SparseLogProbs
 
 _BATCH, _VOCAB, _EMBED = RULES['batch'], RULES['vocab'], RULES['embed']
@@ -124,8 +124,8 @@ _head.defvjp(_head_forward, _head_backward)
 
 def _over_shards(function, in_axes, out_axes, arguments):
     """Calls `function` on each device's part of the arguments, whose axes have these logical names."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    mesh = current_mesh()
+    if mesh is None:
         return function(_Alone(), *arguments)
     specs = [tuple(partition_spec(axes) for axes in side) for side in (in_axes, out_axes)]
     return jax.shard_map(partial(function, _Shards()), in_specs=specs[0], out_specs=specs[1], check_vma=False)(
