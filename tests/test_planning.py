@@ -237,9 +237,7 @@ def test_without_the_compiler_the_error_says_how_to_get_it(monkeypatch):
         plan('h100:1')
 
 
-@pytest.mark.skipif(
-    bool(list(Path(sysconfig.get_path('purelib')).glob('nvidia/cudnn/lib/libcudnn.so*'))), reason='cuDNN is installed'
-)
+@pytest.mark.skipif(bool(CUDNN), reason='cuDNN is installed')
 def test_without_cudnn_the_error_says_how_to_get_it():
     """Guards the second thing that such a user meets."""
     parse([REPOSITORY / 'configs/qwen3_0_6b_gsm8k_troll.gin'], ["Experiment.model = 'configs/models/qwen3-0.6b'"])
