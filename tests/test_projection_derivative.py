@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pairs import BOUNDS, INF, central, exact, exact_weight, kl, normalise, pairs, peak, zeroed
 
-from troll_jax.ops.projection import project
+from troll_jax.ops.projection import project, project_sequence
 from troll_jax.sharding import make_mesh, named_sharding
 
 
@@ -95,6 +95,52 @@ def test_derivative_equals_the_closed_form():
         np.testing.assert_allclose(weight_by_new, -w * p * (d - mean) / variance, rtol=1e-6, err_msg=name)
         expected = w * (centred - (d - mean) * np.sum(p * (d - mean) * direction) / variance)
         np.testing.assert_allclose(by_new @ direction, expected, atol=1e-9, err_msg=name)
+
+
+def scalar(inputs, coefficients):
+    """Some function of all that the projection gives, of π̃'s and π_old's scores and the bound in one array."""
+    result = of_scores(inputs[:7], inputs[7:14], inputs[14])
+    return jnp.dot(coefficients, jnp.concatenate([result.log_probs, result.weight[None], result.kl[None]]))
+
+
+def scalar_of_response(inputs, coefficients):
+    """The same of three tokens that share a region."""
+    new, old = jax.nn.log_softmax(inputs[:-1].reshape(2, 3, 7))
+    result = project_sequence(new, old, jnp.ones(3, bool), bound=inputs[-1])
+    return jnp.dot(coefficients, jnp.concatenate([jnp.ravel(result.log_probs), result.weight, result.kl]))
+
+
+@pytest.mark.parametrize('function', [scalar, scalar_of_response])
+def test_derivatives_of_any_order(function):
+    """Guards a rule that is right once and wrong when it is differentiated again, in either mode: it must take w from
+    what it is the rule of. Against differences of the derivative before."""
+    rng = np.random.default_rng(0)
+    if function is scalar:
+        inputs = np.stack([np.concatenate([new, old, [bound]]) for _, new, old, bound in smooth_pairs()])
+        coefficients = rng.normal(size=9)
+    else:
+        scale = np.array([1.0, 3.0, 0.3])[None, :, None]  # two tokens outside, one inside of what they share
+        inputs = np.concatenate([(scale * rng.normal(size=(2, 3, 7))).ravel(), [0.05]])[None]
+        coefficients = rng.normal(size=27)
+    direction = rng.normal(size=inputs.shape[1]) * np.append(np.ones(inputs.shape[1] - 1), 1e-2)  # ε stays positive
+    gradient = jax.grad(function)
+    along = lambda f: lambda x, c: jax.jvp(lambda x: f(x, c), (x,), (direction,))[1]
+    second = {'forward': along(gradient), 'reverse': jax.grad(lambda x, c: jnp.dot(gradient(x, c), direction))}
+    third = along(second['forward'])
+    with jax.enable_x64(True):
+        for x in inputs:
+            step = 1e-5 * min(1.0, x[-1])
+            sides = [x + step * direction, x - step * direction]
+            difference = lambda f, sides=sides, step=step: (
+                (np.asarray(f(sides[0], coefficients)) - np.asarray(f(sides[1], coefficients))) / (2 * step)
+            )
+            expected = difference(gradient)
+            for mode, hessian in second.items():
+                got = np.asarray(jax.jit(hessian)(x, coefficients))
+                np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max(), err_msg=mode)
+            expected = difference(second['forward'])
+            got = np.asarray(jax.jit(third)(x, coefficients))
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max(), err_msg='third')
 
 
 def test_derivative_under_vmap_equals_one_at_a_time():

@@ -343,6 +343,8 @@ def _interpolate_jvp(primals, tangents):
     log_probs, old_log_probs, segments, bound, weight, violated = primals
     d_new, d_old, _, d_bound, _, _ = tangents
     out = _interpolate(log_probs, old_log_probs, segments, bound, weight, violated)
+    # The solution that has this rule for its own derivative, unlike the input: so the rule can be differentiated again.
+    weight = out[1]
     regions = _Regions.of(segments)
     point, d = _at_solution(log_probs, old_log_probs, weight)
     probs = point.probs
