@@ -20,7 +20,6 @@ from troll_jax.sharding import constrain, constrain_like
 from troll_jax.types import Batch, Progress, Reference, SparseLogProbs, TrainState
 
 Objective = Callable[[TokenLogProbs, jax.Array, Progress], TokenLosses]
-Aggregation = Callable[..., jax.Array]
 TailRule = Callable[[jax.Array, SparseLogProbs | None, SparseLogProbs], tuple[SparseLogProbs, SparseLogProbs]]
 
 # What the log shows the quantiles of, and not only the mean.

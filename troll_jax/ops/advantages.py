@@ -27,7 +27,8 @@ def group_normalised(rewards: jax.Array, *, epsilon: float = 1e-6) -> jax.Array:
       ValueError: a group of one has no spread, or `epsilon` is not positive.
     """
     check_range('epsilon of group_normalised', epsilon, is_positive, 'positive')
-    return mean_centred(rewards) / (jnp.std(rewards, ddof=1) + epsilon)
+    centred = mean_centred(rewards)
+    return centred / (jnp.sqrt(jnp.sum(centred**2) / (rewards.shape[0] - 1)) + epsilon)
 
 
 def mean_centred(rewards: jax.Array) -> jax.Array:
@@ -42,6 +43,8 @@ def mean_centred(rewards: jax.Array) -> jax.Array:
       ValueError: a group of one has nothing to compare with.
     """
     _check_group(rewards)
+    # Less the first one before the mean, which rounds: equal rewards, whatever they are, leave exactly nothing.
+    rewards = rewards - rewards[0]
     return rewards - jnp.mean(rewards)
 
 
@@ -97,6 +100,8 @@ def whiten(advantages: jax.Array, mask: jax.Array | None = None, *, epsilon: flo
         raise ValueError(f'whitening needs at least two advantages, as an array [B, G]; got shape {advantages.shape}')
     mask = jnp.ones_like(advantages) if mask is None else mask
     count = jnp.maximum(jnp.sum(mask), 2)
+    # As in `mean_centred`: less one that counts.
+    advantages = advantages - advantages.reshape(-1)[jnp.argmax(mask.reshape(-1))]
     centred = advantages - jnp.sum(advantages * mask) / count
     return centred / (jnp.sqrt(jnp.sum(centred**2 * mask) / (count - 1)) + epsilon)
 
