@@ -174,6 +174,19 @@ def test_responses_that_are_all_masked_teach_nothing():
     assert np.isfinite(list(metrics.values())).all(), metrics
 
 
+def test_a_skipped_update_does_not_blank_the_row():
+    """Guards the log of a step in which one of several updates was skipped: the others' figures are there."""
+    data = rollout()
+    broken = data._replace(log_probs=np.where(np.arange(ROWS)[:, None] == 0, np.nan, data.log_probs))
+    rows = []
+    for part in (broken, data):
+        bench = learner(objective=importance_weighted, minibatch=ROWS // 2)
+        _, row, _ = bench.learn(bench.start(copy(nearby_params())), Experience(part, REWARDS, None, 1, {}))
+        rows.append(row)
+    assert rows[0]['update/skipped'] == 0.5 and rows[1]['update/skipped'] == 0
+    assert np.isfinite(list(rows[0].values())).all(), rows[0]
+
+
 @pytest.mark.parametrize('settings', [{'value_clip': 1e-3}, {'optimizer': optax.sgd(0.05)}])
 def test_settings_of_a_critic(settings):
     """Guards settings of the critic that nothing reads."""

@@ -203,7 +203,8 @@ def make_learner(
         metrics |= _summarise('update', of_updates) | _summarise('critic', fetch(critic_logs))
         if of_updates:
             # Before the first update the policy is the one that sampled: what is left is the noise between the two.
-            metrics = {'update/kl_noise': of_updates[0]['kl_mean']} | metrics
+            first = next((log for log in of_updates if not log['skipped']), of_updates[0])
+            metrics = {'update/kl_noise': first['kl_mean']} | metrics
 
         done = state.progress.step + 1
         progress = state.progress._replace(step=done, draws=state.progress.draws + experience.draws)
@@ -310,6 +311,11 @@ def start_state(params, optimizer: optax.GradientTransformation, shapes: TrainSt
 
 
 def _summarise(kind: str, logs: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Metrics of a step's updates: their mean; a maximum stays one."""
-    over = lambda name: (np.max if name.endswith('_max') else np.mean)([log[name] for log in logs])
+    """Metrics of a step's updates: their mean; a maximum stays one. Updates that were skipped are only counted."""
+    done = [log for log in logs if not log['skipped']] or logs
+
+    def over(name: str) -> float:
+        reduce = np.max if name.endswith('_max') else np.mean
+        return reduce([log[name] for log in (logs if name == 'skipped' else done)])
+
     return {f'{kind}/{name}': over(name) for name in (logs[0] if logs else ())}
