@@ -13,6 +13,7 @@ import inspect
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache, partial
 from itertools import product
@@ -231,13 +232,16 @@ class Interval(NamedTuple):
 
 
 def success_of(rows: list[dict], **fixed) -> Interval | None:
-    """Success of the runs with these settings: the mean of each seed's runs first, then over seeds. None: no run."""
+    """Success of the runs with these settings: the mean of each seed's runs first, then over seeds. None: no run.
+
+    A seed that was interrupted does not count: its mean would be that of other settings.
+    """
     chosen = [row for row in rows if all(row[name] == value for name, value in fixed.items())]
-    by_seed = [
-        np.mean([row['success'] for row in chosen if row['seed'] == seed]) for seed in {row['seed'] for row in chosen}
-    ]
-    if not by_seed:
+    if not chosen:
         return None
+    runs = Counter(row['seed'] for row in chosen)
+    complete = [seed for seed, count in runs.items() if count == max(runs.values())]
+    by_seed = [np.mean([row['success'] for row in chosen if row['seed'] == seed]) for seed in complete]
     n = len(by_seed)
     half = stats.t.ppf(0.975, n - 1) * np.std(by_seed, ddof=1) / n**0.5 if n > 1 else float('nan')
     return Interval(float(np.mean(by_seed)), float(half))

@@ -54,6 +54,9 @@ def test_intervals_are_over_seeds():
     np.testing.assert_allclose(interval.half, 12.706 * np.std([0.2, 0.6], ddof=1) / 2**0.5, rtol=1e-4)
     assert compare.success_of(rows, method='GRPO/Clip', staleness=8, seed=1) is not None
     assert compare.success_of(rows, method='PPO/Clip') is None
+    interrupted = [*rows, row(seed=2, staleness=2, success=0.9)]
+    assert compare.success_of(interrupted, method='GRPO/Clip') == interval
+    assert compare.success_of(interrupted, method='GRPO/Clip', staleness=2).mean == np.mean([0.1, 0.5, 0.9])
     assert '| GRPO, Clip | 0.300 ± ' in compare.table(rows)
 
 
