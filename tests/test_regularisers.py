@@ -38,7 +38,8 @@ def row_of(scores) -> TokenLogProbs:
 
 
 def test_regularisers_are_added():
-    """Guards the sum and the signs: entropy is to grow, a divergence to shrink; the objective's log stays its own."""
+    """Guards the sum and the signs: entropy is to grow, a divergence to shrink; the log has the objective's own
+    figures and each regulariser's."""
     scores, advantages = jax.random.normal(jax.random.key(2), (3, 7)), jnp.array([1.0, -1.0, 0.5])
     row = row_of(scores)
     bonus, pull = functools.partial(entropy_bonus, coefficient=0.3), functools.partial(kl_to_old, coefficient=0.7)
@@ -48,6 +49,10 @@ def test_regularisers_are_added():
     expected = plain.loss + 0.3 * jnp.sum(jnp.exp(new) * new, axis=1) + 0.7 * kl
     np.testing.assert_allclose(both.loss, expected, rtol=1e-5)
     np.testing.assert_array_equal(both.logs['clipped'], plain.logs['clipped'])
+    assert set(both.logs) == {*plain.logs, 'entropy_bonus', 'kl_to_old'}
+    np.testing.assert_allclose(both.logs['kl_to_old'], 0.7 * kl, rtol=1e-5)
+    with pytest.raises(ValueError, match='each may be given once; got kl_to_old, kl_to_old'):
+        regularised(ppo_clip, [pull, pull])
     np.testing.assert_array_equal(regularised(ppo_clip, [])(row, advantages).loss, plain.loss)
 
 

@@ -16,11 +16,18 @@ Regulariser = Callable[[TokenLogProbs], jax.Array]
 def regularised(
     objective: Callable[..., TokenLosses], regularisers: Sequence[Regulariser]
 ) -> Callable[..., TokenLosses]:
-    """An objective and regularisers, each a loss [T] of a row, as one objective: their losses are added up."""
+    """An objective and regularisers, each a loss [T] of a row, as one objective: their losses are added up.
+
+    The log has each regulariser's loss under its name.
+    """
+    names = [getattr(regulariser, 'func', regulariser).__name__ for regulariser in regularisers]
+    if len(set(names)) < len(names):
+        raise ValueError(f'regularisers are logged by their names, and each may be given once; got {", ".join(names)}')
 
     def with_regularisers(row: TokenLogProbs, advantages: jax.Array, progress: Progress = START) -> TokenLosses:
         losses = objective(row, advantages, progress)
-        return losses._replace(loss=losses.loss + sum(regulariser(row) for regulariser in regularisers))
+        added = {name: regulariser(row) for name, regulariser in zip(names, regularisers, strict=True)}
+        return TokenLosses(losses.loss + sum(added.values()), losses.logs | added)
 
     return with_regularisers
 
