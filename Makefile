@@ -9,10 +9,12 @@ BIN := $(VENV)/bin/python
 export GLIBC_TUNABLES := glibc.malloc.mmap_threshold=4000000000:glibc.malloc.trim_threshold=8000000000:glibc.malloc.arena_max=1
 
 # One folder, one Python: another that is asked for must not be ignored.
-ifeq ($(origin PYTHON),command line)
+ifneq ($(filter command environment,$(origin PYTHON)),)
+ifeq ($(filter clean,$(MAKECMDGOALS)),)
 HAS := $(shell $(BIN) -V 2>/dev/null)
 ifneq ($(HAS),$(if $(HAS),$(shell $(PYTHON) -V)))
 $(error $(VENV) has $(HAS), not the one of $(PYTHON); run `make clean` first)
+endif
 endif
 endif
 

@@ -234,9 +234,10 @@ class Interval(NamedTuple):
 def success_of(rows: list[dict], **fixed) -> Interval | None:
     """Success of the runs with these settings: the mean of each seed's runs first, then over seeds. None: no run.
 
-    A seed that was interrupted does not count: its mean would be that of other settings.
+    A seed with fewer runs than another was interrupted and does not count: its mean is that of other settings.
     """
-    chosen = [row for row in rows if all(row[name] == value for name, value in fixed.items())]
+    once = {tuple(row[name] for name in Setting._fields): row for row in rows}.values()
+    chosen = [row for row in once if all(row[name] == value for name, value in fixed.items())]
     if not chosen:
         return None
     runs = Counter(row['seed'] for row in chosen)

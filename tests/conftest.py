@@ -48,6 +48,10 @@ def model(tmp_path_factory) -> str:
 
 def pytest_terminal_summary(terminalreporter):
     """What this machine cannot test must not look green: one line says what that is, and how to get it."""
-    reasons = [str(report.longrepr[2]) for report in terminalreporter.stats.get('skipped', [])]
+    reasons = [
+        str(report.longrepr[2]).removeprefix('Skipped: ') for report in terminalreporter.stats.get('skipped', [])
+    ]
     if untested := [' '.join(reason.split()) for reason in reasons if UNTESTED in reason]:
-        terminalreporter.write_line(f'NOT TESTED, {len(untested)} tests: {untested[0]}', yellow=True)
+        terminalreporter.write_line(
+            f'NOT TESTED (tests that were skipped: {len(untested)}): {untested[0]}', yellow=True
+        )

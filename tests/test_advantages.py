@@ -28,6 +28,14 @@ def test_group_normalised_by_hand():
     )
 
 
+@pytest.mark.parametrize('dtype', [bool, np.uint8, np.int32])
+def test_rewards_that_are_no_floats(dtype):
+    """Guards differences of bools and of unsigned numbers, which have no sign."""
+    rewards = jnp.array([0, 1, 0, 1], dtype)
+    np.testing.assert_allclose(mean_centred(rewards), [-0.5, 0.5, -0.5, 0.5])
+    np.testing.assert_allclose(whiten(rewards[None])[0], group_normalised(rewards), rtol=1e-5)
+
+
 def test_baselines_by_hand():
     """Guards which mean is taken off: that of all, of the others, the greedy response's, none."""
     rewards = jnp.array([1.0, 0.0, 0.0, 3.0, 1.0])

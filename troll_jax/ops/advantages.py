@@ -43,6 +43,7 @@ def mean_centred(rewards: jax.Array) -> jax.Array:
       ValueError: a group of one has nothing to compare with.
     """
     _check_group(rewards)
+    rewards = rewards.astype(jnp.result_type(rewards, float))  # integers and bools as well
     # Less the first one before the mean, which rounds: equal rewards, whatever they are, leave exactly nothing.
     rewards = rewards - rewards[0]
     return rewards - jnp.mean(rewards)
@@ -101,6 +102,7 @@ def whiten(advantages: jax.Array, mask: jax.Array | None = None, *, epsilon: flo
     mask = jnp.ones_like(advantages) if mask is None else mask
     count = jnp.maximum(jnp.sum(mask), 2)
     # As in `mean_centred`: less one that counts.
+    advantages = advantages.astype(jnp.result_type(advantages, float))
     advantages = advantages - advantages.reshape(-1)[jnp.argmax(mask.reshape(-1))]
     centred = advantages - jnp.sum(advantages * mask) / count
     return centred / (jnp.sqrt(jnp.sum(centred**2 * mask) / (count - 1)) + epsilon)

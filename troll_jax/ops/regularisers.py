@@ -20,12 +20,15 @@ def regularised(
 
     The log has each regulariser's loss under its name.
     """
-    names = [getattr(regulariser, 'func', regulariser).__name__ for regulariser in regularisers]
+    functions = [getattr(regulariser, 'func', regulariser) for regulariser in regularisers]
+    names = [getattr(function, '__name__', type(function).__name__) for function in functions]
     if len(set(names)) < len(names):
         raise ValueError(f'regularisers are logged by their names, and each may be given once; got {", ".join(names)}')
 
     def with_regularisers(row: TokenLogProbs, advantages: jax.Array, progress: Progress = START) -> TokenLosses:
         losses = objective(row, advantages, progress)
+        if taken := losses.logs.keys() & set(names):
+            raise ValueError(f'the objective has figures of the name {", ".join(taken)}; rename the regulariser')
         added = {name: regulariser(row) for name, regulariser in zip(names, regularisers, strict=True)}
         return TokenLosses(losses.loss + sum(added.values()), losses.logs | added)
 
