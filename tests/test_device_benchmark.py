@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmarks.device import PARTS, first_that_fits, run_part, run_parts
+from experiments.benchmarks.device import SHARES, run_parts
+from experiments.benchmarks.device_parts import PARTS, first_that_fits, run_part
 from experiments.benchmarks.measure import PROMPT, RESPONSE, random_batch
 from troll_jax.packing import BatchShape
 
@@ -57,6 +58,7 @@ def test_the_command_prints_a_table_and_json(tmp_path):
     run = lambda *names: subprocess.run([*command, *names], cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
     result = run('projection,ceilings')
     assert result.returncode == 0, result.stderr
+    assert list(SHARES) == list(PARTS)
     found = json.loads(result.stdout.splitlines()[-1])
     assert found == json.loads((tmp_path / 'results.json').read_text())
     assert [row['part'] for row in found['rows']] == ['ceilings', 'projection', 'projection']

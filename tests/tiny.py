@@ -1,4 +1,4 @@
-"""Models that are small enough for tests; and whether there is cuDNN, which is not."""
+"""Models that are small enough for tests, and whether cuDNN is installed."""
 
 import sysconfig
 from pathlib import Path
