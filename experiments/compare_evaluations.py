@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments.command import run_command
+from experiments.plumbing.command import run_command
 from troll_jax.evaluate import Estimate, estimate, is_correct
 
 # What experiments.evaluate names a set's files: options that are not as by default stand at the end.

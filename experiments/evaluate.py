@@ -13,50 +13,38 @@ for every set, `evaluation_<step>_<set>_<samples>.json` and `responses_….jsonl
 sets as `evaluation_<step>_mean.json`, into the run's folder or `evaluation.folder`.
 """
 
-import dataclasses
 import json
 import logging
+import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import gin
 import jax
 import numpy as np
 from etils import epath
 
-import experiments.train  # noqa: F401  registers what a run's config.gin binds
-from experiments.command import run_command
-from experiments.config import (
-    Experiment,
-    begin,
-    check_bindings_used,
-    checkpoint_folder,
-    command_line,
-    files_and_bindings,
-    parse,
-    register,
-)
-from experiments.run_folder import check_writable
-from experiments.validation import make_validation
+from experiments.plumbing.command import begin, command_line, files_and_bindings, run_command
+from experiments.plumbing.gin_files import Config
+from experiments.plumbing.run import check_writable, checkpoints_of
+from experiments.plumbing.validation import make_validation
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet
 from troll_jax.evaluate import Evaluation, estimate, is_correct, pass_at_k, success
+from troll_jax.experiment import Experiment
 from troll_jax.hub import is_path, what_is_there
 from troll_jax.models import decoder as decoders
-from troll_jax.models.hf_weights import load_pretrained
-from troll_jax.rollout import make_sampler
+from troll_jax.settings import Compute
 
 logger = logging.getLogger(__name__)
 
 SLOTS = 32  # on each device, for a model that no configuration of a training comes with
-# What is read of a training besides: how it decodes, and where it keeps its checkpoints.
-OF_TRAINING = ('slots', 'prompts_per_step', 'samples_per_prompt', 'gather_weights', 'checkpoint_dir')
 
 
 class Source(NamedTuple):
-    """What there is to evaluate. A model in Hugging Face format is neither a run nor checkpoints."""
+    """The source of parameters. A model in Hugging Face format is neither a run nor checkpoints."""
 
     run_dir: Path | None  # with config.gin and model
     checkpoints: str | None  # folder or bucket that has `checkpoints`; of a run its configuration may say otherwise
@@ -65,7 +53,7 @@ class Source(NamedTuple):
 
 
 def find_source(source: str) -> Source:
-    """Whether a path is that of a run, of a checkpoint, or of a model."""
+    """Tells a run, a checkpoint and a model apart by their path."""
     path, step = epath.Path(source), None
     if path.name.isdigit() and path.parent.name == 'checkpoints':
         path, step = path.parent, int(path.name)
@@ -95,9 +83,10 @@ def check_source(source: str, found: Source, settings: Sequence[str]) -> None:
         )
 
 
-@register
 def evaluation(
     source: str,
+    config: Config,
+    *,
     step: int | None = None,
     split: str = 'test',
     samples_per_prompt: int | None = None,
@@ -111,15 +100,16 @@ def evaluation(
     """Samples responses to every set of `Experiment.validation`, grades them, and writes and returns the estimates.
 
     Args:
-      source: a run, a checkpoint or a model; see the module.
-      step: of the checkpoint; None is the latest, 0 the model that the run started from.
+      source: run, checkpoint or model; see the module.
+      config: configuration of the run, or gin files that say on what to evaluate.
+      step: step of the checkpoint; None is the latest, 0 the model that the run started from.
       split: 'test' or 'train'.
-      samples_per_prompt: n, for mean@n and pass@k with k up to n, of every set. None: what the set says.
-      temperature: of the sampling; by default 0, greedy, for one sample and 1 for several.
-      slots: responses that are decoded at a time, on all devices together; fewer save memory. None: as in training.
+      samples_per_prompt: n, for mean@n and pass@k with k up to n, of every set. None: the number of the set.
+      temperature: sampling temperature; None is 0, greedy, for one sample and 1 for several.
+      slots: decode slots, on all devices together; fewer save memory. None: as in training.
       top_k, top_p: sample from the most probable tokens only; off by default.
-      seed: of the sampling.
-      folder: to write to; None is the run's folder, or `runs/evaluation_<source>`.
+      seed: seed of the sampling.
+      folder: folder to write to; None is the run's, or `runs/evaluation_<source>`.
 
     Returns:
       The estimates by the name of the set; of several sets, their mean as 'mean'.
@@ -129,51 +119,38 @@ def evaluation(
     """
     found = find_source(source)
     step = found.step if step is None else step
-    # Tokenizer and sizes are those that a run saved; the model it started from may be gone.
-    start = experiment = Experiment()
-    if found.run_dir is not None:
-        experiment = dataclasses.replace(start, model=str(found.run_dir / 'model'), chat_template_from=None)
-    tokenizer = experiment.load_tokenizer()
-    config = experiment.decoder_config(tokenizer)
-    training = {name: value for name, value in gin.get_bindings('train').items() if name in OF_TRAINING}
-    if slots is None:
-        of_a_step = training.get('prompts_per_step', 0) * training.get('samples_per_prompt', 0)
-        slots = training.get('slots') or of_a_step or SLOTS * experiment.mesh.size
+    start, compute = config.build(Experiment), config.build(Compute)
+    of_a_step = [config.get(f'Sampling.{name}') or 0 for name in ('prompts_per_step', 'samples_per_prompt')]
+    slots = slots or compute.slots or math.prod(of_a_step) or SLOTS * compute.mesh.size
+    checkpoints_in = found.checkpoints if found.run_dir is None else checkpoints_of(found.run_dir, config)
+    config.check_used()
+    experiment = start if found.run_dir is None else start.of_run(found.run_dir / 'model')
+    model = experiment.load_model(compute)
     out = found.run_dir or f'runs/evaluation_{found.name}' if folder is None else folder
     if jax.process_index() == 0:
         check_writable(out)
     temperature_of = lambda samples: float(samples > 1) if temperature is None else temperature
-
-    def sampler_of(samples: int):
-        return make_sampler(
-            config,
-            samples_per_prompt=samples,
-            max_response_length=experiment.max_response_length,
-            temperature=temperature_of(samples),
-            stop_tokens=experiment.stop_tokens(tokenizer),
-            max_tokens=1,  # nothing is learnt from these samples
-            mass=1.0,
-            top_k=top_k,
-            top_p=top_p,
-            slots=slots,
-            gather_weights=training.get('gather_weights', True),
-        )
-
-    validate = make_validation(experiment, tokenizer, sampler_of, split=split, samples_per_prompt=samples_per_prompt)
-    check_bindings_used(also=[f'train.{name}' for name in OF_TRAINING])
-    with jax.set_mesh(experiment.mesh):
+    samplers = partial(model.sampler, compute, slots=slots, top_k=top_k, top_p=top_p)
+    validate = make_validation(
+        experiment,
+        model.tokenizer,
+        lambda samples: samplers(samples_per_prompt=samples, temperature=temperature_of(samples)),
+        mesh=compute.mesh,
+        split=split,
+        samples_per_prompt=samples_per_prompt,
+    )
+    with jax.set_mesh(compute.mesh):
         is_model = found.run_dir is None and found.checkpoints is None
         if is_model and step:
             raise ValueError(f'{source} is a model and has no checkpoint of step {step}; leave --step out')
         if is_model or step == 0:
-            step, (_, params) = 0, load_pretrained(start.model, mesh=experiment.mesh)
+            step, params = 0, start.load_params(compute)
         else:
-            where = found.checkpoints if found.run_dir is None else checkpoint_folder(found.run_dir)
-            with Checkpoints(where, read_only=True) as checkpoints:
+            with Checkpoints(checkpoints_in, read_only=True) as checkpoints:
                 if not checkpoints.steps:
                     raise ValueError(f'no whole checkpoint in {checkpoints.path}; train first, or evaluate --step 0')
                 step = checkpoints.steps[-1] if step is None else step
-                params = checkpoints.restore_params(decoders.abstract(config, experiment.mesh)[1], step)
+                params = checkpoints.restore_params(decoders.abstract(model.config, compute.mesh)[1], step)
 
         # What is not as by default is part of a file's name, so that one evaluation does not overwrite another.
         options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
@@ -253,8 +230,9 @@ def main() -> None:
     else:
         check_source(source, found, files + bindings)
         bindings += [f'Experiment.model = {source!r}'] if found.checkpoints is None else []
-    parse(files, bindings)
-    summaries = evaluation(source, **({} if arguments.step is None else {'step': arguments.step}))
+    config = Config(files, bindings, [evaluation])
+    named = {} if arguments.step is None else {'step': arguments.step}
+    summaries = config.function(evaluation, source, config)(**named)
     if jax.process_index() == 0:
         show(summaries)
 

@@ -7,9 +7,9 @@ import argparse
 import shutil
 from pathlib import Path
 
-import experiments.train  # noqa: F401  registers what a run's config.gin binds
-from experiments.command import run_command
-from experiments.config import checkpoint_folder, parse
+from experiments.plumbing.command import run_command
+from experiments.plumbing.gin_files import Config
+from experiments.plumbing.run import checkpoints_of
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.models import decoder as decoders
 from troll_jax.models.families import decoder_config
@@ -18,7 +18,7 @@ from troll_jax.sharding import make_mesh
 
 
 def export(run_dir: str, folder: str, step: int | None = None) -> int:
-    """Exports a checkpoint, the latest by default, of a run whose configuration has been read; returns its step.
+    """Exports a checkpoint of a run, the latest by default; returns its step.
 
     Raises:
       ValueError: no such checkpoint.
@@ -28,7 +28,9 @@ def export(run_dir: str, folder: str, step: int | None = None) -> int:
         raise FileNotFoundError(f'{run_dir!r} is not the folder of a run: there is no {run_dir}/model')
     hf_config = load_config(str(Path(run_dir) / 'model'))
     shapes = decoders.abstract(decoder_config(hf_config), make_mesh())[1]
-    with Checkpoints(checkpoint_folder(run_dir), read_only=True) as checkpoints:
+    config = Path(run_dir) / 'config.gin'
+    where = checkpoints_of(run_dir, Config([config] if config.is_file() else []))
+    with Checkpoints(where, read_only=True) as checkpoints:
         if not checkpoints.steps:
             raise ValueError(f'no whole checkpoint in {checkpoints.path}')
         step = checkpoints.steps[-1] if step is None else step
@@ -44,8 +46,6 @@ def main() -> None:
     parser.add_argument('folder', help='to write to')
     parser.add_argument('--step', type=int, help='of the checkpoint; the latest by default')
     arguments = parser.parse_args()
-    if (config := Path(arguments.run_dir) / 'config.gin').is_file():
-        parse([config])
     step = export(arguments.run_dir, arguments.folder, arguments.step)
     print(f'wrote step {step} of {arguments.run_dir} to {arguments.folder}')
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from experiments.command import run_command
+from experiments.plumbing.command import run_command
 from troll_jax.metrics import read_metrics
 
 # Per panel: title, whether its axis is logarithmic, and metric → style of its line.

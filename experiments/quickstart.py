@@ -17,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from experiments.command import run_command
 from experiments.plot import plot_runs
+from experiments.plumbing.command import run_command
 from troll_jax.metrics import read_metrics
 
 METHODS = ('troll', 'clip')
@@ -60,9 +60,9 @@ def quickstart(folder: Path, seed: int) -> dict[str, dict]:
         seconds = run(
             'experiments.train',
             f'configs/quickstart_{method}.gin',
-            f"train.run_dir = '{run_dir}'",
+            f"Run.folder = '{run_dir}'",
             f"Experiment.model = '{model}'",
-            f'train.seed = {seed}',
+            f'Sampling.seed = {seed}',
         )
         rows[method] = read_metrics(run_dir / 'metrics.jsonl')
         before = before or evaluate(run_dir, 0)

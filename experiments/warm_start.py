@@ -7,9 +7,7 @@ The result is a folder in Hugging Face format like any other model: config, safe
 
 import logging
 from functools import partial
-from pathlib import Path
 
-import gin
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,10 +15,8 @@ import optax
 from tqdm import tqdm
 from transformers import GenerationConfig, Qwen3Config
 
-from experiments.command import run_command
-from experiments.config import parse_command_line, register
-from experiments.run_folder import check_writable
-from experiments.train import check_limits
+from experiments.plumbing.command import read_command_line, run_command
+from experiments.plumbing.run import check_writable
 from troll_jax.data.prompts import PromptSet, batch_indices, encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic, demonstration
 from troll_jax.data.tokenizer import character_tokenizer
@@ -29,6 +25,7 @@ from troll_jax.models import decoder as decoders
 from troll_jax.models.families import decoder_config
 from troll_jax.models.head import logits
 from troll_jax.models.hf_weights import save_pretrained
+from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
 from troll_jax.rewards.pool import Grader
 from troll_jax.rollout import make_sampler
 from troll_jax.sharding import make_mesh
@@ -36,10 +33,10 @@ from troll_jax.sharding import make_mesh
 logger = logging.getLogger(__name__)
 
 
-@register
 def warm_start(
-    folder: str = gin.REQUIRED,
-    task: Arithmetic = gin.REQUIRED,
+    folder: str,
+    task: Arithmetic,
+    *,
     width: int = 64,
     layers: int = 3,
     heads: int = 4,
@@ -76,16 +73,14 @@ def warm_start(
       ValueError: a number that makes no sense.
       RuntimeError: the first part has not ended after `max_steps`.
     """
-    sizes = {'width': width, 'layers': layers, 'heads': heads, 'kv_heads': kv_heads, 'head_dim': head_dim}
-    check_limits(
-        above_zero=sizes
-        | {'mlp_width': mlp_width, 'batch': batch, 'learning_rate': learning_rate}
-        | {'max_steps': max_steps},
-        at_least_zero={'mixed_steps': mixed_steps, 'seed': seed},
-    )
-    for name, share in [('worked_share', worked_share), ('accuracy', accuracy)]:
-        if not 0 <= share <= 1:
-            raise ValueError(f'{name} is a share, from 0 to 1; got {share}')
+    above_zero = {'width': width, 'layers': layers, 'heads': heads, 'kv_heads': kv_heads, 'head_dim': head_dim}
+    above_zero |= {'mlp_width': mlp_width, 'batch': batch, 'learning_rate': learning_rate, 'max_steps': max_steps}
+    for name, value in above_zero.items():
+        check_range(name, value, is_positive, 'above 0')
+    for name, value in {'mixed_steps': mixed_steps, 'seed': seed}.items():
+        check_range(name, value, is_not_negative, 'at least 0')
+    for name, share in {'worked_share': worked_share, 'accuracy': accuracy}.items():
+        check_range(name, share, lambda x: 0 <= x <= 1, 'a share, from 0 to 1')
     check_writable(folder)
     tokenizer = character_tokenizer(CHARACTERS)
     prompt_room, response_room = 2 * task.operands, task.operands + 2
@@ -178,8 +173,8 @@ def _report(config, params, held_out: PromptSet, tokenizer, task: Arithmetic, re
         max_response_length=response_room,
         temperature=1.0,
         stop_tokens=[tokenizer.eos_token_id],
-        max_tokens=1,
-        mass=1.0,
+        support_size=1,
+        support_mass=1.0,
     )
     with Grader(task.grade, deadline=task.deadline) as grader:
         result = evaluate(sampler, params, held_out, grader, tokenizer, jax.random.key(0), mesh=make_mesh())
@@ -196,9 +191,11 @@ def _report(config, params, held_out: PromptSet, tokenizer, task: Arithmetic, re
 
 
 def main() -> None:
-    parse_command_line(__doc__)
-    warm_start()
-    logger.info('saved %s', Path(gin.query_parameter('warm_start.folder')))
+    config = read_command_line(__doc__, [warm_start])
+    command = config.function(warm_start)
+    config.check_used()
+    command()
+    logger.info('saved %s', command.keywords['folder'])
 
 
 if __name__ == '__main__':

@@ -17,20 +17,11 @@ os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['HF_HUB_OFFLINE'] = '1'
 
-import gin  # noqa: E402
 import jax  # noqa: E402
 import pytest  # noqa: E402
 from isolation import UNTESTED  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-
-
-@pytest.fixture(autouse=True)
-def clean_gin():
-    """What one test binds, no other sees."""
-    gin.clear_config()
-    yield
-    gin.clear_config()
 
 
 @pytest.fixture(scope='session')

@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-import gin
 import jax
 import numpy as np
 from tiny import save_qwen3
 
-from experiments.config import parse, register
+from experiments.plumbing.gin_files import SETTINGS, Config
 from experiments.train import train
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.tasks.arithmetic import Arithmetic
@@ -23,20 +22,19 @@ REPOSITORY = Path(__file__).parent.parent
 SMALL = [
     'Experiment.max_prompt_length = 4',
     'Experiment.max_response_length = 3',
-    'train.steps = 4',
-    'train.prompts_per_step = 16',
-    'train.samples_per_prompt = 4',
-    'train.minibatch_prompts = 8',
-    'train.evaluate_every = 2',
-    'train.checkpoint_every = 2',
-    'train.head_chunk = 40',
+    'Run.steps = 4',
+    'Sampling.prompts_per_step = 16',
+    'Sampling.samples_per_prompt = 4',
+    'Method.minibatch_prompts = 8',
+    'Run.evaluate_every = 2',
+    'Run.checkpoint_every = 2',
+    'Compute.head_chunk = 40',
 ]
 
 
 ARITHMETIC = ['Arithmetic.operands = 2', 'Arithmetic.train_size = 60', 'Arithmetic.test_size = 10']
 
 
-@register
 class StartsWithHash(Arithmetic):
     """Rewards a response that begins with '#': something that a policy without any knowledge can find out."""
 
@@ -45,20 +43,27 @@ class StartsWithHash(Arithmetic):
 
 
 HASH = [
+    'import loop',
     'Experiment.task = @StartsWithHash()',
     *(binding.replace('Arithmetic', 'StartsWithHash') for binding in ARITHMETIC),
-    'train.evaluate_every = 0',
+    'Run.evaluate_every = 0',
     'adamw.learning_rate = 1e-2',
 ]
 
 
+def settings(files, bindings=()) -> list:
+    """The five settings of gin files."""
+    config = Config(files, bindings)
+    built = [config.build(kind) for kind in SETTINGS]
+    config.check_used()
+    return built
+
+
 def run(folder, model: str, *bindings: str, method: str = 'troll', task=tuple(ARITHMETIC)) -> list[dict]:
     """Trains on the quickstart's task by one of the methods and returns the metrics."""
-    gin.clear_config()
-    names = [f"train.run_dir = '{folder}'", f"Experiment.model = '{model}'"]
+    names = [f"Run.folder = '{folder}'", f"Experiment.model = '{model}'"]
     files = [REPOSITORY / 'configs/quickstart.gin', REPOSITORY / f'configs/objectives/{method}.gin']
-    parse(files, [*SMALL, *task, *names, *bindings])
-    train()
+    train(*settings(files, [*SMALL, *task, *names, *bindings]))
     return read_metrics(Path(folder) / 'metrics.jsonl')
 
 

@@ -56,8 +56,8 @@ def learner(config, mesh):
         estimator=gae,
         tail_rule=default_tail,
         temperature=1.0,
-        max_tokens=KEPT,
-        mass=1 - 1e-5,
+        support_size=KEPT,
+        support_mass=1 - 1e-5,
         minibatch=16,
         max_response_length=RESPONSE,
         mesh=mesh,
@@ -95,7 +95,9 @@ def test_a_gradient_alone_is_sharded_as_the_parameters():
     """Guards the replay of a rollout, which keeps the gradient of every objective."""
     mesh = make_mesh(devices=describe('h100:8')[1])
     config = decoder_config(1024, **SIZES | {'layers': 1})
-    settings = dict(objective=ppo_clip, temperature=1.0, tail_rule=default_tail, max_tokens=KEPT, mass=1 - 1e-5)
+    settings = dict(
+        objective=ppo_clip, temperature=1.0, tail_rule=default_tail, support_size=KEPT, support_mass=1 - 1e-5
+    )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         _, (state, batch) = learner(config, mesh).programs(KEPT)['update']
         result = compiled(jax.jit(make_gradient(config, **settings)), (state.params, state.progress, batch))
@@ -158,8 +160,8 @@ def test_float32_is_float32(attention, dtype):
         max_response_length=RESPONSE,
         temperature=1.0,
         stop_tokens=[0],
-        max_tokens=KEPT,
-        mass=1.0,
+        support_size=KEPT,
+        support_mass=1.0,
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         built = learner(config, mesh)

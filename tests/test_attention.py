@@ -36,16 +36,16 @@ def reference() -> tuple[np.ndarray, list[np.ndarray]]:
     for b in range(BATCH):
         allowed = (SEGMENTS[b][:, None] == SEGMENTS[b][None]) & np.tri(LENGTH, dtype=bool)
         for h in range(HEADS):
-            m = h // (HEADS // KV_HEADS)
-            logits = np.where(allowed, q[b, :, h] @ k[b, :, m].T / np.sqrt(HEAD_DIM), -np.inf)
+            kh = h // (HEADS // KV_HEADS)
+            logits = np.where(allowed, q[b, :, h] @ k[b, :, kh].T / np.sqrt(HEAD_DIM), -np.inf)
             probs = np.exp(logits - logits.max(axis=-1, keepdims=True))
             probs /= probs.sum(axis=-1, keepdims=True)
-            out[b, :, h] = probs @ v[b, :, m]
-            to_probs = weights[b, :, h] @ v[b, :, m].T
+            out[b, :, h] = probs @ v[b, :, kh]
+            to_probs = weights[b, :, h] @ v[b, :, kh].T
             to_logits = probs * (to_probs - np.sum(probs * to_probs, axis=-1, keepdims=True)) / np.sqrt(HEAD_DIM)
-            grads[0][b, :, h] = to_logits @ k[b, :, m]
-            grads[1][b, :, m] += to_logits.T @ q[b, :, h]
-            grads[2][b, :, m] += probs.T @ weights[b, :, h]
+            grads[0][b, :, h] = to_logits @ k[b, :, kh]
+            grads[1][b, :, kh] += to_logits.T @ q[b, :, h]
+            grads[2][b, :, kh] += probs.T @ weights[b, :, h]
     return out, grads
 
 

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gin
 import jax
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,12 +24,14 @@ from bad_input import REPOSITORY, cases, damaged, fresh, save_model
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
-import experiments.train
-import experiments.warm_start  # noqa: F401  registers what its configuration binds
-from experiments.command import run_command
-from experiments.config import _registered, _targets, parse, register
-from experiments.run_folder import nothing_left_behind
+from experiments.evaluate import evaluation
+from experiments.plumbing.command import run_command
+from experiments.plumbing.gin_files import NAMES, SETTINGS, Config
+from experiments.plumbing.run import nothing_left_behind
+from experiments.train import train
+from experiments.warm_start import warm_start
 from troll_jax.data.prompts import encode_prompts
+from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tasks.eurus_code import EurusCode
 from troll_jax.data.tasks.gsm8k import GSM8K
 from troll_jax.data.tasks.math_problems import MathProblems
@@ -47,16 +48,25 @@ def model(tmp_path_factory) -> Path:
 
 # Bindings.
 
+COMMANDS = (evaluation, warm_start)
+TARGETS = NAMES | {command.__name__: command for command in COMMANDS}
+# Of a function that is passed on, the settings are keyword-only.
 PARAMETERS = {
     f'{name}.{parameter.name}': parameter.annotation
-    for name, target in sorted(_targets.items())
+    for name, target in sorted(TARGETS.items())
     for parameter in inspect.signature(target).parameters.values()
-    if parameter.name in _registered[name]
-    # What a function takes by position comes from whoever calls it.
-    if isinstance(target, (type, partial))
-    or parameter.kind is parameter.KEYWORD_ONLY
-    or parameter.default != parameter.empty
+    if isinstance(target, (type, partial)) or parameter.kind is parameter.KEYWORD_ONLY
+    if (name, parameter.name) != ('MathEval', 'data_source') and parameter.name not in getattr(target, 'keywords', ())
 }
+
+
+def read_settings(files, bindings=()) -> list:
+    config = Config(files, bindings)
+    settings = [config.build(kind) for kind in SETTINGS]
+    config.check_used()
+    return settings
+
+
 WRONG = {
     'int': ["'a'", '1.5', 'True', '[1]', '{}', '@adamw()', '@troll', str(2**31), '1e999'],
     'float': ["'a'", 'True', '[1.0]', '{}', '@adamw()', '1e999', '-1e999', str(10**30)],
@@ -70,55 +80,53 @@ OBJECTS = ['1', "'a'", '{1: 2}', '@Unisolated', '[3]', '@mean_centred()']  # wro
 @given(st.data())
 def test_a_value_of_another_type_is_an_error_that_names_the_parameter(data):
     """Guards types that gin passes on to where they fail as something else, or, such as True for 1, do not fail."""
-    gin.clear_config()
     name = data.draw(st.sampled_from(list(PARAMETERS)))
     annotation = PARAMETERS[name]
     words = (annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)).split(' | ')
     value = data.draw(st.sampled_from(WRONG.get(words[0], OBJECTS)))
     assume(not (value == '{1: 2}' and words[0].startswith('dict')) and annotation is not inspect.Parameter.empty)
     with pytest.raises(ValueError) as error:
-        parse([CONFIG], [f'{name} = {value}'])
-    assert str(error.value).startswith(f'{name} is ') and 'expected' in str(error.value)
+        Config([CONFIG], [f'{name} = {value}'], COMMANDS)
+    assert name in str(error.value) and ('expected' in str(error.value) or 'needs' in str(error.value))
 
 
 @pytest.mark.parametrize('value', ['nan', 'many', '10 ** 3', '[1', '__import__("os").getcwd()', '%macro', '@', ''])
 def test_a_value_that_gin_cannot_read_is_an_error(value):
     """Guards what is no literal: none of it is evaluated."""
     with pytest.raises(ValueError):
-        parse([CONFIG], [f'train.steps = {value}'])
+        Config([CONFIG], [f'Run.steps = {value}'])
 
 
 @cases(25)
 @example('AMC.source', 0, 'x')
 @given(st.sampled_from(list(PARAMETERS)), st.integers(0, 40), st.sampled_from(['x', '_', 'q']))
 def test_a_misspelt_parameter_is_an_error_that_names_it(name, position, letter):
-    gin.clear_config()
     owner, parameter = name.split('.')
     position %= len(parameter) + 1
     wrong = parameter[:position] + letter + parameter[position:]
     with pytest.raises(ValueError, match=f"'{wrong}'[\\s\\S]*Did you mean"):
-        parse([CONFIG], [f'{owner}.{wrong} = 1'])
+        Config([CONFIG], [f'{owner}.{wrong} = 1'], COMMANDS)
 
 
 @pytest.mark.parametrize(
     'bindings, message',
     [
-        (['train.regularisers = [@entropy_bonus]'], 'entropy_bonus.coefficient'),
+        (['Method.regularisers = [@entropy_bonus]'], 'entropy_bonus.coefficient'),
         (['troll.bound = @linear_bound', 'linear_bound.start = 0.1'], 'linear_bound.end, linear_bound.steps'),
         (['Experiment.task = @MathProblems()'], 'MathProblems.source'),
-        (['train.optimizer = @adamw'], r'train.optimizer is @adamw; expected a GradientTransformation \(@name\(\)\)'),
-        (['train.objective = @troll()'], r'expected a function \(@name\) of TokenLogProbs'),
-        (['train.objective = @entropy_bonus'], 'expected a function'),
-        (['train.regularisers = [@troll]'], 'expected a list of a function'),
-        (['train.rewards = [("task", 1.0)]'], r'expected a list of \(text in quotes, a finite number, a function'),
-        (['Experiment.task = @make_mesh()'], 'expected a Task'),
-        (['steps = "many"', 'train.steps = %steps'], "train.steps is 'many'; expected a whole number"),
+        (['Method.optimizer = @adamw()'], 'Method.optimizer is .*expected a function of nothing that returns Gradient'),
+        (['Method.objective = @troll()'], '@troll.* calls troll, which takes row, advantages; expected @troll'),
+        (['Method.objective = @entropy_bonus'], 'expected a function of LossInputs, Array, Progress'),
+        (['Method.regularisers = [@troll]'], r'is \[troll\]; expected a list of a function of LossInputs'),
+        (['Method.rewards = [("task", 1.0)]'], r'expected a list of \(text in quotes, a finite number, a function'),
+        (['Experiment.task = @Bubblewrap()'], 'expected a Task'),
+        (['steps = "many"', 'Run.steps = %steps'], "Run.steps is 'many'; expected a whole number"),
     ],
 )
 def test_a_reference_that_is_incomplete_or_does_not_fit_is_an_error(bindings, message):
     """Guards gin's TypeErrors, which come when a program is traced, or after minutes of loading."""
     with pytest.raises(ValueError, match=message):
-        parse([CONFIG], bindings)
+        Config([CONFIG], bindings)
 
 
 def bare(row, advantages, progress=None, *, x=1): ...
@@ -127,23 +135,20 @@ def bare(row, advantages, progress=None, *, x=1): ...
 def wide(row: object, advantages: jax.typing.ArrayLike, *rest) -> Any: ...
 
 
-def any_task(): ...
+def any_task():
+    return Arithmetic()
 
 
-def test_functions_of_ones_own_may_be_annotated_otherwise_or_not_at_all(monkeypatch):
+def test_functions_of_ones_own_may_be_annotated_otherwise_or_not_at_all():
     """Guards against a check that takes what it does not know for wrong: `Any` is a class."""
-    for name in ('_registered', '_targets'):
-        monkeypatch.setattr(experiments.config, name, dict(getattr(experiments.config, name)))
-    for function in (bare, wide, any_task):
-        register(function)
-    for binding in ('train.objective = @bare', 'train.objective = @wide', 'Experiment.task = @any_task()'):
-        gin.clear_config()
-        parse([CONFIG], [binding])
+    for binding in ('Method.objective = @bare', 'Method.objective = @wide', 'Experiment.task = @any_task()'):
+        config = Config([CONFIG], ['import test_bad_input', binding])
+        assert config.get(binding.split(' = ')[0])
 
 
 SMALL = [
-    'train.prompts_per_step = 16',
-    'train.samples_per_prompt = 4',
+    'Sampling.prompts_per_step = 16',
+    'Sampling.samples_per_prompt = 4',
     'Arithmetic.operands = 2',
     'Arithmetic.train_size = 60',
     'Arithmetic.test_size = 10',
@@ -151,31 +156,31 @@ SMALL = [
     'Experiment.max_response_length = 4',
 ]
 BELOW = {
-    **{f'train.{name}': 0 for name in ('steps', 'prompts_per_step', 'samples_per_prompt', 'minibatch_prompts')},
-    **{f'train.{name}': 0 for name in ('temperature', 'max_tokens', 'slots', 'row_tokens', 'micro_batch_tokens')},
-    **{f'train.{name}': 0 for name in ('mass', 'head_chunk', 'checkpoint_every', 'keep_checkpoints', 'max_draws')},
-    **{f'train.{name}': -1 for name in ('seed', 'evaluate_every', 'table_every', 'save_rollout_every')},
-    **{f'train.{name}': -1 for name in ('profile_step', 'refresh_reference_every')},
+    **{f'Sampling.{name}': 0 for name in ('prompts_per_step', 'samples_per_prompt', 'temperature', 'support_size')},
+    **{f'Sampling.{name}': 0 for name in ('support_mass', 'max_draws')},
+    **{f'Compute.{name}': 0 for name in ('slots', 'row_tokens', 'micro_batch_tokens', 'head_chunk')},
+    **{f'Compute.{name}': 0 for name in ('data', 'fsdp', 'tensor')},
+    **{f'Run.{name}': 0 for name in ('steps', 'checkpoint_every', 'keep_checkpoints')},
+    **{f'Run.{name}': -1 for name in ('evaluate_every', 'table_every', 'save_rollout_every', 'profile_step')},
     **{f'Experiment.{name}': 0 for name in ('max_prompt_length', 'max_response_length')},
     **{f'adamw.{name}': -1 for name in ('learning_rate', 'warmup_updates', 'b1', 'b2', 'weight_decay')},
     **{f'Arithmetic.{name}': 0 for name in ('operands', 'train_size', 'test_size')},
-    **{f'make_mesh.{name}': 0 for name in ('data', 'fsdp', 'tensor')},
-    'adamw.clip_norm': 0,
+    **{'Method.minibatch_prompts': 0, 'Method.refresh_reference_every': -1, 'Sampling.seed': -1, 'adamw.clip_norm': 0},
 }
 
 
 @cases(60)
 @given(st.sampled_from(sorted(BELOW)), st.integers(0, 10**6))
-@example('train.mass', 0)
-@example('train.seed', 3)
+@example('Sampling.support_mass', 0)
+@example('Sampling.seed', 3)
 def test_a_number_out_of_its_range_is_an_error_before_anything_is_written(tmp_path, model, name, further):
     """Guards numbers that JAX clamps, wraps or turns into a run that learns nothing."""
-    gin.clear_config()
     folder = tmp_path / 'runs' / 'run'
-    value = BELOW[name] - further - (2 if name.startswith('make_mesh') and further else 0)  # −1 is what is left
-    parse([CONFIG], [*SMALL, f"Experiment.model = '{model}'", f"train.run_dir = '{folder}'", f'{name} = {value}'])
+    is_mesh = name in ('Compute.data', 'Compute.fsdp', 'Compute.tensor')
+    value = BELOW[name] - further - (2 if is_mesh and further else 0)  # −1 is what is left
+    bindings = [*SMALL, f"Experiment.model = '{model}'", f"Run.folder = '{folder}'", f'{name} = {value}']
     with pytest.raises(ValueError, match=name.split('.')[1]):
-        experiments.train.train()
+        train(*read_settings([CONFIG], bindings))
     assert not folder.parent.exists()
 
 
@@ -184,10 +189,10 @@ def test_a_number_out_of_its_range_is_an_error_before_anything_is_written(tmp_pa
     [
         ('troll.alpha = -0.1', 'alpha must be at least 0; got -0.1'),
         ('troll.bound = 0', 'bound'),
-        ("Experiment.compute_dtype = 'float16'", "compute_dtype must be one of .*got 'float16'"),
+        ("Compute.dtype = 'float16'", "dtype must be one of .*got 'float16'"),
         ('dppo.bound = 0.1', "reads 'dppo.bound'"),
         (
-            "train.old_policy = 'recompute'\ntrain.importance_limit = 0.5",
+            "Method.old_policy = 'recompute'\nMethod.importance_limit = 0.5",
             'limit of the importance .* at least 1; got 0.5',
         ),
         ('default_tail.probability = -1.0', 'probability of the default tail must be between 0 and 1; got -1.0'),
@@ -197,9 +202,9 @@ def test_a_number_out_of_its_range_is_an_error_before_anything_is_written(tmp_pa
 def test_what_only_a_traced_program_refuses_comes_before_anything_is_written(tmp_path, model, binding, message):
     """Guards against a run's folder that a run which never began leaves behind."""
     folder = tmp_path / 'runs' / 'run'
-    parse([CONFIG], [*SMALL, f"Experiment.model = '{model}'", f"train.run_dir = '{folder}'", binding])
+    bindings = [*SMALL, f"Experiment.model = '{model}'", f"Run.folder = '{folder}'", binding]
     with pytest.raises(ValueError, match=message):
-        experiments.train.train()
+        train(*read_settings([CONFIG], bindings))
     assert not folder.parent.exists()
 
 
@@ -209,9 +214,9 @@ def test_a_model_without_weights_leaves_no_folder(tmp_path, model):
     (tmp_path / 'model/model.safetensors').rename(tmp_path / 'model/pytorch_model.bin')
     (tmp_path / 'runs').mkdir()
     folder = tmp_path / 'runs' / 'of' / 'mine'
-    parse([CONFIG], [*SMALL, f"Experiment.model = '{tmp_path}/model'", f"train.run_dir = '{folder}'"])
+    settings = read_settings([CONFIG], [*SMALL, f"Experiment.model = '{tmp_path}/model'", f"Run.folder = '{folder}'"])
     with pytest.raises(FileNotFoundError, match='only safetensors are read'):
-        experiments.train.train()
+        train(*settings)
     assert not (tmp_path / 'runs/of').exists() and (tmp_path / 'runs').exists()
 
 
@@ -245,7 +250,7 @@ def raise_deeply(error):
 @pytest.mark.parametrize('error', [ValueError('got 3,\n  expected 4'), FileNotFoundError('no file')])
 def test_an_error_of_the_user_is_one_line(error, capsys, monkeypatch):
     # An OSError with words is its user's wherever it is raised, a ValueError only where this code raises it.
-    monkeypatch.setattr('experiments.command._OURS', (Path(__file__).parent,))
+    monkeypatch.setattr('experiments.plumbing.command._OURS', (Path(__file__).parent,))
     with pytest.raises(SystemExit) as exit:
         run_command(raise_deeply(error))
     message = capsys.readouterr().err
@@ -262,22 +267,22 @@ def test_an_error_of_the_user_is_one_line(error, capsys, monkeypatch):
 )
 def test_a_bug_keeps_its_traceback(main, monkeypatch):
     """Guards against a mistake of ours that looks like one of the user: none is raised on purpose, by this code."""
-    monkeypatch.setattr('experiments.command._OURS', (Path(__file__).parent,))
+    monkeypatch.setattr('experiments.plumbing.command._OURS', (Path(__file__).parent,))
     with pytest.raises((ValueError, KeyError, OSError)):
         run_command(main)
 
 
-COMMANDS = [path.stem for path in (REPOSITORY / 'experiments').glob('*.py') if 'def main(' in path.read_text()]
+MODULES = [path.stem for path in (REPOSITORY / 'experiments').glob('*.py') if 'def main(' in path.read_text()]
 
 
 def test_every_command_is_run_with_care():
     """Guards a command that is added and shows tracebacks."""
-    for name in COMMANDS:
+    for name in MODULES:
         source = (REPOSITORY / f'experiments/{name}.py').read_text()
         assert source.endswith("if __name__ == '__main__':\n    run_command(main)\n"), name
 
 
-OTHER = [str(CONFIG), *SMALL, "Experiment.model = 'model'", "train.run_dir = 'new'"]
+OTHER = [str(CONFIG), *SMALL, "Experiment.model = 'model'", "Run.folder = 'new'"]
 
 
 @pytest.mark.parametrize(
@@ -287,28 +292,32 @@ OTHER = [str(CONFIG), *SMALL, "Experiment.model = 'model'", "train.run_dir = 'ne
         ('train', ['bytes.gin'], 'bytes.gin: cannot be read .*expected name.parameter = value'),
         ('train', ['includes.gin'], 'includes.gin: .*none.gin'),
         ('train', ['cycle.gin'], 'the macro %a stands for itself'),
-        ('train', [*OTHER, "train.run_dir = ''"], "got '' for a folder"),
-        ('train', [*OTHER, "train.run_dir = 'file/run'"], "files are to be written there.*another folder: 'file/run'"),
-        ('train', [*OTHER, "train.checkpoint_dir = 'file'"], "files are to be written there.*another folder: 'file'"),
-        ('train', [*OTHER, "train.run_dir = 'gs://a/b'"], 'bind train.checkpoint_dir to a bucket'),
+        ('train', [*OTHER, "Run.folder = ''"], "got '' for a folder"),
+        ('train', [*OTHER, "Run.folder = 'file/run'"], "files are to be written there.*another folder: 'file/run'"),
+        ('train', [*OTHER, "Run.checkpoint_folder = 'file'"], "files are to be written there.*another folder: 'file'"),
+        ('train', [*OTHER, "Run.folder = 'gs://a/b'"], 'set Run.checkpoint_folder to a bucket'),
         ('train', [*OTHER, "Experiment.model = 'a/b/c'"], "'a/b/c' is not a folder.*Expected the folder of a model"),
         (
             'train',
             [*OTHER, "Experiment.model = 'empty'"],
             "tokenizer of 'empty' cannot be read.*expected tokenizer.json",
         ),
-        ('train', [*OTHER, 'train.estimator = @token_mean'], 'train.estimator is @token_mean, which is not called as'),
+        (
+            'train',
+            [*OTHER, 'Method.advantages = @token_mean'],
+            'Method.advantages is token_mean, which needs .*max_length',
+        ),
         (
             'train',
             [*OTHER, 'troll.region = @token_ratio'],
-            'troll.region is @token_ratio, which is not called as it is',
+            'troll.region is token_ratio; expected a function of SparseLogProbs',
         ),
         ('train', [*OTHER, 'Experiment.validation = []'], 'expected at least one'),
-        ('train', [*OTHER, 'train.rewards = []'], 'expected at least one'),
+        ('train', [*OTHER, 'Method.rewards = []'], 'expected at least one'),
         ('evaluate', ['empty'], 'neither a run .*nor a model'),
         (
             'evaluate',
-            ['model', str(MODEL)],
+            ['model', 'part.gin'],
             'Experiment needs Experiment.max_prompt_length, .* bind each, or add a gin file',
         ),
         ('evaluate', ['run'], "'run/model' is not a folder"),
@@ -323,7 +332,7 @@ OTHER = [str(CONFIG), *SMALL, "Experiment.model = 'model'", "train.run_dir = 'ne
         ('compare', ['--methods', 'none'], r"no method \['none'\]; expected some of"),
         ('compare', ['--only-draw', '--folder', 'empty'], 'no runs in empty'),
         ('warm_start', [str(MODEL), "warm_start.folder = 'file'"], "another folder: 'file'"),
-        ('warm_start', [str(MODEL), 'warm_start.accuracy = 2.0'], 'accuracy is a share'),
+        ('warm_start', [str(MODEL), 'warm_start.accuracy = 2.0'], 'accuracy must be a share'),
     ],
 )
 def test_a_command_ends_with_one_line_and_status_2(command, arguments, message, model, tmp_path, monkeypatch, capsys):
@@ -332,7 +341,8 @@ def test_a_command_ends_with_one_line_and_status_2(command, arguments, message, 
     for folder in ('empty', 'run'):
         (tmp_path / folder).mkdir()
     texts = {'run/config.gin': f"include '{CONFIG}'\n", 'run/metrics.jsonl': '{"step": 1, "rew'}
-    texts |= {'cycle.gin': 'a = %b\nb = %a\ntrain.steps = %a\n', 'includes.gin': "include 'none.gin'\n", 'file': ''}
+    texts |= {'cycle.gin': 'a = %b\nb = %a\nRun.steps = %a\n', 'includes.gin': "include 'none.gin'\n", 'file': ''}
+    texts |= {'part.gin': 'Experiment.task = @Arithmetic()\n'}
     texts |= {'run/responses_1_test_1.jsonl': '{"answer": "3"}\n'}
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
@@ -350,14 +360,14 @@ def test_a_command_ends_with_one_line_and_status_2(command, arguments, message, 
 def test_a_command_that_fails_writes_one_line(tmp_path):
     """Guards what no test within this process sees: that the module is run with care, and its status."""
     done = subprocess.run(
-        [sys.executable, '-m', 'experiments.train', str(CONFIG), 'train.steps = "many"'],
+        [sys.executable, '-m', 'experiments.train', str(CONFIG), 'Run.steps = "many"'],
         cwd=tmp_path,
         env=os.environ | {'PYTHONPATH': str(REPOSITORY)},
         capture_output=True,
         text=True,
     )
-    last = done.stderr.splitlines()[-1]  # before it gin tells of the files that it opens
-    assert done.returncode == 2 and last.startswith("error: train.steps is 'many'; expected a whole number")
+    last = done.stderr.splitlines()[-1]  # before it libraries may warn
+    assert done.returncode == 2 and last.startswith("error: Run.steps is 'many'; expected a whole number")
     assert 'Traceback' not in done.stderr and not done.stdout and not list(tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ from bad_input import REPOSITORY, cases, damaged, fresh, save_model
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from experiments.command import run_command
+from experiments.plumbing.command import run_command
 from troll_jax.data.prompts import encode_prompts
 from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids

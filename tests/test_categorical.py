@@ -150,11 +150,11 @@ def test_truncation_by_hand():
     """Guards the order of top-k and top-p, the token that crosses the mass, and ties."""
     probs = jnp.array([0.1, 0.4, 0.05, 0.25, 0.2])
     kept = lambda **changes: np.flatnonzero(
-        np.isfinite(categorical.truncate(jnp.log(probs), **dict(count=None, mass=None) | changes))
+        np.isfinite(categorical.truncate(jnp.log(probs), **dict(top_k=None, top_p=None) | changes))
     ).tolist()
-    assert kept() == [0, 1, 2, 3, 4] and kept(count=2) == [1, 3] and kept(count=1) == [1]
-    assert kept(mass=0.39) == [1] and kept(mass=0.41) == [1, 3] and kept(mass=0.84) == [1, 3, 4]
+    assert kept() == [0, 1, 2, 3, 4] and kept(top_k=2) == [1, 3] and kept(top_k=1) == [1]
+    assert kept(top_p=0.39) == [1] and kept(top_p=0.41) == [1, 3] and kept(top_p=0.84) == [1, 3, 4]
     # Of what top-k leaves: 0.4 / 0.65 = 0.62 of the mass is that of the first.
-    assert kept(count=2, mass=0.6) == [1] and kept(count=2, mass=0.7) == [1, 3]
+    assert kept(top_k=2, top_p=0.6) == [1] and kept(top_k=2, top_p=0.7) == [1, 3]
     probs = jnp.array([0.3, 0.2, 0.2, 0.2, 0.1])
-    assert kept(count=2) == [0, 1, 2, 3] and kept(mass=0.4) == [0, 1, 2, 3]
+    assert kept(top_k=2) == [0, 1, 2, 3] and kept(top_p=0.4) == [0, 1, 2, 3]

@@ -5,12 +5,11 @@ from dataclasses import replace
 from functools import partial
 
 import datasets
-import gin
 import pytest
 from isolation import require_bubblewrap
 from patience import patience
 
-from experiments.config import parse
+from experiments.plumbing.gin_files import Config
 from troll_jax.data.tasks.eurus_code import EurusCode
 from troll_jax.rewards.code import (
     AssertTest,
@@ -317,12 +316,10 @@ def test_a_task_without_a_sandbox_does_not_begin(monkeypatch, tmp_path):
 
 def test_gin_chooses_the_sandbox():
     """Guards against a binding that leaves the default in place."""
-    gin.clear_config()
     bindings = ['EurusCode.sandbox = @Unisolated()', 'Unisolated.case_seconds = 3.0', 'Experiment.task = @EurusCode()']
-    parse([], [*bindings, 'EurusCode.max_tests = 5'])
-    task = gin.query_parameter('Experiment.task').scoped_configurable_fn()
+    config = Config([], [*bindings, 'EurusCode.max_tests = 5'])
+    task = config.get('Experiment.task')
     assert task == EurusCode(sandbox=Unisolated(case_seconds=3.0), max_tests=5)
-    gin.clear_config()
 
 
 @pytest.mark.parametrize('arguments', [{'program_seconds': 0}, {'max_tests': 0}])

@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from tiny import decoder_config
 
-from troll_jax.collect import make_collector
+from troll_jax.collect import decode_responses, make_collector, sample_responses
 from troll_jax.data.prompts import batch_indices, encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
 from troll_jax.data.tokenizer import character_tokenizer
-from troll_jax.evaluate import decode_responses, sample_responses
 from troll_jax.models import decoder as decoders
 from troll_jax.rewards.pool import Grader
 from troll_jax.rewards.terms import task_reward
 from troll_jax.rollout import make_sampler
+from troll_jax.settings import Sampling
 from troll_jax.sharding import make_mesh
 
 B, G, T = 5, 3, 4
@@ -37,8 +37,8 @@ def sampler(samples: int, temperature: float):
         max_response_length=T,
         temperature=temperature,
         stop_tokens=[TOKENIZER.eos_token_id],
-        max_tokens=3,
-        mass=1.0,
+        support_size=3,
+        support_mass=1.0,
     )
 
 
@@ -64,13 +64,11 @@ def collect(draws=0, *, greedy=False, max_draws=1, rewards=(('low', 1.0, starts_
             prompts(),
             grader,
             TOKENIZER,
-            prompts_per_step=B,
+            Sampling(prompts_per_step=B, samples_per_prompt=G, max_draws=max_draws, seed=3),
             max_response_length=T,
             rewards=rewards,
-            greedy_sampler=sampler(1, 0.0) if greedy else None,
-            max_draws=max_draws,
-            seed=3,
             mesh=make_mesh(1, 1, 1, jax.devices()[:1]),
+            greedy_sampler=sampler(1, 0.0) if greedy else None,
         )
         return collector(params(), draws)
 
@@ -96,13 +94,13 @@ def test_dynamic_sampling_keeps_what_varies():
     result = collect(max_draws=10, greedy=True, rewards=[('low', 1.0, starts_low_or_place)])
     assert groups_of(result) == [group for group, *_ in first]
     assert list(result.greedy_rewards) == [place for *_, place in first]
-    assert result.draws == needed == result.logs['rollout/draws']
+    assert result.draws == needed == result.metrics['rollout/draws']
     assert all(np.ptp(result.rewards, axis=1) > 0)
     # The log tells of everything that was sampled, and not of greedy responses.
     seen = np.concatenate([experience.rewards for experience in single[:needed]])
     for name in ('mean', 'low'):
-        np.testing.assert_allclose(result.logs[f'reward/{name}'], seen.mean(), rtol=1e-6)
-    np.testing.assert_allclose(result.logs['reward/uniform_share'], np.mean(np.ptp(seen, axis=1) == 0), rtol=1e-6)
+        np.testing.assert_allclose(result.metrics[f'reward/{name}'], seen.mean(), rtol=1e-6)
+    np.testing.assert_allclose(result.metrics['reward/uniform_share'], np.mean(np.ptp(seen, axis=1) == 0), rtol=1e-6)
 
 
 def test_dynamic_sampling_has_a_limit():
@@ -135,7 +133,7 @@ def test_same_draw_same_experience():
     """Guards random numbers that depend on anything but seed and draw: a resumed run would sample other responses."""
     assert groups_of(collect(1)) == groups_of(collect(1)) != groups_of(collect(2))
     result = collect(1, rewards=[('task', 1.0, task_reward)])
-    assert result.logs['reward/task'] == result.logs['reward/mean'] == result.rewards.mean()
+    assert result.metrics['reward/task'] == result.metrics['reward/mean'] == result.rewards.mean()
 
 
 def test_a_term_that_is_not_finite_names_the_response():

@@ -26,9 +26,9 @@ def test_runs_differ_in_their_setting_alone(tmp_path, model, monkeypatch):  # no
         StartsWithHash.operands = 2
         StartsWithHash.train_size = 60
         StartsWithHash.test_size = 10
-        train.samples_per_prompt = 4
-        train.minibatch_prompts = 8
-        train.head_chunk = 40
+        Sampling.samples_per_prompt = 4
+        Method.minibatch_prompts = 8
+        Compute.head_chunk = 40
         """
     )
     for name, value in {'MODEL': tmp_path, 'TASK': str(task), 'UPDATES': 4, 'STALENESS': (2,)}.items():
@@ -39,7 +39,7 @@ def test_runs_differ_in_their_setting_alone(tmp_path, model, monkeypatch):  # no
     assert (still['learning_rate'], hot['learning_rate']) == (0.0, 0.1)
     assert still['rewards'][0] == hot['rewards'][0] and len(hot['rewards']) == 2
     assert still['kl_mean'] < 1e-9 < 1e-4 < hot['kl_mean']
-    assert {'success', 'entropy', 'held_share', 'explained_variance'} <= set(hot)
+    assert {'success', 'entropy', 'constrained_share', 'explained_variance'} <= set(hot)
     written = (tmp_path / 'results/results.jsonl').read_text()
     monkeypatch.setattr(compare, 'LEARNING_RATES', (0.1, 0.0))
     compare.run_all(tmp_path / 'results', ['PPO/TROLL'], seeds=1)
@@ -68,13 +68,13 @@ def test_every_method_has_the_settings_of_its_name():
         lines = gin.config_str(max_line_length=1000).splitlines()
         bound[method] = dict(line.split(' = ', 1) for line in lines if ' = ' in line)
     assert len(bound) == 16
-    assert {m for m, b in bound.items() if b['train.estimator'] == '@gae'} == {m for m in bound if m.startswith('PPO')}
-    assert {m for m, b in bound.items() if b['train.aggregation'] == '@constant_length'} == {
+    assert {m for m, b in bound.items() if b['Method.advantages'] == '@gae'} == {m for m in bound if m.startswith('PPO')}
+    assert {m for m, b in bound.items() if b['Method.aggregation'] == '@constant_length'} == {
         m for m in bound if m.startswith('Dr.GRPO')
     }
     for method, bindings in bound.items():
-        assert (bindings['train.objective'] == '@troll') == ('TROLL' in method)
-        assert ('train.regularisers' in bindings) == ('KL' in method)
+        assert (bindings['Method.objective'] == '@troll') == ('TROLL' in method)
+        assert ('Method.regularisers' in bindings) == ('KL' in method)
         if 'TROLL' in method:
             assert (float(bindings['troll.alpha']) == 0) == ('α' in method)
             assert (bindings.get('troll.ratio') == '@sequence_ratio') == ('GSPO' in method)

@@ -1,4 +1,4 @@
-"""The decoder of every family against PyTorch's, against itself with a cache, packed, sharded and recomputed."""
+"""The decoder of every family against PyTorch's, against itself with a KV cache, packed, sharded and recomputed."""
 
 import dataclasses
 import functools
@@ -29,11 +29,11 @@ from troll_jax.sharding import make_mesh, named_sharding
 VOCAB = 61
 
 
-# A context of 32 tokens that was stretched. Of the planes one turns as before, one in part, the others less.
+# A context of 32 tokens that was extended. Of RoPE's planes one rotates as before, one in part, the others less.
 STRETCHED = dict(rope_type='llama3', rope_theta=1e2, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
 STRETCHED |= {'original_max_position_embeddings': 32}
 DEFAULT_ROPE = dict(rope_type='default', rope_theta=1e4)
-# Per family: the class of its configs, and what is different from Qwen3's in the small one. Two keep head_dim unsaid.
+# Per family: the class of its configs, and differences from Qwen3's in the small one. Two have no head_dim.
 FAMILIES = {
     'Qwen3ForCausalLM': (Qwen3Config, dict(head_dim=10, hidden_size=34)),
     'Qwen2ForCausalLM': (Qwen2Config, dict()),
@@ -115,8 +115,8 @@ def from_zero(batch: int, length: int) -> jax.Array:
 
 @pytest.mark.parametrize(('architecture', 'tied'), [('Qwen3ForCausalLM', True), *((name, False) for name in FAMILIES)])
 def test_logits_equal_those_of_pytorch(architecture, tied, tmp_path):
-    """Guards all that families do in ways of their own, past the context that was stretched too, the layout of heads,
-    the rotary convention, the transposes on import; and that packed rows change nothing."""
+    """Guards the differences between families, past the context that was extended too, the layout of heads, the
+    convention of RoPE, the transposes on import; and that packed rows change nothing."""
     model = tiny_torch_model(tiny_hf_config(tied, architecture))
     model.save_pretrained(tmp_path)
     tokens = np.asarray(some_tokens(2, 41))
@@ -149,7 +149,7 @@ def test_bfloat16_costs_little_more_than_rounded_weights(kind):
 
 @both_kinds
 def test_prefill_and_decoding_equal_the_whole_sequence(kind):
-    """Guards the cache: rows of different lengths, right padding that must never be seen, slots past the end."""
+    """Guards the KV cache: rows of different lengths, right padding that must never be seen, positions past the end."""
     config, graphdef, params = tiny(kind)
     lengths, total = jnp.array([1, 3, 5]), 11
     tokens = some_tokens(3, total)
@@ -169,7 +169,7 @@ def test_prefill_and_decoding_equal_the_whole_sequence(kind):
 
 
 def test_extending_past_the_cache_leaves_it_alone():
-    """Guards against a clamped write, which would spoil the last slot of a row that has finished."""
+    """Guards against a clamped write, which would spoil the last position of a row that has finished."""
     config, graphdef, params = tiny()
     _, before = extend(graphdef, params, some_tokens(2, 5), from_zero(2, 5), init_cache(config, 2, 5))
     _, after = extend(graphdef, params, some_tokens(2, 1), jnp.array([[5], [7]]), before)

@@ -97,8 +97,8 @@ def test_random_batches():
     """Guards figures of rows that hold anything but whole sequences, each with its prompt outside of the loss."""
     batch = random_batch(BatchShape(2, 3, 640), 100)
     assert (np.diff(batch.segment_ids, axis=2) == 1).sum() == 6 and batch.segment_ids.max() == 2
-    assert (batch.weights > 0).sum() == 12 * RESPONSE and not np.any(batch.weights[..., :PROMPT])
-    np.testing.assert_allclose(batch.weights.sum(), 1, rtol=1e-5)
+    assert (batch.loss_weights > 0).sum() == 12 * RESPONSE and not np.any(batch.loss_weights[..., :PROMPT])
+    np.testing.assert_allclose(batch.loss_weights.sum(), 1, rtol=1e-5)
     np.testing.assert_array_equal(batch.old.tokens[..., 0], batch.tokens)
     with pytest.raises(ValueError, match='rows of 600 tokens'):
         random_batch(BatchShape(1, 1, 600), 100)

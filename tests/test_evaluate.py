@@ -9,10 +9,11 @@ import pytest
 from jax.sharding import AxisType
 from tiny import decoder_config
 
+from troll_jax.collect import decode_responses
 from troll_jax.data.prompts import encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
 from troll_jax.data.tokenizer import EOS, PAD, character_tokenizer
-from troll_jax.evaluate import decode_responses, estimate, evaluate, pass_at_k
+from troll_jax.evaluate import estimate, evaluate, pass_at_k
 from troll_jax.models.decoder import abstract
 from troll_jax.rewards.pool import Grader
 from troll_jax.rollout import make_sampler
@@ -105,8 +106,8 @@ def policy(tokenizer):
         max_response_length=ROOM,
         temperature=1.0,
         stop_tokens=[tokenizer.eos_token_id],
-        max_tokens=1,
-        mass=1.0,
+        support_size=1,
+        support_mass=1.0,
     )
     generator = np.random.default_rng(3)
     draw = lambda leaf: jnp.asarray(0.7 * generator.normal(size=leaf.shape), leaf.dtype)

@@ -23,11 +23,11 @@ OLD = jax.random.randint(KEYS[3], (TOKENS, KEPT), -1, VOCAB)  # with padding, an
 
 
 def dense(hidden, unembedding):
-    """What the head gives, from all log-probabilities."""
+    """The outputs of the head, from all log-probabilities."""
     log_probs = jax.nn.log_softmax(logits(hidden, unembedding, temperature=TEMPERATURE, dtype='float32'))
 
     def one(log_probs, token, old):
-        own = sparsify(jax.lax.stop_gradient(log_probs), token, max_tokens=KEPT, mass=MASS)
+        own = sparsify(jax.lax.stop_gradient(log_probs), token, support_size=KEPT, support_mass=MASS)
         own = own._replace(log_probs=at_tokens(log_probs, own.tokens))
         return log_probs[token], entropy(log_probs), at_tokens(log_probs, old), own
 
@@ -37,8 +37,8 @@ def dense(hidden, unembedding):
 EVERY = jnp.ones(TOKENS, bool)
 
 
-def ours(hidden, unembedding, chunk=1024, max_tokens=KEPT, mask=EVERY):
-    settings = dict(temperature=TEMPERATURE, max_tokens=max_tokens, mass=MASS, dtype='float32')
+def ours(hidden, unembedding, chunk=1024, support_size=KEPT, mask=EVERY):
+    settings = dict(temperature=TEMPERATURE, support_size=support_size, support_mass=MASS, dtype='float32')
     return tuple(sparse_head(hidden, unembedding, SAMPLED, OLD, mask, chunk=chunk, **settings))
 
 
@@ -139,10 +139,10 @@ def test_only_candidates_travel_between_shards():
 
 def test_without_an_own_support():
     """Guards the cheaper head of the bucket rule: no top-K in the program, the rest as before."""
-    outputs = jax.jit(functools.partial(ours, max_tokens=None))(HIDDEN, UNEMBEDDING)
+    outputs = jax.jit(functools.partial(ours, support_size=None))(HIDDEN, UNEMBEDDING)
     assert outputs[3] is None
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), outputs[:3], reference()[1][:3])
-    programs = [str(jax.make_jaxpr(functools.partial(ours, max_tokens=k))(HIDDEN, UNEMBEDDING)) for k in (KEPT, None)]
+    programs = [str(jax.make_jaxpr(functools.partial(ours, support_size=k))(HIDDEN, UNEMBEDDING)) for k in (KEPT, None)]
     assert 'top_k' in programs[0] and 'top_k' not in programs[1]
 
 
@@ -150,7 +150,7 @@ def test_products_in_bfloat16_leave_a_float32_gradient():
     """Guards the accumulation over chunks: in bfloat16 it would stop at 256 equal parts."""
 
     def total(unembedding):
-        settings = dict(temperature=1.0, max_tokens=None, mass=MASS, chunk=1, dtype='bfloat16')
+        settings = dict(temperature=1.0, support_size=None, support_mass=MASS, chunk=1, dtype='bfloat16')
         hidden = jnp.ones((1024, WIDTH))
         tokens = jnp.zeros(1024, jnp.int32)
         mask = jnp.ones(1024, bool)

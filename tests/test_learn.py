@@ -55,8 +55,8 @@ def learner(mesh=None, optimizer=SGD, minibatch=ROWS, **settings):
         batch_shape(minibatch, PROMPT + RESPONSE, row_tokens=13),
         aggregation=token_mean,
         temperature=1.0,
-        max_tokens=KEPT,
-        mass=MASS,
+        support_size=KEPT,
+        support_mass=MASS,
         minibatch=minibatch,
         max_response_length=RESPONSE,
         mesh=mesh or make_mesh(1, 1, 1, jax.devices()[:1]),
@@ -207,7 +207,7 @@ def test_values_do_not_see_their_token():
     weights = np.ones(ROWS, np.float32)
     batch = make_batch(rollout(), weights, weights, make_layout(rollout(), batch_shape(ROWS, PROMPT + RESPONSE)))
     changed = batch.tokens.copy()
-    row, at = 0, int(np.flatnonzero(batch.weights[0, 0])[2])  # the third response token of the first row
+    row, at = 0, int(np.flatnonzero(batch.loss_weights[0, 0])[2])  # the third response token of the first row
     changed[0, row, at] = (changed[0, row, at] + 1) % CONFIG.vocab_size
     values = make_values(CONFIG)
     before, after = (np.asarray(values(params, batch._replace(tokens=x))) for x in (batch.tokens, changed))
@@ -301,7 +301,7 @@ def test_draws_are_counted():
 @pytest.mark.parametrize(
     ('settings', 'said'),
     [
-        ({'estimator': gae}, r'set train.critic = @Critic\(\)'),
+        ({'estimator': gae}, r'set Method.critic = @Critic\(\)'),
         ({'critic': Critic()}, 'the critic would learn what nothing uses'),
         ({'refresh_reference_every': 3}, 'refresh_reference_every = 3; expected 0'),
         ({'reward_penalty': lambda row: row.entropy}, 'reward_penalty must compare with a reference model'),

@@ -10,7 +10,7 @@ from scipy.special import logsumexp
 
 from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import (
-    TokenLogProbs,
+    LossInputs,
     cispo,
     dppo,
     importance_weighted,
@@ -20,6 +20,7 @@ from troll_jax.ops.losses import (
     token_region,
     troll,
 )
+from troll_jax.ops.needs import give
 from troll_jax.ops.projection import kl_divergence, project_sparse, project_sparse_sequence
 from troll_jax.ops.schedules import linear_bound
 from troll_jax.ops.support import at_tokens, bucket_tail, default_tail, sparsify
@@ -31,15 +32,17 @@ TOKENS = jnp.array([3, 11, 0, 7, 3])
 ADVANTAGES = jnp.array([1.0, -0.5, 2.0, -1.5, 0.7])
 
 
-def response_of(new_scores, old_scores, tokens=TOKENS, kept=KEPT, tail_rule=default_tail) -> TokenLogProbs:
+def response_of(new_scores, old_scores, tokens=TOKENS, kept=KEPT, tail_rule=default_tail) -> LossInputs:
     """What the head would hand to an objective, from scores [T, V] of both policies."""
 
     def one(new, old, token):
         new, old = jax.nn.log_softmax(new), jax.nn.log_softmax(old)
-        own, listed = (sparsify(jax.lax.stop_gradient(x), token, max_tokens=kept, mass=1.0) for x in (new, old))
+        own, listed = (
+            sparsify(jax.lax.stop_gradient(x), token, support_size=kept, support_mass=1.0) for x in (new, old)
+        )
         own = own._replace(log_probs=at_tokens(new, own.tokens))
-        on_support = tail_rule(at_tokens(new, listed.tokens), own, listed)
-        return TokenLogProbs(token, jnp.int32(1), new[token], old[token], *on_support, entropy(new))
+        on_support = tail_rule(at_tokens(new, listed.tokens), listed, **give(tail_rule, new=own))
+        return LossInputs(token, jnp.int32(1), new[token], old[token], *on_support, entropy(new))
 
     return jax.vmap(one)(new_scores, old_scores, tokens)
 
@@ -57,7 +60,7 @@ def outside_and_inside() -> tuple[jax.Array, jax.Array]:
 
 @functools.cache
 def gradient_of(objective, **settings):
-    """Jitted gradient [T, V] of the summed loss by the scores of the new policy, with the TokenLosses."""
+    """Jitted gradient [T, V] of the summed loss by the scores of the new policy, with the LossOutputs."""
 
     def total(new_scores, old_scores, advantages, kept, tail_rule=default_tail):
         response = response_of(new_scores, old_scores, kept=kept, tail_rule=tail_rule)
@@ -72,10 +75,11 @@ def policy_gradient(scores, advantages) -> np.ndarray:
     return -np.asarray(advantages)[:, None] * (np.eye(VOCAB)[np.asarray(TOKENS)] - jax.nn.softmax(scores))
 
 
-def held(losses) -> np.ndarray:
-    """The tokens that an objective projected or clipped."""
+def constrained(losses) -> np.ndarray:
+    """The tokens that an objective projected or clipped, which its log says too."""
     (name,) = {'projected', 'clipped'} & losses.logs.keys()
-    return np.asarray(losses.logs[name])
+    np.testing.assert_array_equal(losses.logs[name], losses.constrained)
+    return np.asarray(losses.constrained)
 
 
 @pytest.mark.parametrize('kept', [VOCAB, KEPT, 2])
@@ -94,14 +98,14 @@ def test_on_policy_gradient_is_the_plain_one(objective, settings, tail_rule, kep
     gradient, losses = gradient_of(objective, **settings)(scores, scores, ADVANTAGES, kept, tail_rule)
     np.testing.assert_allclose(losses.loss, -ADVANTAGES, rtol=1e-6)
     np.testing.assert_allclose(gradient, policy_gradient(scores, ADVANTAGES), atol=1e-6)
-    assert not held(losses).any() and np.all(losses.logs.get('regression', 0) == 0)
+    assert not constrained(losses).any() and np.all(losses.logs.get('regression', 0) == 0)
 
 
 def test_zero_advantage_has_no_policy_gradient():
     """Guards groups without a signal: the clip gives exactly nothing, TROLL its regression alone."""
     new, old = outside_and_inside()
     gradient, losses = gradient_of(ppo_clip)(new, old, jnp.zeros(LENGTH), KEPT)
-    assert np.all(gradient == 0) and np.all(losses.loss == 0) and not held(losses).any()
+    assert np.all(gradient == 0) and np.all(losses.loss == 0) and not constrained(losses).any()
     gradient, losses = gradient_of(troll, alpha=0.0)(new, old, jnp.zeros(LENGTH), KEPT)
     assert np.all(gradient == 0) and np.all(losses.loss == 0)
 
@@ -115,7 +119,7 @@ def test_inside_the_region_there_is_no_regression(kept):
     old = policy(0)
     new = old + 0.05 * policy(1)
     gradient, losses = gradient_of(troll)(new, old, jnp.zeros(LENGTH), kept)
-    assert not held(losses).any() and np.all(losses.logs['regression'] == 0)
+    assert not constrained(losses).any() and np.all(losses.logs['regression'] == 0)
     assert np.all(np.asarray(gradient) == 0)
     assert np.all(losses.logs['evaluations'] == 1) and not losses.logs['unconverged'].any()
 
@@ -186,7 +190,7 @@ def test_gradient_of_every_region_and_tail_equals_differences(region, tail_rule)
         gradient, losses = gradient_of(troll, **settings)(new, old, advantages, KEPT, tail_rule)
         loss = lambda x: jnp.sum(troll(response_of(x, old, tail_rule=tail_rule), advantages, **settings).loss)
         expected = central_by_scores(jax.jit(loss), new)
-    assert held(losses).any()
+    assert constrained(losses).any()
     np.testing.assert_allclose(gradient, expected, atol=1e-6)
     assert np.abs(expected).max() > 0.01
 
@@ -198,7 +202,7 @@ def test_a_region_for_the_response_by_its_definition():
     response = response_of(new, old)._replace(segments=segments)
     losses = jax.jit(functools.partial(troll, bound=0.05, alpha=0.5, region=sequence_region))(response, ADVANTAGES)
     result = jax.jit(functools.partial(project_sparse_sequence, bound=0.05))(response.new, response.old, segments)
-    np.testing.assert_array_equal(held(losses), segments > 0)
+    np.testing.assert_array_equal(constrained(losses), segments > 0)
     assert result.weight[0] < 1 and np.all(result.weight[:4] == result.weight[0])
     np.testing.assert_allclose(losses.logs['weight'], result.weight, rtol=1e-5)
     np.testing.assert_allclose(losses.logs['kl_projected'][:4].mean(), 0.05, rtol=1e-3)
@@ -270,10 +274,10 @@ CLIP_TABLE = [
 ]
 
 
-def clip_response(ratios) -> TokenLogProbs:
+def clip_response(ratios) -> LossInputs:
     ratios = jnp.asarray(ratios)
     old = jnp.full(len(ratios), -1.5, ratios.dtype)
-    return TokenLogProbs(
+    return LossInputs(
         jnp.zeros(len(ratios), jnp.int32),
         jnp.ones(len(ratios), jnp.int32),
         old + jnp.log(ratios),
@@ -320,7 +324,7 @@ def test_gradient_of_clip_equals_differences():
         np.testing.assert_allclose(gradient, central_by_scores(total, new), atol=1e-8)
     ratios = np.exp(np.asarray(new - old)[range(LENGTH), TOKENS] - logsumexp(new, axis=1) + logsumexp(old, axis=1))
     assert np.abs(ratios - np.array([[0.8], [1.2]])).min() > 1e-3, 'no token was meant to be at a kink'
-    assert held(losses).any() and not held(losses).all()
+    assert constrained(losses).any() and not constrained(losses).all()
 
 
 # --- ratios, and what objectives do with one --------------------------------------------------------------------------
@@ -369,7 +373,7 @@ def test_dppo_by_hand():
     near = jnp.log(jnp.array([0.55, 0.25, 0.2]))  # 0.05
     tokens = jnp.array([0, 1, 0, 1, 0, 1])
     new = jnp.stack([far] * 4 + [near] * 2)
-    row = TokenLogProbs(
+    row = LossInputs(
         tokens,
         jnp.ones(6, jnp.int32),
         jnp.take_along_axis(new, tokens[:, None], axis=1)[:, 0],
@@ -399,3 +403,4 @@ def test_importance_weighted_by_hand():
     """Guards that nothing holds it back."""
     result = importance_weighted(clip_response([0.2, 9.0]), jnp.array([-1.0, 2.0]))
     np.testing.assert_allclose(result.loss, [0.2, -18], rtol=1e-5)
+    assert not result.constrained.any() and not result.logs

@@ -8,13 +8,13 @@ import gin
 import jax
 import numpy as np
 import pytest
+from experiments.config import parse
 
 import experiments.train
-from experiments.config import parse
 from troll_jax.critic import token_rewards
 from troll_jax.ops.advantages import needs_greedy_reward, needs_values, whiten
 from troll_jax.ops.categorical import entropy
-from troll_jax.ops.losses import ReferenceView, TokenLogProbs
+from troll_jax.ops.losses import LossInputs, ReferenceView
 from troll_jax.ops.regularisers import regularised
 from troll_jax.ops.support import at_tokens, bucket_tail, sparsify
 from troll_jax.rewards.terms import Responses, weigh
@@ -24,18 +24,18 @@ CONFIGS = Path(__file__).parent.parent / 'configs'
 FILES = sorted(CONFIGS.glob('objectives/*.gin'))
 
 # What belongs to a critic or to sampling, and not to a loss: tests/test_learn.py and test_collect.py see these change.
-ELSEWHERE = ('train.critic', 'Critic.', 'critic_adamw.', 'train.max_draws')
+ELSEWHERE = ('Method.critic', 'Critic.', 'critic/adamw.', 'Sampling.max_draws')
 
 # What takes the place of each choice; the second if the first is what the file has.
 OTHERS = {
-    'train.objective': ('@importance_weighted', '@cispo'),
-    'train.aggregation': ('@sequence_mean', '@token_mean'),
-    'train.estimator': ('@mean_centred', '@group_normalised'),
-    'train.tail_rule': ('@default_tail',),
-    'train.rewards': ("[('task', 1.0, @task_reward)]",),
+    'Method.objective': ('@importance_weighted', '@cispo'),
+    'Method.aggregation': ('@sequence_mean', '@token_mean'),
+    'Method.advantages': ('@mean_centred', '@group_normalised'),
+    'Method.tail_rule': ('@default_tail',),
+    'Method.rewards': ("[('task', 1.0, @task_reward)]",),
     'kl_to_reference.estimator': ('@k1',),
-    'train.regularisers': ('[]',),
-    'train.whiten_advantages': ('False',),
+    'Method.regularisers': ('[]',),
+    'Method.whiten_advantages': ('False',),
     'troll.ratio': ('@token_ratio',),
     'troll.region': ('@token_region',),
     'ppo_clip.ratio': ('@token_ratio',),
@@ -85,14 +85,14 @@ def token_losses() -> np.ndarray:
 
 
 @partial(jax.jit, static_argnums=0)
-def row_of(tail_rule) -> TokenLogProbs:
+def row_of(tail_rule) -> LossInputs:
     def one(new, old, reference, token, segment):
         new, old, reference = (jax.nn.log_softmax(x) for x in (new, old, reference))
-        own, listed = (sparsify(x, token, max_tokens=KEPT, mass=1.0) for x in (new, old))
+        own, listed = (sparsify(x, token, support_size=KEPT, support_mass=1.0) for x in (new, old))
         on_support = tail_rule(at_tokens(new, listed.tokens), own, listed)
-        at_old = SparseLogProbs(listed.tokens, at_tokens(reference, listed.tokens))
-        view = ReferenceView(reference[token], *bucket_tail(at_tokens(new, listed.tokens), None, at_old))
-        return TokenLogProbs(token, segment, new[token], old[token], *on_support, entropy(new), view)
+        on_old_support = SparseLogProbs(listed.tokens, at_tokens(reference, listed.tokens))
+        view = ReferenceView(reference[token], *bucket_tail(at_tokens(new, listed.tokens), None, on_old_support))
+        return LossInputs(token, segment, new[token], old[token], *on_support, entropy(new), view)
 
     return jax.vmap(one)(NEW, OLD, REFERENCE, TOKENS, SEGMENTS)
 
@@ -109,7 +109,7 @@ def test_every_binding_changes_the_loss(file):
     task = CONFIGS / 'quickstart.gin'
     parse([file])
     bindings = [line.split(' = ') for line in gin.config_str().splitlines() if ' = ' in line]
-    assert {'train.objective', 'train.aggregation', 'train.estimator'} <= {name for name, _ in bindings}
+    assert {'Method.objective', 'Method.aggregation', 'Method.advantages'} <= {name for name, _ in bindings}
     gin.clear_config()
     parse([task, file])
     expected = token_losses()

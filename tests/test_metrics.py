@@ -35,7 +35,7 @@ def events(file) -> list[Event]:
 
 
 def table(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / 'held_tokens.jsonl').read_text().splitlines()]
+    return [json.loads(line) for line in (folder / 'constrained_tokens.jsonl').read_text().splitlines()]
 
 
 def scalars(found: list[Event]) -> list[tuple[int, str, float]]:
@@ -107,7 +107,7 @@ def test_half_a_character_is_removed(tmp_path):
     """Guards against a table of tokens that a crash cut within a character, and that no start could read again."""
     with MetricsWriter(tmp_path) as metrics:
         metrics.write_table(1, [{'text': 'é', 'held': 1, 'seen': 2}])
-    path = tmp_path / 'held_tokens.jsonl'
+    path = tmp_path / 'constrained_tokens.jsonl'
     path.write_bytes(path.read_bytes() + '{"step": 2, "tokens": [{"text": "é'.encode()[:-1])
     with MetricsWriter(tmp_path, resume_after=1) as metrics:
         metrics.write_table(2, [{'text': 'ö', 'held': 1, 'seen': 2}])
@@ -154,7 +154,7 @@ def test_tables_are_json_and_follow_a_resumed_run(tmp_path):
     (file,) = (tmp_path / 'tensorboard').iterdir()
     texts = [value.tensor.string_val[0].decode() for event in events(file) for value in event.summary.value]
     assert texts[0].splitlines() == ['- ' + repr('ü\n"') + ' 2 of 5', "- '数' 1 of 1"]
-    with (tmp_path / 'held_tokens.jsonl').open('a') as file:
+    with (tmp_path / 'constrained_tokens.jsonl').open('a') as file:
         file.write('{"step": 9, "tok')
     with MetricsWriter(tmp_path, resume_after=4) as metrics:
         metrics.write_table(6, rows[:1])

@@ -14,7 +14,7 @@ import pytest
 from troll_jax.ops import losses
 from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import (
-    TokenLogProbs,
+    LossInputs,
     cispo,
     dppo,
     importance_weighted,
@@ -23,6 +23,7 @@ from troll_jax.ops.losses import (
     sequence_region,
     troll,
 )
+from troll_jax.ops.needs import give
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.regularisers import kl_to_old, regularised
 from troll_jax.ops.support import at_tokens, bucket_tail, default_tail, sparsify
@@ -75,15 +76,17 @@ OLD = normal(0)
 NEW = OLD + np.array([0.1, 0.05, 0.3, 1.0, 1.0, 0.1, 1.4, 0.02, 0.6, 1.0, 1.0])[:, None] * normal(8)
 
 
-def row_of(new_scores, old_scores, tail_rule) -> TokenLogProbs:
+def row_of(new_scores, old_scores, tail_rule) -> LossInputs:
     """What an update would hand to an objective, from scores [T, V] of both policies."""
 
     def one(new, old, token, segment):
         new, old = jax.nn.log_softmax(new), jax.nn.log_softmax(old)
-        own, listed = (sparsify(jax.lax.stop_gradient(x), token, max_tokens=KEPT, mass=1.0) for x in (new, old))
+        own, listed = (
+            sparsify(jax.lax.stop_gradient(x), token, support_size=KEPT, support_mass=1.0) for x in (new, old)
+        )
         own = own._replace(log_probs=at_tokens(new, own.tokens))
-        on_support = tail_rule(at_tokens(new, listed.tokens), own, listed)
-        return TokenLogProbs(token, segment, new[token], old[token], *on_support, entropy(new))
+        on_support = tail_rule(at_tokens(new, listed.tokens), listed, **give(tail_rule, new=own))
+        return LossInputs(token, segment, new[token], old[token], *on_support, entropy(new))
 
     return jax.vmap(one)(new_scores, old_scores, jnp.asarray(TOKENS), jnp.asarray(SEGMENTS))
 
@@ -111,7 +114,7 @@ class StopGradients:
 
 @functools.cache
 def gradient_of(name: str, tail_rule):
-    """The program that tests here share: gradient [T, V] by the new scores, the TokenLosses, what is held fixed."""
+    """The program that tests here share: gradient [T, V] by the new scores, the LossOutputs, what is held fixed."""
     objective = OBJECTIVES[name][0]
 
     def total(new_scores, old_scores, advantages):
@@ -150,6 +153,7 @@ def test_on_policy_gradient_is_the_plain_one(name, tail_rule):
     gradient, (result, _) = gradient_of(name, tail_rule)(OLD, OLD, ADVANTAGES)
     expected = -ADVANTAGES[:, None] * (np.eye(VOCAB)[TOKENS] - jax.nn.softmax(OLD))
     np.testing.assert_allclose(gradient, np.where(INSIDE[:, None], expected, 0), atol=1e-12)
+    assert not np.any(result.constrained)
     for log in ('projected', 'clipped'):
         assert not np.any(result.logs.get(log, False))
 
@@ -171,8 +175,11 @@ def test_responses_do_not_touch_each_other(name, tail_rule):
 def test_gradient_equals_differences(name, tail_rule):
     """Guards every factor of the loss, with what an objective holds fixed held fixed, at tokens of both kinds."""
     gradient, (result, fixed) = gradient_of(name, tail_rule)(NEW, OLD, ADVANTAGES)
-    for log in {'projected', 'clipped'} & result.logs.keys():
-        assert 0 < np.sum(result.logs[log][INSIDE]) < np.sum(INSIDE), 'some tokens were meant to be held, not all'
+    logged = {'projected', 'clipped'} & result.logs.keys()
+    assert bool(logged) == bool(np.any(result.constrained))
+    for log in logged:
+        np.testing.assert_array_equal(result.logs[log], result.constrained)
+        assert 0 < np.sum(result.constrained[INSIDE]) < np.sum(INSIDE), 'some tokens were meant to be held, not all'
     objective, step = OBJECTIVES[name][0], 1e-5
 
     @jax.jit

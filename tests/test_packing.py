@@ -68,17 +68,17 @@ def test_every_token_is_there_once(shape):
             np.testing.assert_array_equal(pick(batch.tokens), data.tokens[r, : start + length])
             np.testing.assert_array_equal(pick(batch.positions), np.arange(start + length))
             for got, expected in [
-                (batch.weights, np.full(length, weights[r])),
+                (batch.loss_weights, np.full(length, weights[r])),
                 (batch.advantages, np.full(length, advantages[r])),
                 (batch.old_log_probs, data.log_probs[r, :length]),
                 (batch.old.tokens, data.support.tokens[r, :length]),
                 (batch.old.log_probs, data.support.log_probs[r, :length]),
             ]:
                 np.testing.assert_array_equal(pick(got)[start:], expected)
-            assert np.all(pick(batch.weights)[:start] == 0) and np.all(pick(batch.old.tokens)[:start] == -1)
+            assert np.all(pick(batch.loss_weights)[:start] == 0) and np.all(pick(batch.old.tokens)[:start] == -1)
     assert found == set(range(21))
     empty = batch.segment_ids == 0
-    assert np.all(batch.tokens[empty] == 0) and np.all(batch.weights[empty] == 0)
+    assert np.all(batch.tokens[empty] == 0) and np.all(batch.loss_weights[empty] == 0)
     assert (~empty).sum() == (data.prompt_lengths + data.response_lengths).sum()
     used = np.any(~empty, axis=(1, 2))
     assert np.all(used == (np.arange(shape.micro_batches) < used.sum())), 'empty micro-batches were meant to come last'
@@ -100,7 +100,7 @@ def test_a_weight_of_zero_is_not_learnt_from():
     data = rollout([[2, 3], [1, 4]])
     weights = np.array([0, 0.5], np.float32)
     batch = make_batch(data, np.ones(2, np.float32), weights, make_layout(data, BatchShape(1, 1, 16)))
-    assert np.sum(batch.weights > 0) == 4
+    assert np.sum(batch.loss_weights > 0) == 4
 
 
 @pytest.mark.parametrize('seed', range(3))

@@ -9,13 +9,13 @@ import itertools
 import re
 from pathlib import Path
 
+import experiments.config
 import gin
 import numpy as np
 import pytest
-
-import experiments.config
-import experiments.train
 from experiments.config import Experiment, parse
+
+import experiments.train
 from troll_jax.data.prompts import PromptSet
 from troll_jax.data.tokenizer import character_tokenizer
 
@@ -115,7 +115,7 @@ def test_a_models_file_says_nothing_of_the_task(file):
     parse([file])
     names = [line.split(' =')[0] for line in gin.config_str().splitlines() if ' = ' in line]
     allowed = {'Experiment.model', 'Experiment.template_arguments', 'Experiment.chat_template_from'}
-    assert set(names) <= allowed | {'Experiment.remat', 'train.slots', 'train.head_chunk'}
+    assert set(names) <= allowed | {'Compute.remat', 'Compute.slots', 'Compute.head_chunk'}
 
 
 def test_every_experiment_is_complete():
@@ -126,7 +126,7 @@ def test_every_experiment_is_complete():
     ]
     for files in EXPERIMENTS:
         gin.clear_config()
-        experiment = read(files, "train.run_dir = 'unused'")
+        experiment = read(files, "Run.folder = 'unused'")
         for name in required:
             gin.query_parameter(f'train.{name}')  # raises if it is not bound
         assert experiment.decoder_config().remat == 'full'
@@ -134,7 +134,7 @@ def test_every_experiment_is_complete():
         assert lengths == ((512, 2048) if files[0] == 'data/gsm8k' else (2048, 4096))
         changed = {'ablations/bound_0_01': [0.01, 64], 'ablations/bound_0_25': [0.25, 64]}
         changed |= {'ablations/tokens_256': [0.05, 256], 'ablations/tokens_16': [0.05, 16]}
-        values = [gin.query_parameter(name) for name in ('troll.bound', 'train.max_tokens')]
+        values = [gin.query_parameter(name) for name in ('troll.bound', 'Sampling.support_size')]
         assert values == changed.get(files[-1], [0.05, 64])
 
 
@@ -149,7 +149,7 @@ def stop(*_, **__):
 @pytest.mark.parametrize('files', TRACED, ids=named)
 def test_it_trains_up_to_the_weights(files, tmp_path, monkeypatch):
     """Guards files that rot: sizes that do not go together, and programs that cannot be built for the real model."""
-    experiment = read(files, f"train.run_dir = '{tmp_path}'")
+    experiment = read(files, f"Run.folder = '{tmp_path}'")
     with gin.unlock_config():
         gin.bind_parameter(f'{type(experiment.task).__name__}.deadline', None)  # no grading workers
     n = 2048

@@ -10,14 +10,10 @@ import gin
 import jax
 import jax.numpy as jnp
 import pytest
+from experiments.config import parse
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 from tiny import CUDNN, decoder_config
-
-from experiments.config import parse
-from experiments.plan import examine, plan, print_table
-from troll_jax.models.attention import cudnn_attention, splash_attention
-from troll_jax.models.pages import Pages, TokenPages, response_pages
 from troll_jax.planning import (
     CHIPS,
     Chip,
@@ -29,6 +25,10 @@ from troll_jax.planning import (
     program_cost,
     roofline,
 )
+
+from experiments.plan import examine, plan, print_table
+from troll_jax.models.attention import cudnn_attention, splash_attention
+from troll_jax.models.paged_cache import Pages, TokenPages, response_pages
 from troll_jax.sharding import make_mesh, named_sharding
 
 REPOSITORY = Path(__file__).parent.parent
@@ -157,12 +157,12 @@ def test_a_real_plan(tmp_path):
         f'Experiment.model = "{tmp_path}"',
         'Experiment.max_response_length = 32',
         'Experiment.max_prompt_length = 32',
-        'train.micro_batch_tokens = 256',
-        'train.minibatch_prompts = 4',
-        'train.prompts_per_step = 4',
-        'train.max_tokens = 8',
+        'Compute.micro_batch_tokens = 256',
+        'Method.minibatch_prompts = 4',
+        'Sampling.prompts_per_step = 4',
+        'Sampling.support_size = 8',
     ]
-    bindings.append('Experiment.attention = "xla"')  # cuDNN is large, and its attention needs it to compile
+    bindings.append('Compute.attention = "xla"')  # cuDNN is large, and its attention needs it to compile
     command = [sys.executable, '-m', 'experiments.plan', '--json', '--topology', 'v5e:2x2', 'h100:4']
     command += ['configs/qwen3_0_6b_gsm8k_troll.gin', *bindings]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
@@ -210,7 +210,7 @@ def test_a_task_without_a_method_is_an_error(request):
     request.addfinalizer(gin.clear_config)
     files = ['configs/data/gsm8k.gin', 'configs/models/qwen3_0_6b.gin']
     parse([REPOSITORY / file for file in files], ["Experiment.model = 'configs/models/qwen3-0.6b'"])
-    with pytest.raises(ValueError, match='a plan needs train.objective; bind each'):
+    with pytest.raises(ValueError, match='a plan needs Method.objective; bind each'):
         plan('v5e:2x2')
 
 
@@ -242,7 +242,7 @@ def test_without_cudnn_the_error_says_how_to_get_it():
     """Guards the second thing that such a user meets."""
     parse([REPOSITORY / 'configs/qwen3_0_6b_gsm8k_troll.gin'], ["Experiment.model = 'configs/models/qwen3-0.6b'"])
     with pytest.raises(
-        ValueError, match=r"pip install --no-deps nvidia-cudnn-cu13, or bind Experiment.attention = 'xla'"
+        ValueError, match=r"pip install --no-deps nvidia-cudnn-cu13, or bind Compute.attention = 'xla'"
     ):
         plan('h100:1')
 

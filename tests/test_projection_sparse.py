@@ -112,7 +112,7 @@ def project_kept(new, old, bounds, kept, tail_rule):
 
     def one(new, old, bound):
         token = jnp.argmax(old)
-        own, listed = (sparsify(x, token, max_tokens=kept, mass=1.0) for x in (new, old))
+        own, listed = (sparsify(x, token, support_size=kept, support_mass=1.0) for x in (new, old))
         sides = tail_rule(at_tokens(new, listed.tokens), own, listed)
         return sides[0].tokens, project_sparse(*sides, bound=bound).log_probs, listed.tokens
 

@@ -9,11 +9,11 @@ import gin
 import jax
 import numpy as np
 import pytest
+from experiments.config import parse, register
+from experiments.replay_report import draw, report
 from tiny import save_qwen3
 
-from experiments.config import parse, register
 from experiments.replay import find_methods, replay
-from experiments.replay_report import draw, report
 from experiments.train import train
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
 from troll_jax.data.tokenizer import character_tokenizer
@@ -49,21 +49,21 @@ def run(tmp_path_factory) -> Path:
         'Experiment.task = @StartsLow()',
         'Experiment.max_prompt_length = 4',
         'Experiment.max_response_length = 3',
-        "Experiment.compute_dtype = 'bfloat16'",
+        "Compute.dtype = 'bfloat16'",
         'StartsLow.operands = 2',
         'StartsLow.train_size = 60',
         'StartsLow.test_size = 10',
-        f'train.run_dir = {str(folder / "run")!r}',
-        'train.steps = 2',
-        'train.prompts_per_step = 16',
-        'train.samples_per_prompt = 4',
-        'train.minibatch_prompts = 4',
-        'train.evaluate_every = 0',
-        'train.checkpoint_every = 1',
-        'train.keep_checkpoints = 1',
-        'train.save_rollout_every = 1',
-        "train.old_policy = 'recompute'",
-        'train.head_chunk = 40',
+        f'Run.folder = {str(folder / "run")!r}',
+        'Run.steps = 2',
+        'Sampling.prompts_per_step = 16',
+        'Sampling.samples_per_prompt = 4',
+        'Method.minibatch_prompts = 4',
+        'Run.evaluate_every = 0',
+        'Run.checkpoint_every = 1',
+        'Run.keep_checkpoints = 1',
+        'Run.save_rollout_every = 1',
+        "Method.old_policy = 'recompute'",
+        'Compute.head_chunk = 40',
         'adamw.learning_rate = 0.02',
     ]
     parse([CONFIGS / 'quickstart.gin', CONFIGS / 'objectives/troll.gin'], bindings)
@@ -114,7 +114,7 @@ def test_a_batch_that_breaks_some_objectives_is_explained(run, tmp_path):
     The log-probability that was recorded of one token is not a number. TROLL reads its distribution instead.
     """
     batch = load_batches(run / 'rollouts/1.npz').batches[0]
-    where = tuple(np.argwhere((batch.weights > 0) & (batch.advantages != 0))[3])
+    where = tuple(np.argwhere((batch.loss_weights > 0) & (batch.advantages != 0))[3])
     batch.old_log_probs[where] = np.nan
     save_batches(tmp_path / 'broken.npz', [batch], step=7)  # of which there is no checkpoint
     result = replay(run, objectives=['clip'], batch=tmp_path / 'broken.npz')
@@ -145,7 +145,7 @@ def test_methods_are_their_files_alone():
     files = [CONFIGS / 'quickstart.gin', CONFIGS / 'objectives/gspo.gin']
     parse(
         files,
-        ['train.tail_rule = @bucket_tail', 'train.regularisers = [@entropy_bonus]', 'entropy_bonus.coefficient = 1'],
+        ['Method.tail_rule = @bucket_tail', 'Method.regularisers = [@entropy_bonus]', 'entropy_bonus.coefficient = 1'],
     )
     methods = {method.name: method for method in find_methods(['clip', 'rloo', 'dr_grpo', 'gspo'], [])}
     assert [(name, method.same) for name, method in methods.items()] == [
@@ -154,10 +154,10 @@ def test_methods_are_their_files_alone():
         ('gspo', []),
         ('run', []),  # it has a regulariser
     ]
-    tail = 'train.tail_rule = @bucket_tail'
-    assert methods['importance_weighted'].bindings == {'train.objective = @importance_weighted', tail}
+    tail = 'Method.tail_rule = @bucket_tail'
+    assert methods['importance_weighted'].bindings == {'Method.objective = @importance_weighted', tail}
     assert methods['clip'].bindings == {
-        'train.objective = @ppo_clip',
+        'Method.objective = @ppo_clip',
         'ppo_clip.lower = 0.2',
         'ppo_clip.upper = 0.2',
         'ppo_clip.dual = 10.0',
@@ -183,7 +183,7 @@ def test_errors_say_what_there_is(run):
         with pytest.raises(ValueError, match=message):
             replay(run, **arguments)
     gin.clear_config()
-    parse([CONFIGS / 'quickstart_troll.gin'], ['train.save_rollout_every = 30'])
+    parse([CONFIGS / 'quickstart_troll.gin'], ['Run.save_rollout_every = 30'])
     with pytest.raises(ValueError, match='save_rollout_every = 30 must be a multiple of checkpoint_every = 25'):
         train()
 
@@ -218,7 +218,10 @@ def test_what_is_saved_is_loaded(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r'0/advantages.*which a Batch does not have'):
         load_batches(tmp_path / 'rollouts/11.npz')
     first = batches[0]
-    later = [LaterBatch(first.tokens, first.old), LaterBatch(first.tokens, first.old, first.weights, batches[1].old)]
+    later = [
+        LaterBatch(first.tokens, first.old),
+        LaterBatch(first.tokens, first.old, first.loss_weights, batches[1].old),
+    ]
     save_batches(tmp_path / 'later.npz', later, step=0)
     loaded = load_batches(tmp_path / 'later.npz').batches
     assert jax.tree.structure(loaded) == jax.tree.structure(later)

@@ -9,15 +9,14 @@ import subprocess
 import sys
 import time
 
-import gin
 import jax
 import pytest
 from faults.runs import everything
 from loop import ARITHMETIC, HASH, REPOSITORY, SMALL, assert_same, run, saved, two_kv_heads, without_times
 
-from experiments.config import parse
 from experiments.evaluate import evaluation
 from experiments.export import export
+from experiments.plumbing.gin_files import Config
 from experiments.replay import replay
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.metrics import read_metrics
@@ -25,11 +24,11 @@ from troll_jax.models.hf_weights import load_config
 
 # All that a state can hold: a critic, a reference model that is replaced after the resume, draws that are not steps.
 STATEFUL = [
-    'train.regularisers = [@kl_to_reference]',
+    'Method.regularisers = [@kl_to_reference]',
     'kl_to_reference.coefficient = 0.01',
-    'train.refresh_reference_every = 3',
-    'train.max_draws = 2',
-    'train.keep_best = True',
+    'Method.refresh_reference_every = 3',
+    'Sampling.max_draws = 2',
+    'Run.keep_best = True',
 ]
 
 
@@ -39,10 +38,10 @@ def test_resuming_equals_not_stopping(tmp_path, model, method, bindings):
 
     And against a best checkpoint that is chosen by another number than the log's.
     """
-    settings = {'method': method, 'task': [*HASH, 'train.evaluate_every = 2']}
+    settings = {'method': method, 'task': [*HASH, 'Run.evaluate_every = 2']}
     whole = run(tmp_path / 'whole', model, *bindings, **settings)
     assert all(row['update/gradient_norm'] > 1e-6 for row in whole[1:]), 'every step was meant to teach something'
-    run(tmp_path / 'parts', model, *bindings, 'train.steps = 2', **settings)
+    run(tmp_path / 'parts', model, *bindings, 'Run.steps = 2', **settings)
     parts = run(tmp_path / 'parts', model, *bindings, **settings)
     assert [row['step'] for row in parts] == [0, 1, 2, 3, 4]
     assert without_times(parts) == without_times(whole)
@@ -61,9 +60,9 @@ ADAPTIVE = [
     'adaptive_bound.target = 0.1',
     'adaptive_bound.gain = 5.0',
     'troll.region = @sequence_region',
-    'train.tail_rule = @bucket_tail',
-    'train.max_tokens = 8',
-    'train.table_every = 1',
+    'Method.tail_rule = @bucket_tail',
+    'Sampling.support_size = 8',
+    'Run.table_every = 1',
 ]
 
 
@@ -80,47 +79,47 @@ def test_a_lost_checkpoint_repeats_its_steps(tmp_path, model):
     again = run(tmp_path / 'crashed', model, *ADAPTIVE, task=HASH)
     assert without_times(again) == without_times(whole)
     assert_same(saved(tmp_path / 'crashed', 4), saved(tmp_path / 'whole', 4))
-    tables = [(tmp_path / name / 'held_tokens.jsonl').read_text() for name in ('crashed', 'whole')]
+    tables = [(tmp_path / name / 'constrained_tokens.jsonl').read_text() for name in ('crashed', 'whole')]
     assert tables[0] == tables[1] and tables[0].count('\n') == 4
 
 
 def test_another_model_in_the_run_folder_is_an_error(tmp_path, model):
     """Guards against a run that goes on from the checkpoint of another model, even if it is told to go on."""
-    run(tmp_path / 'run', model, 'train.steps = 2')
+    run(tmp_path / 'run', model, 'Run.steps = 2')
     other = two_kv_heads(tmp_path / 'other')
     with pytest.raises(ValueError, match=r'(?s)Experiment.model: .*\ntokenizer: '):
         run(tmp_path / 'run', other)
     with pytest.raises(ValueError, match=r'another model or optimizer: .*embedding is \(17, 16\), expected \(18, 16\)'):
-        run(tmp_path / 'run', other, 'train.on_change = "go on"')
+        run(tmp_path / 'run', other, 'Run.on_change = "resume"')
     assert load_config(tmp_path / 'run/model').vocab_size == 17
 
 
 def test_a_change_stops_a_run_unless_it_is_told_to_go_on(tmp_path, model, caplog):
     """Guards against a run that changes its method or its data half way unseen, whose first half has lost its
     configuration, or that is stopped by what changes nothing, such as its length."""
-    run(tmp_path, model, 'train.steps = 2')
+    run(tmp_path, model, 'Run.steps = 2')
     changed = ['troll.bound = 0.5', 'Arithmetic.train_size = 61']
     with pytest.raises(ValueError, match=r'to step 2 .*\nArithmetic.train_size: 60 → 61\n') as error:
-        run(tmp_path, model, 'train.steps = 3', *changed)
+        run(tmp_path, model, 'Run.steps = 3', *changed)
     assert re.search(r'\ntrain data: \w+ → \w+\ntroll.bound: 0.05 → 0.5\n', str(error.value))
-    assert 'train.steps' not in str(error.value) and 'bound = 0.05' in (tmp_path / 'config.gin').read_text()
-    assert [row['step'] for row in run(tmp_path, model, 'train.steps = 3', 'train.slots = 16')] == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="'go on'.*got 'goon'"):
-        run(tmp_path, model, 'train.on_change = "goon"')
-    rows = run(tmp_path, model, 'train.steps = 4', 'train.on_change = "go on"', *changed)
+    assert 'Run.steps' not in str(error.value) and 'bound = 0.05' in (tmp_path / 'config.gin').read_text()
+    assert [row['step'] for row in run(tmp_path, model, 'Run.steps = 3', 'Compute.slots = 16')] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="'resume'.*got 'goon'"):
+        run(tmp_path, model, 'Run.on_change = "goon"')
+    rows = run(tmp_path, model, 'Run.steps = 4', 'Run.on_change = "resume"', *changed)
     assert [row['step'] for row in rows] == [0, 1, 2, 3, 4]
     assert 'bound = 0.05' in (tmp_path / 'config_until_3.gin').read_text()
     assert 'bound = 0.5\n' in (tmp_path / 'config.gin').read_text()
     assert 'troll.bound: 0.05 → 0.5' in caplog.text
-    run(tmp_path, model, 'train.steps = 4', *changed)  # what it was changed to is now its setup
+    run(tmp_path, model, 'Run.steps = 4', *changed)  # what it was changed to is now its setup
 
 
-INFINITE = ['train.regularisers = [@entropy_bonus]', 'entropy_bonus.coefficient = 1e39']  # in float32
+INFINITE = ['Method.regularisers = [@entropy_bonus]', 'entropy_bonus.coefficient = 1e39']  # in float32
 
 
 def test_gradients_that_stay_infinite_end_the_run(tmp_path, model):
     """Guards against a run that learns nothing for days, and a failure of which nothing is left to be looked into."""
-    settings = [*INFINITE, 'train.max_skipped = 3', 'train.checkpoint_every = 4', 'train.evaluate_every = 0']
+    settings = [*INFINITE, 'Run.max_skipped = 3', 'Run.checkpoint_every = 4', 'Run.evaluate_every = 0']
     with pytest.raises(FloatingPointError, match=r'step 3: .* 3 steps in a row .* as of step 2.*rollouts/2.npz'):
         run(tmp_path, model, *settings)
     assert [row['update/skipped'] for row in read_metrics(tmp_path / 'metrics.jsonl')] == [1, 1, 1]
@@ -137,21 +136,19 @@ def test_gradients_that_stay_infinite_end_the_run(tmp_path, model):
 def test_the_first_nan_ends_a_run_that_looks_for_it(tmp_path, model):
     """Guards a binding that nothing reads."""
     with pytest.raises(FloatingPointError, match='nan'):
-        run(tmp_path, model, *INFINITE, 'train.debug_nans = True')
+        run(tmp_path, model, *INFINITE, 'Run.debug_nans = True')
     assert not jax.config.jax_debug_nans
 
 
 def test_checkpoints_may_lie_elsewhere(tmp_path, model):
     """Guards a bucket for checkpoints: resuming, evaluation and export look for them where the run put them."""
-    elsewhere = f"train.checkpoint_dir = '{tmp_path / 'bucket'}'"
-    run(tmp_path / 'run', model, elsewhere, 'train.steps = 1', 'train.checkpoint_every = 1')
-    rows = run(tmp_path / 'run', model, elsewhere, 'train.steps = 2')
+    elsewhere = f"Run.checkpoint_folder = '{tmp_path / 'bucket'}'"
+    run(tmp_path / 'run', model, elsewhere, 'Run.steps = 1', 'Run.checkpoint_every = 1')
+    rows = run(tmp_path / 'run', model, elsewhere, 'Run.steps = 2')
     assert [row['step'] for row in rows] == [0, 1, 2]
     assert not (tmp_path / 'run/checkpoints').exists() and (tmp_path / 'bucket/checkpoints/2').is_dir()
-    gin.clear_config()
-    parse([tmp_path / 'run/config.gin'])
     assert export(str(tmp_path / 'run'), str(tmp_path / 'exported')) == 2
-    assert evaluation(str(tmp_path / 'run'))['test']['step'] == 2
+    assert evaluation(str(tmp_path / 'run'), Config([tmp_path / 'run/config.gin']))['test']['step'] == 2
 
 
 def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path, model):
@@ -159,12 +156,12 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path, model):
     bindings = [
         *SMALL,
         *ARITHMETIC,
-        f"train.run_dir = '{tmp_path}'",
+        f"Run.folder = '{tmp_path}'",
         f"Experiment.model = '{model}'",
-        'train.checkpoint_every = 1000',
+        'Run.checkpoint_every = 1000',
     ]
     command = [sys.executable, '-m', 'experiments.train', 'configs/quickstart_troll.gin', *bindings]
-    process = subprocess.Popen([*command, 'train.steps = 100000'], cwd=REPOSITORY, env=dict(os.environ))
+    process = subprocess.Popen([*command, 'Run.steps = 100000'], cwd=REPOSITORY, env=dict(os.environ))
     try:
         deadline = time.monotonic() + 300
         path = tmp_path / 'metrics.jsonl'
@@ -178,5 +175,5 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path, model):
     last = read_metrics(path)[-1]['step']
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == [last]
-    rows = run(tmp_path, model, f'train.steps = {last + 1}')
+    rows = run(tmp_path, model, f'Run.steps = {last + 1}')
     assert [row['step'] for row in rows] == list(range(last + 2))

@@ -22,8 +22,9 @@ from troll_jax.ops.losses import ppo_clip
 from troll_jax.ops.support import default_tail
 from troll_jax.packing import batch_shape, make_batch, make_layout
 from troll_jax.rollout import _uniform, make_sampler
+from troll_jax.scheduler import enqueue, idle_state
+from troll_jax.score import Scoring
 from troll_jax.sharding import make_mesh, named_sharding
-from troll_jax.slots import enqueue, idle_state
 from troll_jax.types import START, Prompts, TrainState
 from troll_jax.update import make_update
 
@@ -60,8 +61,8 @@ def sampler(temperature=1.0, stop=(NEVER,), group=GROUP, **changes):
         max_response_length=RESPONSE,
         temperature=temperature,
         stop_tokens=stop,
-        max_tokens=KEPT,
-        mass=MASS,
+        support_size=KEPT,
+        support_mass=MASS,
         **changes,
     )
 
@@ -123,15 +124,7 @@ def test_record_equals_the_forward_pass_of_training(temperature):
 def test_update_finds_the_policy_unchanged():
     """Guards the whole way from sampler to update: divergence and log-ratio of a policy from itself."""
     result = rollout()
-    update = make_update(
-        CONFIG,
-        optax.sgd(0.0),
-        objective=ppo_clip,
-        temperature=1.0,
-        tail_rule=default_tail,
-        max_tokens=KEPT,
-        mass=MASS,
-    )
+    update = make_update(CONFIG, optax.sgd(0.0), ppo_clip, Scoring(1.0, default_tail, KEPT, MASS))
     params = jax.tree.map(jnp.copy, policy_params())
     count = len(result.tokens)
     weights = np.full(count, 1 / result.response_lengths.sum(), np.float32)
@@ -201,7 +194,7 @@ def test_loop_ends_with_the_last_response():
     free = responses(rollout())
     stop = tuple(sorted({tokens[1] for tokens in free}))
     result = rollout(stop=stop)
-    assert result.stopped.all() and result.work.steps == result.response_lengths.max() <= 2
+    assert result.stopped.all() and result.stats.steps == result.response_lengths.max() <= 2
     decoded = np.arange(RESPONSE)[None] < result.response_lengths[:, None]
     np.testing.assert_array_equal(result.entropy > 0, decoded)
 
@@ -230,8 +223,8 @@ def test_first_tokens_follow_the_policy():
         max_response_length=1,
         temperature=1.0,
         stop_tokens=(NEVER,),
-        max_tokens=KEPT,
-        mass=MASS,
+        support_size=KEPT,
+        support_mass=MASS,
     )
     prompts = jax.tree.map(lambda x: x[:1], some_prompts())
     result = many(policy_params(), prompts, keys_of(1))
@@ -267,16 +260,16 @@ def steps_of_a_queue(lengths, slots: int) -> int:
 
 
 def test_slots_change_nothing_and_are_never_empty():
-    """Guards what a slot could keep of its last response; and against slots that wait for others, or for a prefill.
+    """Guards against state of a slot's last response, and against slots that wait for others, or for a prefill.
 
     5 slots take 24 requests in turn, prompts of up to 5 tokens in chunks of 2.
     """
     run = sampler(stop=two_stops(), slots=5, prefill_chunk=2)
     result = jax.tree.map(np.asarray, run(policy_params(), some_prompts(8), keys_of(8), NO_LIMITS))
     assert_same_responses(result, many())
-    assert result.work.slots == 5 and many().work.slots == 24
-    assert result.work.steps == steps_of_a_queue(result.response_lengths, 5)
-    assert many().work.steps == many().response_lengths.max()
+    assert result.stats.slots == 5 and many().stats.slots == 24
+    assert result.stats.steps == steps_of_a_queue(result.response_lengths, 5)
+    assert many().stats.steps == many().response_lengths.max()
 
 
 def test_order_and_company_change_nothing():
@@ -301,20 +294,18 @@ def test_prompts_wait_for_places():
     np.testing.assert_array_equal(result.response_lengths, limits)
     whole = jax.tree.map(np.asarray, run(policy_params(), prompts, keys, jnp.full_like(limits, RESPONSE)))
     assert responses(result) == [row[:limit] for row, limit in zip(responses(whole), limits, strict=True)]
-    assert steps_of_a_queue(limits, 8) <= result.work.steps <= 11 * RESPONSE and result.work.prefills == 11
+    assert steps_of_a_queue(limits, 8) <= result.stats.steps <= 11 * RESPONSE and result.stats.prefills == 11
 
 
 def test_a_prompt_is_in_memory_once():
-    """Guards against a cache of prompts that grows with the samples of each."""
+    """Guards against a KV cache of prompts that grows with the samples of each."""
     sizes = []
     for group in (1, 7):
         prompts = jax.eval_shape(some_prompts)
         requests = jax.eval_shape(
-            functools.partial(enqueue, limits=None, shards=1, group=group, room=RESPONSE, chunk=2), prompts, keys_of()
+            lambda prompts, keys, group=group: enqueue(prompts, keys, None, 1, group, RESPONSE, 2), prompts, keys_of()
         )
-        sizes.append(
-            jax.eval_shape(lambda r, g=group: idle_state(CONFIG, r, None, g, RESPONSE, KEPT), requests).prompts
-        )
+        sizes.append(jax.eval_shape(lambda r: idle_state(CONFIG, r, None, RESPONSE, KEPT), requests).prompts)
     assert sizes[0] == sizes[1] and sizes[0].k.shape == (2, 1, 4, 2, 6, 6)
 
 
@@ -347,8 +338,8 @@ def test_greedy_tokens_equal_those_of_transformers(architecture, tmp_path):
         max_response_length=room,
         temperature=0.0,
         stop_tokens=stop,
-        max_tokens=1,
-        mass=1.0,
+        support_size=1,
+        support_mass=1.0,
         slots=13,
         prefill_chunk=7,
     )
@@ -416,9 +407,9 @@ def test_seconds_are_those_of_prefills_and_of_steps():
 
     watched = dataclasses.replace(run, prefill=noted('prefill'), decode=noted('decode'))
     begin = time.perf_counter()
-    work = watched(policy_params(), some_prompts(8), keys_of(8)).work
+    work = watched(policy_params(), some_prompts(8), keys_of(8)).stats
     seconds = time.perf_counter() - begin
-    assert calls == ['prefill', 'decode'] and (work.steps, work.prefills) == (many().work.steps, 4)
+    assert calls == ['prefill', 'decode'] and (work.steps, work.prefills) == (many().stats.steps, 4)
     assert min(work.prefill_seconds, work.decode_seconds) > 0
     assert work.prefill_seconds + work.decode_seconds < seconds
 
@@ -428,7 +419,7 @@ def test_shapes_without_a_rollout():
     run = sampler(0.5)
     shapes = run.shapes(jax.eval_shape(policy_params), some_prompts(), keys_of())
     assert run.decode._cache_size() == 0
-    result = rollout(0.5)._replace(work=None)
+    result = rollout(0.5)._replace(stats=None)
     jax.tree.map(lambda x, y: chex.assert_equal((x.shape, x.dtype), (y.shape, y.dtype)), shapes, result)
 
 
@@ -452,7 +443,7 @@ def test_mesh_does_not_matter(shape, gather):
     assert_same_responses(jax.tree.map(np.asarray, result), many())
     assert result.entropy.sharding.shard_shape(result.entropy.shape) == (8 * GROUP // 4, RESPONSE)
     per_shard = many().response_lengths.reshape(4, -1)
-    assert result.work.steps == max(steps_of_a_queue(lengths, 2) for lengths in per_shard)
+    assert result.stats.steps == max(steps_of_a_queue(lengths, 2) for lengths in per_shard)
     moved = re.findall(r' (?:all-gather|all-to-all|collective-permute)(?:-start)?\(.*op_name="([^"]*)"', text)
     moved = [name for name in moved if 'while' in name and 'all_gather' not in name]
     weights = (
@@ -479,15 +470,20 @@ def test_wrong_numbers_of_keys_or_limits_are_refused():
 def test_bad_settings_are_refused():
     """Guards messages with numbers, at the start of a run and not after its first rollout."""
     good = dict(
-        samples_per_prompt=2, max_response_length=3, temperature=1.0, stop_tokens=(1,), max_tokens=KEPT, mass=MASS
+        samples_per_prompt=2,
+        max_response_length=3,
+        temperature=1.0,
+        stop_tokens=(1,),
+        support_size=KEPT,
+        support_mass=MASS,
     )
     for change, message in [
         (dict(temperature=-0.5), r'got -0\.5'),
         (dict(stop_tokens=()), 'no stop token'),
         (dict(samples_per_prompt=0), 'got 0 and 3'),
         (dict(max_response_length=0), 'got 2 and 0'),
-        (dict(max_tokens=VOCAB + 1), f'vocabulary size {VOCAB}; got {VOCAB + 1}'),
-        (dict(mass=1.5), r'mass .* got 1\.5'),
+        (dict(support_size=VOCAB + 1), f'vocabulary size {VOCAB}; got {VOCAB + 1}'),
+        (dict(support_mass=1.5), r'mass .* got 1\.5'),
         (dict(slots=0), 'slots .* got 0'),
         (dict(prefill_chunk=0), 'prefill_chunk .* got 0'),
         (dict(top_k=VOCAB + 1), f'top_k .* {VOCAB}, .*; got {VOCAB + 1}'),

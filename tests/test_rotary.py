@@ -1,4 +1,4 @@
-"""Rotary positions at the sizes of published models; `test_decoder.py` has them inside of small ones."""
+"""RoPE at the sizes of published models; `test_decoder.py` has it inside of small ones."""
 
 from pathlib import Path
 
@@ -17,8 +17,8 @@ MODELS = Path(__file__).parent.parent / 'configs/models'
 
 @pytest.mark.parametrize('model', ['qwen3-8b', 'llama-3.2-3b', 'llama-3.1-8b', 'smollm3-3b', 'apertus-8b'])
 def test_frequencies_are_those_of_transformers(model):
-    """Guards the bounds between planes that are stretched, partly and not at all, for all 64 planes; and float32: a
-    relative error of 1e-6 turns the fastest plane by 0.07 radians at the end of a context of 65,536 tokens."""
+    """Guards the bounds between planes that are slowed, partly and not at all, for all 64 planes; and float32: a
+    relative error of 1e-6 rotates the fastest plane by 0.07 radians at the end of a context of 65,536 tokens."""
     hf_config = load_config(MODELS / model)
     config = decoder_config(hf_config)
     frequencies = rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)

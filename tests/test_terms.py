@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from troll_jax.rewards.terms import Responses, answer_format, soft_overlong, task_reward, weigh
+from troll_jax.rewards.terms import Responses, answer_format, check_names, soft_overlong, task_reward, weigh
 
 
 def responses(lengths, max_length, grades=None) -> Responses:
@@ -45,7 +45,7 @@ def test_names_of_terms():
     """Guards two terms of one name, of which the second would count twice, and a name that the log uses."""
     for names in ([], ['a', 'a'], ['mean']):
         with pytest.raises(ValueError, match='rewards are named'):
-            weigh([(name, 1.0, task_reward) for name in names], responses([1, 4], 4))
+            check_names([(name, 1.0, task_reward) for name in names])
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,16 @@
 import json
 import shutil
 
-import gin
 import jax
 import numpy as np
 import pytest
-from loop import HASH, REPOSITORY, run, saved, two_kv_heads, without_times
+from loop import HASH, REPOSITORY, run, saved, settings, two_kv_heads, without_times
 from tiny import save_qwen3
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from experiments.config import parse
 from experiments.evaluate import evaluation
 from experiments.export import export
+from experiments.plumbing.gin_files import Config
 from experiments.train import train
 from experiments.warm_start import warm_start
 from troll_jax.data.tasks.arithmetic import Arithmetic
@@ -23,14 +22,14 @@ from troll_jax.metrics import read_metrics
 METHODS = sorted(file.stem for file in (REPOSITORY / 'configs/objectives').glob('*.gin'))
 
 
-@pytest.mark.parametrize('mesh', ['make_mesh.fsdp = 8', 'make_mesh.data = 2\nmake_mesh.fsdp = 2\nmake_mesh.tensor = 2'])
+@pytest.mark.parametrize('mesh', ['Compute.fsdp = 8', 'Compute.data = 2\nCompute.fsdp = 2\nCompute.tensor = 2'])
 def test_one_update_does_not_depend_on_the_mesh(tmp_path, model, mesh):
     """Guards against sums over devices that count a token twice or not at all."""
-    tied = ['train.steps = 1', 'train.minibatch_prompts = 16', 'train.evaluate_every = 0']
+    tied = ['Run.steps = 1', 'Method.minibatch_prompts = 16', 'Run.evaluate_every = 0']
     if 'tensor' in mesh:
         model = two_kv_heads(tmp_path / 'model')
         tied += ['Experiment.max_prompt_length = 4']
-    reference = run(tmp_path / 'reference', model, *tied, 'make_mesh.data = 8', 'make_mesh.fsdp = 1')
+    reference = run(tmp_path / 'reference', model, *tied, 'Compute.data = 8', 'Compute.fsdp = 1')
     rows = run(tmp_path / 'other', model, *tied, *mesh.split('\n'))
     for name, value in without_times(reference)[0].items():
         assert rows[0][name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
@@ -39,14 +38,14 @@ def test_one_update_does_not_depend_on_the_mesh(tmp_path, model, mesh):
 @pytest.mark.parametrize('method', ['troll', 'clip'])
 def test_a_rewarded_response_is_learnt(tmp_path, model, method):
     """Guards against everything that makes a run go through without learning: signs, shifts by one, lost gradients."""
-    rows = run(tmp_path, model, 'train.steps = 20', method=method, task=HASH)
+    rows = run(tmp_path, model, 'Run.steps = 20', method=method, task=HASH)
     assert rows[0]['reward/mean'] < 0.5 < 0.9 < rows[-1]['reward/mean']
 
 
 @pytest.mark.parametrize('method', METHODS)
 def test_every_method_trains(tmp_path, model, method):
     """Guards files of methods that parse and do not run, or run and learn nothing."""
-    rows = run(tmp_path, model, 'train.steps = 2', method=method, task=HASH)
+    rows = run(tmp_path, model, 'Run.steps = 2', method=method, task=HASH)
     assert len(rows) == 2
     for row in rows:
         assert (
@@ -55,16 +54,16 @@ def test_every_method_trains(tmp_path, model, method):
 
 
 OPTIONS = [
-    ['train.regularisers = [@entropy_bonus]', 'entropy_bonus.coefficient = 1.0'],
-    ['train.whiten_advantages = True'],
-    ["train.rewards = [('task', 1.0, @task_reward), ('overlong', 1.0, @soft_overlong)]", 'soft_overlong.share = 1.0'],
-    ['train.mask_truncated = True'],
+    ['Method.regularisers = [@entropy_bonus]', 'entropy_bonus.coefficient = 1.0'],
+    ['Method.whiten_advantages = True'],
+    ["Method.rewards = [('task', 1.0, @task_reward), ('overlong', 1.0, @soft_overlong)]", 'soft_overlong.share = 1.0'],
+    ['Method.mask_truncated = True'],
 ]
 
 
 def test_options_of_the_loop_change_what_is_learnt(tmp_path, model):
     """Guards options that the loop takes and forgets. The only update sees the same data with each of them."""
-    settings = ['train.steps = 1', 'train.minibatch_prompts = 16', 'train.table_every = 0']
+    settings = ['Run.steps = 1', 'Method.minibatch_prompts = 16', 'Run.table_every = 0']
     plain = run(tmp_path / 'plain', model, *settings, task=HASH)[0]
     assert plain['rollout/truncated_share'] > 0.1 and plain['reward/mean'] == plain['reward/task']
     for i, option in enumerate(OPTIONS):
@@ -76,7 +75,7 @@ def test_options_of_the_loop_change_what_is_learnt(tmp_path, model):
 
 def test_without_learning_the_sampler_is_the_trainer(tmp_path, model):
     """Guards against the sampler's and the trainer's log-probabilities drifting apart, which no error would show."""
-    rows = run(tmp_path, model, 'adamw.learning_rate = 0.0', 'train.evaluate_every = 0')
+    rows = run(tmp_path, model, 'adamw.learning_rate = 0.0', 'Run.evaluate_every = 0')
     for row in rows:
         assert row['update/kl_max'] < 1e-5
         assert row['update/ratio_max'] == pytest.approx(1, abs=1e-3)
@@ -85,8 +84,8 @@ def test_without_learning_the_sampler_is_the_trainer(tmp_path, model):
 
 def test_few_slots_change_nothing_but_how_full_they_are(tmp_path, model):
     """Guards a knob that nothing reads, and slots that change what is learnt; and the trace of one step."""
-    whole = run(tmp_path / 'whole', model, 'train.steps = 2')
-    few = run(tmp_path / 'few', model, 'train.steps = 2', 'train.slots = 16', 'train.profile_step = 2')
+    whole = run(tmp_path / 'whole', model, 'Run.steps = 2')
+    few = run(tmp_path / 'few', model, 'Run.steps = 2', 'Compute.slots = 16', 'Run.profile_step = 2')
     of_slots = ('rollout/slots_in_use', 'rollout/decode_steps')
     others = lambda row: {name: value for name, value in row.items() if name not in of_slots}
     assert whole[1]['rollout/decode_steps'] <= 3 < 9 < few[1]['rollout/decode_steps'] <= 12
@@ -103,15 +102,15 @@ def test_the_tokens_that_are_held_back_are_listed(tmp_path, model):
 
     Every token of a response is counted once per rollout batch, and once projected at most.
     """
-    rows = run(tmp_path, model, 'train.table_every = 2', 'troll.bound = 1e-3', task=HASH)
-    tables = [json.loads(line) for line in (tmp_path / 'held_tokens.jsonl').read_text().splitlines()]
+    rows = run(tmp_path, model, 'Run.table_every = 2', 'troll.bound = 1e-3', task=HASH)
+    tables = [json.loads(line) for line in (tmp_path / 'constrained_tokens.jsonl').read_text().splitlines()]
     assert [table['step'] for table in tables] == [2, 4]
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / 'model')
     for table in tables:
         entries = table['tokens']
-        counts = [entry['held'] for entry in entries]
+        counts = [entry['constrained'] for entry in entries]
         assert 0 < len(entries) <= 20 and counts == sorted(counts, reverse=True)
-        assert all(0 < entry['held'] <= entry['seen'] for entry in entries)
+        assert all(0 < entry['constrained'] <= entry['seen'] for entry in entries)
         assert all(entry['text'] == tokenizer.decode([entry['token']]) for entry in entries)
         assert any(entry['text'] == '#' for entry in entries), 'what is learnt was meant to be held back'
         length = rows[table['step'] - 1]['rollout/response_length']
@@ -125,9 +124,9 @@ def test_nothing_compiles_after_the_first_step(tmp_path, model):
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if 'backend_compile' in name else None
     )
-    run(tmp_path / 'short', model, 'train.steps = 2', 'train.evaluate_every = 1')
+    run(tmp_path / 'short', model, 'Run.steps = 2', 'Run.evaluate_every = 1')
     two = len(compiled)
-    run(tmp_path / 'long', model, 'train.steps = 5', 'train.evaluate_every = 1')
+    run(tmp_path / 'long', model, 'Run.steps = 5', 'Run.evaluate_every = 1')
     assert two > 0
     assert len(compiled) - two <= two
 
@@ -137,9 +136,10 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
     start = shutil.copytree(model, tmp_path / 'start')
     run(tmp_path / 'run', str(start))
     shutil.rmtree(start)
-    gin.clear_config()
-    parse([tmp_path / 'run/config.gin'], ['evaluation.samples_per_prompt = 4', 'evaluation.slots = 16'])
-    summary = evaluation(str(tmp_path / 'run'))['test']
+    config = Config(
+        [tmp_path / 'run/config.gin'], ['evaluation.samples_per_prompt = 4', 'evaluation.slots = 16'], [evaluation]
+    )
+    summary = config.function(evaluation, str(tmp_path / 'run'), config)()['test']
     assert summary['step'] == 4 and summary['problems'] == 10
     assert summary['success']['low'] <= summary['success']['mean'] <= summary['success']['high']
     assert summary['pass@4']['mean'] >= summary['pass@1']['mean'] == pytest.approx(summary['success']['mean'])
@@ -159,31 +159,31 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
 @pytest.mark.parametrize(
     ('binding', 'message'),
     [
-        ('train.minibatch_prompts = 5', 'prompts_per_step = 16 .* minibatch_prompts = 5'),
-        ('train.slots = 12', 'slots = 12 .* devices .* = 8'),
-        ('train.slots = 0', 'slots = 0'),
-        ('train.row_tokens = 6', 'row_tokens = 6 .* 7 tokens'),
-        ('train.micro_batch_tokens = 6', 'micro_batch_tokens = 6 .* one row of 7'),
-        ('train.old_policy = "sampler"', "one of .*'recompute'.*'sampler'"),
-        ('train.samples_per_prompt = 1', 'at least two'),
-        ('train.samples_per_prompt = 0', 'at least 1; got 0'),
-        ('train.importance_limit = 2.0', "importance_limit = 2.0 .* old_policy to 'recompute'"),
-        ('train.prompts_per_step = 64', '64 and there are 60 prompts'),
-        ('train.max_tokens = 18', 'vocabulary size 17; got 18'),
-        ('train.mass = 1.5', 'mass .* got 1.5'),
+        ('Method.minibatch_prompts = 5', 'prompts_per_step = 16 .* minibatch_prompts = 5'),
+        ('Compute.slots = 12', 'slots = 12 .* devices .* = 8'),
+        ('Compute.slots = 0', 'slots must be above 0; got 0'),
+        ('Compute.row_tokens = 6', 'row_tokens = 6 .* 7 tokens'),
+        ('Compute.micro_batch_tokens = 6', 'micro_batch_tokens = 6 .* one row of 7'),
+        ('Method.old_policy = "sampler"', "one of .*'recompute'.*'sampler'"),
+        ('Sampling.samples_per_prompt = 1', 'at least two'),
+        ('Sampling.samples_per_prompt = 0', 'samples_per_prompt must be above 0; got 0'),
+        ('Method.importance_limit = 2.0', "importance_limit = 2.0 .* old_policy to 'recompute'"),
+        ('Sampling.prompts_per_step = 64', '64 and there are 60 prompts'),
+        ('Sampling.support_size = 18', 'vocabulary size 17; got 18'),
+        ('Sampling.support_mass = 1.5', 'mass .* got 1.5'),
         ('troll.bound = -0.1', 'bound .* got -0.1'),
-        ('make_mesh.data = 3', '8 \\(cpu\\)'),
+        ('Compute.data = 3', '8 \\(cpu\\)'),
         ('Experiment.max_prompt_length = 3', '60 of 60 prompts'),
         ('Experiment.max_response_length = 5', '9 tokens, but .* 8'),
         ("Experiment.model = '/nowhere'", '/nowhere'),
-        ('Experiment.compute_dtype = "float64"', 'float64'),
-        ('train.temperature = 0.0', 'temperature must be above 0'),
-        ('train.checkpoint_every = 0', 'checkpoint_every must be above 0'),
-        ('train.profile_step = 0', 'profile_step must be above 0'),
-        ('train.table_every = -1', 'table_every must be at least 0'),
-        ('train.evaluate_every = -1', 'evaluate_every must be at least 0'),
-        ('train.max_skipped = 1', 'max_skipped must be at least 2, or 0'),
-        ('train.evaluate_every = 0\ntrain.keep_best = True', 'keep_best .* evaluate_every = 0'),
+        ('Compute.dtype = "float64"', 'float64'),
+        ('Sampling.temperature = 0.0', 'temperature must be above 0'),
+        ('Run.checkpoint_every = 0', 'checkpoint_every must be above 0'),
+        ('Run.profile_step = 0', 'profile_step must be above 0'),
+        ('Run.table_every = -1', 'table_every must be at least 0'),
+        ('Run.evaluate_every = -1', 'evaluate_every must be at least 0'),
+        ('Run.max_skipped = 1', 'max_skipped must be at least 2, or 0'),
+        ('Run.evaluate_every = 0\nRun.keep_best = True', 'keep_best .* evaluate_every = 0'),
     ],
 )
 def test_bad_sizes_are_errors_before_anything_starts(tmp_path, model, binding, message):
@@ -195,9 +195,7 @@ def test_bad_sizes_are_errors_before_anything_starts(tmp_path, model, binding, m
 
 def test_a_setting_that_no_program_takes_is_an_error_before_the_weights(tmp_path, model, monkeypatch):
     """Guards against loading a model for minutes only to find that the objective refuses a number."""
-    monkeypatch.setattr(
-        'experiments.run_folder.load_pretrained', lambda *_, **__: pytest.fail('the weights were loaded')
-    )
+    monkeypatch.setattr('troll_jax.experiment.load_pretrained', lambda *_, **__: pytest.fail('the weights were loaded'))
     with pytest.raises(ValueError, match=r'dual must be more than'):
         run(tmp_path / 'run', model, 'ppo_clip.dual = 1.1', method='clip')
 
@@ -206,7 +204,7 @@ def test_a_binding_that_nothing_reads_is_an_error(tmp_path, model):
     """Guards against an experiment whose one change changes nothing. An estimator, read late, counts as read."""
     with pytest.raises(ValueError, match=r"nothing .* reads 'ppo_clip.lower'"):
         run(tmp_path / 'run', model, 'ppo_clip.lower = 0.1')
-    run(tmp_path / 'run', model, 'group_normalised.epsilon = 1e-4', 'train.steps = 1')
+    run(tmp_path / 'run', model, 'group_normalised.epsilon = 1e-4', 'Run.steps = 1')
 
 
 def test_a_warm_start_that_does_not_learn_is_an_error(tmp_path):
@@ -234,7 +232,7 @@ def test_the_papers_configs_run_with_small_stand_ins(tmp_path, method):
     for split in ('train', 'test'):
         rows = [{'question': f'What is {i} plus {i}?', 'answer': f'It is {2 * i}\n#### {2 * i}'} for i in range(40)]
         (tmp_path / f'{split}.jsonl').write_text('\n'.join(json.dumps(row) for row in rows))
-    parse(
+    built = settings(
         [REPOSITORY / f'configs/qwen3_0_6b_gsm8k_{method}.gin'],
         [
             f"Experiment.model = '{tmp_path}/model'",
@@ -242,19 +240,19 @@ def test_the_papers_configs_run_with_small_stand_ins(tmp_path, method):
             'GSM8K.instruction = None',
             'Experiment.max_prompt_length = 40',
             'Experiment.max_response_length = 16',
-            f"train.run_dir = '{tmp_path}/run'",
-            'train.steps = 2',
-            'train.prompts_per_step = 16',
-            'train.samples_per_prompt = 4',
-            'train.minibatch_prompts = 8',
-            'train.slots = 8',
-            'train.row_tokens = 100',
-            'train.micro_batch_tokens = 100',
-            'train.max_tokens = 16',
-            'train.evaluate_every = 1',
+            f"Run.folder = '{tmp_path}/run'",
+            'Run.steps = 2',
+            'Sampling.prompts_per_step = 16',
+            'Sampling.samples_per_prompt = 4',
+            'Method.minibatch_prompts = 8',
+            'Compute.slots = 8',
+            'Compute.row_tokens = 100',
+            'Compute.micro_batch_tokens = 100',
+            'Sampling.support_size = 16',
+            'Run.evaluate_every = 1',
         ],
     )
-    train()
+    train(*built)
     rows = read_metrics(tmp_path / 'run/metrics.jsonl')
     assert [row['step'] for row in rows] == [0, 1, 2]
     assert all(np.isfinite(list(row.values())).all() for row in rows)

@@ -1,7 +1,4 @@
-"""The update on a tiny decoder: what must not matter does not, to float32, and what must be zero is zero.
-
-Gradients are read off the parameters: with plain gradient descent at rate one, the change is the gradient.
-"""
+"""The update on a tiny decoder: what must not matter does not, to float32, and what must be zero is zero."""
 
 import dataclasses
 import functools
@@ -12,129 +9,45 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import decoder_config
+from updates import (
+    ADVANTAGES,
+    CONFIG,
+    KEPT,
+    PACKED,
+    PADDED,
+    PROMPT,
+    RESPONSE,
+    ROWS,
+    SCORING,
+    SGD,
+    VOCAB,
+    all_log_probs,
+    assert_same,
+    assert_same_step,
+    batch,
+    nearby_params,
+    policy_params,
+    rollout,
+    run,
+    start,
+    updater,
+)
 
 from troll_jax.models import decoder as decoders
 from troll_jax.ops.aggregation import constant_length, sequence_mean, token_mean
 from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import ppo_clip, sequence_region, troll
 from troll_jax.ops.schedules import adaptive_bound
-from troll_jax.ops.support import bucket_tail, default_tail, sparsify
-from troll_jax.packing import BatchShape, abstract_batch, batch_shape, make_batch, make_layout
+from troll_jax.ops.support import bucket_tail, default_tail
+from troll_jax.packing import BatchShape, abstract_batch
 from troll_jax.sharding import make_mesh, place
-from troll_jax.types import START, Batch, Rollout, TrainState
-from troll_jax.update import _summarise, make_recompute, make_update
+from troll_jax.types import START, TrainState
+from troll_jax.update import make_update, summarise_tokens
 
-VOCAB, PROMPT, RESPONSE, ROWS, KEPT, MASS = 38, 3, 5, 8, 11, 1 - 1e-5
-# Options of gin that the update must take as they come.
+# Settings of an objective that the update must take as they come.
 troll_of_responses = functools.partial(troll, region=sequence_region)
 troll_on_schedule = functools.partial(troll, bound=functools.partial(adaptive_bound, start=0.05, target=0.1))
 AGGREGATIONS = (token_mean, sequence_mean, constant_length)
-CONFIG = decoder_config(VOCAB)
-
-
-SGD = optax.sgd(1.0)
-
-
-def noise(seed: int, scale: float):
-    """Normal numbers in the form of the parameters."""
-    leaves, tree = jax.tree.flatten(decoders.abstract(CONFIG)[1])
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    return jax.tree.unflatten(
-        tree, [scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    )
-
-
-@functools.cache
-def policy_params():
-    """A policy far from uniform, of sizes at which rounding stays small: embeddings near one, products too."""
-    factors = {'embedding': 3.0, 'lm_head': 1.5, 'scale': 0.3}
-    params = jax.tree.map_with_path(lambda path, p: factors.get(path[-1].key, 1.0) * p, noise(0, 0.3))
-    return jax.tree.map_with_path(lambda path, p: 1 + p if path[-1].key == 'scale' else p, params)
-
-
-@functools.cache
-def nearby_params():
-    """The policy when it has moved on: some tokens are outside of the trust region, some inside."""
-    return jax.tree.map(jnp.add, policy_params(), noise(9, 0.03))
-
-
-def all_log_probs(params, tokens) -> jax.Array:
-    """[R, S, V] of the next token."""
-    decoder = decoders.bind(decoders.abstract(CONFIG)[0], params)
-    index = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return jax.nn.log_softmax(decoder(tokens, index, jnp.ones_like(tokens)) @ decoder.unembedding.T)
-
-
-@functools.cache
-def rollout() -> Rollout:
-    """Responses of every kind: full, one token, after shorter prompts. In numpy, as `make_batch` takes them."""
-    tokens = jax.random.randint(jax.random.key(1), (ROWS, PROMPT + RESPONSE), 1, VOCAB)
-    prompt_lengths = jnp.array([3, 1, 2, 3, 3, 2, 1, 3])
-    response_lengths = jnp.array([5, 1, 4, 2, 5, 3, 5, 1])
-    valid = jnp.arange(PROMPT + RESPONSE)[None] < (prompt_lengths + response_lengths)[:, None]
-    tokens = jnp.where(valid, tokens, 0)
-
-    @jax.jit
-    def record(params):
-        log_probs = all_log_probs(params, tokens)
-        at = jnp.minimum(prompt_lengths[:, None] + jnp.arange(RESPONSE)[None], PROMPT + RESPONSE - 1)
-        log_probs = jnp.take_along_axis(log_probs, at[:, :, None] - 1, axis=1)
-        sampled = jnp.take_along_axis(tokens, at, axis=1)
-        one = lambda row, token: (row[token], entropy(row), sparsify(row, token, max_tokens=KEPT, mass=MASS))
-        return jax.vmap(jax.vmap(one))(log_probs, sampled)
-
-    cut = jnp.full(ROWS, -1)
-    return jax.tree.map(np.asarray, Rollout(tokens, prompt_lengths, response_lengths, cut, *record(policy_params())))
-
-
-ADVANTAGES = np.array([1.0, -0.5, 0.3, 0.0, -1.2, 0.8, -0.1, 2.0], np.float32)
-PADDED = batch_shape(ROWS, PROMPT + RESPONSE)  # a row for each response
-
-
-def batch(shape: BatchShape = PADDED, aggregation=token_mean, advantages=ADVANTAGES, data=None) -> Batch:
-    data = rollout() if data is None else data
-    weights = np.asarray(aggregation(data.response_lengths, max_length=RESPONSE))
-    return make_batch(data, advantages, weights, make_layout(data, shape))
-
-
-@functools.cache
-def updater(objective=troll, head_chunk=1024, optimizer=SGD, tail_rule=default_tail):
-    return make_update(
-        CONFIG,
-        optimizer,
-        objective=objective,
-        temperature=1.0,
-        tail_rule=tail_rule,
-        max_tokens=KEPT,
-        mass=MASS,
-        head_chunk=head_chunk,
-    )
-
-
-def run(update, params, data: Batch):
-    """New parameters and metrics, in numpy. The parameters that go in survive."""
-    state, log = update(start(params, SGD), data)
-    return jax.tree.map(np.asarray, (state.params, log.metrics))
-
-
-def start(params, optimizer) -> TrainState:
-    """The state of a run that begins with a copy of these parameters."""
-    params = jax.tree.map(jnp.copy, params)
-    progress = jax.tree.map(jnp.asarray, START)
-    return TrainState(progress, params, optimizer.init(params))
-
-
-def assert_same(one, other, atol=1e-6):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=1e-5), one, other)
-
-
-def assert_same_step(one, other):
-    """New parameters and metrics: gradients equal to 1e-6 of their norm."""
-    (params, metrics), (expected, expected_metrics) = one, other
-    norm = max(1.0, expected_metrics['gradient_norm'])
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * norm, rtol=0), params, expected)
-    assert_same(metrics, expected_metrics, atol=1e-5)
 
 
 @functools.cache
@@ -166,10 +79,6 @@ def test_gradient_is_that_of_the_written_out_loss():
     np.testing.assert_allclose(metrics['loss'], value, atol=1e-6)
     assert_same(params, jax.tree.map(lambda p, g: p - g, policy_params(), gradient), atol=2e-6)
     np.testing.assert_allclose(metrics['gradient_norm'], optax.tree.norm(gradient), rtol=1e-5)
-
-
-# Rows of 13 tokens for sequences of at most 8: micro-batches of 1, 2 and 3 rows, the last ones partly or quite empty.
-PACKED = [BatchShape(8, 1, 13), BatchShape(4, 2, 13), BatchShape(2, 3, 13)]
 
 
 @pytest.mark.parametrize('aggregation', AGGREGATIONS)
@@ -226,16 +135,8 @@ def on_mesh(mesh_shape, objective):
     """An update that any mesh of eight devices divides, of packed rows; and its shapes."""
     config = dataclasses.replace(CONFIG, vocab_size=40, width=16, heads=8, kv_heads=8, mlp_width=24, head_dim=2)
     params = jax.tree.map(lambda p: 0.5 * p, decoders.init(config, jax.random.key(3)))
-    update = make_update(
-        config,
-        SGD,
-        objective=objective,
-        temperature=1.0,
-        tail_rule=bucket_tail if objective is ppo_clip else default_tail,
-        max_tokens=KEPT,
-        mass=MASS,
-        head_chunk=16,
-    )
+    tail_rule = bucket_tail if objective is ppo_clip else default_tail
+    update = make_update(config, SGD, objective, SCORING._replace(tail_rule=tail_rule, head_chunk=16))
     data = batch(BatchShape(2, 8, 8))
     if mesh_shape is None:
         return run(update, params, data), None
@@ -267,7 +168,7 @@ def test_mesh_does_not_matter(shape, objective):
 def test_padding_does_not_matter():
     """Guards masks taken from token ids or from values: what stands at prompts and at padding may be anything."""
     data = batch(PACKED[1])
-    learnt, real = data.weights > 0, data.segment_ids > 0
+    learnt, real = data.loss_weights > 0, data.segment_ids > 0
     spoil = lambda x, value, where: np.where(where.reshape(*where.shape, *[1] * (x.ndim - 3)), x, value)
     spoiled = data._replace(
         tokens=spoil(data.tokens, 17, real),
@@ -347,18 +248,22 @@ def test_metrics():
 def test_quantiles_are_those_of_the_tokens_that_count():
     """Guards nearest ranks over a mask: padding that counts as zero or as infinite, and a rank that is one off."""
     rng = np.random.default_rng(0)
-    summarise = jax.jit(_summarise)
+    summarise = jax.jit(summarise_tokens)
     for shape, share in [((2, 8, 25), 0.6), ((1, 3, 5), 0.5), ((1, 1, 4), 1.0)]:
         values, mask = np.maximum(rng.normal(size=shape), 0).astype(np.float32), rng.random(shape) < share
         spoiled = np.where(mask, values, np.nan)
-        metrics = summarise({'ratio': spoiled, 'held': values > 0}, mask)
+        metrics = summarise({'ratio': spoiled, 'constrained': values > 0}, mask)
         kept = values[mask]
         for suffix, quantile in [('p01', 0.01), ('p50', 0.5), ('p99', 0.99), ('max', 1.0)]:
             rank = round(quantile * (kept.size - 1))  # numpy's 'nearest' rounds a tie to even as well
             assert metrics[f'ratio_{suffix}'] == np.sort(kept)[rank] == np.quantile(kept, quantile, method='nearest')
         np.testing.assert_allclose(metrics['ratio_mean'], kept.mean(), rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(metrics['held_share'], np.mean(kept > 0), rtol=1e-6)
-        assert metrics.keys() == {'held_share', 'ratio_mean', *(f'ratio_{x}' for x in ('p01', 'p50', 'p99', 'max'))}
+        np.testing.assert_allclose(metrics['constrained_share'], np.mean(kept > 0), rtol=1e-6)
+        assert metrics.keys() == {
+            'constrained_share',
+            'ratio_mean',
+            *(f'ratio_{x}' for x in ('p01', 'p50', 'p99', 'max')),
+        }
 
 
 @pytest.mark.parametrize('objective', [troll, ppo_clip])
@@ -374,16 +279,16 @@ def test_counts_of_tokens(objective):
     ]
     for log in logs:
         np.testing.assert_array_equal(log.seen, np.bincount(sampled[mask], minlength=VOCAB))
-        np.testing.assert_array_equal(log.held, logs[0].held)
-    held, name = np.asarray(logs[0].held), 'projected_share' if objective is troll else 'clipped_share'
-    assert np.all(held <= logs[0].seen) and 0 < held.sum() < mask.sum()
-    np.testing.assert_allclose(held.sum(), mask.sum() * logs[0].metrics[name], rtol=1e-5)
+        np.testing.assert_array_equal(log.constrained, logs[0].constrained)
+    constrained, name = np.asarray(logs[0].constrained), 'projected_share' if objective is troll else 'clipped_share'
+    assert np.all(constrained <= logs[0].seen) and 0 < constrained.sum() < mask.sum()
+    np.testing.assert_allclose(constrained.sum(), mask.sum() * logs[0].metrics[name], rtol=1e-5)
     if objective is ppo_clip:
         log_probs = np.asarray(jax.jit(all_log_probs)(nearby_params(), data.tokens))
         log_probs = np.take_along_axis(np.take_along_axis(log_probs, at[:, :, None] - 1, axis=1), sampled[..., None], 2)
         ratio, advantages = np.exp(log_probs[..., 0] - data.log_probs), ADVANTAGES[:, None]
         clipped = (advantages > 0) & (ratio > 1.2) | (advantages < 0) & ((ratio < 0.8) | (ratio > 10))
-        np.testing.assert_array_equal(held, np.bincount(sampled[mask & clipped], minlength=VOCAB))
+        np.testing.assert_array_equal(constrained, np.bincount(sampled[mask & clipped], minlength=VOCAB))
 
 
 def test_options_change_the_update():
@@ -433,8 +338,7 @@ def test_no_array_of_tokens_by_vocabulary(objective):
     """Guards the memory of a whole update, forward and backward: no more logits than those of one chunk of the head."""
     vocabulary, chunk, shape = 4096, 8, BatchShape(2, 4, 32)
     config = dataclasses.replace(CONFIG, vocab_size=vocabulary)
-    settings = dict(temperature=1.0, tail_rule=default_tail, max_tokens=KEPT, mass=MASS, head_chunk=chunk)
-    update = make_update(config, SGD, objective=objective, **settings)
+    update = make_update(config, SGD, objective, SCORING._replace(head_chunk=chunk))
     _, params = decoders.abstract(config)
     progress = jax.eval_shape(lambda: START)
     state = TrainState(progress, params, jax.eval_shape(SGD.init, params))
@@ -443,40 +347,3 @@ def test_no_array_of_tokens_by_vocabulary(objective):
     sizes = {tuple(int(n) for n in dims.split(',')) for dims in found}
     largest = max(np.prod(size) for size in sizes if CONFIG.width not in size)  # of what is no weight
     assert largest == chunk * vocabulary
-
-
-@pytest.mark.parametrize('tail_rule', [default_tail, bucket_tail])
-def test_recomputed_old_policy_is_the_recorded_one(tail_rule):
-    """Guards the two ways to π_old: from the same parameters the training forward finds what the sampler recorded."""
-    settings = dict(temperature=1.0, tail_rule=tail_rule, max_tokens=KEPT, mass=MASS, head_chunk=7)
-    recompute = make_recompute(CONFIG, **settings)
-    data = batch(PACKED[1])
-    learnt = data.weights > 0
-    result, kl, importance = jax.tree.map(np.asarray, recompute(policy_params(), data))
-    np.testing.assert_array_equal(importance, 1)
-    np.testing.assert_allclose(result.old_log_probs, data.old_log_probs, atol=1e-5)
-    np.testing.assert_array_equal(np.sort(result.old.tokens[learnt]), np.sort(data.old.tokens[learnt]))
-    np.testing.assert_allclose(np.exp(result.old.log_probs[learnt]), np.exp(data.old.log_probs[learnt]), atol=1e-5)
-    assert kl < 1e-6
-    # From other parameters it is their policy, whatever was recorded; and the noise is the distance between the two.
-    moved, kl, _ = jax.tree.map(np.asarray, recompute(nearby_params(), data))
-    assert np.abs(moved.old_log_probs - data.old_log_probs)[learnt].max() > 0.1 and kl > 1e-3
-    step, metrics = run(updater(ppo_clip), nearby_params(), moved)
-    np.testing.assert_allclose(metrics['ratio_max'], 1, atol=1e-4)
-    for name in ('tokens', 'positions', 'segment_ids', 'weights', 'advantages'):
-        np.testing.assert_array_equal(getattr(moved, name), getattr(data, name))
-
-
-def test_recompute_weighs_advantages():
-    """Guards which policy is above the line, the limit, and that nothing else depends on it."""
-    settings = dict(temperature=1.0, tail_rule=bucket_tail, max_tokens=KEPT, mass=MASS, head_chunk=7)
-    data = batch(PACKED[1])
-    plain, *_ = jax.tree.map(np.asarray, make_recompute(CONFIG, **settings)(nearby_params(), data))
-    weighted, _, importance = jax.tree.map(
-        np.asarray, make_recompute(CONFIG, importance_limit=1.1, **settings)(nearby_params(), data)
-    )
-    ratio = np.exp(plain.old_log_probs - data.old_log_probs)
-    learnt = data.weights > 0
-    np.testing.assert_allclose(importance[learnt], np.minimum(ratio, 1.1)[learnt], rtol=1e-4)
-    assert (ratio[learnt] > 1.1).any() and (ratio[learnt] < 1).any()
-    assert_same(weighted, plain)

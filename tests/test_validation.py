@@ -4,22 +4,23 @@ import json
 import shutil
 from pathlib import Path
 
-import gin
 import numpy as np
 import pytest
+from loop import settings
 from tiny import save_qwen3
 
 import experiments.evaluate
-from experiments import run_folder, validation
 from experiments.compare_evaluations import compare, find_responses, read_success
-from experiments.config import Experiment, parse, register
 from experiments.export import export
+from experiments.plumbing import validation
+from experiments.plumbing.gin_files import Config
 from experiments.train import train
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.tasks.arithmetic import CHARACTERS
 from troll_jax.data.tasks.math_problems import MathProblems
 from troll_jax.data.tokenizer import character_tokenizer
 from troll_jax.evaluate import Evaluation, estimate
+from troll_jax.experiment import Experiment
 from troll_jax.metrics import read_metrics
 from troll_jax.rewards.worker import CannotGrade
 
@@ -28,7 +29,6 @@ FILES = [str(REPOSITORY / 'configs/quickstart.gin'), str(REPOSITORY / 'configs/o
 PROBLEMS = 7  # of the second set
 
 
-@register
 class OddLength(MathProblems):
     """Rewards what random weights do half of the time."""
 
@@ -54,6 +54,7 @@ def bindings(tmp_path_factory) -> list[str]:
         (folder / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     return [
         'Arithmetic.operands = 2',
+        'import test_validation',
         'Experiment.task = @OddLength()',
         'Arithmetic.train_size = 60',
         'Arithmetic.test_size = 11',
@@ -67,10 +68,10 @@ def bindings(tmp_path_factory) -> list[str]:
 
 
 TRAINING = [
-    'train.steps = 1',
-    'train.prompts_per_step = 16',
-    'train.samples_per_prompt = 4',
-    'train.evaluate_every = 1',
+    'Run.steps = 1',
+    'Sampling.prompts_per_step = 16',
+    'Sampling.samples_per_prompt = 4',
+    'Run.evaluate_every = 1',
     'adamw.learning_rate = 1e-2',
 ]
 
@@ -79,17 +80,14 @@ TRAINING = [
 def run_dir(model, bindings, tmp_path_factory) -> Path:
     """A run of one step, whose start model is gone."""
     folder = tmp_path_factory.mktemp('run')
-    gin.clear_config()
     start = shutil.copytree(model, folder / 'start')
-    parse(FILES, [*bindings, *TRAINING, f"Experiment.model = '{start}'", f"train.run_dir = '{folder / 'run'}'"])
-    train()
+    train(*settings(FILES, [*bindings, *TRAINING, f"Experiment.model = '{start}'", f"Run.folder = '{folder / 'run'}'"]))
     shutil.rmtree(start)
     return folder / 'run'
 
 
 def evaluate(monkeypatch, *arguments: str) -> None:
     """The command."""
-    gin.clear_config()
     monkeypatch.setattr('sys.argv', ['evaluate', *map(str, arguments)])
     experiments.evaluate.main()
 
@@ -155,14 +153,14 @@ def test_a_checkpoint_a_bucket_and_an_export_are_the_run(run_dir, model, binding
     assert found(model, *FILES, *bindings, step=0) != expected
 
 
-@pytest.mark.parametrize('binding', ['train.steps = 5', 'GSM8K.deadline = 2.0', 'troll.bound = 0.1'])
+@pytest.mark.parametrize('binding', ['Run.steps = 5', 'GSM8K.deadline = 2.0', 'troll.bound = 0.1'])
 def test_a_binding_that_nothing_reads_is_an_error(run_dir, monkeypatch, binding):
     """Guards an evaluation of something else than was meant; what the run has bound for its training is no matter, and
     how it decodes is read."""
-    monkeypatch.setattr(experiments.evaluate, 'make_sampler', None)
+    monkeypatch.setattr('troll_jax.experiment.make_sampler', None)
     monkeypatch.setattr(Checkpoints, 'restore_params', None)
     with pytest.raises(ValueError, match=f'reads {binding.split()[0]!r}: it would change nothing'):
-        evaluate(monkeypatch, run_dir, 'train.slots = 8', binding)
+        evaluate(monkeypatch, run_dir, 'Compute.slots = 8', binding)
 
 
 @pytest.mark.parametrize(
@@ -220,13 +218,12 @@ def test_the_log_and_the_files_count_the_same_as_success(run_dir, monkeypatch, t
 def test_programs_need_a_sandbox_before_a_model_is_loaded(model, tmp_path, monkeypatch):
     """Guards minutes of loading before that error, and a sandbox that is asked for where no program will run."""
     monkeypatch.setenv('PATH', str(tmp_path))
-    for module, name in ((experiments.evaluate, 'load_pretrained'), (run_folder, 'load_pretrained')):
-        monkeypatch.setattr(module, name, None)
+    monkeypatch.setattr('troll_jax.experiment.load_pretrained', None)
     code = ['Experiment.task = @EurusCode()', f"EurusCode.source = '{tmp_path}'", f"Experiment.model = '{model}'"]
-    parse(FILES, [*code, f"train.run_dir = '{tmp_path / 'run'}'"])
-    assert Experiment().decoder_config().layers == 1  # all that planning asks for
+    built = experiment, *_, compute, _ = settings(FILES, [*code, f"Run.folder = '{tmp_path / 'run'}'"])
+    assert experiment.decoder_config(compute).layers == 1  # all that planning asks for
     with pytest.raises(CannotGrade, match='apt install bubblewrap'):
-        train()
+        train(*built)
     with pytest.raises(CannotGrade, match='apt install bubblewrap'):
         evaluate(monkeypatch, model, *FILES, *code[:2])
 
@@ -238,8 +235,8 @@ def test_a_checkpoint_that_is_not_there_is_an_error(run_dir, monkeypatch):
 
 def test_the_benchmarks_of_the_paper(monkeypatch):
     """Guards the paper's protocol, and a source that only one of the seven would read."""
-    parse([*FILES, REPOSITORY / 'configs/data/math_eval.gin'], ["MathEval.source = 'there'"])
-    sets = Experiment().validation
+    config = Config([*FILES, REPOSITORY / 'configs/data/math_eval.gin'], ["MathEval.source = 'there'"])
+    sets = config.build(Experiment).validation
     assert {name: samples for name, _, samples in sets} == {
         'MATH500': 1,
         'AMC': 32,
@@ -265,9 +262,9 @@ def test_the_benchmarks_of_the_paper(monkeypatch):
 )
 def test_sets_that_cannot_be_evaluated_are_an_error(validation, message):
     """Guards files of results that overwrite each other, and a mean of nothing."""
-    parse(FILES, [f'Experiment.validation = {validation}'])
+    config = Config(FILES, [f'Experiment.validation = {validation}'])
     with pytest.raises(ValueError, match=message):
-        Experiment()
+        config.build(Experiment)
 
 
 def write_responses(folder: Path, name: str, rewards, answers=None) -> Path:

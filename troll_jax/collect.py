@@ -1,5 +1,6 @@
-"""From prompts to graded responses: what a step learns from, before any advantage is known."""
+"""Experience: sampling and grading responses to prompts, with dynamic sampling."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import count
 from time import perf_counter
@@ -7,27 +8,30 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from troll_jax.data.prompts import PromptSet, batch_indices
-from troll_jax.evaluate import decode_responses, grade, sample_responses
-from troll_jax.rewards.pool import Grader
+from troll_jax.rewards.pool import Grader, Grades
 from troll_jax.rewards.terms import Responses, RewardTerm, weigh
-from troll_jax.types import Rollout
+from troll_jax.rollout import Sampler
+from troll_jax.settings import Sampling
+from troll_jax.sharding import RULES, fetch, place
+from troll_jax.types import Prompts, Rollout
 
 _FAILURES = ('timeouts', 'crashes', 'errors')
 _SECONDS = ('seconds/prefill', 'seconds/decode', 'seconds/rollout', 'seconds/reward')
 
 
 class Experience(NamedTuple):
-    """B groups of G graded responses, in numpy, and what it took to get them."""
+    """B groups of G graded responses, in numpy."""
 
     rollout: Rollout  # R = B · G responses
     rewards: np.ndarray  # [B, G] float32, weighted sums of their terms
     greedy_rewards: np.ndarray | None  # [B] of the greedy responses to the same prompts, if they were asked for
     draws: int  # batches of prompts that were sampled
-    logs: dict[str, float]  # of all that was sampled, kept or not; speed, seconds and failures with greedy responses
+    metrics: dict[str, float]  # of all that was sampled, kept or not; speed, seconds and failures with greedy responses
 
 
 class _Groups(NamedTuple):
@@ -38,42 +42,84 @@ class _Groups(NamedTuple):
     greedy_rewards: np.ndarray | None = None  # [groups]
 
 
+def sample_responses(
+    sampler: Sampler, params, prompts: PromptSet, indices: np.ndarray, key: jax.Array, *, mesh: Mesh
+) -> Rollout:
+    """Samples responses to `prompts[indices]`, one rollout of n · G rows.
+
+    The key of a prompt depends on its place in `indices`. Where the devices do not divide the number of prompts it is
+    filled up with the first ones, whose rows are dropped again.
+    """
+    shards = math.prod(mesh.shape[axis] for axis in RULES['batch'])
+    places = np.arange(len(indices) + -len(indices) % shards)
+    rows = indices[places % len(indices)]
+    on_device, places = place((Prompts(prompts.tokens[rows], prompts.lengths[rows]), places), mesh, ('batch',))
+    rollout = fetch(sampler(params, on_device, _fold_in_each(key, places)))
+    count = len(indices) * (len(rollout.response_lengths) // len(places))
+    return jax.tree.map(lambda x: x[:count] if x.ndim else x, rollout)
+
+
+_fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
+
+
+def grade(grader: Grader, responses: Sequence[str], answers: Sequence[str]) -> Grades:
+    """Grades a batch that every process has, each of them its share, and gives all of them all grades."""
+    count, mine = jax.process_count(), jax.process_index()
+    if count == 1:
+        return grader(responses, answers)
+    failed = None
+    try:
+        grades = grader(responses[mine::count], answers[mine::count])
+    except (ValueError, RuntimeError) as error:
+        failed, grades = error, Grades(np.zeros(0, np.float32), 0, 0, 0)
+    everywhere = multihost_utils.process_allgather(np.array(failed is not None))
+    if failed or np.any(everywhere):
+        raise failed or RuntimeError(f'grading failed in process {np.argmax(everywhere)}, which says why')
+    padded = np.zeros(-(-len(responses) // count), np.float32)
+    padded[: len(grades.rewards)] = grades.rewards
+    rewards, *failures = multihost_utils.process_allgather((padded, *grades[1:]))
+    return Grades(rewards.T.reshape(-1)[: len(responses)], *(int(np.sum(x)) for x in failures))
+
+
+def decode_responses(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each response [R] of a rollout in numpy, without special tokens."""
+    tokens, starts, lengths = rollout.tokens, rollout.prompt_lengths, rollout.response_lengths
+    rows = [row[start : start + length] for row, start, length in zip(tokens, starts, lengths, strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+
+
 def make_collector(
-    sampler: Callable[..., Rollout],
+    sampler: Sampler,
     prompts: PromptSet,
     grader: Grader,
     tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
     *,
-    prompts_per_step: int,
     max_response_length: int,
     rewards: Sequence[tuple[str, float, RewardTerm]],
-    greedy_sampler: Callable[..., Rollout] | None = None,
-    max_draws: int = 1,
-    seed: int,
     mesh: Mesh,
+    greedy_sampler: Sampler | None = None,
 ) -> Callable[..., Experience]:
-    """Builds collect(params, draws) → Experience: responses to the next prompts, by the policy with these parameters.
+    """Builds collect(params, draws) → Experience: graded responses to the next prompts, by the policy with `params`.
 
     Args:
-      sampler: as `make_sampler` builds it.
-      prompts: to take from.
-      grader: of the task.
-      tokenizer: to decode responses with.
-      prompts_per_step: B, of a draw and of what comes out.
-      max_response_length: T.
-      rewards: name, weight and function of each term.
-      greedy_sampler: one greedy response per prompt, for estimators that compare with it.
-      max_draws: more than one is dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all
-        equal, with all their terms, are replaced by groups of further draws, at most so many in all. If these do not
-        suffice, groups of equal rewards fill up the batch.
-      seed: of the data's order and of the sampling.
-      mesh: of the devices.
+      sampler: sampler of G responses per prompt.
+      prompts: training prompts.
+      grader: grader of the task.
+      tokenizer: tokenizer to decode responses with.
+      sampling: prompts per step, seed and dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): zero-variance groups,
+        whose rewards are all equal with all their terms, are replaced by groups of further draws, at most `max_draws`
+        in all. If these do not suffice, zero-variance groups fill up the batch.
+      max_response_length: T, tokens.
+      rewards: name, weight and function of each reward term.
+      mesh: device mesh.
+      greedy_sampler: sampler of one greedy response per prompt, for advantages that compare with it.
 
     Returns:
       A function of the parameters and of `Progress.draws`, on which data and random numbers depend. The caller adds
       `Experience.draws` to it.
     """
-    key = jax.random.key(seed)
+    key, prompts_per_step = jax.random.key(sampling.seed), sampling.prompts_per_step
 
     def sample(sampler, params, indices, draw) -> tuple[_Groups, dict[str, float]]:
         start = perf_counter()
@@ -85,7 +131,7 @@ def make_collector(
         responses = Responses(texts, rollout.response_lengths, max_response_length, grades.rewards)
         total, terms = weigh(rewards, responses)
         by_group = lambda x: x.reshape(len(indices), samples, *x.shape[1:])
-        groups = _Groups(*jax.tree.map(by_group, (rollout._replace(work=None), total)))
+        groups = _Groups(*jax.tree.map(by_group, (rollout._replace(stats=None), total)))
         log = _describe(rollout) | {f'reward/{name}': np.mean(value) for name, value in terms.items()}
         log |= {f'reward/{name}': getattr(grades, name) for name in _FAILURES} | {'reward/mean': np.mean(total)}
         return groups, log | {'seconds/rollout': sampled - start, 'seconds/reward': perf_counter() - sampled}
@@ -93,7 +139,7 @@ def make_collector(
     def collect(params, draws: int) -> Experience:
         kept, logs, greedy_logs, varied = None, [], [], 0
         for draw in count(draws):
-            indices = batch_indices(len(prompts), prompts_per_step, seed=seed, step=draw)
+            indices = batch_indices(len(prompts), prompts_per_step, seed=sampling.seed, step=draw)
             groups, log = sample(sampler, params, indices, draw)
             logs.append(log)
             if greedy_sampler is not None:
@@ -102,7 +148,7 @@ def make_collector(
                 greedy_logs.append(log)
             varied += np.sum(~_uniform(groups))
             kept = groups if kept is None else _best(kept, groups)
-            if len(logs) == max_draws or varied >= prompts_per_step:
+            if len(logs) == sampling.max_draws or varied >= prompts_per_step:
                 break
         used = len(logs)
         mean = lambda name: np.mean([log[name] for log in logs])
@@ -113,7 +159,7 @@ def make_collector(
             rewards=kept.rewards,
             greedy_rewards=kept.greedy_rewards,
             draws=used,
-            logs={
+            metrics={
                 'reward/mean': mean('reward/mean'),
                 **{f'reward/{name}': mean(f'reward/{name}') for name, *_ in rewards},
                 **{f'reward/{name}': total(f'reward/{name}', everything) for name in _FAILURES},
@@ -124,7 +170,7 @@ def make_collector(
                 'rollout/slots_in_use': total('tokens') / total('places'),
                 'rollout/truncated_share': mean('truncated_share'),
                 'rollout/entropy': total('entropy') / total('tokens'),
-                'rollout/kept_tokens': total('kept_tokens') / total('tokens'),
+                'rollout/support_size': total('support_size') / total('tokens'),
                 'rollout/tokens_per_second': total('tokens', everything) / total('seconds/rollout', everything),
                 'rollout/draws': used,
                 **{name: total(name, everything) for name in _SECONDS},
@@ -150,8 +196,8 @@ def _best(*parts: _Groups) -> _Groups:
 
 
 def _describe(rollout: Rollout) -> dict[str, float]:
-    """What is logged of a rollout: means over responses, and sums over tokens."""
-    lengths, work = rollout.response_lengths, rollout.work
+    """Metrics of a rollout: means over responses, and sums over tokens."""
+    lengths, stats = rollout.response_lengths, rollout.stats
     mask = np.arange(rollout.log_probs.shape[1]) < lengths[:, None]
     return {
         'tokens': int(lengths.sum()),
@@ -159,9 +205,9 @@ def _describe(rollout: Rollout) -> dict[str, float]:
         'longest_response': lengths.max(),
         'truncated_share': 1 - rollout.stopped.mean(),
         'entropy': np.sum(rollout.entropy, where=mask),
-        'kept_tokens': np.sum(np.sum(rollout.support.tokens >= 0, axis=2), where=mask),
-        'decode_steps': work.steps,
-        'places': work.steps * work.slots,
-        'seconds/prefill': work.prefill_seconds,
-        'seconds/decode': work.decode_seconds,
+        'support_size': np.sum(np.sum(rollout.support.tokens >= 0, axis=2), where=mask),
+        'decode_steps': stats.steps,
+        'places': stats.steps * stats.slots,
+        'seconds/prefill': stats.prefill_seconds,
+        'seconds/decode': stats.decode_seconds,
     }

@@ -14,26 +14,29 @@ from troll_jax.models import decoder as decoders
 from troll_jax.models.layers import exact_products
 from troll_jax.ops.values import value_loss
 from troll_jax.optimizer import adamw, apply_gradients, state_shapes
+from troll_jax.score import for_each_micro_batch
 from troll_jax.sharding import constrain, constrain_like, named_sharding
+from troll_jax.typechecks import check_fields
 from troll_jax.types import Batch, CriticState
-from troll_jax.update import for_each_micro_batch, gradients_of
+from troll_jax.update import gradients_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Critic:
-    """How a critic learns.
+    """Settings of a critic.
 
     Args:
-      optimizer: of its own, e.g. `@critic_adamw()`.
-      value_clip: see `value_loss`; None turns it off.
+      optimizer: function that builds its optimizer.
+      value_clip: limit of `value_loss`; None turns it off.
       warmup_steps: rollout batches from which the critic learns and the policy does not yet.
     """
 
-    optimizer: optax.GradientTransformation = adamw(1e-5)
+    optimizer: Callable[[], optax.GradientTransformation] = partial(adamw, learning_rate=1e-5)
     value_clip: float | None = 0.5
     warmup_steps: int = 0
 
     def __post_init__(self):
+        check_fields(self)
         if self.warmup_steps < 0 or (self.value_clip is not None and self.value_clip <= 0):
             raise ValueError(
                 'Critic needs warmup_steps of at least 0 and a value_clip above 0, or None; got '
@@ -78,7 +81,7 @@ def make_values(config: decoders.DecoderConfig) -> Callable[[dict, Batch], jax.A
 
     @jax.jit
     def values(params, batch: Batch) -> jax.Array:
-        return for_each_micro_batch(partial(_values, graphdef, params), batch, jnp.zeros_like(batch.weights))
+        return for_each_micro_batch(partial(_values, graphdef, params), batch, jnp.zeros_like(batch.loss_weights))
 
     return values
 
@@ -100,13 +103,13 @@ def make_critic_update(
 
     @partial(jax.jit, donate_argnums=0)
     def update(critic: CriticState, batch: Batch) -> tuple[CriticState, dict[str, jax.Array]]:
-        count = jnp.maximum(jnp.sum(batch.weights > 0), 1)
+        count = jnp.maximum(jnp.sum(batch.loss_weights > 0), 1)
 
         def loss(params, part: Batch):
             values = _values(graphdef, params, part)
             losses = value_loss(values, part.values, part.returns, clip=value_clip)
             moved = jnp.abs(values - part.values)
-            return jnp.sum(jnp.where(part.weights > 0, losses, 0.0)) / count, moved
+            return jnp.sum(jnp.where(part.loss_weights > 0, losses, 0.0)) / count, moved
 
         with exact_products(config.compute_dtype):
             gradients, total, moved = gradients_of(loss, critic.params, batch)
@@ -116,7 +119,7 @@ def make_critic_update(
             result = CriticState(*apply_gradients(optimizer, gradients, critic.opt_state, critic.params, finite))
             result = constrain_like(result, partial(abstract_critic, config, optimizer))
         metrics = {'loss': total, 'gradient_norm': norm, 'skipped': 1.0 - finite}
-        metrics['moved'] = jnp.sum(jnp.where(batch.weights > 0, moved, 0.0)) / count
+        metrics['moved'] = jnp.sum(jnp.where(batch.loss_weights > 0, moved, 0.0)) / count
         return result, metrics
 
     return update
@@ -135,4 +138,4 @@ def _values(graphdef, params, part: Batch) -> jax.Array:
         hidden = decoders.bind(graphdef, params['decoder'])(part.tokens, part.positions, part.segment_ids)
         values = jnp.einsum('zsd,d->zs', hidden.astype(jnp.float32), params['head'], precision='highest')
         # The hidden state before a token knows nothing of it.
-        return constrain(jnp.where(part.weights > 0, jnp.roll(values, 1, axis=1), 0.0), 'batch', 'length')
+        return constrain(jnp.where(part.loss_weights > 0, jnp.roll(values, 1, axis=1), 0.0), 'batch', 'length')

@@ -1,19 +1,17 @@
-"""Sampling responses to held-out prompts, grading them, and what the grades say."""
+"""Evaluation on a set of prompts: success, pass@k and confidence intervals."""
 
 import math
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from troll_jax.collect import decode_responses, grade, sample_responses
 from troll_jax.data.prompts import PromptSet
-from troll_jax.rewards.pool import Grader, Grades
-from troll_jax.sharding import RULES, fetch, place
-from troll_jax.types import Prompts, Rollout
+from troll_jax.rewards.pool import Grader
+from troll_jax.rollout import Sampler
 
 
 class Evaluation(NamedTuple):
@@ -33,54 +31,8 @@ class Estimate(NamedTuple):
     high: float
 
 
-def sample_responses(
-    sampler: Callable[..., Rollout], params, prompts: PromptSet, indices: np.ndarray, key: jax.Array, *, mesh: Mesh
-) -> Rollout:
-    """Samples responses to `prompts[indices]`, one rollout of n · G rows.
-
-    The key of a prompt depends on its place in `indices`. Where the devices do not divide the number of prompts it is
-    filled up with the first ones, whose rows are dropped again.
-    """
-    shards = math.prod(mesh.shape[axis] for axis in RULES['batch'])
-    places = np.arange(len(indices) + -len(indices) % shards)
-    rows = indices[places % len(indices)]
-    on_device, places = place((Prompts(prompts.tokens[rows], prompts.lengths[rows]), places), mesh, ('batch',))
-    rollout = fetch(sampler(params, on_device, _fold_in_each(key, places)))
-    count = len(indices) * (len(rollout.response_lengths) // len(places))
-    return jax.tree.map(lambda x: x[:count] if x.ndim else x, rollout)
-
-
-_fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
-
-
-def grade(grader: Grader, responses: Sequence[str], answers: Sequence[str]) -> Grades:
-    """Grades a batch that every process has, each of them its share, and gives all of them all grades."""
-    count, mine = jax.process_count(), jax.process_index()
-    if count == 1:
-        return grader(responses, answers)
-    failed = None
-    try:
-        grades = grader(responses[mine::count], answers[mine::count])
-    except (ValueError, RuntimeError) as error:
-        failed, grades = error, Grades(np.zeros(0, np.float32), 0, 0, 0)
-    everywhere = multihost_utils.process_allgather(np.array(failed is not None))
-    if failed or np.any(everywhere):
-        raise failed or RuntimeError(f'grading failed in process {np.argmax(everywhere)}, which says why')
-    padded = np.zeros(-(-len(responses) // count), np.float32)
-    padded[: len(grades.rewards)] = grades.rewards
-    rewards, *failures = multihost_utils.process_allgather((padded, *grades[1:]))
-    return Grades(rewards.T.reshape(-1)[: len(responses)], *(int(np.sum(x)) for x in failures))
-
-
-def decode_responses(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each response [R] of a rollout in numpy, without special tokens."""
-    tokens, starts, lengths = rollout.tokens, rollout.prompt_lengths, rollout.response_lengths
-    rows = [row[start : start + length] for row, start, length in zip(tokens, starts, lengths, strict=True)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
-
-
 def evaluate(
-    sampler: Callable[..., Rollout],
+    sampler: Sampler,
     params,
     prompts: PromptSet,
     grader: Grader,

@@ -1,8 +1,7 @@
-"""From graded responses to new parameters: advantages, minibatches, and one update for each of these."""
+"""The learner: scores, advantages and updates of one rollout batch. `experiments.train` puts its pieces in order."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,163 +11,163 @@ import optax
 from jax.sharding import Mesh
 
 from troll_jax.collect import Experience
-from troll_jax.critic import Critic, abstract_critic, init_critic, make_critic_update, make_values, token_rewards
+from troll_jax.critic import abstract_critic, init_critic, make_critic_update, make_values, token_rewards
 from troll_jax.models import decoder as decoders
-from troll_jax.ops.advantages import needs_greedy_reward, needs_values, whiten
-from troll_jax.ops.regularisers import Regulariser, needs_reference, regularised
+from troll_jax.ops.advantages import whiten
+from troll_jax.ops.needs import give, needs
+from troll_jax.ops.regularisers import regularised
 from troll_jax.ops.values import explained_variance
-from troll_jax.packing import BatchShape, Layout, abstract_batch, make_batch, make_layout, padding_share
-from troll_jax.saved_batches import save_batches
+from troll_jax.packing import Layout, abstract_batch, make_batch, make_layout, padding_share
+from troll_jax.score import make_recompute, make_reference
+from troll_jax.settings import Compute, Method, Sampling, minibatch_shape, scoring
 from troll_jax.sharding import fetch, named_sharding, place
 from troll_jax.types import START, Batch, Reference, Rollout, TrainState
-from troll_jax.update import (
-    Objective,
-    TailRule,
-    UpdateLog,
-    abstract_policy,
-    make_recompute,
-    make_reference,
-    make_update,
-)
-
-Aggregation = Callable[..., jax.Array]
-Estimator = Callable[..., jax.Array]
-OLD_POLICIES = ('rollout', 'recompute')
+from troll_jax.update import UpdateLog, abstract_policy, make_update
 
 
-class Learner(NamedTuple):
-    """What `make_learner` builds."""
+class Minibatches(NamedTuple):
+    """R responses in minibatches of packed rows, with the scores of all models before any of them changes."""
 
-    shapes: TrainState  # of what is trained, with shardings
-    start: Callable[[Any], TrainState]  # from the start model's parameters, which become part of it
-    learn: Callable[..., tuple[TrainState, dict[str, float], list[UpdateLog]]]  # of a state and an Experience
-    programs: Callable[[int], dict[str, tuple]]  # of the step and their arguments' shapes, if rollouts list K tokens
-    check: Callable[[Rollout, int], None]  # traces all programs for a rollout's shapes, before there are any weights
+    rollout: Rollout
+    layouts: list[Layout]  # of each minibatch
+    batches: list[Batch]  # without advantages; on the devices once they are scored, else in numpy
+    metrics: dict[str, float]
+    importance: list[jax.Array] | None = None  # [M, Z, S] of each minibatch, factors of the advantages
+    penalties: np.ndarray | None = None  # [R, T] to be taken off the reward
+    values: np.ndarray | None = None  # [R, T] by the critic
+
+    def to_responses(self, arrays: Sequence[jax.Array]) -> np.ndarray:
+        """Arrays [M, Z, S] of each minibatch, as [R, T] in numpy."""
+        return np.concatenate([layout.gather(x) for layout, x in zip(self.layouts, fetch(arrays), strict=True)])
 
 
-def make_learner(
-    config: decoders.DecoderConfig,
-    optimizer: optax.GradientTransformation,
-    shape: BatchShape,
-    *,
-    objective: Objective,
-    aggregation: Aggregation,
-    estimator: Estimator,
-    tail_rule: TailRule,
-    temperature: float,
-    max_tokens: int,
-    mass: float,
-    minibatch: int,
-    max_response_length: int,
-    mesh: Mesh,
-    head_chunk: int = 1024,
-    old_policy: str = 'rollout',
-    importance_limit: float | None = None,
-    regularisers: Sequence[Regulariser] = (),
-    reward_penalty: Regulariser | None = None,
-    refresh_reference_every: int = 0,
-    critic: Critic | None = None,
-    whiten_advantages: bool = False,
-    mask_truncated: bool = False,
-) -> Learner:
-    """Builds what learns from an experience. `experiments.train` documents the settings under the same names.
+class Updated(NamedTuple):
+    """The metrics of one minibatch's updates, on the devices."""
+
+    policy: UpdateLog | None  # None while only the critic learns
+    critic: dict[str, jax.Array] | None
+
+
+class Learner:
+    """The pieces of a training step; each can be called on its own. Programs compile once.
 
     Args:
-      config: of the decoder.
-      optimizer: of the policy.
-      shape: of a minibatch's arrays.
-      minibatch: responses of an update.
-      max_response_length: T.
-      mesh: of the devices.
+      config: sizes of the policy.
+      sampling: how the responses are sampled.
+      method: advantages, loss and optimizer.
+      compute: mesh and memory.
+      max_prompt_length: P, tokens.
+      max_response_length: T, tokens.
 
     Raises:
-      ValueError: settings that do not go together.
+      ValueError: rows or micro-batches that do not hold the longest sequence.
     """
-    has_reference = any(needs_reference(x) for x in (*regularisers, reward_penalty))
-    _check_settings(estimator, critic, old_policy, importance_limit)
-    _check_reference(has_reference, reward_penalty, refresh_reference_every, mask_truncated)
-    in_loss = any(map(needs_reference, regularisers))
-    policy = {'temperature': temperature, 'tail_rule': tail_rule, 'max_tokens': max_tokens, 'mass': mass}
-    policy['head_chunk'] = head_chunk
-    update = make_update(config, optimizer, objective=regularised(objective, regularisers), **policy)
-    recompute = make_recompute(config, importance_limit=importance_limit, **policy)
-    reference = make_reference(config, temperature=temperature, head_chunk=head_chunk, penalty=reward_penalty)
-    if critic is not None:
-        values_of = make_values(config)
-        update_critic = make_critic_update(config, critic.optimizer, value_clip=critic.value_clip)
-    passes_first = old_policy == 'recompute' or has_reference or critic is not None
 
-    shapes = abstract_state(config, optimizer, mesh, critic=critic, has_reference=has_reference)
-    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    shapes: TrainState
+    """Shapes and shardings of all that is trained."""
 
-    @partial(jax.jit, out_shardings=shardings.reference)
-    def copy_reference(params):
-        return jax.tree.map(jnp.copy, decoders.cast_weights(params, config.compute_dtype))
-
-    def start(params) -> TrainState:
-        return start_state(params, optimizer, shapes)._replace(
-            critic=None if critic is None else init_critic(params, critic.optimizer, shapes.critic),
-            reference=copy_reference(params) if has_reference else None,
+    def __init__(
+        self,
+        config: decoders.DecoderConfig,
+        sampling: Sampling,
+        method: Method,
+        compute: Compute,
+        *,
+        max_prompt_length: int,
+        max_response_length: int,
+    ):
+        self.config, self.method, self.mesh = config, method, compute.mesh
+        self._max_response_length, self._support_size = max_response_length, sampling.support_size
+        self._minibatch = method.minibatch_prompts * sampling.samples_per_prompt
+        self._shape = minibatch_shape(sampling, method, compute, max_prompt_length + max_response_length)
+        self._optimizer, policy = method.optimizer(), scoring(sampling, method, compute)
+        self._update = make_update(config, self._optimizer, regularised(method.objective, method.regularisers), policy)
+        self._recompute = make_recompute(config, policy, importance_limit=method.importance_limit)
+        self._reference = make_reference(config, policy, penalty=method.reward_penalty)
+        if method.critic is not None:
+            optimizer = method.critic.optimizer()
+            self._critic_optimizer = optimizer
+            self._values = make_values(config)
+            self._update_critic = make_critic_update(config, optimizer, value_clip=method.critic.value_clip)
+        # True if a model is asked about all minibatches before the first update.
+        self._scores_first = method.old_policy == 'recompute' or method.has_reference or method.critic is not None
+        self.shapes = abstract_state(
+            config,
+            self._optimizer,
+            compute.mesh,
+            critic_optimizer=None if method.critic is None else self._critic_optimizer,
+            has_reference=method.has_reference,
         )
+        self._copy_reference = jax.jit(
+            lambda params: jax.tree.map(jnp.copy, decoders.cast_weights(params, config.compute_dtype)),
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.shapes.reference),
+        )
+        self._group_advantages = jax.jit(self._group_advantages_of)
+        self._token_advantages = jax.jit(self._token_advantages_of)
 
-    @jax.jit
-    def estimate(rewards, greedy_rewards):
-        advantages = jax.vmap(estimator)(rewards, *(() if greedy_rewards is None else (greedy_rewards,)))
-        return whiten(advantages) if whiten_advantages else advantages
+    def init(self, params: Any) -> TrainState:
+        """The state before the first step. The start model's parameters become part of it."""
+        critic, reference = None, None
+        state = start_state(params, self._optimizer, self.shapes)
+        if self.method.critic is not None:
+            critic = init_critic(params, self._critic_optimizer, self.shapes.critic)
+        if self.method.has_reference:
+            reference = self._copy_reference(params)
+        return state._replace(critic=critic, reference=reference)
 
-    @jax.jit
-    def estimate_by_values(rewards, values, mask):
-        advantages = jnp.where(mask, jax.vmap(estimator)(rewards, values), 0.0)
-        return whiten(advantages, mask) if whiten_advantages else advantages, advantages + values
-
-    def is_learnt(part: Rollout) -> np.ndarray:
-        return part.stopped | (not mask_truncated)
-
-    def pack(part: Rollout, layout: Layout) -> Batch:
-        """Without advantages, which are not known yet."""
-        learnt = is_learnt(part)
-        weights = np.asarray(aggregation(np.where(learnt, part.response_lengths, 0), max_length=max_response_length))
-        return make_batch(part, np.zeros(len(learnt), np.float32), np.where(learnt, weights, 0), layout)
-
-    def learn(
-        state: TrainState, experience: Experience, save_to: Path | None = None
-    ) -> tuple[TrainState, dict[str, float], list[UpdateLog]]:
-        rollout, lengths = experience.rollout, experience.rollout.response_lengths
-        slices = [slice(i, i + minibatch) for i in range(0, len(lengths), minibatch)]
+    def pack(self, rollout: Rollout) -> Minibatches:
+        """Cuts a rollout into minibatches, and packs each into rows; on the host, in numpy."""
+        slices = self._slices(len(rollout.response_lengths))
         parts = [jax.tree.map(lambda x, at=at: x[at], rollout) for at in slices]
-        layouts = [make_layout(part, shape) for part in parts]
-        batches = [pack(part, layout) for part, layout in zip(parts, layouts, strict=True)]
-        metrics = {'update/padding_share': np.mean([padding_share(batch) for batch in batches])}
-        to_responses = lambda arrays: np.concatenate(
-            [layout.gather(x) for layout, x in zip(layouts, fetch(arrays), strict=True)]
+        layouts = [make_layout(part, self._shape) for part in parts]
+        batches = []
+        for part, layout in zip(parts, layouts, strict=True):
+            learnt = self._is_learnt(part)
+            lengths = np.where(learnt, part.response_lengths, 0)
+            weights = np.asarray(self.method.aggregation(lengths, self._max_response_length))
+            nothing = np.zeros(len(learnt), np.float32)
+            batches.append(make_batch(part, nothing, np.where(learnt, weights, 0), layout))
+        padding = np.mean([padding_share(batch) for batch in batches])
+        return Minibatches(rollout, layouts, batches, {'update/padding_share': padding})
+
+    def score(self, state: TrainState, minibatches: Minibatches) -> Minibatches:
+        """Adds π_old if it is recomputed, the reference model's log-probabilities, and the critic's values."""
+        method, batches, metrics = self.method, minibatches.batches, dict(minibatches.metrics)
+        importance = penalties = values = None
+        if self._scores_first:
+            batches = [place(batch, self.mesh, (None, 'batch')) for batch in batches]
+        if method.old_policy == 'recompute':
+            batches, noise, importance = zip(*[self._recompute(state.params, batch) for batch in batches], strict=True)
+            metrics['update/kl_noise'] = np.mean(noise)
+        if method.has_reference:
+            batches, found = zip(*[self._reference(state.reference, batch) for batch in batches], strict=True)
+            if not method.loss_needs_reference:
+                batches = [batch._replace(reference=None) for batch in batches]
+            if method.reward_penalty is not None:
+                penalties = minibatches.to_responses(found)
+                metrics['reward/penalty'] = penalties.sum(axis=1).mean()
+        if method.critic is not None:
+            values = minibatches.to_responses([self._values(state.critic.params, batch) for batch in batches])
+        return minibatches._replace(
+            batches=list(batches), metrics=metrics, importance=importance, penalties=penalties, values=values
         )
 
-        # What is asked of models before any of them changes.
-        if passes_first:
-            batches = [place(batch, mesh, (None, 'batch')) for batch in batches]
-        importance = [1.0] * len(batches)
-        if old_policy == 'recompute':
-            batches, noise, importance = zip(*[recompute(state.params, batch) for batch in batches], strict=True)
-            metrics['update/kl_noise'] = np.mean(noise)
-        penalties = np.zeros(rollout.log_probs.shape, np.float32)
-        if has_reference:
-            batches, of_parts = zip(*[reference(state.reference, batch) for batch in batches], strict=True)
-            if not in_loss:  # nothing reads it any more
-                batches = [batch._replace(reference=None) for batch in batches]
-            if reward_penalty is not None:
-                penalties = to_responses(of_parts)
-                metrics['reward/penalty'] = penalties.sum(axis=1).mean()
-
-        added = {}  # to a batch: arrays [R, T]
-        if critic is None:
+    def assign_advantages(self, scored: Minibatches, experience: Experience) -> tuple[list[Batch], dict[str, float]]:
+        """Minibatches with advantages, by group or with a critic by token, and metrics of the scores so far."""
+        rollout, metrics = scored.rollout, dict(scored.metrics)
+        lengths, shape = rollout.response_lengths, rollout.log_probs.shape
+        penalties = np.zeros(shape, np.float32) if scored.penalties is None else scored.penalties
+        added = {}  # arrays [R, T]
+        if scored.values is None:
             rewards = experience.rewards - penalties.sum(axis=1).reshape(experience.rewards.shape)
-            advantages = np.asarray(estimate(rewards, experience.greedy_rewards)).reshape(-1, 1)
-            added['advantages'] = np.broadcast_to(advantages, rollout.log_probs.shape)
+            advantages = np.asarray(self._group_advantages(rewards, experience.greedy_rewards)).reshape(-1, 1)
+            added['advantages'] = np.broadcast_to(advantages, shape)
         else:
-            added['values'] = to_responses([values_of(state.critic.params, batch) for batch in batches])
-            mask = (np.arange(rollout.log_probs.shape[1]) < lengths[:, None]) & is_learnt(rollout)[:, None]
+            added['values'] = scored.values
+            mask = (np.arange(shape[1]) < lengths[:, None]) & self._is_learnt(rollout)[:, None]
             rewards = token_rewards(experience.rewards.reshape(-1), penalties, lengths)
-            added['advantages'], added['returns'] = map(np.asarray, estimate_by_values(rewards, added['values'], mask))
+            found = self._token_advantages(rewards, added['values'], mask)
+            added['advantages'], added['returns'] = map(np.asarray, found)
             if mask.any():
                 values, returns = added['values'][mask], added['returns'][mask]
                 metrics |= {
@@ -176,109 +175,93 @@ def make_learner(
                     'critic/value': values.mean(),
                     'critic/return': returns.mean(),
                 }
+        batches = []
+        for i, at in enumerate(self._slices(len(lengths))):
+            known = {name: scored.layouts[i].scatter(array[at]) for name, array in added.items()}
+            if self._scores_first:
+                known = place(known, self.mesh, (None, 'batch'))
+            if scored.importance is not None:
+                known['advantages'] = known['advantages'] * scored.importance[i]
+            batches.append(scored.batches[i]._replace(**known))
+        return batches, metrics
 
-        def complete(i: int):
-            """Minibatch i; on the devices if it has been there, else in numpy."""
-            known = {name: layouts[i].scatter(array[slices[i]]) for name, array in added.items()}
-            if not passes_first:
-                return batches[i]._replace(**known)
-            batch = batches[i]._replace(**place(known, mesh, (None, 'batch')))
-            return batch._replace(advantages=batch.advantages * importance[i])
+    def update(self, state: TrainState, batch: Batch, *, critic_only: bool = False) -> tuple[TrainState, Updated]:
+        """One update of the policy, and one of the critic if there is one. The state that is passed in is consumed."""
+        policy = critic = None
+        if not self._scores_first:  # still on the host: one minibatch at a time is on the devices
+            batch = place(batch, self.mesh, (None, 'batch'))
+        if self.method.critic is not None:
+            new, critic = self._update_critic(state.critic, batch)
+            state = state._replace(critic=new)
+        if not critic_only:
+            state, policy = self._update(state, batch)
+        return state, Updated(policy, critic)
 
-        if save_to is not None:
-            save_batches(save_to, [complete(i) for i in range(len(slices))], step=int(state.progress.step))
-        warming_up = critic is not None and int(state.progress.step) < critic.warmup_steps
-        logs, critic_logs, batches = [], [], list(batches)
-        for i in range(len(slices)):
-            batch, batches[i] = complete(i), None  # not to be kept
-            batch = batch if passes_first else place(batch, mesh, (None, 'batch'))
-            if critic is not None:
-                new, log = update_critic(state.critic, batch)
-                state = state._replace(critic=new)
-                critic_logs.append(log)
-            if not warming_up:
-                state, log = update(state, batch)
-                logs.append(log)
-        of_updates = fetch([log.metrics for log in logs])
-        metrics |= _summarise('update', of_updates) | _summarise('critic', fetch(critic_logs))
-        if of_updates:
-            # Before the first update the policy is the one that sampled: what is left is the noise between the two.
-            first = next((log for log in of_updates if not log['skipped']), of_updates[0])
-            metrics = {'update/kl_noise': first['kl_mean']} | metrics
-
-        done = state.progress.step + 1
-        progress = state.progress._replace(step=done, draws=state.progress.draws + experience.draws)
+    def end_step(self, state: TrainState, draws: int) -> TrainState:
+        """Advances the progress by a step with so many draws; refreshes the reference model when that is due."""
+        done, every = state.progress.step + 1, self.method.refresh_reference_every
+        progress = state.progress._replace(step=done, draws=state.progress.draws + draws)
         state = state._replace(progress=progress)
-        if has_reference and refresh_reference_every and int(done) % refresh_reference_every == 0:
-            state = state._replace(reference=copy_reference(state.params))
-        return state, metrics, logs
+        if every and int(done) % every == 0:
+            state = state._replace(reference=self._copy_reference(state.params))
+        return state
 
-    def programs(kept: int) -> dict[str, tuple[Callable, tuple]]:
-        batch = abstract_batch(shape, kept)
+    def programs(self) -> dict[str, tuple[Callable, tuple]]:
+        """The compiled functions of a step by name, with the shapes of their arguments."""
+        sharded = lambda x: named_sharding(self.mesh, (None, 'batch', *[None] * (x.ndim - 2)))
         batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(
-                x.shape, x.dtype, sharding=named_sharding(mesh, (None, 'batch', *[None] * (x.ndim - 2)))
-            ),
-            batch,
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded(x)),
+            abstract_batch(self._shape, self._support_size),
         )
-        floats, found = batch.weights, {}
-        if old_policy == 'recompute':
-            found['recompute'] = recompute, (shapes.params, batch)
-        if has_reference:
-            found['reference'] = reference, (shapes.reference, batch)
-            if in_loss:
+        shapes, floats, found = self.shapes, batch.loss_weights, {}
+        if self.method.old_policy == 'recompute':
+            found['recompute'] = self._recompute, (shapes.params, batch)
+        if self.method.has_reference:
+            found['reference'] = self._reference, (shapes.reference, batch)
+            if self.method.loss_needs_reference:
                 batch = batch._replace(reference=Reference(floats, batch.old.log_probs))
-        if critic is not None:
-            found['values'] = values_of, (shapes.critic.params, batch)
+        if self.method.critic is not None:
+            found['values'] = self._values, (shapes.critic.params, batch)
             batch = batch._replace(values=floats, returns=floats)
-            found['critic'] = update_critic, (shapes.critic, batch)
-        return found | {'update': (update, (shapes, batch))}
+            found['critic'] = self._update_critic, (shapes.critic, batch)
+        return found | {'update': (self._update, (shapes, batch))}
 
-    def check(rollout: Rollout, prompts: int) -> None:
-        responses, room = rollout.log_probs.shape
-        jax.eval_shape(partial(aggregation, max_length=max_response_length), rollout.response_lengths)
-        if critic is None:
+    def trace(self, rollout: Rollout, prompts: int) -> None:
+        """Traces all programs for a rollout's shapes: what they refuse is an error before weights are loaded."""
+        responses, length = rollout.log_probs.shape
+        jax.eval_shape(lambda x: self.method.aggregation(x, self._max_response_length), rollout.response_lengths)
+        if self.method.critic is None:
             rewards = jax.ShapeDtypeStruct((prompts, responses // prompts), jnp.float32)
-            greedy = jax.ShapeDtypeStruct((prompts,), jnp.float32) if needs_greedy_reward(estimator) else None
-            jax.eval_shape(estimate, rewards, greedy)
+            greedy = jax.ShapeDtypeStruct((prompts,), jnp.float32)
+            jax.eval_shape(self._group_advantages, rewards, greedy)
         else:
-            tokens = jax.ShapeDtypeStruct((responses, room), jnp.float32)
-            jax.eval_shape(estimate_by_values, tokens, tokens, jax.ShapeDtypeStruct((responses, room), bool))
-        for program, arguments in programs(rollout.support.tokens.shape[-1]).values():
+            tokens = jax.ShapeDtypeStruct((responses, length), jnp.float32)
+            jax.eval_shape(self._token_advantages, tokens, tokens, jax.ShapeDtypeStruct((responses, length), bool))
+        for program, arguments in self.programs().values():
             jax.eval_shape(program, *arguments)
 
-    return Learner(shapes, start, learn, programs, check)
+    def _slices(self, responses: int) -> list[slice]:
+        return [slice(i, i + self._minibatch) for i in range(0, responses, self._minibatch)]
+
+    def _is_learnt(self, rollout: Rollout) -> np.ndarray:
+        """[R] bool: the loss weight is not zero."""
+        return rollout.stopped | (not self.method.mask_truncated)
+
+    def _group_advantages_of(self, rewards: jax.Array, greedy_rewards: jax.Array | None) -> jax.Array:
+        advantages = jax.vmap(self.method.advantages)(
+            rewards, **give(self.method.advantages, greedy_reward=greedy_rewards)
+        )
+        return whiten(advantages) if self.method.whiten_advantages else advantages
+
+    def _token_advantages_of(self, rewards: jax.Array, values: jax.Array, mask: jax.Array):
+        advantages = jax.vmap(self.method.advantages)(rewards, **give(self.method.advantages, values=values))
+        advantages = jnp.where(mask, advantages, 0.0)
+        return whiten(advantages, mask) if self.method.whiten_advantages else advantages, advantages + values
 
 
-def _check_settings(estimator, critic, old_policy, importance_limit) -> None:
-    if old_policy not in OLD_POLICIES:
-        raise ValueError(f'old_policy must be one of {OLD_POLICIES}; got {old_policy!r}')
-    if importance_limit is not None and old_policy != 'recompute':
-        raise ValueError(
-            f'importance_limit = {importance_limit} compares the sampler with what the trainer recomputes; set '
-            f"old_policy to 'recompute', or leave it out; got {old_policy!r}"
-        )
-    if needs_values(estimator) and critic is None:
-        raise ValueError('this estimator takes the values of a critic, and there is none; set train.critic = @Critic()')
-    if critic is not None and not needs_values(estimator):
-        raise ValueError(
-            'the critic would learn what nothing uses; set train.estimator = @gae, or leave the critic out'
-        )
-
-
-def _check_reference(has_reference, reward_penalty, refresh_every, mask_truncated) -> None:
-    if reward_penalty is not None and mask_truncated:
-        raise ValueError(
-            'reward_penalty and mask_truncated do not go together: of masked responses no penalty is known, and their '
-            'rewards count for the others; choose one, or put the pull into train.regularisers'
-        )
-    if reward_penalty is not None and not needs_reference(reward_penalty):
-        raise ValueError('reward_penalty must compare with a reference model, such as @kl_to_reference')
-    if refresh_every < 0 or (refresh_every and not has_reference):
-        raise ValueError(
-            f'refresh_reference_every = {refresh_every}; expected 0, which is never, or with @kl_to_reference among '
-            'regularisers or as reward_penalty a number of steps'
-        )
+def needs_greedy_reward(method: Method) -> bool:
+    """True if advantages compare with the greedy response to the same prompt."""
+    return needs(method.advantages, 'greedy_reward')
 
 
 def abstract_state(
@@ -286,7 +269,7 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
-    critic: Critic | None = None,
+    critic_optimizer: optax.GradientTransformation | None = None,
     has_reference: bool = False,
 ) -> TrainState:
     """Shapes and shardings of all that is trained."""
@@ -298,7 +281,7 @@ def abstract_state(
         progress=jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated), START),
         params=params,
         opt_state=opt_state,
-        critic=None if critic is None else abstract_critic(config, critic.optimizer, mesh),
+        critic=None if critic_optimizer is None else abstract_critic(config, critic_optimizer, mesh),
         reference=jax.tree.map(like, as_reference, params) if has_reference else None,
     )
 
@@ -310,8 +293,19 @@ def start_state(params, optimizer: optax.GradientTransformation, shapes: TrainSt
     return TrainState(progress, params, jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params))
 
 
+def summarise(updates: Sequence[Updated]) -> dict[str, float]:
+    """Metrics of a step: means over its updates; a maximum stays one. Updates that were skipped are only counted."""
+    of_policy = fetch([update.policy.metrics for update in updates if update.policy is not None])
+    of_critic = fetch([update.critic for update in updates if update.critic is not None])
+    metrics = _summarise('update', of_policy) | _summarise('critic', of_critic)
+    if of_policy:
+        # Before the first update the policy is the one that sampled: what is left is the noise between the two.
+        first = next((log for log in of_policy if not log['skipped']), of_policy[0])
+        metrics['update/kl_noise'] = first['kl_mean']
+    return metrics
+
+
 def _summarise(kind: str, logs: list[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Metrics of a step's updates: their mean; a maximum stays one. Updates that were skipped are only counted."""
     done = [log for log in logs if not log['skipped']] or logs
 
     def over(name: str) -> float:

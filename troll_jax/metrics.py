@@ -34,7 +34,7 @@ class MetricsWriter:
         first = resume_after + 1 if resume_after else 0
         self._last_step = first - 1
         self._file = _open_before(folder / 'metrics.jsonl', first)
-        self._tables = _open_before(folder / 'held_tokens.jsonl', first)
+        self._tables = _open_before(folder / 'constrained_tokens.jsonl', first)
         # Written here and now: the thread of a SummaryWriter dies when the disk is full, and the run then waits for it
         # forever. The first event tells TensorBoard to drop what earlier files say of the steps from here on.
         self._board_folder = folder / 'tensorboard'
@@ -59,12 +59,12 @@ class MetricsWriter:
             self._board.flush()
 
     def write_table(self, step: int, rows: list[dict]) -> None:
-        """Appends the tokens that an objective held back most at a step to `held_tokens.jsonl`."""
+        """Appends the tokens that an objective held back most at a step to `constrained_tokens.jsonl`."""
         if not self._write:
             return
         _append(self._tables, {'step': step, 'tokens': rows})
-        lines = [f'- {row["text"]!r} {row["held"]} of {row["seen"]}' for row in rows]
-        self._show(step, summary=text('held_tokens', '\n'.join(lines)))
+        lines = [f'- {row["text"]!r} {row["constrained"]} of {row["seen"]}' for row in rows]
+        self._show(step, summary=text('constrained_tokens', '\n'.join(lines)))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the metrics of a step. A number that is not finite becomes null in the file, so that it stays JSON.

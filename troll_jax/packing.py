@@ -74,7 +74,7 @@ def abstract_batch(shape: BatchShape, kept: int) -> Batch:
         tokens=ints,
         positions=ints,
         segment_ids=ints,
-        weights=floats,
+        loss_weights=floats,
         advantages=floats,
         old_log_probs=floats,
         old=old,
@@ -167,7 +167,7 @@ def make_batch(rollout: Rollout, advantages: np.ndarray, weights: np.ndarray, la
     fill(batch.segment_ids, to, segments[source])
 
     source, t, to = layout.response, layout.t, layout.at
-    fill(batch.weights, to, weights[source])
+    fill(batch.loss_weights, to, weights[source])
     fill(batch.advantages, to, advantages[source])
     fill(batch.old_log_probs, to, rollout.log_probs[source, t])
     fill(batch.old.tokens, to, rollout.support.tokens[source, t])

@@ -1,12 +1,12 @@
-"""Sampling responses, and recording what they were sampled from.
+"""On-policy sampling by continuous batching: responses, and a record of the distributions they were sampled from.
 
-All requests of a rollout, G samples of each of B prompts, are known when it begins: a fixed number of slots decodes,
-and a slot whose response has ended takes the next request in the step after that. A prompt is prefilled once, shortly
-before its first sample is due, and its keys and values exist once for all of its samples. Shapes depend on no length:
-as long as as many prompts come, nothing compiles twice. The bookkeeping is in `slots.py`, on the devices as well.
+All requests of a rollout, G samples of each of B prompts, are known when it begins. A fixed number of decode slots
+works through them: a slot whose response has ended takes the next request in the step after that. A prompt is prefilled
+once, shortly before its first sample is due, and its KV cache serves all of its samples. Shapes depend on no length: as
+long as as many prompts come, nothing compiles twice. Admission and queue are in `scheduler.py`, on the devices as well.
 
-The host runs two programs in turn: one prefills as long as a prefill is due, the other decodes, step after step, until
-one is due again or everything has ended. It takes the time of each, and is told only whether anything is left.
+The host runs two programs in turn. One prefills as long as a prefill is due, the other decodes, step after step, until
+one is due again or everything has ended. The host times each, and learns only whether any work is left.
 """
 
 import dataclasses
@@ -20,28 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from troll_jax import scheduler
 from troll_jax.models import decoder as decoders
 from troll_jax.models.head import logits
-from troll_jax.models.pages import grow, write_pages
+from troll_jax.models.paged_cache import grow
 from troll_jax.ops import categorical
 from troll_jax.ops.support import select
+from troll_jax.scheduler import Record, Requests, State
 from troll_jax.sharding import RULES, constrain, current_mesh, partition_spec
-from troll_jax.slots import (
-    Record,
-    Requests,
-    State,
-    end_responses,
-    enqueue,
-    idle_state,
-    lay_out,
-    prefill_batch,
-    prefill_is_due,
-    prefixes,
-    record_tokens,
-    refill,
-    work_is_left,
-)
-from troll_jax.types import Prompts, Rollout, RolloutWork
+from troll_jax.types import Prompts, Rollout, RolloutStats
 
 PREFILL_CHUNK = 256
 
@@ -63,7 +50,7 @@ class Sampler:
         """The responses to a prompt depend on the parameters, the prompt and its own key, not on the other prompts.
 
         Args:
-          params: of the decoder.
+          params: the decoder's.
           prompts: B of them, as many as the devices of the mesh's batch axes divide.
           keys: [B] random keys.
           limits: [R] int32, between 1 and T: lengths at which single responses are cut.
@@ -85,11 +72,11 @@ class Sampler:
             prefill_seconds += between - begin
             decode_seconds += time.perf_counter() - between
         slots = state.request.size
-        work = RolloutWork(state.steps, slots, state.prefills, prefill_seconds, decode_seconds)
-        return self.end(prompts, state)._replace(work=work)
+        stats = RolloutStats(state.steps, slots, state.prefills, prefill_seconds, decode_seconds)
+        return self.end(prompts, state)._replace(stats=stats)
 
     def shapes(self, params, prompts: Prompts, keys: jax.Array) -> Rollout:
-        """Traces all programs on shapes; nothing is compiled. Returns those of a rollout, without its `work`."""
+        """Traces all programs on shapes; nothing is compiled. Returns those of a rollout, without its `stats`."""
         self.check(prompts, keys, None)
         inputs = jax.eval_shape(self.begin, params, prompts, keys, None)
         jax.eval_shape(self.prefill, *inputs)
@@ -104,8 +91,8 @@ def make_sampler(
     max_response_length: int,
     temperature: float,
     stop_tokens: Sequence[int],
-    max_tokens: int,
-    mass: float,
+    support_size: int,
+    support_mass: float,
     top_k: int | None = None,
     top_p: float | None = None,
     slots: int | None = None,
@@ -115,35 +102,61 @@ def make_sampler(
     """Builds the function that samples G responses to each prompt.
 
     Args:
-      config: of the decoder.
+      config: the decoder's.
       samples_per_prompt: G.
       max_response_length: T; a response that gets no stop token is cut there.
-      temperature: of the sampling; 0 takes the most probable token, and records the policy at temperature 1.
+      temperature: sampling temperature; 0 takes the most probable token, and records the policy at temperature 1.
       stop_tokens: a response ends with any of these.
-      max_tokens, mass: of the recorded distributions, see `troll_jax.sparsify`.
-      top_k, top_p: sample from the most probable tokens only, see `categorical.truncate`. What is recorded is the
-        truncated distribution.
-      slots: responses that are decoded at a time, on all devices together. Memory grows with it, no response depends
-        on it. None: one for every request, so that none waits.
+      support_size, support_mass: K and the probability to keep of each recorded distribution, see `troll_jax.sparsify`.
+      top_k, top_p: bounds that leave only the most probable tokens, see `categorical.truncate`. The truncated
+        distribution is recorded.
+      slots: decode slots, responses that are decoded at a time, on all devices together. Memory grows with it, no
+        response depends on it. None: one for every request, so that none waits.
       prefill_chunk: tokens of each prompt that a prefill takes at a time.
-      gather_weights: lays the weights out for decoding once per rollout, the parts of all `fsdp` devices on each;
-        false: they stay as they lie for training, which takes less memory and sends them at every step.
+      gather_weights: true: weights are laid out for decoding once per rollout, the parts of all `fsdp` devices on each;
+        false: they keep the layout of training, which takes less memory and sends them at every step.
 
     Raises:
       ValueError: a negative temperature, no stop token, fewer than one sample, response token or slot, K > V, top_k or
         top_p out of range.
     """
-    _check_settings(config, locals())
+    if temperature < 0:
+        raise ValueError(f'temperature must be positive, or 0 for greedy decoding; got {temperature}')
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise ValueError('top_k and top_p change nothing at temperature 0; set a temperature, or leave them out')
+    if not stop_tokens:
+        raise ValueError('no stop token: every response would run to max_response_length; set eos_token_id')
+    if samples_per_prompt < 1 or max_response_length < 1:
+        raise ValueError(
+            'samples_per_prompt and max_response_length must be at least 1; got '
+            f'{samples_per_prompt} and {max_response_length}'
+        )
+    if not 1 <= support_size <= config.vocab_size:
+        raise ValueError(
+            f'support_size (kept tokens per position) must be between 1 and the vocabulary size {config.vocab_size}; '
+            f'got {support_size}'
+        )
+    if not 0 < support_mass <= 1:
+        raise ValueError(f'support_mass is the probability to keep, in (0, 1]; got {support_mass}')
+    if slots is not None and slots < 1:
+        raise ValueError(f'slots (responses decoded at a time) must be at least 1, or None for all; got {slots}')
+    if prefill_chunk < 1:
+        raise ValueError(f'prefill_chunk must be at least 1 token; got {prefill_chunk}')
+    if top_k is not None and not 1 <= top_k <= config.vocab_size:
+        raise ValueError(
+            f'top_k must be between 1 and the vocabulary size {config.vocab_size}, or None for all; got {top_k}'
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f'top_p must be in (0, 1], or None for all; got {top_p}')
     graphdef, _ = decoders.abstract(config)
     stops = jnp.asarray(tuple(stop_tokens), jnp.int32)
-    group, room = samples_per_prompt, max_response_length
     truncated = top_k is not None or top_p is not None
 
     def choose(axis_name, hidden, unembedding, uniform) -> Record:
-        """Draws the next token of rows [N], and what is recorded of it, on one device with its part of the vocabulary.
+        """Draws and records the next token of rows [N], on one device with its part of the vocabulary.
 
         Args:
-          axis_name: over which the other parts lie; None: there are none.
+          axis_name: mesh axis over which the vocabulary is split; None: it is not.
           hidden: [N, D], unembedding: [V', D], uniform: [N].
         """
         scores = logits(hidden, unembedding, temperature=temperature or 1.0, dtype=config.compute_dtype)
@@ -152,14 +165,14 @@ def make_sampler(
 
         def one_row(scores, uniform):
             if truncated:
-                scores = categorical.truncate(scores, count=top_k, mass=top_p)
+                scores = categorical.truncate(scores, top_k=top_k, top_p=top_p)
             blocks = categorical.summarise(scores, axis_name)
             if temperature:
                 token, log_prob = categorical.draw(uniform, blocks, axis_name)
             else:
                 token, log_prob = categorical.most_probable(blocks, axis_name)
-            best, best_log_probs = categorical.largest(blocks, max_tokens, axis_name)
-            support = select(best, best_log_probs, token, log_prob, mass=mass)
+            best, best_log_probs = categorical.largest(blocks, support_size, axis_name)
+            support = select(best, best_log_probs, token, log_prob, support_mass=support_mass)
             return Record(token, log_prob, blocks.entropy, support)
 
         record = jax.vmap(one_row)(scores, uniform)
@@ -171,13 +184,14 @@ def make_sampler(
         weights = decoders.cast_weights(params, config.compute_dtype)
         if gather_weights:
             weights = decoders.decode_layout(weights, config)
-        requests = enqueue(prompts, keys, limits, _batch_shards(), group, room, prefill_chunk)
-        return weights, requests, idle_state(config, requests, slots, group, room, max_tokens)
+        sizes = _batch_shards(), samples_per_prompt, max_response_length, prefill_chunk
+        requests = scheduler.enqueue(prompts, keys, limits, *sizes)
+        return weights, requests, scheduler.idle_state(config, requests, slots, max_response_length, support_size)
 
     @partial(jax.jit, donate_argnames='state')
     def prefill(weights: dict, requests: Requests, state: State) -> State:
-        one = partial(_prefill, decoders.bind(graphdef, weights), requests, chunk=prefill_chunk, group=group)
-        return lay_out(jax.lax.while_loop(partial(prefill_is_due, group=group), one, state))
+        one = partial(_prefill, decoders.bind(graphdef, weights), requests, chunk=prefill_chunk)
+        return scheduler.lay_out(jax.lax.while_loop(scheduler.prefill_is_due, one, state))
 
     @partial(jax.jit, donate_argnames='state')
     def decode(weights: dict, requests: Requests, state: State) -> tuple[State, jax.Array]:
@@ -185,32 +199,35 @@ def make_sampler(
 
         def step(state: State) -> State:
             with jax.named_scope('refill'):
-                state = refill(state, group)
+                state = scheduler.refill(state)
             with jax.named_scope('draw'):
                 rows = lambda x: x.reshape(-1, *x.shape[2:])
                 uniform = jax.vmap(_uniform)(requests.keys, state.request, state.t)
                 record = _over_devices(choose)(rows(state.hidden), decoder.unembedding, rows(uniform))
                 record = jax.tree.map(lambda x: x.reshape(*state.t.shape, *x.shape[1:]), record)
             with jax.named_scope('record'):
-                state, ended = record_tokens(state, record, requests, stops)
-                state, active = end_responses(state, ended, group)
+                state, ended = scheduler.record_tokens(state, record, requests, stops)
+                state, active = scheduler.end_responses(state, ended)
             with jax.named_scope('decode'):
                 response_lengths = jnp.where(active, state.t, 0)
                 responses = grow(state.responses, response_lengths)
-                hidden, responses = decoder.decode(record.tokens, response_lengths, prefixes(state, group), responses)
+                prompts = scheduler.prefixes(state)
+                hidden, responses = decoder.decode(record.tokens, response_lengths, prompts, responses)
             return state._replace(hidden=hidden, responses=responses, steps=state.steps + 1)
 
-        state = jax.lax.while_loop(lambda state: work_is_left(state) & ~prefill_is_due(state, group), step, state)
-        return lay_out(state), constrain(work_is_left(state))
+        continues = lambda state: scheduler.work_is_left(state) & ~scheduler.prefill_is_due(state)
+        state = jax.lax.while_loop(continues, step, state)
+        return scheduler.lay_out(state), constrain(scheduler.work_is_left(state))
 
     @jax.jit
     def end(prompts: Prompts, state: State) -> Rollout:
         rows = lambda x: constrain(x.reshape(-1, *x.shape[2:]), 'batch', *[None] * (x.ndim - 2))
         records = jax.tree.map(rows, state.records)
         lengths = rows(state.lengths)
-        prompt_lengths = jnp.repeat(prompts.lengths, group)
+        prompt_lengths = jnp.repeat(prompts.lengths, samples_per_prompt)
+        prompt_tokens = jnp.repeat(prompts.tokens, samples_per_prompt, axis=0)
         return Rollout(
-            tokens=_concatenate(jnp.repeat(prompts.tokens, group, axis=0), prompt_lengths, records.tokens, lengths),
+            tokens=_concatenate(prompt_tokens, prompt_lengths, records.tokens, lengths),
             prompt_lengths=prompt_lengths,
             response_lengths=lengths,
             stop_token=rows(state.stop_token),
@@ -219,50 +236,24 @@ def make_sampler(
             support=records.support,
         )
 
-    check = partial(_check_requests, slots=slots, group=group, room=room)
+    check = partial(
+        _check_requests, slots=slots, samples_per_prompt=samples_per_prompt, max_response_length=max_response_length
+    )
     return Sampler(check, begin, prefill, decode, end)
 
 
-def _check_settings(config, settings) -> None:
-    temperature, slots, top_k, top_p = (settings[name] for name in ('temperature', 'slots', 'top_k', 'top_p'))
-    if temperature < 0:
-        raise ValueError(f'temperature must be positive, or 0 for greedy decoding; got {temperature}')
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        raise ValueError('top_k and top_p change nothing at temperature 0; set a temperature, or leave them out')
-    if not settings['stop_tokens']:
-        raise ValueError('no stop token: every response would run to max_response_length; set eos_token_id')
-    if settings['samples_per_prompt'] < 1 or settings['max_response_length'] < 1:
-        raise ValueError(
-            'samples_per_prompt and max_response_length must be at least 1; got '
-            f'{settings["samples_per_prompt"]} and {settings["max_response_length"]}'
-        )
-    if not 1 <= settings['max_tokens'] <= config.vocab_size:
-        raise ValueError(
-            f'max_tokens (kept tokens per position) must be between 1 and the vocabulary size {config.vocab_size}; '
-            f'got {settings["max_tokens"]}'
-        )
-    if not 0 < settings['mass'] <= 1:
-        raise ValueError(f'mass is the probability to keep, in (0, 1]; got {settings["mass"]}')
-    if slots is not None and slots < 1:
-        raise ValueError(f'slots (responses decoded at a time) must be at least 1, or None for all; got {slots}')
-    if settings['prefill_chunk'] < 1:
-        raise ValueError(f'prefill_chunk must be at least 1 token; got {settings["prefill_chunk"]}')
-    if top_k is not None and not 1 <= top_k <= config.vocab_size:
-        raise ValueError(
-            f'top_k must be between 1 and the vocabulary size {config.vocab_size}, or None for all; got {top_k}'
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f'top_p must be in (0, 1], or None for all; got {top_p}')
-
-
-def _check_requests(prompts: Prompts, keys, limits, *, slots: int | None, group: int, room: int) -> None:
+def _check_requests(
+    prompts: Prompts, keys, limits, *, slots: int | None, samples_per_prompt: int, max_response_length: int
+) -> None:
     """Raises a ValueError with the numbers, before anything is compiled."""
     shards = _batch_shards()
     batch, length = prompts.tokens.shape
     if keys.shape != (batch,):
         raise ValueError(f'{batch} prompts need as many keys; got keys of shape {keys.shape}')
-    if limits is not None and limits.shape != (batch * group,):
-        raise ValueError(f'{batch} prompts × {group} samples need as many limits; got limits of shape {limits.shape}')
+    if limits is not None and limits.shape != (batch * samples_per_prompt,):
+        raise ValueError(
+            f'{batch} prompts × {samples_per_prompt} samples need as many limits; got limits of shape {limits.shape}'
+        )
     for name, count in [('prompts', batch), ('slots', slots or shards)]:
         if count % shards:
             raise ValueError(
@@ -270,7 +261,7 @@ def _check_requests(prompts: Prompts, keys, limits, *, slots: int | None, group:
             )
     bounds = [('prompts are', prompts.lengths, length, 'the cache for prompts')]
     if limits is not None:
-        bounds.append(('limits are', limits, room, 'max_response_length'))
+        bounds.append(('limits are', limits, max_response_length, 'max_response_length'))
     for name, values, most, what in bounds:
         if isinstance(values, jax.core.Tracer | jax.ShapeDtypeStruct) or not getattr(
             values, 'is_fully_addressable', True
@@ -284,7 +275,7 @@ def _check_requests(prompts: Prompts, keys, limits, *, slots: int | None, group:
 
 
 def _batch_shards() -> int:
-    """E: over how many devices, or groups of them, the mesh in context spreads a batch."""
+    """E, the number of devices, or groups of them, over which the mesh in context spreads a batch."""
     mesh = current_mesh()
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES['batch'])
 
@@ -299,71 +290,39 @@ def _over_devices(choose):
 
 
 def _uniform(keys: jax.Array, request: jax.Array, t: jax.Array) -> jax.Array:
-    """The number in [0, 1) by which each slot [U] draws token t of its request: no other token has to do with it."""
+    """The number in [0, 1) by which each slot [U] draws token t of its request; no other token uses it."""
     draw = lambda key, t: jax.random.uniform(jax.random.fold_in(key, t))
     return jax.vmap(draw)(keys.at[request].get(mode='clip'), t)
 
 
-def _prefill(decoder, requests: Requests, state: State, *, chunk: int, group: int) -> State:
-    """Brings the next prompts into free places, chunk by chunk, as far as the longest of them goes."""
-    shards, prompts, room = requests.tokens.shape
-    chunk = min(chunk, room)
-    places = state.unfinished.shape[1]
-    batch = prefill_batch(state.request.shape[1], group, prompts)
-    free = jax.vmap(lambda x: jnp.nonzero(x == 0, size=batch, fill_value=places)[0])(state.unfinished)
-    index = state.next_prompt[:, None] + jnp.arange(batch)[None]
-    fits = (index < prompts) & (free < places)
-    take = jax.vmap(lambda x, index: x.at[index].get(mode='clip'))
-    lengths = jnp.where(fits, take(requests.lengths, index), 0)
-    rows = lambda x: x.reshape(shards * batch, *x.shape[2:])
-    tokens, row_lengths = rows(take(requests.tokens, index)), rows(lengths)
+def _prefill(decoder, requests: Requests, state: State, *, chunk: int) -> State:
+    """Runs the model over the prompts that are admitted next, chunk by chunk, as far as the longest of them goes."""
+    admission = scheduler.admit(state, requests)
+    length = admission.tokens.shape[2]
+    chunk = min(chunk, length)
+    tokens, lengths = admission.tokens.reshape(-1, length), admission.lengths.reshape(-1)
+    rows = lengths.size
 
     def extend(i, carry):
         hidden, cache = carry
-        positions = jnp.broadcast_to(i * chunk + jnp.arange(chunk, dtype=jnp.int32), (shards * batch, chunk))
+        positions = jnp.broadcast_to(i * chunk + jnp.arange(chunk, dtype=jnp.int32), (rows, chunk))
         part = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
         new, cache = decoder.extend(part, positions, cache)
-        last = row_lengths - 1 - i * chunk
+        last = lengths - 1 - i * chunk
         at = jnp.take_along_axis(new, jnp.clip(last, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
         return jnp.where(((last >= 0) & (last < chunk))[:, None], at, hidden), cache
 
-    hidden = jnp.zeros((shards * batch, decoder.config.width), decoder.config.compute_dtype)
-    cache = decoders.init_cache(decoder.config, shards * batch, room)
-    hidden, cache = jax.lax.fori_loop(0, -(-jnp.max(lengths) // chunk), extend, (hidden, cache))
-
-    place = jnp.where(fits, free, places)
-    put = jax.vmap(lambda x, place, new: x.at[place].set(new, mode='drop'))
-    prompt_lengths = put(state.prompt_lengths, place, lengths)
-    pages = grow(state.prompts, prompt_lengths)
-    table = jax.vmap(lambda table, place: table.at[place].get(mode='fill', fill_value=pages.owner.shape[1]))(
-        pages.table, place
-    )
-
-    def paged(x: jax.Array) -> jax.Array:
-        """[layers, E · batch, L, M, F] → [layers, E, pages, M, page, F]."""
-        layers, _, _, kv_heads, head_dim = x.shape
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, pages.table.shape[2] * pages.size - room), (0, 0), (0, 0)])
-        return x.reshape(layers, shards, -1, pages.size, kv_heads, head_dim).swapaxes(3, 4)
-
-    table = table.reshape(shards, -1)
-    pages = pages._replace(k=write_pages(pages.k, table, paged(cache.k)), v=write_pages(pages.v, table, paged(cache.v)))
-    return state._replace(
-        next_prompt=state.next_prompt + jnp.sum(fits, axis=1),
-        prompts=pages,
-        prompt_lengths=prompt_lengths,
-        prompt_hidden=put(state.prompt_hidden, place, hidden.reshape(shards, batch, -1)),
-        unfinished=put(state.unfinished, place, jnp.full_like(place, group)),
-        place=put(state.place, jnp.where(fits, index, prompts), place),
-        prefills=state.prefills + 1,
-    )
+    hidden = jnp.zeros((rows, decoder.config.width), decoder.config.compute_dtype)
+    cache = decoders.init_cache(decoder.config, rows, length)
+    hidden, cache = jax.lax.fori_loop(0, -(-jnp.max(admission.lengths) // chunk), extend, (hidden, cache))
+    return scheduler.store_prompts(state, admission, hidden, cache)
 
 
 def _concatenate(prompts: jax.Array, prompt_lengths: jax.Array, responses: jax.Array, lengths: jax.Array) -> jax.Array:
     """Rows of prompt [R, P], response [R, T] and zeros, without a gap: [R, P + T]."""
-    _, prompt_room = prompts.shape
-    _, response_room = responses.shape
-    index = jnp.arange(prompt_room + response_room)[None, :]
+    prompt_size, response_size = prompts.shape[1], responses.shape[1]
+    index = jnp.arange(prompt_size + response_size)[None, :]
     t = index - prompt_lengths[:, None]
-    response = jnp.take_along_axis(responses, jnp.clip(t, 0, response_room - 1), axis=1)
-    prompt = jnp.pad(prompts, [(0, 0), (0, response_room)])
+    response = jnp.take_along_axis(responses, jnp.clip(t, 0, response_size - 1), axis=1)
+    prompt = jnp.pad(prompts, [(0, 0), (0, response_size)])
     return jnp.where(t < 0, prompt, jnp.where(t < lengths[:, None], response, 0))

@@ -59,7 +59,7 @@ def load_batches(path: str | os.PathLike) -> SavedBatches:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f'no file of saved batches {str(path)!r}; train with train.save_rollout_every to get some')
+        raise ValueError(f'no file of saved batches {str(path)!r}; train with Run.save_rollout_every to get some')
     try:
         with np.load(path, allow_pickle=False) as file:
             entries = dict(file)  # reads all of it, and compares checksums

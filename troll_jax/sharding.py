@@ -49,7 +49,7 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     if math.prod(sizes.values()) != count:
         raise ValueError(
             f'mesh {sizes} needs {fixed if not free else f"a multiple of {fixed}"} devices, but {count} '
-            f'({devices[0].platform}) are there; change make_mesh.data, make_mesh.fsdp or make_mesh.tensor'
+            f'({devices[0].platform}) are there; change Compute.data, Compute.fsdp or Compute.tensor'
         )
     # An axis may be shorter than a side of the slice: 2 of the 4 × 4 × 4 chips of a TPU, say.
     grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)

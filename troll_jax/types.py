@@ -1,6 +1,6 @@
-"""The frozen pytrees that the stages hand to each other, and the axis letters used everywhere.
+"""The frozen pytrees that the stages hand to each other, and the axis letters of the whole library.
 
-Axis glossary:
+Axis glossary (a prime marks another size or a part: K' of another list, V' on one device; einsums have k for KH):
 
     B   prompts in a rollout batch
     G   samples per prompt
@@ -8,9 +8,18 @@ Axis glossary:
     P   prompt positions, T response positions
     S   positions of a row: P + T in a rollout; in a batch for an update several sequences may share a row
     M   micro-batches of a batch, Z rows in each
-    N   tokens, any of the above flattened
+    N   tokens, any of the above flattened, C chunks of them
     K   kept tokens of a sparse distribution
-    V   vocabulary, D model width
+    V   vocabulary, D model width, I and O inputs and outputs of a weight
+
+    H   query heads, KH key-value heads, F head dimension
+    X   queries of a sequence per key-value head: H/KH of a response, G·H/KH of a prompt
+    L   positions of a contiguous KV cache
+    E   shards of a rollout batch, each with a queue, decode slots and pages on its own devices; beside E, B and R are
+        those of a shard
+    U   decode slots of a shard, Q its places for prompts, A prompts admitted to one prefill
+    W   sequences that own pages of a paged KV cache: Q prompts or U responses
+    NP  pages of a paged KV cache, J of one sequence at most, PS tokens of a page
 """
 
 from typing import Any, NamedTuple
@@ -38,21 +47,21 @@ class Prompts(NamedTuple):
     lengths: jax.Array  # [B] int32, between 1 and P
 
 
-class RolloutWork(NamedTuple):
-    """What a rollout took."""
+class RolloutStats(NamedTuple):
+    """Speed and size of a rollout."""
 
     steps: jax.Array  # [] int32, decode steps
-    slots: int  # responses that can be decoded at a time
+    slots: int  # decode slots, responses that are decoded at a time
     prefills: jax.Array  # [] int32, batches of prompts that were prefilled
     prefill_seconds: float  # on this host's clock, with the time that the host takes to start them
-    decode_seconds: float  # the same of the steps
+    decode_seconds: float  # the same of the decode steps
 
 
 class Rollout(NamedTuple):
-    """Responses and what the policy that sampled them knew of each of their tokens.
+    """Responses, and a record of the policy that sampled them at each of their tokens.
 
     A row of `tokens` is prompt, response, padding, without a gap. The other arrays start at the response's first
-    token; what they hold past `response_lengths` is meaningless. An end-of-sequence token belongs to its response.
+    token; entries past `response_lengths` are meaningless. An end-of-sequence token belongs to its response.
     """
 
     tokens: jax.Array  # [R, S] int32
@@ -61,8 +70,8 @@ class Rollout(NamedTuple):
     stop_token: jax.Array  # [R] int32, the end-of-sequence token that it ended with; −1: the length limit cut it
     log_probs: jax.Array  # [R, T] float32, of the sampled tokens, at the sampling temperature
     entropy: jax.Array  # [R, T] float32, nats
-    support: SparseLogProbs  # [R, T, K] what was sampled from
-    work: RolloutWork | None = None
+    support: SparseLogProbs  # [R, T, K] the distributions that were sampled from
+    stats: RolloutStats | None = None
 
     @property
     def stopped(self) -> jax.Array:
@@ -71,32 +80,32 @@ class Rollout(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """What a reference model says of the tokens of a batch, at the temperature of the sampling."""
+    """Reference log-probabilities of the tokens of a batch, at the sampling temperature."""
 
     log_probs: jax.Array  # [M, Z, S] float32
-    at_old: jax.Array  # [M, Z, S, K] float32, of the tokens that the old policy lists
+    on_old_support: jax.Array  # [M, Z, S, K] float32, of the tokens that the old policy lists
 
 
 class Batch(NamedTuple):
-    """What one update learns from: rows in which sequences, each a prompt and its response, lie end to end.
+    """The data of one update: rows in which sequences, each a prompt and its response, are packed end to end.
 
-    What is known of a token stands at the token itself. Micro-batches without a sequence come last and cost nothing.
+    Data of a token is at the token itself. Micro-batches without a sequence come last and cost nothing.
     """
 
     tokens: jax.Array  # [M, Z, S] int32
     positions: jax.Array  # [M, Z, S] int32, of each token in its own sequence
     segment_ids: jax.Array  # [M, Z, S] int32: the sequences of a row, numbered from 1; 0 is padding
-    weights: jax.Array  # [M, Z, S] float32, of the tokens in the loss; 0 at all that is not learnt from
+    loss_weights: jax.Array  # [M, Z, S] float32, of the tokens in the loss; 0: not trained on
     advantages: jax.Array  # [M, Z, S] float32
     old_log_probs: jax.Array  # [M, Z, S] float32
     old: SparseLogProbs  # [M, Z, S, K]
     reference: Reference | None = None  # if there is a reference model
     values: jax.Array | None = None  # [M, Z, S] float32, by the critic before its update, if there is one
-    returns: jax.Array | None = None  # [M, Z, S] float32, what it is to learn
+    returns: jax.Array | None = None  # [M, Z, S] float32, its regression targets
 
 
 class Progress(NamedTuple):
-    """How far a run has come: what a schedule may depend on, and where the data goes on."""
+    """Progress of a run: the input of schedules, and the position in the data to resume from."""
 
     step: jax.Array | int = 0  # [] int32, rollout batches learnt from so far
     updates: jax.Array | int = 0  # [] int32, of the parameters
@@ -115,7 +124,7 @@ class CriticState(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a run needs to go on. Data order and random keys are functions of the seed and of `progress`."""
+    """State of a run, to resume from. Data order and random keys are functions of the seed and of `progress`."""
 
     progress: Progress
     params: Any  # nested dict of arrays, float32

@@ -21,6 +21,7 @@ from troll_jax.ops.losses import troll
 from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import adamw
 from troll_jax.packing import BatchShape
+from troll_jax.score import Scoring
 from troll_jax.types import START, TrainState
 from troll_jax.update import make_update
 
@@ -30,15 +31,7 @@ FEW, MANY = 4, 28
 def lower_update(layers: int, responses: int = 8) -> jax.stages.Lowered:
     """The update for a model of this depth, traced and not yet compiled."""
     config, optimizer = qwen3_0_6b(layers=layers, compute_dtype='float32'), adamw()
-    update = make_update(
-        config,
-        optimizer,
-        objective=troll,
-        temperature=1.0,
-        tail_rule=default_tail,
-        max_tokens=KEPT,
-        mass=1 - 1e-5,
-    )
+    update = make_update(config, optimizer, troll, Scoring(1.0, default_tail, KEPT, 1 - 1e-5))
     _, params = decoders.abstract(config)
     progress = jax.eval_shape(lambda: START)
     state = TrainState(progress, params, jax.eval_shape(optimizer.init, params))

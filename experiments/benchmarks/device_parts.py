@@ -31,11 +31,13 @@ from experiments.benchmarks.measure import (
 )
 from experiments.benchmarks.projection import violating_tokens
 from experiments.benchmarks.update import plain_clip_gradient
+from experiments.studies.program_cost import bytes_needed, count_flops
+from experiments.train import training_step
 from troll_jax.collect import make_collector
 from troll_jax.data.prompts import PromptSet
 from troll_jax.data.tasks.gsm8k import GSM8K
 from troll_jax.data.tokenizer import character_tokenizer
-from troll_jax.learn import abstract_state, make_learner, start_state
+from troll_jax.learn import Learner, abstract_state, start_state
 from troll_jax.models import decoder as decoders
 from troll_jax.models.attention import best_implementation
 from troll_jax.ops.advantages import group_normalised
@@ -44,17 +46,17 @@ from troll_jax.ops.losses import ppo_clip, troll
 from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import adamw
 from troll_jax.packing import BatchShape, batch_shape, make_batch, make_layout
-from troll_jax.planning import bytes_needed, count_flops
 from troll_jax.rewards.pool import Grader
-from troll_jax.rewards.terms import task_reward
 from troll_jax.rollout import make_sampler
+from troll_jax.score import Scoring, make_recompute
+from troll_jax.settings import Compute, Method, Sampling
 from troll_jax.sharding import make_mesh, place
 from troll_jax.types import START
-from troll_jax.update import make_gradient, make_recompute, make_update
+from troll_jax.update import make_gradient, make_update
 
 BOUND, MASS = 0.05, 1 - 1e-5
 PEAKED = 3.5  # times the embedding of new weights
-POLICY = {'temperature': 1.0, 'tail_rule': default_tail, 'max_tokens': KEPT, 'mass': MASS}
+SCORING = Scoring(1.0, default_tail, KEPT, MASS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +164,7 @@ def numerics(bench: Bench) -> None:
     config = dataclasses.replace(sizes.small, compute_dtype='float32')
     params = jax.tree.map(np.asarray, peaked_params(config))
     batch = jax.tree.map(np.asarray, random_batch(BatchShape(2, 2, 640), config.vocab_size))
-    gradient = make_gradient(config, objective=troll, **POLICY)
+    gradient = make_gradient(config, troll, SCORING)
 
     def on(device: jax.Device):
         with jax.set_mesh(one_device(device)), jax.default_device(device):
@@ -192,13 +194,13 @@ def noise(sizes: Sizes, dtype: str) -> float:
     config = model_for(sizes.small, dtype)
     params = peaked_params(config)
     sampler, prompts, keys = engine(config, sizes, slots=4 * sizes.samples, room=sizes.response)
-    rollout = jax.tree.map(np.asarray, sampler(params, prompts, keys)._replace(work=None))
+    rollout = jax.tree.map(np.asarray, sampler(params, prompts, keys)._replace(stats=None))
     responses = len(rollout.response_lengths)
     layout = make_layout(rollout, batch_shape(responses, sizes.prompt_room + sizes.response))
     weights = np.ones(responses, np.float32)
     batch = make_batch(rollout, weights, weights, layout)
-    recomputed, _, _ = make_recompute(config, **POLICY)(params, batch)
-    gap = np.float64(recomputed.old_log_probs)[batch.weights > 0] - batch.old_log_probs[batch.weights > 0]
+    recomputed, _, _ = make_recompute(config, SCORING)(params, batch)
+    gap = np.float64(recomputed.old_log_probs)[batch.loss_weights > 0] - batch.old_log_probs[batch.loss_weights > 0]
     return float(np.mean(np.expm1(gap) - gap))
 
 
@@ -210,8 +212,8 @@ def engine(config: decoders.DecoderConfig, sizes: Sizes, slots: int, room: int):
         max_response_length=room,
         temperature=1.0,
         stop_tokens=[config.vocab_size],  # never sampled: responses have the length that they are given
-        max_tokens=KEPT,
-        mass=MASS,
+        support_size=KEPT,
+        support_mass=MASS,
         slots=slots,
     )
     count = slots // sizes.samples
@@ -228,7 +230,7 @@ def decode(bench: Bench) -> None:
         sampler, prompts, keys = engine(config, sizes, slots, room)
         sample = lambda length: jax.block_until_ready(sampler(params, prompts, keys, jnp.full(slots, length)))
         sample(2)
-        works = [sample(sizes.response).work for _ in range(sizes.repeats)]
+        works = [sample(sizes.response).stats for _ in range(sizes.repeats)]
         median = lambda name: float(np.median([getattr(work, name) for work in works]))
         steps, seconds, limits = int(works[0].steps), median('decode_seconds'), np.full(slots, sizes.response)
         bench.report(
@@ -259,7 +261,7 @@ def update(bench: Bench) -> None:
         shapes = abstract_state(config, optimizer, one_device())
         state = start_state(decoders.init(config, jax.random.key(0), one_device()), optimizer, shapes)
         batch = place(jax.tree.map(np.asarray, random_batch(shape, config.vocab_size)), one_device(), (None, 'batch'))
-        traced = make_update(config, optimizer, objective=objective, **POLICY).trace(state, batch)
+        traced = make_update(config, optimizer, objective, SCORING).trace(state, batch)
         compiled = traced.lower().compile()
         times = []
         for _ in range(sizes.repeats + 1):
@@ -302,8 +304,8 @@ def head(bench: Bench) -> None:
     config = dataclasses.replace(model_for(bench.sizes.model), layers=0)
     params = decoders.init(config, jax.random.key(0))
     gradients = {
-        'Clip': make_gradient(config, objective=ppo_clip, **POLICY),
-        'TROLL': make_gradient(config, objective=troll, **POLICY),
+        'Clip': make_gradient(config, ppo_clip, SCORING),
+        'TROLL': make_gradient(config, troll, SCORING),
         'Clip, plain logits': plain_clip_gradient(config),
     }
 
@@ -346,20 +348,27 @@ def step(bench: Bench) -> None:
         responses = prompts * sizes.samples
         rows = random_prompts(4 * prompts, *sizes.prompt, sizes.prompt_room, config.vocab_size)
         data = PromptSet(*map(np.asarray, rows), ['1'] * 4 * prompts, [''] * 4 * prompts)
-        learner = make_learner(
-            config,
-            adamw(),
-            batch_shape(responses, sizes.prompt_room + sizes.response),
+        sampling = Sampling(
+            prompts_per_step=prompts, samples_per_prompt=sizes.samples, support_size=KEPT, support_mass=MASS
+        )
+        method = Method(
             objective=troll,
+            advantages=group_normalised,
             aggregation=token_mean,
-            estimator=group_normalised,
-            minibatch=responses,
+            tail_rule=default_tail,
+            optimizer=adamw,
+            minibatch_prompts=prompts,
+        )
+        learner = Learner(
+            config,
+            sampling,
+            method,
+            Compute(devices=list(mesh.devices.flat)),
+            max_prompt_length=sizes.prompt_room,
             max_response_length=sizes.response,
-            mesh=mesh,
-            **POLICY,
         )
         sampler, _, _ = engine(config, sizes, responses, sizes.response)
-        state = learner.start(decoders.init(config, jax.random.key(0), mesh))
+        state = learner.init(decoders.init(config, jax.random.key(0), mesh))
         with Grader(task.grade, deadline=task.deadline) as grader:
             grader.start()
             collect = make_collector(
@@ -367,10 +376,9 @@ def step(bench: Bench) -> None:
                 data,
                 grader,
                 tokenizer,
-                prompts_per_step=prompts,
+                sampling,
                 max_response_length=sizes.response,
-                rewards=[('task', 1.0, task_reward)],
-                seed=0,
+                rewards=method.rewards,
                 mesh=mesh,
             )
 
@@ -378,9 +386,11 @@ def step(bench: Bench) -> None:
                 begin = time.perf_counter()
                 experience = collect(state.params, int(state.progress.draws))
                 collected = time.perf_counter()
-                state, _, _ = jax.block_until_ready(learner.learn(state, experience))
+                state, _, _ = jax.block_until_ready(training_step(learner, state, experience))
                 end = time.perf_counter()
-                logs = {name.replace('/', '_'): float(x) for name, x in experience.logs.items() if 'seconds/' in name}
+                logs = {
+                    name.replace('/', '_'): float(x) for name, x in experience.metrics.items() if 'seconds/' in name
+                }
                 return state, logs | {'seconds_update': end - collected, 'seconds': end - begin}
 
             for _ in range(2):  # the first one compiles

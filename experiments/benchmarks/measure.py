@@ -64,7 +64,7 @@ def random_batch(shape: BatchShape, vocab_size: int) -> Batch:
         tokens=tokens,
         positions=at % length,
         segment_ids=1 + at // length,
-        weights=is_response / jnp.sum(is_response),
+        loss_weights=is_response / jnp.sum(is_response),
         advantages=jnp.repeat(advantages, length, axis=2),
         old_log_probs=log_probs[..., 0],
         old=SparseLogProbs(kept.astype(jnp.int32), log_probs),

@@ -127,8 +127,8 @@ def main() -> None:
         max_response_length=arguments.longest,
         temperature=1.0,
         stop_tokens=[config.vocab_size],  # never sampled: the lengths are given
-        max_tokens=arguments.kept,
-        mass=1 - 1e-5,
+        support_size=arguments.kept,
+        support_mass=1 - 1e-5,
         slots=arguments.slots,
     )
     batch = arguments.slots // SAMPLES
@@ -172,7 +172,7 @@ def main() -> None:
             result = jax.block_until_ready(run())
             times[name].append(time.perf_counter() - begin)
             if name == 'ours':
-                spent = result.work
+                spent = result.stats
             print(f'{name:28} {times[name][-1]:9.2f} s', flush=True)
     rates = {name: int(lengths.sum()) / statistics.median(times[name]) for name, (_, lengths) in kinds.items()}
     result = {'speedup_vs_static': rates['ours'] / rates['static']}

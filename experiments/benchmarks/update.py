@@ -21,10 +21,11 @@ import optax
 from experiments.benchmarks.measure import KEPT, PROMPT, RESPONSE, qwen3_0_6b, random_batch
 from troll_jax.models import decoder as decoders
 from troll_jax.models.head import logits
-from troll_jax.ops.losses import TokenLogProbs, ppo_clip, troll
+from troll_jax.ops.losses import LossInputs, ppo_clip, troll
 from troll_jax.ops.support import bucket_tail, default_tail
 from troll_jax.optimizer import adamw
 from troll_jax.packing import BatchShape
+from troll_jax.score import Scoring
 from troll_jax.types import START, Batch, TrainState
 from troll_jax.update import make_update
 
@@ -44,7 +45,7 @@ def plain_clip_gradient(config):
             scores = logits(hidden, decoder.unembedding, temperature=1.0, dtype=config.compute_dtype)
             response = jax.tree.map(lambda x: x[:, PROMPT:], rows)
             log_probs = jnp.take_along_axis(jax.nn.log_softmax(scores), response.tokens[:, :, None], axis=2)[:, :, 0]
-            row = TokenLogProbs(
+            row = LossInputs(
                 response.tokens,
                 response.segment_ids,
                 log_probs,
@@ -84,15 +85,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     config, optimizer = qwen3_0_6b(layers=arguments.layers, compute_dtype=arguments.dtype), adamw(learning_rate=1e-6)
-    sparse = dict(
-        temperature=1.0,
-        max_tokens=KEPT,
-        mass=1 - 1e-5,
-        head_chunk=arguments.head_chunk,
-    )
     updates = {
         f'{objective.__name__}, {rule.__name__}': make_update(
-            config, optimizer, objective=objective, tail_rule=rule, **sparse
+            config, optimizer, objective, Scoring(1.0, rule, KEPT, 1 - 1e-5, arguments.head_chunk)
         )
         for rule in (default_tail, bucket_tail)
         for objective in (troll, ppo_clip)

@@ -32,7 +32,7 @@ def kill_many(folder: Path, times: int, seed: int) -> dict:
     write_model(model)
     begin = time.monotonic()
     alone, killed = folder / 'alone', folder / 'killed'
-    process = Process(alone, model, f'train.steps = {steps}')
+    process = Process(alone, model, f'Run.steps = {steps}')
     process.wait_for(lambda: bool(rows(alone)))
     until_first_step = time.monotonic() - begin
     process.finish()
@@ -45,7 +45,7 @@ def kill_many(folder: Path, times: int, seed: int) -> dict:
         moment = MOMENTS[i % len(MOMENTS)]
         before, expected = whole_steps(killed), (whole_steps(killed) or [0])[-1]
         seen = rows(killed)
-        process = Process(killed, model, f'train.steps = {steps}')
+        process = Process(killed, model, f'Run.steps = {steps}')
         has_saved = lambda done=before: bool(set(whole_steps(killed)) - set(done))
         if moment == 'start':
             until = time.monotonic() + generator.uniform(0, until_first_step)
@@ -58,14 +58,14 @@ def kill_many(folder: Path, times: int, seed: int) -> dict:
                 assert process.wait_for(lambda: is_saving(killed)), 'ended by itself'
                 time.sleep(generator.uniform(0, 0.02))
         process.kill()
-        said = re.search(r'going on from step (\d+)', process.log.read_text())
+        said = re.search(r'resuming from step (\d+)', process.log.read_text())
         assert not said or int(said[1]) == expected, f'went on from {said[1]}, and step {expected} was whole'
         assert said or not expected or moment == 'start'
         half_saved += is_saving(killed)
         repeated += bool(seen) and seen[-1]['step'] > expected
         counts[moment] += 1
         print(f'killed in {moment}; whole: {whole_steps(killed)}, numbers of {len(rows(killed))} steps', flush=True)
-    process = Process(killed, model, f'train.steps = {steps}')
+    process = Process(killed, model, f'Run.steps = {steps}')
     process.finish()
     assert_same_run(alone, killed, steps)
     assert not is_saving(killed), 'half a checkpoint was left behind'

@@ -22,10 +22,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
+import experiments.plumbing.run
 import troll_jax.collect
 import troll_jax.learn
 import troll_jax.models.hf_weights
 from experiments import evaluate, train
+from experiments.plumbing.run import TrainingRun
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.rewards.pool import Grader
 
@@ -33,17 +35,17 @@ from .runs import Process, everything, rows, whole_steps
 from .soak import write_model
 
 DEVICES = 4
-MESH = ('make_mesh.fsdp = 2', 'make_mesh.tensor = 2')
+MESH = ('Compute.fsdp = 2', 'Compute.tensor = 2')
 SIMPLE = ('configs/quickstart_clip.gin',)
 FULL = (
     'configs/quickstart.gin',
     'configs/objectives/ppo.gin',
-    'train.regularisers = [@kl_to_reference]',
+    'Method.regularisers = [@kl_to_reference]',
     'kl_to_reference.coefficient = 0.01',
-    'train.refresh_reference_every = 2',
-    'train.max_draws = 2',
-    'train.evaluate_every = 2',
-    'critic_adamw.learning_rate = 1e-3',
+    'Method.refresh_reference_every = 2',
+    'Sampling.max_draws = 2',
+    'Run.evaluate_every = 2',
+    'critic/adamw.learning_rate = 1e-3',
 )
 MOMENTS = ('saving', 'rollout', 'update', 'grading', 'restoring')
 # What ends a process after another has died: an error in what it was doing with the dead one, or the news from JAX.
@@ -72,9 +74,9 @@ def prepare(devices: int) -> None:
     watched(troll_jax.collect, 'sample_responses', 'rollout')
     watched(Grader, '__call__', 'grading', lambda _, responses, __: len(responses))
     watched(troll_jax.learn, 'place', 'update')
-    watched(train, 'speed', 'learnt')
+    watched(TrainingRun, 'record', 'learnt')
     watched(Checkpoints, 'save', 'saving')
-    watched(train, 'restore_or_start', 'restoring')
+    watched(experiments.plumbing.run, 'restore_or_init', 'restoring')
     read = troll_jax.models.hf_weights._Stored.__getitem__
 
     def counted(stored, index) -> np.ndarray:
@@ -156,7 +158,7 @@ def started_at(folder: Path) -> int:
 def kill_many(folder: Path, processes: int, kills: int, generator: random.Random) -> list[dict]:
     """Kills one process after another, each in a run that has got further, and then lets the run end."""
     killed, found = folder / f'killed_{processes}', []
-    settings = (*SIMPLE, *MESH, f'train.steps = {2 * kills + 2}')
+    settings = (*SIMPLE, *MESH, f'Run.steps = {2 * kills + 2}')
     for i in range(kills):
         moment, victim = MOMENTS[i % len(MOMENTS)], i % processes  # the first process is special: the others meet there
         before = started_at(killed)
@@ -180,7 +182,7 @@ def kill_many(folder: Path, processes: int, kills: int, generator: random.Random
 def stop(folder: Path, processes: int, victims: list[int]) -> list[int]:
     """Sends SIGTERM to some processes: all must end well at the same step. Returns the steps that are saved then."""
     run_dir = folder / f'stopped_{processes}_{len(victims)}'
-    settings = (*SIMPLE, *MESH, f'train.steps = {2 * len(MOMENTS) + 2}')
+    settings = (*SIMPLE, *MESH, f'Run.steps = {2 * len(MOMENTS) + 2}')
     together = Together(run_dir, processes, *settings)
     together.wait_for(victims[0], 'learnt')
     for i in victims:
@@ -223,11 +225,11 @@ def differences(one: Path, other: Path) -> dict[str, float]:
 def short(folder: Path) -> dict:
     """A run that four processes begin, of which one is killed, and that two go on with, until they are told to stop: up
     to there it must be the run of one process."""
-    settings = (*FULL, *MESH, 'train.steps = 8', 'train.evaluate_every = 100')
+    settings = (*FULL, *MESH, 'Run.steps = 8', 'Run.evaluate_every = 100')
     alone = Process(folder / 'nobody', folder / 'model', options=['--distributed'])
     _, status = os.waitpid(alone.pid, 0)
     lonely = {'code': os.waitstatus_to_exitcode(status), 'said': alone.log.read_text()}
-    one = Together(folder / 'alone', 1, *settings, 'train.keep_checkpoints = 8')
+    one = Together(folder / 'alone', 1, *settings, 'Run.keep_checkpoints = 8')
     one.finish()
     run_dir = folder / 'run'
     four = Together(run_dir, 4, *settings)
@@ -256,14 +258,14 @@ def short(folder: Path) -> dict:
 def everything_once(folder: Path, several: list[int], kills: int, seed: int) -> dict:
     """All numbers of processes, on two meshes, with every kind of fault."""
     generator, killed, stopped, evaluations = random.Random(seed), {}, {}, {}
-    settings = (*FULL, 'train.steps = 4')
+    settings = (*FULL, 'Run.steps = 4')
     for n in (1, *several):
         Together(folder / f'full_{n}', n, *settings, *MESH).finish()
-        Together(folder / f'fsdp_{n}', n, *settings, 'make_mesh.fsdp = 4').finish()
+        Together(folder / f'fsdp_{n}', n, *settings, 'Compute.fsdp = 4').finish()
         evaluations[n] = evaluated(folder, n)
         assert evaluations[n] == evaluations[1], f'{n} processes evaluate otherwise than one'
         print(n, 'processes have run the whole job', flush=True)
-    Together(folder / 'alone', 1, *SIMPLE, *MESH, f'train.steps = {2 * kills + 2}').finish()
+    Together(folder / 'alone', 1, *SIMPLE, *MESH, f'Run.steps = {2 * kills + 2}').finish()
     for n in several:
         killed[n] = kill_many(folder, n, kills, generator)
         stopped[n] = [stop(folder, n, victims) for victims in ([n - 1], list(range(n)))]

@@ -20,7 +20,7 @@ from .soak import SETTINGS
 
 REPOSITORY = Path(__file__).parents[2]
 _PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal that a process gets when its parent has ended
-TINY = [*SETTINGS, 'train.evaluate_every = 0', 'train.checkpoint_every = 1']
+TINY = [*SETTINGS, 'Run.evaluate_every = 0', 'Run.checkpoint_every = 1']
 
 
 class Process:
@@ -51,7 +51,7 @@ class Process:
         command: Callable[[], None] = train.main,
     ):
         self.run_dir, self.log = run_dir, run_dir.with_name(f'{run_dir.name}{name}.log')
-        where = [f'train.run_dir = {str(run_dir)!r}', f'Experiment.model = {str(model)!r}']
+        where = [f'Run.folder = {str(run_dir)!r}', f'Experiment.model = {str(model)!r}']
         self.log.write_text('')  # what an earlier run said would be taken for this one's
         self.pid = os.fork()
         if self.pid:

@@ -19,7 +19,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.config import parse
+from experiments.plumbing.gin_files import SETTINGS as KINDS
+from experiments.plumbing.gin_files import Config
 from experiments.train import train
 from tests.tiny import save_qwen3
 from troll_jax.data.tasks.arithmetic import CHARACTERS
@@ -32,16 +33,16 @@ SETTINGS = [
     'Arithmetic.test_size = 16',
     'Experiment.max_prompt_length = 4',
     'Experiment.max_response_length = 3',
-    'train.prompts_per_step = 8',
-    'train.samples_per_prompt = 4',
-    'train.minibatch_prompts = 4',
-    'train.head_chunk = 40',
-    'train.max_tokens = 8',
-    'train.evaluate_every = 5',
-    "train.rewards = [('task', 1.0, @task_reward), ('length', 1.0, @soft_overlong)]",  # so that there is a gradient
+    'Sampling.prompts_per_step = 8',
+    'Sampling.samples_per_prompt = 4',
+    'Method.minibatch_prompts = 4',
+    'Compute.head_chunk = 40',
+    'Sampling.support_size = 8',
+    'Run.evaluate_every = 5',
+    "Method.rewards = [('task', 1.0, @task_reward), ('length', 1.0, @soft_overlong)]",  # so that there is a gradient
     'soft_overlong.share = 1.0',
-    'train.table_every = 5',
-    'train.checkpoint_every = 5',
+    'Run.table_every = 5',
+    'Run.checkpoint_every = 5',
 ]
 
 
@@ -118,14 +119,14 @@ def main() -> None:
         folder.mkdir(parents=True)
         write_model(folder / 'model')
         run_dir = folder / 'run'
-        names = [f'Experiment.model = {str(folder / "model")!r}', f'train.run_dir = {str(run_dir)!r}']
-        names += [f'train.steps = {arguments.steps}', f'train.checkpoint_every = {arguments.checkpoint_every}']
-        parse([METHOD], [*SETTINGS, *names])
+        names = [f'Experiment.model = {str(folder / "model")!r}', f'Run.folder = {str(run_dir)!r}']
+        names += [f'Run.steps = {arguments.steps}', f'Run.checkpoint_every = {arguments.checkpoint_every}']
+        config = Config([METHOD], [*SETTINGS, *names])
         watcher = threading.Thread(target=watch, args=(run_dir, compiled, done, samples))
         watcher.start()
         begin = time.monotonic()
         try:
-            train()
+            train(*map(config.build, KINDS))
         finally:
             done.set()
             watcher.join()

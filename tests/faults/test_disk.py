@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.run_folder import check_writable
+from experiments.plumbing.run import check_writable
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.metrics import MetricsWriter, read_metrics
 from troll_jax.types import START, TrainState

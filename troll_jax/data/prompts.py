@@ -1,4 +1,4 @@
-"""From rows of a task to token arrays, and which rows a step takes."""
+"""Prompts: rows of a task as token arrays, and the order in which steps take them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-# What templates get for today (Llama 3.2, SmolLM3), or a run that goes on tomorrow would see other prompts. It is what
-# Llama's template writes where it cannot ask.
+LONG_PROMPTS = ('drop', 'cut')
+
+# Today's date for templates (Llama 3.2, SmolLM3), or a run that resumes tomorrow would see other prompts. It is the
+# one that Llama's template writes where it cannot ask.
 _DATE = datetime.date(2024, 7, 26)
 _TODAY = re.compile(r'strftime_now\(\s*(?P<quote>["\'])(?P<format>.*?)(?P=quote)\s*\)')
 
@@ -51,13 +53,13 @@ def encode_prompts(
     The template alone decides on special tokens: the tokenizer adds none, so there is one BOS at most. Templates that
     ask for today's date are told the same one on every day.
 
-    Prompts longer than `max_length` are dropped or cut, with one warning for all of them. What is cut off is the
-    beginning of the last user's words: a template's end must stand, or the model would not know that it is to answer,
-    and a question and the form asked of the answer mostly come last.
+    Prompts longer than `max_length` are dropped or cut, with one warning for all of them. The beginning of the last
+    user's words is cut off: a template's end must remain, or the model would not know that it is to answer, and a
+    question and the form asked of the answer mostly come last.
 
     Args:
         dataset: columns `messages` and `answer`.
-        tokenizer: with a chat template and a padding token.
+        tokenizer: one with a chat template and a padding token.
         max_length: P, tokens.
         template_arguments: passed to the chat template, e.g. {'enable_thinking': False}.
         long_prompts: 'drop' or 'cut'. One that is too long without any of the user's words is dropped in any case.
@@ -72,8 +74,8 @@ def encode_prompts(
     unused = [name for name in template_arguments if name not in str(tokenizer.chat_template)]
     if unused:
         raise ValueError(f'The chat template does not mention {unused}, so they would change nothing; remove them.')
-    if long_prompts not in ('drop', 'cut'):
-        raise ValueError(f"long_prompts is {long_prompts!r}; expected 'drop' or 'cut'.")
+    if long_prompts not in LONG_PROMPTS:
+        raise ValueError(f'long_prompts is {long_prompts!r}; expected one of {LONG_PROMPTS}.')
 
     def render(conversations):
         try:
@@ -165,7 +167,7 @@ def _cut(messages: list[dict[str, str]], render: Callable, max_length: int) -> t
 
 
 def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> np.ndarray:
-    """Which of n prompts step `step` takes: [batch_size] int64. A pure function, so resuming needs no iterator state.
+    """Indices of the prompts of a step, of n: [batch_size] int64. A pure function, so resuming needs no iterator state.
 
     Every epoch is a permutation of its own, drawn from (seed, epoch), and batches walk through one after the other. A
     batch may end one epoch and begin the next, so that no prompt is ever left out.

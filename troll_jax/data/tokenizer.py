@@ -20,9 +20,9 @@ def load_tokenizer(model: str, *, chat_template_from: str | None = None) -> PreT
 
     Args:
         model: a folder in Hugging Face format or an id on the hub. Code that comes with a model is never run.
-        chat_template_from: another one whose chat template to use, for a base model that has none. The token that ends
-            a turn comes with it and becomes the tokenizer's end-of-sequence token; `stop_token_ids` still finds the
-            base model's own in its configuration files.
+        chat_template_from: another model, whose chat template to use, for a base model that has none. The token that
+            ends a turn comes with it and becomes the tokenizer's end-of-sequence token; `stop_token_ids` still finds
+            the base model's own in its configuration files.
 
     Raises:
         FileNotFoundError: no such model.

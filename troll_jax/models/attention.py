@@ -1,6 +1,6 @@
-"""Attention: within packed rows, by the best kernel of a platform, and to a cache.
+"""Attention of packed rows, by the best kernel of a platform, and of prefill over a contiguous KV cache.
 
-Letters besides those of `troll_jax/types.py`: H query heads, M key-value heads, F head dimension, L cache length.
+Attention for decoding is in `paged_attention.py`. Axis letters: `troll_jax/types.py`.
 """
 
 import re
@@ -15,10 +15,10 @@ _SPLASH_LANES, _SPLASH_BLOCK = 128, 512  # a block is a multiple of the first an
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled dot-product attention in which H / M query heads share a key-value head.
+    """Scaled dot-product attention in which X = H/KH query heads share a key-value head (GQA).
 
     Args:
-      q: [B, S, H, F], k and v: [B, L, M, F], mask: [B, S, L] bool, true where a query may look. A query that may look
+      q: [B, S, H, F], k and v: [B, L, KH, F], mask: [B, S, L] bool, true where a query may look. A query that may look
         nowhere gets the mean of all values, not NaN.
 
     Returns:
@@ -27,21 +27,21 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    logits = jnp.einsum('bsmgf,blmf->bmgsl', q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
+    logits = jnp.einsum('bskxf,blkf->bkxsl', q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
     logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
     probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum('bmgsl,blmf->bsmgf', probs, v)
+    mixed = jnp.einsum('bkxsl,blkf->bskxf', probs, v)
     return mixed.reshape(batch, length, heads, head_dim)
 
 
 def packed_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, implementation: str
 ) -> jax.Array:
-    """Causal attention of rows in which several sequences stand one after the other.
+    """Causal attention of rows in which several sequences are packed end to end.
 
     Args:
-      q: [B, S, H, F], k and v: [B, S, M, F].
-      segment_ids: [B, S] int32: a token sees itself and what stands before it in its row under the same id.
+      q: [B, S, H, F], k and v: [B, S, KH, F].
+      segment_ids: [B, S] int32: a token sees itself and the tokens before it in its row under the same id.
       implementation: one of `IMPLEMENTATIONS`, see `best_implementation`. All sum logits and take probabilities in
         float32; only 'xla' ever holds those of a whole row, [B, H, S, S].
 
@@ -63,7 +63,7 @@ def best_implementation(device: jax.Device, compute_dtype: str, head_dim: int) -
 
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
-    """Whatever the compiler makes of it, on any platform."""
+    """XLA's own attention, on any platform."""
     return jax.nn.dot_product_attention(q, k, v, mask=_same(segment_ids), is_causal=True, implementation='xla')
 
 
@@ -79,10 +79,10 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.A
 def splash_attention(
     q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, *, interpret: bool = False
 ) -> jax.Array:
-    """Pallas' splash attention, on TPUs. Blocks of keys that stand after a block of queries are skipped.
+    """Pallas' splash attention, on TPUs. Blocks of keys after a block of queries are skipped.
 
     Args:
-      interpret: runs the kernel step by step on any platform, for tests.
+      interpret: true runs the kernel step by step on any platform, for tests.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second that others need not wait
 
@@ -109,7 +109,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 
 
 def _same(segment_ids: jax.Array) -> jax.Array:
-    """[B, 1, S, S], whether two tokens are of the same segment."""
+    """[B, 1, S, S] bool, true where two tokens are of the same segment."""
     return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
 
 

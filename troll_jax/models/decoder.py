@@ -1,4 +1,4 @@
-"""The decoder of all model families: pre-norm, rotary positions, grouped-query attention; in Flax NNX.
+"""The decoder of all model families: pre-norm, RoPE, grouped-query attention (GQA); in Flax NNX.
 
 Parameters are float32 masters in a plain nested dict, outside of the module. `abstract` gives their shapes and
 shardings, `init` draws them, `bind` puts them into a module that computes:
@@ -8,10 +8,7 @@ shardings, `init` draws them, `bind` puts them into a module that computes:
     hidden = bind(graphdef, params)(tokens, positions, segment_ids)
 
 All layers are one: their parameters are stacked on a leading axis and `jax.lax.scan` runs over it, so that neither
-the compiled program nor the compile time grows with depth.
-
-Letters besides those of `troll_jax/types.py`: H query heads, M key-value heads, G = H/M query heads per key-value
-head, F head dimension, L cache length.
+the compiled program nor the compile time grows with depth. Axis letters: `troll_jax/types.py`.
 """
 
 from collections.abc import Callable
@@ -24,26 +21,17 @@ from jax.sharding import Mesh
 
 from troll_jax.models.attention import attention, packed_attention
 from troll_jax.models.layers import REMAT_POLICIES, DecoderConfig, Layer, RMSNorm, exact_products, weight
-from troll_jax.models.pages import (
-    Pages,
-    Prefixes,
-    attend,
-    attend_shared,
-    merge,
-    pages_of,
-    scratch,
-    view,
-    write_token,
-)
+from troll_jax.models.paged_attention import Prefixes, attend, attend_shared, merge, scratch, view
+from troll_jax.models.paged_cache import Pages, pages_of, write_token
 from troll_jax.models.rotary import Angles, angles_where, rotary_angles, rotary_frequencies
 from troll_jax.sharding import RULES, constrain, named_sharding
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens so far. The slot of a token is its position; rows have no gaps."""
+    """A contiguous KV cache, for prefill. The index of a token is its position; rows have no gaps."""
 
-    k: jax.Array  # [layers, B, L, M, F] compute dtype
-    v: jax.Array  # [layers, B, L, M, F]
+    k: jax.Array  # [layers, B, L, KH, F] compute dtype
+    v: jax.Array  # [layers, B, L, KH, F]
 
 
 CACHE_AXES = ('layers', 'batch', 'length', 'kv_heads', 'head_dim')
@@ -55,10 +43,10 @@ def init_cache(config: DecoderConfig, batch: int, length: int) -> KVCache:
     return KVCache(*(constrain(jnp.zeros(shape, config.compute_dtype), *CACHE_AXES) for _ in KVCache._fields))
 
 
-def _write_slots(slots: jax.Array, layer: jax.Array, positions: jax.Array, new: jax.Array) -> jax.Array:
-    """slots[layer, b, positions[b, s]] = new[b, s], for positions inside the cache.
+def _write(cache: jax.Array, layer: jax.Array, positions: jax.Array, new: jax.Array) -> jax.Array:
+    """cache[layer, b, positions[b, s]] = new[b, s], for positions inside the cache.
 
-    Written as a scatter whose batch axis is named as such: `slots.at[layer, rows, positions]` is the same, but the
+    Written as a scatter whose batch axis is named as such: `cache.at[layer, rows, positions]` is the same, but the
     compiler cannot see that a row only writes to itself, and gathers `new` over the mesh's batch axes.
     """
     indices = jnp.stack([jnp.full_like(positions, layer), positions], axis=-1)  # [B, S, 2]
@@ -69,11 +57,11 @@ def _write_slots(slots: jax.Array, layer: jax.Array, positions: jax.Array, new: 
         operand_batching_dims=(1,),
         scatter_indices_batching_dims=(0,),
     )
-    return jax.lax.scatter(slots, indices, new, dimensions, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
+    return jax.lax.scatter(cache, indices, new, dimensions, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
 
 
 class Decoder(nnx.Module):
-    """Tokens to hidden states. The head, which turns these into probabilities, is not part of it."""
+    """Tokens to hidden states. The head, from these to probabilities, is not part of it."""
 
     def __init__(self, config: DecoderConfig, key: jax.Array):
         embedding_key, layers_key, head_key = jax.random.split(key, 3)
@@ -96,7 +84,7 @@ class Decoder(nnx.Module):
         Args:
           tokens: [B, S] int32.
           positions: [B, S] int32, of each token in its own sequence.
-          segment_ids: [B, S] int32: a token sees itself and what stands before it in its row under the same id.
+          segment_ids: [B, S] int32: a token sees itself and the tokens before it in its row under the same id.
             Padding is segment 0: no other segment sees it.
 
         Returns:
@@ -110,50 +98,50 @@ class Decoder(nnx.Module):
         return self._run(tokens, positions, None, mix, remat=self.config.remat)[0]
 
     def extend(self, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Hidden states of the next tokens of each row, with what came before in the cache.
+        """Prefill: hidden states of the next tokens of each row, with the tokens before them in the cache.
 
-        Keys and values are written at slot = position, and a query sees every slot up to its own position. An empty
-        cache and prompts padded on the right are therefore a prefill: what padding leaves in the cache lies past the
-        prompt's end, where no length reaches.
+        Keys and values are written at their positions, and a query sees the cache up to its own position. So prompts
+        are padded on the right, and start with an empty cache: keys of padding are past the prompt's end, where no
+        length reaches.
 
         Args:
           tokens: [B, S] int32.
           positions: [B, S] int32; a position at or past the cache length is not written.
-          cache: of length L.
+          cache: KV cache of length L.
 
         Returns:
-          hidden [B, S, D] as `__call__` gives it, and the cache with the new slots.
+          hidden [B, S, D] as `__call__` gives it, and the cache with the new tokens.
         """
         mask = jnp.arange(cache.k.shape[2])[None, None] <= positions[:, :, None]
 
         def mix(layer, q, k, v, cache):
             with jax.named_scope('cache'):
-                cache = KVCache(*(_write_slots(x, layer, positions, new) for x, new in zip(cache, (k, v), strict=True)))
+                cache = KVCache(*(_write(x, layer, positions, new) for x, new in zip(cache, (k, v), strict=True)))
             with jax.named_scope('attention'):
                 return attention(q, cache.k[layer], cache.v[layer], mask), cache
 
         x, cache = self._run(tokens, positions, cache, mix)
-        return x, KVCache(*(constrain(slots, *CACHE_AXES) for slots in cache))
+        return x, KVCache(*(constrain(each, *CACHE_AXES) for each in cache))
 
     def decode(
         self, tokens: jax.Array, response_lengths: jax.Array, prompts: Prefixes, responses: Pages
     ) -> tuple[jax.Array, Pages]:
-        """Hidden states of the next token of each slot, which sees its prompt and its response so far.
+        """Decode step: hidden states of the next token of each slot, by paged attention to its prompt and response.
 
         Args:
           tokens: [E, U] int32, the last tokens of the responses.
           response_lengths: [E, U] int32, with these tokens; their pages exist. A slot of length 0 is idle: its token is
-            not written, and what comes out for it is meaningless.
-          prompts: whose pages may be shared by many slots.
-          responses: pages of the slots.
+            not written, and its hidden state is meaningless.
+          prompts: their pages may be shared by many slots.
+          responses: pages of the slots (W = U).
 
         Returns:
           hidden [E, U, D] as `__call__` gives it, and the pages with the new tokens.
         """
         shards, slots = tokens.shape
         config = self.config
-        _, places, samples = prompts.slots.shape
-        place = jnp.minimum(prompts.member // samples, places - 1)
+        _, places, samples = prompts.slot_of_sample.shape
+        place = jnp.minimum(prompts.sample_of_slot // samples, places - 1)
         prompt_lengths = jnp.take_along_axis(prompts.lengths, place, axis=1)
         index = jnp.maximum(response_lengths - 1, 0)
         rows = lambda x: x.reshape(shards * slots, 1, *x.shape[2:])
@@ -162,7 +150,7 @@ class Decoder(nnx.Module):
             offset = index % responses.size
             prompt_view = view(prompts.pages, prompts.lengths)
             response_view = view(responses, response_lengths)
-        groups = config.heads // config.kv_heads
+        queries = config.heads // config.kv_heads
 
         def mix(layer, q, k, v, state):
             pool, of_prompts, of_responses = state
@@ -172,7 +160,7 @@ class Decoder(nnx.Module):
                     write_token(p, layer, page, offset, new, order=responses.order)
                     for p, new in zip(pool, (k, v), strict=True)
                 )
-            q = q.reshape(shards, slots, config.kv_heads, groups, config.head_dim)
+            q = q.reshape(shards, slots, config.kv_heads, queries, config.head_dim)
             with jax.named_scope('attention'):
                 with jax.named_scope('prompts'):
                     before, of_prompts = attend_shared(q, prompts, layer, prompt_view, of_prompts)
@@ -187,8 +175,8 @@ class Decoder(nnx.Module):
         with jax.named_scope('pages'):
             state = (
                 (responses.k, responses.v),
-                scratch(prompts.pages, samples * groups),
-                scratch(responses, groups),
+                scratch(prompts.pages, samples * queries),
+                scratch(responses, queries),
             )
         hidden, (pool, _, _) = self._run(rows(tokens), rows(prompt_lengths + index), state, mix)
         hidden = hidden.reshape(shards, slots, config.width)
@@ -200,8 +188,8 @@ class Decoder(nnx.Module):
         """Tokens [B, S] to hidden states [B, S, D] through all layers.
 
         Args:
-          state: what `mix` keeps from layer to layer, such as a cache. It is carried and not scanned over: that way a
-            layer writes its few new slots in place, where a scanned cache is copied out whole.
+          state: memory of `mix` from layer to layer, such as a KV cache. It is carried and not scanned over: that way
+            a layer writes its few new tokens in place, where a scanned cache is copied out whole.
           mix: (layer, q, k, v, state) → attention of these queries [B, S, H, F], and the new state.
           remat: one of `REMAT_POLICIES`, for calls that are differentiated.
         """

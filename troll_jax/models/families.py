@@ -1,4 +1,4 @@
-"""What differs between the supported model families, as data: configs and names of tensors in checkpoints."""
+"""Differences between the supported model families, as data: configs and names of tensors in checkpoints."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from troll_jax.models.rotary import RopeScaling
 
 
 class Tensor(NamedTuple):
-    """Where a parameter of ours stands in a Hugging Face checkpoint."""
+    """The place of a parameter of ours in a Hugging Face checkpoint."""
 
     name: str  # with '{layer}' if there is one tensor per layer, which we stack
     path: tuple[str, ...]  # in our nested dict
@@ -20,7 +20,7 @@ class Tensor(NamedTuple):
 
 
 class Constant(NamedTuple):
-    """A number that checkpoints store and nobody learns."""
+    """A number that checkpoints store and no training changes."""
 
     name: str  # with '{layer}'
     value: float
@@ -79,7 +79,7 @@ def _sizes(hf: PretrainedConfig) -> dict[str, Any]:
 
 
 def _rope_layers(hf: PretrainedConfig) -> tuple[bool, ...] | None:
-    """Which layers turn queries and keys; None if all do."""
+    """True for layers that apply RoPE; None if all do."""
     layers = tuple(bool(rotates) for rotates in hf.no_rope_layers[: hf.num_hidden_layers])  # 1: with, 0: without
     return None if all(layers) else layers
 
@@ -171,7 +171,7 @@ APERTUS = Family(
 FAMILIES: dict[str, Family] = {
     'Qwen3ForCausalLM': QWEN3,
     'Qwen2ForCausalLM': QWEN2,  # Qwen2.5 too
-    'LlamaForCausalLM': LLAMA,  # Llama 3, 3.1 and 3.2, and what was trained on from there
+    'LlamaForCausalLM': LLAMA,  # Llama 3, 3.1 and 3.2, and models trained on from them
     'SmolLM3ForCausalLM': SMOLLM3,
     'ApertusForCausalLM': APERTUS,
 }

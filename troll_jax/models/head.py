@@ -1,12 +1,12 @@
-"""From hidden states to the log-probabilities that a loss needs: no array of N × V numbers exists, forward or backward.
+"""The sparse head, hidden states to log-probabilities: no array of N × V numbers exists, forward or backward.
 
-Tokens that nothing is learnt from, such as those of prompts, are moved to the end, and chunks that have no others are
-not computed.
+Tokens with zero loss weight, such as those of prompts, are moved to the end, and chunks of only such tokens are not
+computed.
 
 The derivative is written out, because of all logits it needs no more than the log-sum-exp of every token: they are
-computed again, chunk by chunk, and what is not a listed token has the gradient −p · Σ g. With the vocabulary sharded
-each shard does this for its part, and of a token travel K candidates per shard, sums (log-sum-exp, entropy, what is
-listed) and the gradient [D] of its hidden state, but no logits.
+computed again, chunk by chunk, and a token that is not listed has the gradient −p · Σ g. With the vocabulary sharded
+each shard does this for its part. Of a token travel K candidates per shard, sums (log-sum-exp, entropy, listed
+log-probabilities) and the gradient [D] of its hidden state, but no logits. Axis letters: `troll_jax/types.py`.
 """
 
 from functools import partial
@@ -25,18 +25,18 @@ _BATCH, _VOCAB, _EMBED = RULES['batch'], RULES['vocab'], RULES['embed']
 
 
 class HeadOutput(NamedTuple):
-    """What the losses and the log need of N tokens."""
+    """Outputs for N tokens: the inputs of losses and metrics."""
 
     log_probs: jax.Array  # [N] of the tokens given
     entropy: jax.Array  # [N] nats
-    at_old: jax.Array  # [N, K] log π̃ of the tokens that π_old lists
+    on_old_support: jax.Array  # [N, K] log π̃ of the tokens that π_old lists
     own: SparseLogProbs | None  # [N, K'] π̃ on its own most probable tokens
 
 
 class _Settings(NamedTuple):
     temperature: float
-    max_tokens: int | None
-    mass: float
+    support_size: int | None
+    support_mass: float
     chunk: int
     dtype: str
 
@@ -58,8 +58,8 @@ def sparse_head(
     mask: jax.Array,
     *,
     temperature: float,
-    max_tokens: int | None,
-    mass: float,
+    support_size: int | None,
+    support_mass: float,
     chunk: int,
     dtype,
 ) -> HeadOutput:
@@ -70,17 +70,17 @@ def sparse_head(
       unembedding: [V, D]
       tokens: [N] int32
       old_tokens: [N, K] the support of the distribution that each token was sampled from, padded with −1.
-      mask: [N] bool; what comes out for a token where it is false has no meaning, and no gradient.
-      temperature: of the sampling; the policy is the one that sampled.
-      max_tokens, mass: of the current policy's own support, see `troll_jax.sparsify`; those that the old one was made
-        with. None: the current policy's own support is not needed.
+      mask: [N] bool; outputs of a token where it is false have no meaning, and no gradient.
+      temperature: sampling temperature; the policy is the one that sampled.
+      support_size, support_mass: size and mass of the current policy's own support, see `troll_jax.sparsify`; those
+        that the old one was made with. None: the current policy's own support is not needed.
       chunk: tokens whose logits are in memory at a time, on each device that holds tokens.
-      dtype: of the matrix product.
+      dtype: dtype of the matrix product.
 
     Returns:
       HeadOutput, differentiable in `hidden` and `unembedding`.
     """
-    settings = _Settings(temperature, max_tokens, mass, chunk, str(jnp.dtype(dtype)))
+    settings = _Settings(temperature, support_size, support_mass, chunk, str(jnp.dtype(dtype)))
     with jax.named_scope('head'):
         return _head(settings, hidden, unembedding, tokens, old_tokens, mask)
 
@@ -103,8 +103,8 @@ def _head_forward(settings, hidden, unembedding, tokens, old_tokens, mask):
 
 def _head_backward(settings, residuals, gradients: HeadOutput):
     hidden, unembedding, tokens, old_tokens, mask, own_tokens, log_partition, entropy = residuals
-    # Where to send which gradient: one list of tokens per position, of which padding gets nothing.
-    listed = [(tokens[:, None], gradients.log_probs[:, None]), (old_tokens, gradients.at_old)]
+    # Tokens and their gradients: one list per position, of which padding gets nothing.
+    listed = [(tokens[:, None], gradients.log_probs[:, None]), (old_tokens, gradients.on_old_support)]
     if own_tokens is not None:
         listed.append((own_tokens, gradients.own.log_probs))
     at, at_gradients = (jnp.concatenate(x, axis=1) for x in zip(*listed, strict=True))
@@ -180,16 +180,18 @@ def _forward(settings: _Settings, shards, hidden, unembedding, tokens, old_token
         at_log_probs = jnp.where(at >= 0, at_log_probs, -jnp.inf)
         entropy = -shards.sum_vocab(jnp.sum(jnp.exp(log_probs) * log_probs, axis=1))
         own = None
-        if settings.max_tokens is not None:
-            count = min(settings.max_tokens, part.shape[0])
+        if settings.support_size is not None:
+            count = min(settings.support_size, part.shape[0])
             best_log_probs, best = jax.vmap(partial(top_k, k=count))(log_probs)
             best_log_probs, best = shards.gather_candidates(best_log_probs), shards.gather_candidates(best + first)
-            best_log_probs, places = jax.lax.top_k(best_log_probs, settings.max_tokens)
+            best_log_probs, places = jax.lax.top_k(best_log_probs, settings.support_size)
             best = jnp.take_along_axis(best, places, axis=1)
-            own = jax.vmap(partial(select, mass=settings.mass))(best, best_log_probs, tokens, at_log_probs[:, 0])
+            own = jax.vmap(partial(select, support_mass=settings.support_mass))(
+                best, best_log_probs, tokens, at_log_probs[:, 0]
+            )
         return HeadOutput(at_log_probs[:, 0], entropy, at_log_probs[:, 1:], own), log_partition
 
-    # One chunk after the other; of those without a token to learn from, nothing but zeros.
+    # One chunk after the other; those of zero loss weight give nothing but zeros.
     chunks = _Chunks.of(mask, settings.chunk, shards)
     inputs = chunks.split((hidden, tokens, old_tokens))
     skip = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
@@ -236,7 +238,7 @@ def _backward(settings: _Settings, shards, hidden, unembedding, mask, log_partit
 
 
 def _local(tokens: jax.Array, first: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
-    """Indices of tokens [N, K] in the part of the vocabulary that begins at `first`, and which of them lie in it."""
+    """Indices of tokens [N, K] in the part of the vocabulary that begins at `first`, and a mask of those inside it."""
     local = tokens - first
     here = (local >= 0) & (local < size) & (tokens >= 0)
     return jnp.where(here, local, 0), here
@@ -245,9 +247,9 @@ def _local(tokens: jax.Array, first: jax.Array | int, size: int) -> tuple[jax.Ar
 class _Chunks(NamedTuple):
     """N tokens in C chunks of one size, those that are needed first."""
 
-    place: jax.Array  # [N] where in the chunks, put together, a token stands
-    order: jax.Array  # [C, size] the token that stands there; N past the last
-    needed: jax.Array  # [C] bool: which chunks hold a token of the mask, on any device
+    place: jax.Array  # [N] index of a token in the concatenated chunks
+    order: jax.Array  # [C, size] the token at that index; N past the last
+    needed: jax.Array  # [C] bool, chunks that hold a token of the mask, on any device
 
     @classmethod
     def of(cls, mask: jax.Array, chunk: int, shards) -> '_Chunks':

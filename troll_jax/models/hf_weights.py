@@ -1,4 +1,4 @@
-"""Reading and writing Hugging Face checkpoints: safetensors only, one tensor at a time, straight onto the mesh."""
+"""Loads and exports Hugging Face checkpoints: safetensors only, one tensor at a time, straight onto the mesh."""
 
 import copy
 import json
@@ -34,7 +34,7 @@ DTYPES = {
     'float16': np.dtype(np.float16),
 }
 STORED_DTYPES = ('F32', 'BF16', 'F16')  # the same, as safetensors names them
-# What old exports of Llama store and config.json determines. A model computes it, and so does transformers.
+# Stored by old exports of Llama, and determined by config.json. A model computes it, and so does transformers.
 DERIVED = re.compile(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq')
 
 
@@ -54,9 +54,9 @@ def load_config(model: str | Path) -> PretrainedConfig:
 def load_pretrained(
     model: str | Path, *, mesh: Mesh | None = None, compute_dtype: str = 'bfloat16', remat: str | None = None
 ) -> tuple[DecoderConfig, dict[str, Any]]:
-    """The model's config and float32 parameters, laid out over `mesh` as `abstract` says.
+    """Loads a model: its config and float32 parameters, laid out over `mesh` as `abstract` says.
 
-    A process reads what its own devices hold, shard by shard. Its host memory never has more than one shard of one
+    A process reads the shards of its own devices, one by one. Its host memory never has more than one shard of one
     parameter (of all its layers), and one tensor as it is stored.
 
     Args:
@@ -86,14 +86,14 @@ def save_pretrained(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes config.json and weights that transformers opens unchanged.
+    """Exports a model: config.json and weights that transformers opens unchanged.
 
     Everything is written beside its final place first, so that a run that dies leaves no half-written file; weights
     of an earlier export are replaced. With several processes each must call this, and the first one writes.
 
     Args:
-      folder: is created if it is not there; other files in it (a tokenizer) stay.
-      dtype: of the weights; by default that of `hf_config`, float32 if it names none.
+      folder: created if it is not there; other files in it (a tokenizer) stay.
+      dtype: dtype of the weights; by default that of `hf_config`, float32 if it names none.
       max_shard_bytes: weights larger than this are split into files of at most this size (or one tensor).
 
     Raises:
@@ -139,7 +139,7 @@ def save_pretrained(
 
 
 def _local_folder(model: str | Path, patterns: list[str]) -> Path:
-    """The folder itself, or what the hub has of these files (never a pickle, never code)."""
+    """The folder itself, or one with these files from the hub (never a pickle, never code)."""
     if Path(model).is_dir():
         return Path(model)
     with model_of_folder_or_hub(str(model)):
@@ -211,7 +211,7 @@ def _names(tensor: Tensor | Constant, layers: int) -> list[str]:
 
 
 def _check_constants(folder: Path, stored: dict[str, _Stored], constants: tuple[Constant, ...], layers: int) -> None:
-    """Takes from `stored` what is a constant to us, if it has the value that we compute with, up to bfloat16."""
+    """Takes our constants out of `stored`, if they have the values that we compute with, up to bfloat16."""
     problems = []
     for constant in constants:
         for name in _names(constant, layers):
@@ -233,7 +233,7 @@ def _check_stored(
     shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct],
     config: DecoderConfig,
 ) -> None:
-    """Compares the names, shapes and dtypes in the files' headers with what the config asks for."""
+    """Compares names, shapes and dtypes in the files' headers with those that the config implies."""
     expected = {}
     for tensor in table:
         shape = list(shapes[tensor.path].shape)
@@ -260,7 +260,7 @@ def _check_stored(
 
 
 def _equal(one: _Stored, other: _Stored, rows: int = 4096) -> bool:
-    """Whether two stored tensors are the same, comparing a few rows at a time."""
+    """True if two stored tensors are the same, comparing a few rows at a time."""
     if one.shape != other.shape:
         return False
     count = one.shape[0]
@@ -269,7 +269,7 @@ def _equal(one: _Stored, other: _Stored, rows: int = 4096) -> bool:
 
 
 def _read(stored: dict[str, _Stored], tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """One of our parameters, each shard of it read from the files by itself and put where it belongs."""
+    """One of our parameters, each shard of it read from the files by itself and put on its device."""
     stacked = '{layer}' in tensor.name
 
     def part(name: str, index: tuple[slice, ...]) -> np.ndarray:

@@ -1,7 +1,4 @@
-"""One layer of the decoder, and the configuration that says what it is like in a model family.
-
-Letters: those of `decoder.py`.
-"""
+"""One layer of the decoder, and its configuration. Axis letters: `troll_jax/types.py`."""
 
 import contextlib
 import dataclasses
@@ -15,7 +12,7 @@ from troll_jax.models.attention import IMPLEMENTATIONS
 from troll_jax.models.rotary import Angles, RopeScaling, rotate
 from troll_jax.sharding import constrain
 
-# What the backward pass keeps of a layer instead of computing it again.
+# Activation checkpointing: values of a layer that the backward pass keeps instead of computing them again.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
     'full': jax.checkpoint_policies.nothing_saveable,
     'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights, but no attention logits
@@ -26,7 +23,7 @@ MLPS = ('swiglu', 'xielu')
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a decoder, what it is like in a model family (the defaults are Qwen3's), and how it computes.
+    """Sizes of a decoder, options of its model family (the defaults are Qwen3's), and options of its computation.
 
     Raises:
       ValueError: sizes that do not go together, an unknown `mlp`, `compute_dtype`, `remat` or `attention`.
@@ -42,14 +39,14 @@ class DecoderConfig:
     rope_theta: float
     norm_eps: float
     tied_embeddings: bool
-    qk_norm: bool = True  # of each query and key, before they are turned
+    qk_norm: bool = True  # of each query and key, before RoPE
     qkv_bias: bool = False
     mlp: str = 'swiglu'
     rope_scaling: RopeScaling | None = None
-    rope_layers: tuple[bool, ...] | None = None  # which layers turn queries and keys; None: all
+    rope_layers: tuple[bool, ...] | None = None  # layers that apply RoPE; None: all
     compute_dtype: str = 'bfloat16'
     remat: str | None = None
-    attention: str = 'xla'  # of whole sequences; a cache is always read by XLA's
+    attention: str = 'xla'  # of whole sequences; a KV cache is always read by XLA's
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -90,7 +87,7 @@ def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
 def product(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
     """[..., I] times [I, O], plus [O]. Flattened to two axes first: on a CPU a product with a batch axis is slower.
 
-    The parts of a weight that 'embed' spreads over devices are put together first, in the dtype of the product. Left to
+    The parts of a weight that 'embed' spreads over devices are gathered first, in the dtype of the product. Left to
     the partitioner, masters travel in float32, and a TPU's compiler splits the product into one for each device's part,
     of which each reads and writes all activations.
     """
@@ -134,7 +131,7 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
 
     def qkv(self, x: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, S, D] → queries [B, S, H, F], keys and values [B, S, M, F]."""
+        """[B, S, D] → queries [B, S, H, F], keys and values [B, S, KH, F]; RoPE is applied."""
         of = [(self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias)]
         q, k, v = (product(x, *pair).reshape(*x.shape[:-1], -1, self.head_dim) for pair in of)
         if self.query_norm is not None:
@@ -188,7 +185,7 @@ class XIELU(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One layer, in two halves: between them the caller decides what the queries see, a sequence or a cache."""
+    """One layer, in two halves: between them the caller computes attention, over a sequence or a KV cache."""
 
     def __init__(self, config: DecoderConfig, key: jax.Array):
         attention_key, mlp_key = jax.random.split(key)

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al., arXiv 2104.09864): a head is turned by angles that grow with the token's position."""
+"""RoPE, rotary positions (Su et al., arXiv 2104.09864): a head is rotated by angles that grow with the position."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,12 @@ Angles = tuple[jax.Array, jax.Array]  # cosine and sine, each [B, S, 1, F/2] flo
 
 
 class RopeScaling(NamedTuple):
-    """How Llama 3.1 stretches its positions (rope_type 'llama3'), so that a context longer than that of the first
-    training turns the slow planes no further than they have been seen to turn."""
+    """Llama 3.1's context extension (rope_type 'llama3'): in a context longer than that of the first training, slow
+    planes rotate no further than they did there."""
 
-    factor: float  # of the stretch
-    low_freq_factor: float  # planes that turn less often than this in `original_length` tokens are stretched
-    high_freq_factor: float  # planes that turn more often than this are not, those in between in part
+    factor: float  # of the extension
+    low_freq_factor: float  # planes that rotate less often than this in `original_length` tokens are slowed by `factor`
+    high_freq_factor: float  # planes that rotate more often than this are not, those in between in part
     original_length: int  # tokens
 
 
@@ -46,8 +46,8 @@ def angles_where(rotates: jax.Array | None, angles: Angles) -> Angles:
 
 
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:
-    """Turns plane i of a head, which components i and i + F/2 span (the layout of Hugging Face checkpoints)."""
+    """Applies RoPE: rotates plane i of a head, spanned by components i and i + F/2 (Hugging Face's layout)."""
     cos, sin = angles
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)

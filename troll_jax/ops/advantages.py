@@ -1,11 +1,9 @@
 """Advantages, of the samples of one prompt or the tokens of one response. Batch them with `jax.vmap`.
 
-An estimator of `experiments.train` is a function of the rewards [G] of one prompt's samples, with that of the greedy
-response if it has a parameter `greedy_reward`; or of the rewards and values [T] of one response's tokens, if it has a
-parameter `values`. `whiten` alone looks at all of a batch, and takes what any of the others gives.
+An estimator is a function of the rewards [G] of one prompt's samples, with that of the greedy response if it has a
+parameter `greedy_reward`; or of the rewards and values [T] of one response's tokens, if it has a parameter `values`
+(`troll_jax.ops.needs`). `whiten` alone looks at all of a batch, and takes what any of the others gives.
 """
-
-import inspect
 
 import chex
 import jax
@@ -139,16 +137,6 @@ def gae(rewards: jax.Array, values: jax.Array, *, gamma: float = 1.0, lam: float
 
     _, advantages = jax.lax.scan(step, jnp.zeros_like(errors[0]), errors, reverse=True)
     return advantages
-
-
-def needs_values(estimator) -> bool:
-    """Whether an estimator takes the rewards and values of a response's tokens, and not the rewards of a group."""
-    return 'values' in inspect.signature(estimator).parameters
-
-
-def needs_greedy_reward(estimator) -> bool:
-    """Whether an estimator compares with the greedy response to the same prompt."""
-    return 'greedy_reward' in inspect.signature(estimator).parameters
 
 
 def _check_group(rewards: jax.Array) -> None:

@@ -1,10 +1,10 @@
-"""Which mean is taken of the losses of a batch's tokens: one weight per response, from the lengths of all of them."""
+"""Loss aggregation, the mean over a batch's tokens: one weight per response, from the lengths of all responses."""
 
 import jax
 import jax.numpy as jnp
 
 
-def token_mean(lengths: jax.Array, *, max_length: int) -> jax.Array:
+def token_mean(lengths: jax.Array, max_length: int) -> jax.Array:
     """Weights of a mean over all tokens of a batch (GRPO and PPO in the paper).
 
     Args:
@@ -18,18 +18,18 @@ def token_mean(lengths: jax.Array, *, max_length: int) -> jax.Array:
     return jnp.full(lengths.shape, 1 / jnp.maximum(jnp.sum(lengths), 1))
 
 
-def sequence_mean(lengths: jax.Array, *, max_length: int) -> jax.Array:
+def sequence_mean(lengths: jax.Array, max_length: int) -> jax.Array:
     """Weights of a mean over responses of the mean over their tokens (GRPO as published, GSPO); as `token_mean`."""
     del max_length
     return 1 / (jnp.maximum(lengths, 1) * jnp.maximum(jnp.sum(lengths > 0), 1))
 
 
-def sequence_sum(lengths: jax.Array, *, max_length: int) -> jax.Array:
+def sequence_sum(lengths: jax.Array, max_length: int) -> jax.Array:
     """Weights of a mean over responses of the sum over their tokens (RLOO, arXiv 2402.14740); as `token_mean`."""
     del max_length
     return jnp.full(lengths.shape, 1 / jnp.maximum(jnp.sum(lengths > 0), 1))
 
 
-def constant_length(lengths: jax.Array, *, max_length: int) -> jax.Array:
+def constant_length(lengths: jax.Array, max_length: int) -> jax.Array:
     """Weights of a mean over responses of the sum of their tokens / T (Dr.GRPO, arXiv 2503.20783); as `token_mean`."""
     return jnp.full(lengths.shape, 1 / (max_length * jnp.maximum(jnp.sum(lengths > 0), 1)))

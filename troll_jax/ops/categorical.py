@@ -1,4 +1,4 @@
-"""Categorical distributions over a whole vocabulary: what is wanted of each, in as few passes over it as it takes.
+"""Categorical distributions over a whole vocabulary: draws, entropy and top-k, in as few passes as possible.
 
 A row of logits is cut into blocks of 64 neighbouring tokens. Drawing, the entropy and the most probable tokens then
 need no more than the maximum and the sum of every block, and the entries of few of them. The vocabulary may lie in
@@ -11,7 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from troll_jax.ops.top_k import BLOCK, to_blocks, top_k
+from troll_jax.ops.top_k import BLOCK, to_blocks
+from troll_jax.ops.top_k import top_k as largest_k
 
 
 def entropy(log_probs: jax.Array) -> jax.Array:
@@ -40,7 +41,7 @@ def summarise(logits: jax.Array, axis_name: str | None = None) -> Blocks:
 
     Args:
       logits: [V]; or a device's part of them, all of the same size.
-      axis_name: over which the parts lie, in the order of the vocabulary.
+      axis_name: mesh axis over which the vocabulary is split, in its order; None: it is not.
     """
     gather = lambda x: x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
     first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * logits.size
@@ -82,7 +83,7 @@ def draw(uniform: jax.Array, blocks: Blocks, axis_name: str | None = None) -> To
 
     Args:
       uniform: [] in [0, 1).
-      blocks, axis_name: by `summarise`.
+      blocks, axis_name: output and argument of `summarise`.
 
     Returns:
       Token, never one of probability zero.
@@ -136,20 +137,20 @@ def sample(uniform: jax.Array, log_probs: jax.Array) -> jax.Array:
     return draw(uniform, summarise(log_probs)).token
 
 
-def truncate(logits: jax.Array, *, count: int | None, mass: float | None) -> jax.Array:
+def truncate(logits: jax.Array, *, top_k: int | None, top_p: float | None) -> jax.Array:
     """Logits [V] with −inf for all but the most probable tokens.
 
     Args:
-      count: how many are kept (top-k); None: all.
-      mass: then, of what is left, the fewest whose probabilities sum to at least this (top-p); None: all.
+      top_k: number of tokens kept; None: all.
+      top_p: nucleus sampling: of these the fewest whose probabilities sum to at least this are kept; None: all.
 
     Tokens that are as probable as the last one kept are kept too.
     """
-    if count is not None:
-        logits = jnp.where(logits >= top_k(logits, count)[0][-1], logits, -jnp.inf)
-    if mass is not None and mass < 1:
+    if top_k is not None:
+        logits = jnp.where(logits >= largest_k(logits, top_k)[0][-1], logits, -jnp.inf)
+    if top_p is not None and top_p < 1:
         falling = jnp.sort(logits)[::-1]
         probs = jax.nn.softmax(falling)
-        kept = jnp.sum(jnp.cumsum(probs) - probs < mass)
+        kept = jnp.sum(jnp.cumsum(probs) - probs < top_p)
         logits = jnp.where(logits >= falling[kept - 1], logits, -jnp.inf)
     return logits

@@ -5,8 +5,9 @@ mean is taken of those is the business of `troll_jax.ops.aggregation`. What is a
 `troll_jax.ops.regularisers`.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import chex
 import jax
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 from troll_jax.ops.categorical import total_variation
 from troll_jax.ops.projection import Projection, kl_divergence, project_sparse, project_sparse_sequence
 from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
-from troll_jax.ops.schedules import bound_at
+from troll_jax.ops.schedules import Schedule, bound_at
 from troll_jax.ops.segments import segment_mean
 from troll_jax.ops.support import at_token
 from troll_jax.types import START, Progress, SparseLogProbs
@@ -34,7 +35,7 @@ class ReferenceView(NamedTuple):
     reference: SparseLogProbs  # [T, K + 1]
 
 
-class TokenLogProbs(NamedTuple):
+class LossInputs(NamedTuple):
     """What an objective sees of a row of responses. Only what is of the current policy has a gradient."""
 
     tokens: jax.Array  # [T] int32, sampled from the old policy
@@ -47,11 +48,20 @@ class TokenLogProbs(NamedTuple):
     reference: ReferenceView | None = None  # if there is a reference model
 
 
-class TokenLosses(NamedTuple):
+class LossOutputs(NamedTuple):
     """The loss of every token and what the log shows of it. Only `loss` carries a gradient."""
 
     loss: jax.Array  # [T]
+    constrained: jax.Array  # [T] bool, tokens at which the objective bounds the step: projected, clipped or left out
     logs: dict[str, jax.Array]  # [T] each; of a bool the log shows the share of tokens, of a float mean and quantiles
+
+
+Region = Annotated[Callable[[SparseLogProbs, SparseLogProbs, jax.Array], Projection], 'bound']
+"""Projects the current policy towards π_old [T, K], given the response [T] that each token belongs to."""
+Ratio = Callable[[jax.Array, jax.Array], jax.Array]
+"""π/π_old [T] from its log [T], given the response [T] that each token belongs to."""
+Divergence = Callable[[jax.Array, jax.Array], jax.Array]
+"""Divergence [] of two distributions, from their log-probabilities [K]."""
 
 
 def token_region(new: SparseLogProbs, old: SparseLogProbs, segments: jax.Array, *, bound) -> Projection:
@@ -88,15 +98,15 @@ def sequence_ratio(log_ratio: jax.Array, segments: jax.Array) -> jax.Array:
 
 
 def troll(
-    row: TokenLogProbs,
+    row: LossInputs,
     advantages: jax.Array,
     progress: Progress = START,
     *,
-    bound=0.05,
+    bound: float | jax.Array | Schedule = 0.05,
     alpha: float = 1.0,
-    region=token_region,
-    ratio=token_ratio,
-) -> TokenLosses:
+    region: Region = token_region,
+    ratio: Ratio = token_ratio,
+) -> LossOutputs:
     """TROLL (arXiv 2510.03817, equations 4 to 6): the ratio of the projected policy, and a pull towards it.
 
         loss = − π(o_t)/π_old(o_t) · A_t + α KL(π̃ ‖ ⌊π⌋),     π = project(π̃, π_old, ε)
@@ -138,19 +148,20 @@ def troll(
         'kl_projected': projection.kl,
         'evaluations': projection.evaluations.astype(jnp.float32),
     }
-    return TokenLosses(regression - ratio(log_ratio, row.segments) * advantages, jax.lax.stop_gradient(logs))
+    loss = regression - ratio(log_ratio, row.segments) * advantages
+    return LossOutputs(loss, projection.violated, jax.lax.stop_gradient(logs))
 
 
 def ppo_clip(
-    row: TokenLogProbs,
+    row: LossInputs,
     advantages: jax.Array,
     progress: Progress = START,
     *,
     lower: float = 0.2,
     upper: float = 0.2,
     dual: float | None = 10.0,
-    ratio=token_ratio,
-) -> TokenLosses:
+    ratio: Ratio = token_ratio,
+) -> LossOutputs:
     """PPO's clipped surrogate (arXiv 1707.06347) with its own bound on each side and dual clip (arXiv 1912.09729).
 
         loss = − min( r A, clip(r, 1 − lower, 1 + upper) A ),   for A < 0 at most  − dual · A
@@ -180,17 +191,18 @@ def ppo_clip(
     clipped = -jnp.clip(r, 1 - lower, 1 + upper) * advantages
     loss = jnp.maximum(plain, clipped)
     ceiling = jnp.where(advantages < 0, -dual * advantages, jnp.inf) if dual is not None else jnp.inf
-    return TokenLosses(jnp.minimum(loss, ceiling), {'clipped': (clipped > plain) | (loss > ceiling)})
+    constrained = (clipped > plain) | (loss > ceiling)
+    return LossOutputs(jnp.minimum(loss, ceiling), constrained, {'clipped': constrained})
 
 
 def cispo(
-    row: TokenLogProbs,
+    row: LossInputs,
     advantages: jax.Array,
     progress: Progress = START,
     *,
     lower: float = 1.0,
     upper: float = 4.0,
-) -> TokenLosses:
+) -> LossOutputs:
     """CISPO (MiniMax-M1, arXiv 2506.13585, equations 4 and 5): the ratio is clipped as a weight, and no token is lost.
 
         loss = − ⌊clip(r, 1 − lower, 1 + upper)⌋ A log π(o_t)
@@ -209,17 +221,17 @@ def cispo(
     _check_clip(lower, upper)
     r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
     weight = jax.lax.stop_gradient(jnp.clip(r, 1 - lower, 1 + upper))
-    return TokenLosses(-weight * advantages * row.new_log_probs, {'clipped': weight != r})
+    return LossOutputs(-weight * advantages * row.new_log_probs, weight != r, {'clipped': weight != r})
 
 
 def dppo(
-    row: TokenLogProbs,
+    row: LossInputs,
     advantages: jax.Array,
     progress: Progress = START,
     *,
     bound: float = 0.15,
-    divergence=total_variation,
-) -> TokenLosses:
+    divergence: Divergence = total_variation,
+) -> LossOutputs:
     """DPPO (arXiv 2602.04879, equation 12): a token that leads further out of the trust region is left out.
 
         loss = − m r A,   m = 0 where D(π_old ‖ π̃) > bound and r is on A's side of one, else 1
@@ -243,14 +255,15 @@ def dppo(
     r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
     outside = jax.vmap(divergence)(row.old.log_probs, row.new.log_probs) > bound
     blocked = outside & jnp.where(advantages > 0, r > 1, (advantages < 0) & (r < 1))
-    return TokenLosses(-jnp.where(blocked, 0.0, r) * advantages, {'clipped': blocked})
+    return LossOutputs(-jnp.where(blocked, 0.0, r) * advantages, blocked, {'clipped': blocked})
 
 
-def importance_weighted(row: TokenLogProbs, advantages: jax.Array, progress: Progress = START) -> TokenLosses:
+def importance_weighted(row: LossInputs, advantages: jax.Array, progress: Progress = START) -> LossOutputs:
     """The policy gradient by importance sampling, without a bound on the step: loss = − r A. Arguments as `cispo`."""
     del progress
     chex.assert_equal_shape([row.new_log_probs, row.old_log_probs, advantages])
-    return TokenLosses(-token_ratio(row.new_log_probs - row.old_log_probs, row.segments) * advantages, {})
+    r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
+    return LossOutputs(-r * advantages, jnp.zeros_like(r, bool), {})
 
 
 def _check_clip(lower: float, upper: float) -> None:

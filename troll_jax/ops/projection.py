@@ -24,8 +24,8 @@ from troll_jax.ops.ranges import check_range, is_positive
 from troll_jax.ops.segments import segment_max, segment_mean
 from troll_jax.types import SparseLogProbs
 
-# What log π̃ − log π_old counts as where π̃ is zero and π_old is not. Finite, so that the family stays defined when the
-# trust region does not let the projection give up all of that mass; large, so that otherwise nothing of it is left.
+# Value of log π̃ − log π_old where π̃ is zero and π_old is not. Finite, so that the family stays defined when the trust
+# region does not let the projection give up all of that mass; large, so that otherwise nothing of it is left.
 _ZERO_PROBABILITY = -1e6
 # 1/n! … 1/2!: the power series of (eˣ − 1 − x) / x², to the precision of the dtype for |x| < 1/4.
 _SERIES = {
@@ -107,13 +107,13 @@ def project_sequence(
         argmin_π Σ_t KL(π_t ‖ π̃_t)   subject to   mean_t KL(π_t ‖ π_old,t) ≤ bound
 
     All tokens share one w; a token that moved far may stay far as long as others make up for it. Guarantee, derivative
-    and arguments are those of `project`. Several responses may stand next to each other, each with its own region.
+    and arguments are those of `project`. Several responses may be packed end to end, each with its own region.
 
     Args:
       log_probs: [T, V]
       old_log_probs: [T, V]
-      segments: [T] int, at most T: the response that a token belongs to, or a bool mask of a single one. What tokens of
-        segment 0 hold does not matter and is returned as it is.
+      segments: [T] int, at most T: the response that a token belongs to, or a bool mask of a single one. Tokens of
+        segment 0 do not matter and are returned as they are.
       bound: ε > 0 in nats per token.
 
     Returns:
@@ -147,7 +147,7 @@ def _project(log_probs, old_log_probs, segments, bound, max_evaluations) -> Proj
 def project_sparse(new: SparseLogProbs, old: SparseLogProbs, *, bound, max_evaluations: int = 32) -> Projection:
     """Projects one sparse distribution onto the trust region around another one on the same tokens.
 
-    What lies on the support is projected as a distribution of its own, and keeps the mass that π̃ gives to the support:
+    π̃ on the support is projected as a distribution of its own, and the support keeps its mass π̃(S):
 
         log π(i) = log π̃(S) + log project( π̃(· | S), π_old(· | S) )(i)
 
@@ -235,14 +235,14 @@ def _evaluate(old_log_probs: jax.Array, old_probs: jax.Array, d: jax.Array, w: j
 
 
 class _Regions(NamedTuple):
-    """What the tokens of a region have in common, given back to each of them: functions of [...]."""
+    """Reductions over the tokens of a region, broadcast back to each of them: functions of [...]."""
 
     mean: Callable[[jax.Array], jax.Array]
     largest: Callable[[jax.Array], jax.Array]
 
     @classmethod
     def of(cls, segments: jax.Array | None) -> '_Regions':
-        """Of tokens in these segments [T], of which 0 is no region; or of a token on its own."""
+        """Reductions over these segments [T], of which 0 is no region; None: of each token on its own."""
         if segments is None:
             return cls(lambda x: x, lambda x: x)
         return cls(partial(segment_mean, segments=segments), partial(segment_max, segments=segments))

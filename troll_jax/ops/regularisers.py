@@ -1,21 +1,26 @@
 """What can be added to any policy objective, and estimates of how far two policies are apart."""
 
 from collections.abc import Callable, Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from troll_jax.ops.losses import TokenLogProbs, TokenLosses
+from troll_jax.ops.losses import LossInputs, LossOutputs, ReferenceView
+from troll_jax.ops.needs import give
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.ranges import check_range, is_not_negative
 from troll_jax.types import START, Progress
 
-Regulariser = Callable[[TokenLogProbs], jax.Array]
+Regulariser = Annotated[Callable[[LossInputs], jax.Array], 'reference']
+"""A loss [T] of a row; of one with a parameter `reference`, the `ReferenceView` is given."""
+Estimator = Callable[[jax.Array, jax.Array], jax.Array]
+"""Estimate of a KL divergence [T] from log-probabilities of the sampled tokens."""
 
 
 def regularised(
-    objective: Callable[..., TokenLosses], regularisers: Sequence[Regulariser]
-) -> Callable[..., TokenLosses]:
+    objective: Callable[..., LossOutputs], regularisers: Sequence[Regulariser]
+) -> Callable[..., LossOutputs]:
     """An objective and regularisers, each a loss [T] of a row, as one objective: their losses are added up.
 
     The log has each regulariser's loss under its name.
@@ -25,22 +30,27 @@ def regularised(
     if len(set(names)) < len(names):
         raise ValueError(f'regularisers are logged by their names, and each may be given once; got {", ".join(names)}')
 
-    def with_regularisers(row: TokenLogProbs, advantages: jax.Array, progress: Progress = START) -> TokenLosses:
+    def with_regularisers(row: LossInputs, advantages: jax.Array, progress: Progress = START) -> LossOutputs:
         losses = objective(row, advantages, progress)
         if taken := losses.logs.keys() & set(names):
             raise ValueError(f'the objective has figures of the name {", ".join(taken)}; rename the regulariser')
-        added = {name: regulariser(row) for name, regulariser in zip(names, regularisers, strict=True)}
-        return TokenLosses(losses.loss + sum(added.values()), losses.logs | added)
+        added = {name: evaluate(regulariser, row) for name, regulariser in zip(names, regularisers, strict=True)}
+        return losses._replace(loss=losses.loss + sum(added.values()), logs=losses.logs | added)
 
     return with_regularisers
 
 
-def entropy_bonus(row: TokenLogProbs, *, coefficient: float) -> jax.Array:
+def evaluate(regulariser: Regulariser, row: LossInputs) -> jax.Array:
+    """A regulariser of a row [T], given the reference model if it needs one."""
+    return regulariser(row, **give(regulariser, reference=row.reference))
+
+
+def entropy_bonus(row: LossInputs, *, coefficient: float) -> jax.Array:
     """loss = − coefficient · H(π̃), the entropy over the whole vocabulary in nats; [T]."""
     return -coefficient * row.entropy
 
 
-def kl_to_old(row: TokenLogProbs, *, coefficient: float) -> jax.Array:
+def kl_to_old(row: LossInputs, *, coefficient: float) -> jax.Array:
     """loss = coefficient · KL(π̃ ‖ π_old), exact on the tokens that the supports list; [T].
 
     Added to `ppo_clip`, it is the control for TROLL's regression: a pull towards π_old itself, at every token, in place
@@ -50,13 +60,16 @@ def kl_to_old(row: TokenLogProbs, *, coefficient: float) -> jax.Array:
     return coefficient * jax.vmap(kl_divergence)(row.new.log_probs, row.old.log_probs)
 
 
-def kl_to_reference(row: TokenLogProbs, *, coefficient: float, estimator=None) -> jax.Array:
+def kl_to_reference(
+    row: LossInputs, reference: ReferenceView | None, *, coefficient: float, estimator: Estimator | None = None
+) -> jax.Array:
     """loss = coefficient · KL(π̃ ‖ π_ref) at every token: the pull towards a reference model; [T].
 
-    In a reward (`train.reward_penalty`) the policy is the one that sampled, and this is taken off at every token.
+    In a reward (`reward_penalty`) the policy is the one that sampled, and this is taken off at every token.
 
     Args:
-      row: with `reference`.
+      row: T tokens.
+      reference: policy and reference model at these tokens.
       coefficient: β ≥ 0.
       estimator: from the sampled tokens' log-probabilities, `k1`, `k2` or `k3`; GRPO's is `k3`. None: exact on the
         tokens that the old policy lists, with all others as one entry, which is never more than the KL of the whole
@@ -66,21 +79,13 @@ def kl_to_reference(row: TokenLogProbs, *, coefficient: float, estimator=None) -
       ValueError: there is no reference model.
     """
     check_range('coefficient of a KL divergence', coefficient, is_not_negative, 'at least 0')
-    if row.reference is None:
+    if reference is None:
         raise ValueError('kl_to_reference needs a reference model, and this row has none')
     if estimator is None:
-        kl = jax.vmap(kl_divergence)(row.reference.policy.log_probs, row.reference.reference.log_probs)
+        kl = jax.vmap(kl_divergence)(reference.policy.log_probs, reference.reference.log_probs)
     else:
-        kl = estimator(row.new_log_probs, row.reference.log_probs)
+        kl = estimator(row.new_log_probs, reference.log_probs)
     return coefficient * kl
-
-
-kl_to_reference.reference = True
-
-
-def needs_reference(regulariser: Regulariser | None) -> bool:
-    """Whether a regulariser compares with a reference model."""
-    return getattr(regulariser, 'reference', False)
 
 
 def k1(log_probs: jax.Array, other_log_probs: jax.Array) -> jax.Array:

@@ -1,8 +1,9 @@
-"""Trust regions that change while a run goes on: functions from its progress to the bound ε, in nats.
+"""Schedules of the trust region: functions from the progress of a run to the bound ε, in nats.
 
-Each is bound in gin, as in `troll.bound = @linear_bound`. They keep no state of their own, so a run that is resumed
-goes on with the bound it would have had.
+They keep no state of their own, so a run that is resumed has the bound that it would have had.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +11,16 @@ import jax.numpy as jnp
 from troll_jax.ops.ranges import check_range, is_positive
 from troll_jax.types import Progress
 
+Schedule = Callable[[Progress], jax.Array]
 
-def bound_at(bound, progress: Progress) -> jax.Array | float:
-    """The bound now: a number as it is, a schedule at this progress."""
+
+def bound_at(bound: float | jax.Array | Schedule, progress: Progress) -> jax.Array | float:
+    """The current bound: a number as it is, a schedule at this progress."""
     return bound(progress) if callable(bound) else bound
 
 
 def linear_bound(progress: Progress, *, start: float, end: float, steps: int) -> jax.Array:
-    """From `start` to `end` over so many rollout batches, and `end` from there on.
+    """Linear from `start` to `end` over `steps` rollout batches, constant afterwards.
 
     Raises:
       ValueError: a number is not positive.

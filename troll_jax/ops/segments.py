@@ -1,4 +1,4 @@
-"""What the tokens of one response have in common, where several responses lie in one row."""
+"""Reductions over the tokens of each response, where several responses are packed in one row."""
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +9,8 @@ def segment_mean(values: jax.Array, segments: jax.Array) -> jax.Array:
 
     Args:
       values: [T]
-      segments: [T] int, at most T: the segment that a token belongs to. Tokens of segment 0 belong to none; what they
-        hold does not matter, and they get zero.
+      segments: [T] int, at most T: the segment that a token belongs to. Tokens of segment 0 belong to none; their
+        values do not matter, and they get zero.
 
     Returns:
       [T]

@@ -8,7 +8,9 @@ from troll_jax.ops.top_k import top_k
 from troll_jax.types import SparseLogProbs
 
 
-def sparsify(log_probs: jax.Array, token: jax.Array, *, max_tokens: int, mass: float = 1 - 1e-5) -> SparseLogProbs:
+def sparsify(
+    log_probs: jax.Array, token: jax.Array, *, support_size: int, support_mass: float = 1 - 1e-5
+) -> SparseLogProbs:
     """Lists the most probable tokens until they hold a given mass, and always the sampled one.
 
     Keeping the most probable tokens leaves out least of the KL divergence (TROLL, arXiv 2510.03817, theorem A.1). If
@@ -17,8 +19,9 @@ def sparsify(log_probs: jax.Array, token: jax.Array, *, max_tokens: int, mass: f
     Args:
       log_probs: [V] normalised.
       token: [] int, the sampled token.
-      max_tokens: K, at most V.
-      mass: the probability that the kept tokens are to hold, 1 − δ in the paper; 1 keeps K tokens whatever they hold.
+      support_size: K, at most V.
+      support_mass: the probability that the kept tokens are to hold, 1 − δ in the paper; 1 keeps K tokens whatever they
+        hold.
 
     Returns:
       SparseLogProbs [K], most probable first, not renormalised.
@@ -27,25 +30,25 @@ def sparsify(log_probs: jax.Array, token: jax.Array, *, max_tokens: int, mass: f
       ValueError: K is not within 1 … V, or the mass not within (0, 1].
     """
     (size,) = log_probs.shape
-    if not 1 <= max_tokens <= size:
-        raise ValueError(f'max_tokens must be between 1 and the vocabulary size {size}; got {max_tokens}')
-    if not 0 < mass <= 1:
-        raise ValueError(f'mass is the probability to keep, in (0, 1]; got {mass}')
-    best_log_probs, best = top_k(log_probs, max_tokens)
-    return select(best, best_log_probs, token, log_probs[token], mass=mass)
+    if not 1 <= support_size <= size:
+        raise ValueError(f'support_size must be between 1 and the vocabulary size {size}; got {support_size}')
+    if not 0 < support_mass <= 1:
+        raise ValueError(f'support_mass is the probability to keep, in (0, 1]; got {support_mass}')
+    best_log_probs, best = top_k(log_probs, support_size)
+    return select(best, best_log_probs, token, log_probs[token], support_mass=support_mass)
 
 
 def select(
-    best: jax.Array, best_log_probs: jax.Array, token: jax.Array, token_log_prob: jax.Array, *, mass: float
+    best: jax.Array, best_log_probs: jax.Array, token: jax.Array, token_log_prob: jax.Array, *, support_mass: float
 ) -> SparseLogProbs:
     """`sparsify`, given the K most probable tokens [K], most probable first, and the sampled one []."""
-    (max_tokens,) = best.shape
+    (support_size,) = best.shape
     # Counted, because rounding may let the sum fall below the mass again.
-    count = 1 + jnp.sum(jnp.cumsum(jnp.exp(best_log_probs))[:-1] < mass) if mass < 1 else max_tokens
-    index = jnp.arange(max_tokens)
+    count = 1 + jnp.sum(jnp.cumsum(jnp.exp(best_log_probs))[:-1] < support_mass) if support_mass < 1 else support_size
+    index = jnp.arange(support_size)
     kept = index < count
     missing = ~jnp.any(kept & (best == token))
-    here = missing & (index == jnp.minimum(count, max_tokens - 1))
+    here = missing & (index == jnp.minimum(count, support_size - 1))
     tokens = jnp.where(here, token, jnp.where(kept, best, -1)).astype(jnp.int32)
     log_probs = jnp.where(here, token_log_prob, jnp.where(kept, best_log_probs, -jnp.inf))
     return SparseLogProbs(tokens, log_probs)
@@ -67,9 +70,9 @@ TAIL = -2
 
 
 def default_tail(
-    new_at_old: jax.Array,
-    new: SparseLogProbs,
+    new_on_old_support: jax.Array,
     old: SparseLogProbs,
+    new: SparseLogProbs,
     *,
     probability: float = 1e-12,
     renormalise: bool = False,
@@ -81,9 +84,9 @@ def default_tail(
     included: only then do equal policies have equal supports and a divergence of zero.
 
     Args:
-      new_at_old: [K] log π̃ of π_old's tokens.
-      new: π̃ on its own support [K'].
+      new_on_old_support: [K] log π̃ of π_old's tokens.
       old: π_old on its support [K].
+      new: π̃ on its own support [K'].
       probability: of a token that π_old's support leaves out.
       renormalise: makes each sum to one on the union, as in the paper. Tokens that are not kept then get no gradient.
 
@@ -98,7 +101,7 @@ def default_tail(
     tokens = jnp.concatenate([old.tokens, jnp.where(known, -1, new.tokens)])
     at_added = jnp.where(known, -jnp.inf, jnp.log(jnp.asarray(probability, old.log_probs.dtype)))
     log_probs = [
-        jnp.concatenate([new_at_old, jnp.where(known, -jnp.inf, new.log_probs)]),
+        jnp.concatenate([new_on_old_support, jnp.where(known, -jnp.inf, new.log_probs)]),
         jnp.concatenate([old.log_probs, at_added]),
     ]
     if renormalise:
@@ -106,9 +109,7 @@ def default_tail(
     return SparseLogProbs(tokens, log_probs[0]), SparseLogProbs(tokens, log_probs[1])
 
 
-def bucket_tail(
-    new_at_old: jax.Array, new: SparseLogProbs | None, old: SparseLogProbs
-) -> tuple[SparseLogProbs, SparseLogProbs]:
+def bucket_tail(new_on_old_support: jax.Array, old: SparseLogProbs) -> tuple[SparseLogProbs, SparseLogProbs]:
     """Tail rule: π_old's support, and one more entry that holds the mass of all other tokens.
 
     Both masses are known exactly, so nothing is made up, and the divergence is never more than that of the whole
@@ -116,25 +117,15 @@ def bucket_tail(
     needed.
 
     Args:
-      new_at_old: [K] log π̃ of π_old's tokens.
-      new: not used.
+      new_on_old_support: [K] log π̃ of π_old's tokens.
       old: π_old on its support [K].
 
     Returns:
       π̃ and π_old as SparseLogProbs on the same tokens [K + 1], each with a mass of one; the last one is `TAIL`.
     """
-    del new
     tokens = jnp.append(old.tokens, TAIL)
     add_tail = lambda log_probs: jnp.append(log_probs, _log_tail(log_probs))
-    return SparseLogProbs(tokens, add_tail(new_at_old)), SparseLogProbs(tokens, add_tail(old.log_probs))
-
-
-bucket_tail.own_support = False  # of π̃
-
-
-def needs_own_support(tail_rule) -> bool:
-    """Whether a tail rule has a use for π̃'s own most probable tokens."""
-    return getattr(tail_rule, 'own_support', True)
+    return SparseLogProbs(tokens, add_tail(new_on_old_support)), SparseLogProbs(tokens, add_tail(old.log_probs))
 
 
 def _log_tail(log_probs: jax.Array) -> jax.Array:

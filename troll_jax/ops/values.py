@@ -1,4 +1,4 @@
-"""What a critic learns: the loss of its values, and how much of the returns they explain."""
+"""The critic: the loss of its values, and the share of the returns that they explain."""
 
 import jax
 import jax.numpy as jnp

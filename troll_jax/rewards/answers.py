@@ -1,4 +1,4 @@
-r"""Where a response's final answer stands, and whether it stands where it was asked for. Plain string work.
+r"""The final answer of a response, and a check that it has the form that was asked for. Plain string work.
 
 A place is named by its marker:
 
@@ -53,7 +53,7 @@ def answer_format(text: str, place: str = 'boxed') -> float:
     r"""1.0 if a response gives an answer in the form that was asked for, right or wrong, else 0.0.
 
     Args:
-        text: what the policy wrote.
+        text: the policy's text.
         place: 'boxed': there is a closed `\boxed{...}` with something in it, and none that was left open. '####' or
             'Answer:': the last line that is not blank begins with this, and something follows.
 
@@ -76,7 +76,7 @@ def check_places(places: Sequence[str]) -> None:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""What stands in the last closed `\boxed{...}` of a text, with nested braces; None if there is none."""
+    r"""The content of the last closed `\boxed{...}` of a text, with nested braces; None if there is none."""
     return _boxes(text)[0]
 
 

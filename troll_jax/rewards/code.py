@@ -1,4 +1,4 @@
-"""Is a program right? It is run on test cases in a sandbox, and what comes out is compared outside of it.
+"""Grades a program: it is run on test cases in a sandbox, and its output is compared outside of it.
 
 A program never sees what is expected of it, with one exception: asserts other than `assert f(…) == value`, which hold
 their own expectations (see `AssertTest`).
@@ -62,7 +62,7 @@ _TOLERANCE = 1e-6  # relative, and absolute below 1: what most judges of such pr
 
 
 class CodeGrade(NamedTuple):
-    """How a program did."""
+    """The result of a program on its tests."""
 
     reward: float
     passed: int  # of the tests; those after a failed one are not run if all must pass
@@ -72,7 +72,7 @@ class CodeGrade(NamedTuple):
 
 class Test(Protocol):
     def case(self, program: str) -> tuple[str, str]:
-        """What to run, and its standard input."""
+        """The source to run, and its standard input."""
 
     def accepts(self, output: str) -> bool:
         """May raise a ValueError or RecursionError on output that cannot be read."""
@@ -227,13 +227,13 @@ def grade_code(
     """Runs the last ```python block of a response on the tests of `answer`.
 
     Args:
-        response: what the policy wrote.
+        response: the policy's text.
         answer: see `parse_tests`.
-        sandbox: where to run it.
-        program_seconds: for all tests together, from the start of the sandbox; those that have not begun by then count
-            as failed.
-        max_tests: of which at most so many are run, the first.
-        partial: the reward is the share of tests that passed, and not 1.0 for all and else 0.0.
+        sandbox: runs the program.
+        program_seconds: time limit of all tests together, from the start of the sandbox; those that have not begun by
+            then count as failed.
+        max_tests: number of tests that are run, the first ones; None for all.
+        partial: true: the reward is the share of tests that passed, and not 1.0 for all and else 0.0.
 
     Raises:
         ValueError: the tests cannot be read.
@@ -302,7 +302,7 @@ def same_value(value: object, expected: object) -> bool:
 
 
 def _why_not(test: Test, run) -> str:
-    """Why a test failed, or ''."""
+    """The reason that a test failed, or ''."""
     if run.status != 'finished':
         return f'{run.status}: {run.detail}'
     try:

@@ -36,11 +36,11 @@ def serve(seconds: float, memory: int, processes: int, output: int, user: int) -
     """Answers the caller until it closes the pipe. Returns in the processes of programs only, with the source to run.
 
     Args:
-        seconds: of wall clock and of CPU that one program may take.
+        seconds: time limit of one program, of wall clock and of CPU.
         memory: address space of one process, in bytes.
-        processes: and threads that a program may have at a time; 0 for no limit.
-        output: bytes of the largest file, and so of the output.
-        user: who to become, for a sandbox that is started by root; 0 to stay.
+        processes: processes and threads that a program may have at a time; 0 for no limit.
+        output: largest file, and so largest output, in bytes.
+        user: user id to become, for a sandbox that is started by root; 0 to stay.
     """
     if user:
         os.setgroups([])
@@ -95,7 +95,7 @@ def become_program(files: list[int], seconds: float, output: int) -> None:
     cpu = math.ceil(seconds)
     resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu + 1))
     limit(resource.RLIMIT_FSIZE, output)
-    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which Python ignores: a program could go on after the error
+    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # which Python ignores: a program could continue after the error
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for name, mode in (('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w')):
         file = open(

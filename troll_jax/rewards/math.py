@@ -1,4 +1,4 @@
-"""Is a mathematical answer right? A layer over math-verify, which parses LaTeX and compares with sympy.
+"""Grades a mathematical answer: a layer over math-verify, which parses LaTeX and compares with sympy.
 
 Importing this costs what sympy costs, under a second, and no array library. It is not put off to the first call, which
 would charge it to the deadline of the first grading.
@@ -22,9 +22,9 @@ def grade_math(response: str, answer: str, places: Sequence[str] = PLACES) -> fl
     r"""1.0 if a response's final answer equals `answer`, else 0.0.
 
     Args:
-        response: what the policy wrote.
+        response: the policy's text.
         answer: the reference, LaTeX or plain; dollar signs or a box around it do no harm.
-        places: where the final answer is taken from: the first of these whose marker occurs, see `answers.find_answer`.
+        places: markers of the final answer, of which the first that occurs is taken, see `answers.find_answer`.
 
     Hangs for as long as sympy does on hostile input, since math-verify's own time limits rest on signals, which only
     work in a main thread. `rewards.pool.Grader` runs it in a worker with a deadline.
@@ -39,7 +39,7 @@ def grade_math(response: str, answer: str, places: Sequence[str] = PLACES) -> fl
 
 
 def same_answer(found: str, answer: str) -> bool:
-    """Whether two mathematical answers are the same in value and kind; `answer` is the reference."""
+    """True if two mathematical answers are the same in value and kind; `answer` is the reference."""
     found, answer = normalised(found), normalised(answer)
     if found == answer != '':
         return True
@@ -72,7 +72,7 @@ def normalised(text: str) -> str:
 
 
 def _parse(text: str) -> list:
-    """What math-verify makes of a text: an expression and its string. i is the imaginary unit, if it is alone."""
+    """A text as math-verify reads it: an expression and its string. i is the imaginary unit, if it is alone."""
     if _INTEGER.fullmatch(text):  # the most common answer; a parse takes milliseconds
         return [Integer(text)]
     parsed = parse(rf'\boxed{{{text}}}', [_LATEX], parsing_timeout=None)

@@ -1,9 +1,9 @@
-"""Where programs that a model wrote are run: bubblewrap, a SandboxFusion service, or nowhere in particular.
+"""Sandboxes for programs that a model wrote: bubblewrap, a SandboxFusion service, or no isolation.
 
-A sandbox runs programs and returns what they printed. Whether that is right is decided outside, since a program could
-change whatever is decided next to it.
+A sandbox runs programs and returns what they printed. The output is graded outside, since a program could change
+whatever is decided next to it.
 
-It bounds what honest mistakes and the tricks of a policy can do. docs/decisions.md says what it does not protect from.
+It bounds the damage of honest mistakes and of a policy's tricks. docs/decisions.md says what it does not protect from.
 """
 
 import json
@@ -46,7 +46,7 @@ _SERVICE_ADVICE = (
 
 
 class Run(NamedTuple):
-    """What one program did with one input."""
+    """The result of one program on one input."""
 
     status: str  # 'finished', or why not: 'failed', 'timeout', 'memory', 'output'
     output: str  # what it printed
@@ -105,11 +105,11 @@ class Bubblewrap(_Limits):
     process in sight, no privileges and its own limits.
 
     Args:
-        case_seconds: of wall clock, and of CPU, that one case may take.
+        case_seconds: time limit of one case, of wall clock and of CPU.
         memory_gb: address space of one process, in GiB.
-        output_mb: of one file, and so of the output, in MiB.
-        processes: and threads that a program may have at a time. Kernels before 5.14 count those of the user.
-        disk_mb: of /tmp, in MiB.
+        output_mb: largest file, and so largest output, in MiB.
+        processes: processes and threads of a program at a time. Kernels before 5.14 count those of the user.
+        disk_mb: size of /tmp, in MiB.
     """
 
     processes: int = 16
@@ -169,9 +169,9 @@ class Unisolated(_Limits):
     For machines that have nothing to lose. Time, memory (on Linux) and output are still limited.
 
     Args:
-        case_seconds: of wall clock, and of CPU, that one case may take.
+        case_seconds: time limit of one case, of wall clock and of CPU.
         memory_gb: address space of one process, in GiB.
-        output_mb: of one file, and so of the output, in MiB.
+        output_mb: largest file, and so largest output, in MiB.
     """
 
     def check(self) -> None:
@@ -187,11 +187,11 @@ class SandboxFusion:
     """A service with the protocol of SandboxFusion (github.com/bytedance/SandboxFusion): POST /run_code.
 
     Args:
-        url: of the service, without /run_code.
-        case_seconds: that one case may take.
-        memory_gb: that one case may take.
-        attempts: per case, until a service that does not answer ends the run. If it answers that it failed, or refuses
-            a program, it is asked for a program that cannot fail: is it the service or the program?
+        url: URL of the service, without /run_code.
+        case_seconds: time limit of one case.
+        memory_gb: memory limit of one case.
+        attempts: attempts per case, until a service that does not answer ends the run. If it answers that it failed,
+            or refuses a program, it gets a program that cannot fail: is it the service or the program?
     """
 
     url: str
@@ -227,7 +227,7 @@ class SandboxFusion:
             yield run
 
     def _ask(self, source: str, given: str) -> Run:
-        """What the service says of a case; its status may also be 'sandbox error' or 'refused'."""
+        """The service's result of a case; its status may also be 'sandbox error' or 'refused'."""
         for attempt in range(self.attempts):
             last = attempt == self.attempts - 1
             try:
@@ -279,7 +279,7 @@ def _pause(attempt: int) -> float:
 
 
 def _read_reply(reply: bytes) -> Run:
-    """Raises a ValueError if that is not what SandboxFusion would say."""
+    """The result in a reply of SandboxFusion. Raises a ValueError if it is not of that protocol."""
     try:
         body = json.loads(reply)
         if body['status'] == 'SandboxError':
@@ -317,7 +317,7 @@ def _check(sandbox: Sandbox, advice: str) -> None:
 
 
 def _is_known(run: Run) -> bool:
-    """Whether a run is the right one of the case that every sandbox can run."""
+    """True if a run is the right one of the case that every sandbox can run."""
     return run.status == 'finished' and run.output.strip() == _KNOWN[1]
 
 
@@ -403,7 +403,7 @@ def _read(pipe, size: int, end: float) -> bytes:
 
 
 def _said(pipe) -> str:
-    """What stands in a pipe, without waiting for its end: somebody who was left behind may hold the other one."""
+    """The content of a pipe, without waiting for its end: a process that was left behind may hold the other one."""
     poll = select.poll()
     poll.register(pipe, select.POLLIN)
     return os.read(pipe.fileno(), 2000).decode(errors='replace').strip() if poll.poll(500) else ''

@@ -1,4 +1,4 @@
-"""Terms of a reward: what a response is worth, and what its length or form adds. `train.rewards` weighs and names them.
+"""Reward terms, whose weighted sum is the reward of a response: `Method.rewards` names and weighs them.
 
 A term is a function of a batch of responses, and gives a number for each.
 """
@@ -12,7 +12,7 @@ from troll_jax.rewards import answers
 
 
 class Responses(NamedTuple):
-    """What a term sees."""
+    """The input of a reward term."""
 
     texts: Sequence[str]  # [R]
     lengths: np.ndarray  # [R] int32, tokens
@@ -37,7 +37,7 @@ def soft_overlong(responses: Responses, *, share: float = 0.2) -> np.ndarray:
 
     Args:
       responses: R of them.
-      share: of the length limit T, over which the penalty grows; DAPO's is 4,096 of 20,480 tokens.
+      share: share of the length limit T over which the penalty grows; DAPO's is 4,096 of 20,480 tokens.
 
     Returns:
       [R] float32
@@ -52,13 +52,20 @@ def soft_overlong(responses: Responses, *, share: float = 0.2) -> np.ndarray:
 
 
 def answer_format(responses: Responses, *, place: str = 'boxed') -> np.ndarray:
-    r"""1 for a response whose answer stands in the asked form, else 0; [R]
+    r"""1 for a response whose answer has the form that was asked for, else 0; [R]
 
     Args:
       responses: R of them.
       place: 'boxed', '####' or 'Answer:', see `troll_jax.rewards.answers`.
     """
     return np.array([answers.answer_format(text, place) for text in responses.texts], np.float32)
+
+
+def check_names(terms: Sequence[tuple[str, float, RewardTerm]]) -> None:
+    """Raises a ValueError for terms without a name of their own in the log."""
+    names = [name for name, *_ in terms]
+    if not names or len(set(names)) < len(names) or set(names) & RESERVED:
+        raise ValueError(f'rewards are named {names}; expected at least one, names that differ, and none of {RESERVED}')
 
 
 def weigh(terms: Sequence[tuple[str, float, RewardTerm]], responses: Responses) -> tuple[np.ndarray, dict]:
@@ -74,9 +81,6 @@ def weigh(terms: Sequence[tuple[str, float, RewardTerm]], responses: Responses) 
     Raises:
       ValueError: a term gives something else than one finite number for each response.
     """
-    names = [name for name, *_ in terms]
-    if not names or len(set(names)) < len(names) or set(names) & RESERVED:
-        raise ValueError(f'rewards are named {names}; expected at least one, names that differ, and none of {RESERVED}')
     values = {name: np.asarray(term(responses), np.float32) for name, _, term in terms}
     for name, value in values.items():
         if value.shape != responses.lengths.shape or not np.all(np.isfinite(value)):

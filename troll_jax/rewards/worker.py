@@ -13,15 +13,16 @@ _ORPHAN_GRACE = 5.0  # seconds past the deadline after which a worker whose call
 
 
 class CannotGrade(RuntimeError):
-    """What grades is out of order, and no response is to blame. It ends the run, which would learn from zeros else."""
+    """The grader is broken, not the response. It ends the run, which would learn from zeros otherwise."""
 
 
 def serve(descriptor: int) -> None:
-    """A worker's life: load the grading function, then answer until the caller closes the connection.
+    """Runs a worker: loads the grading function, then answers until the caller closes the connection.
 
     Args:
-        descriptor: of the worker's end of the connection. It brings the pickled function, the deadline in seconds and
-            the memory limit in bytes, then (response, answer) pairs; it takes ('ready', None) and an outcome per pair.
+        descriptor: file descriptor of the worker's end of the connection. It brings the pickled function, the
+            deadline in seconds and the memory limit in bytes, then (response, answer) pairs; it takes ('ready', None)
+            and an outcome per pair.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the caller, who ends the workers
     logging.disable(logging.CRITICAL)  # verifiers warn about every odd answer

@@ -1,8 +1,8 @@
 """Generated arithmetic modulo 10: a task that a tiny model learns on a CPU in minutes, with nothing to download.
 
 `3*2+6*3-3*3=` is worked strictly from left to right, every value modulo 10: 6, 2, 6, 3, 9. The answer is `#9`, and a
-response may write the running values first, as in `62639#9`, which makes each step easy and is what reinforcement
-learning has to discover.
+response may write the running values first, as in `62639#9`, which makes each step easy. Reinforcement learning has
+to discover this.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def demonstration(problem: str, worked: bool) -> str:
 
 
 def is_held_out(problem: str) -> bool:
-    """Whether a problem belongs to the test split: by a stable hash of its text, the same in every process and run."""
+    """True if a problem belongs to the test split: by a stable hash of its text, the same in every process and run."""
     digest = hashlib.blake2b(problem.encode(), digest_size=8).digest()
     return int.from_bytes(digest, 'big') % _HELD_OUT == 0
 
@@ -62,7 +62,7 @@ class Arithmetic:
         operands: digits in a problem, at least 2; a prompt has 2 · operands characters, a worked response 1 + operands.
         train_size: distinct problems that `load('train')` gives.
         test_size: distinct problems that `load('test')` gives. None of them is a training problem of any seed.
-        seed: of the draw; the split does not depend on it.
+        seed: random seed of the draw; the split does not depend on it.
     """
 
     operands: int = 6
@@ -110,6 +110,6 @@ class Arithmetic:
         return Dataset.from_dict({'messages': messages, 'answer': [str(running_values(p)[-1]) for p in problems]})
 
     def grade(self, response: str, answer: str) -> float:
-        """1.0 if the response has one '#' and ends in '#' and the right digit; what stands before it is free."""
+        """1.0 if the response has one '#' and ends in '#' and the right digit; the text before it is free."""
         _, mark, tail = response.partition('#')
         return float(mark == '#' and tail == answer)

@@ -25,13 +25,13 @@ class EurusCode:
     Loading its rows runs a program in the sandbox first, so that a run without one ends before weights are loaded.
 
     Args:
-        source: as in `load_rows`, in verl's schema with the columns `prompt` (list of {role, content}), `ability` (rows
+        source: see `load_rows`; in verl's schema with the columns `prompt` (list of {role, content}), `ability` (rows
             other than 'code' are left out) and `reward_model`, whose `ground_truth` `parse_tests` reads.
-        test_split: what the source calls the test split.
-        sandbox: where programs run: `Bubblewrap`, `SandboxFusion`, or `Unisolated`.
-        program_seconds: that all tests of one program may take together.
-        max_tests: of a problem that are run, the first ones; None for all.
-        partial: the reward is the share of tests that passed, and not 1 for all and else 0.
+        test_split: the source's name of the test split.
+        sandbox: runs the programs: `Bubblewrap`, `SandboxFusion`, or `Unisolated`.
+        program_seconds: time limit of all tests of one program together.
+        max_tests: number of tests of a problem that are run, the first ones; None for all.
+        partial: true: the reward is the share of tests that passed, and not 1 for all and else 0.
 
     Raises:
         ValueError: a limit that is not positive.
@@ -52,7 +52,7 @@ class EurusCode:
 
     @property
     def deadline(self) -> float:
-        """Past what the sandbox may take, so that it is the sandbox that ends a program and says why."""
+        """Seconds, past the limits of the sandbox, so that the sandbox ends a program and says why."""
         return self.program_seconds + self.sandbox.longest_case + 5.0
 
     def load(self, split: str) -> Dataset:
@@ -96,7 +96,7 @@ class EurusCode:
 
 
 def _fault(tests: str) -> str:
-    """Why the tests of a problem cannot be read, or ''."""
+    """The reason that the tests of a problem cannot be read, or ''."""
     try:
         parse_tests(tests)
     except (KeyError, TypeError, ValueError) as error:

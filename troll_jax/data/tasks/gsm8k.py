@@ -28,10 +28,10 @@ class GSM8K:
         source: an id on the Hugging Face hub, a folder with train* and test* files, or a path with `{split}` in it;
             parquet or jsonl, in verl's schema or with the columns `question` and `answer`, which ends in `#### number`.
         config: configuration on the hub; unused for local files.
-        instruction: stands under every question; None for the bare question. Prompts in verl's schema are complete.
+        instruction: text under every question; None for the bare question. Prompts in verl's schema are complete.
         system_prompt: content of the system message; None for the data's own, if it has one.
-        places: where the final answer is taken from, see `rewards.answers.find_answer`.
-        deadline: seconds that one grading may take.
+        places: markers of the final answer, see `rewards.answers.find_answer`.
+        deadline: time limit of one grading, in seconds.
     """
 
     source: str = 'openai/gsm8k'

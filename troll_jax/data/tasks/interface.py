@@ -1,4 +1,4 @@
-"""What a task is, and how a data set is read from the Hugging Face hub or from local files."""
+"""The interface of a task, and the reader of data sets from the Hugging Face hub or from local files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load_rows(source: str, split: str, *, config: str | None = None, test_split:
             - an id on the Hugging Face hub, `openai/gsm8k`, or a folder of it, `owner/name/folder`.
         split: 'train' or 'test'.
         config: name of the configuration on the hub.
-        test_split: what the source calls 'test', such as 'validation'.
+        test_split: the source's name of 'test', such as 'validation'.
 
     Raises:
         ValueError: the source does not exist or cannot be read, or the split is empty.
@@ -82,7 +82,7 @@ def load_rows(source: str, split: str, *, config: str | None = None, test_split:
 
 
 def locate(source: str, split: str, row: int, *, test_split: str = 'test') -> str:
-    """Where a row of `load_rows` is, for an error: 'row 3 of data/train-1.parquet', counted from 0 in its file."""
+    """The place of a row of `load_rows`, for an error: 'row 3 of data/train-1.parquet', counted from 0 in its file."""
     name = test_split if split == 'test' else split
     files = _local_files(os.path.expanduser(source), name)
     if len(files) > 1:

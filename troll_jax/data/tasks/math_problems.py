@@ -29,7 +29,7 @@ BENCHMARKS = {
     'OlympiadBench': r'olympiad',
     'Minerva': r'minerva',
 }
-"""The sets of MATH-Eval, and what their `data_source` looks like."""
+"""The sets of MATH-Eval, and patterns of their `data_source`."""
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,14 @@ class MathProblems:
             train* and test* files, or a path with `{split}` in it; parquet or jsonl, in verl's schema or with the
             columns that `question` and `answer` name.
         config: configuration on the hub; unused for local files.
-        test_split: what the source calls the split for testing.
+        test_split: the source's name of the split for testing.
         question, answer: columns of data that is not in verl's schema.
-        instruction: stands under the question of such data; prompts in verl's schema are complete. None for none.
+        instruction: text under the question of such data; prompts in verl's schema are complete. None for none.
         system_prompt: content of the system message, instead of the data's own; '' for none, None for the data's.
         ability: only rows of this `ability` (verl's schema); None for all.
         data_source: only rows in whose `data_source` this regular expression is found, in any case; None or '' for all.
-        places: where the final answer is taken from, see `rewards.answers.find_answer`.
-        deadline: seconds that one grading may take.
+        places: markers of the final answer, see `rewards.answers.find_answer`.
+        deadline: time limit of one grading, in seconds.
     """
 
     source: str

@@ -33,8 +33,8 @@ def read_verl(
     """The messages and the ground truths of the rows that were asked for, in their order.
 
     Args:
-        rows: in verl's schema.
-        locate: of a row's number, says for errors where it is.
+        rows: a data set in verl's schema.
+        locate: function of a row's number that names its place, for errors.
         ability: only rows of this `ability`, such as 'math' or 'code'; None for all.
         data_source: only rows in whose `data_source` this regular expression is found, in any case; None or '' for all.
         system_prompt: takes the place of the rows' system messages, or is put first; '' removes them; None keeps them.

@@ -1,16 +1,18 @@
-"""Evaluates parameters on all validation sets of an experiment, while it trains and afterwards."""
+"""Evaluation on all validation sets of an experiment, in training and afterwards."""
 
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
+from typing import Any
 
 import jax
 import numpy as np
 
-from experiments.config import Experiment
 from troll_jax.evaluate import Evaluation, evaluate, success
+from troll_jax.experiment import Experiment
 from troll_jax.rewards.pool import Grader
+from troll_jax.rollout import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -18,19 +20,21 @@ logger = logging.getLogger(__name__)
 def make_validation(
     experiment: Experiment,
     tokenizer,
-    sampler_of: Callable[[int], Callable],
+    sampler_of: Callable[[int], Sampler],
     *,
+    mesh: jax.sharding.Mesh,
     split: str = 'test',
     samples_per_prompt: int | None = None,
 ) -> Callable[..., dict]:
-    """Loads the prompts of `experiment.validation`, and builds what evaluates parameters on them.
+    """Loads the prompts of `experiment.validation`, and builds the function that evaluates parameters on them.
 
     Args:
-      experiment: to validate.
-      tokenizer: of the model.
-      sampler_of: a sampler that draws so many responses per prompt, greedy ones if it is one. Called once per number.
-      split: of the sets.
-      samples_per_prompt: of every set, instead of its own.
+      experiment: experiment to validate.
+      tokenizer: tokenizer of the model.
+      sampler_of: builds a sampler of so many responses per prompt, greedy ones if it is one. Called once per number.
+      mesh: device mesh.
+      split: split of the sets.
+      samples_per_prompt: number for every set, instead of its own.
 
     Raises:
       ValueError: less than one sample per prompt, or a task whose data cannot be read.
@@ -44,7 +48,7 @@ def make_validation(
     sampler_of = cache(sampler_of)
     sets = [
         (name, task, experiment.load_prompts(split, tokenizer, task), samples_per_prompt or samples)
-        for name, task, samples in experiment.validation
+        for name, task, samples in experiment.validation_sets
     ]
 
     def validate(params, key: jax.Array, own_grader: Grader | None = None, done: Callable | None = None) -> dict:
@@ -54,7 +58,7 @@ def make_validation(
             is_own = own_grader is not None and task == experiment.task
             with nullcontext(own_grader) if is_own else Grader(task.grade, deadline=task.deadline) as grader:
                 grader.start()
-                sampler, mesh = sampler_of(samples), experiment.mesh
+                sampler = sampler_of(samples)
                 results[name] = evaluate(sampler, params, prompts, grader, tokenizer, key, mesh=mesh), prompts
             logger.info('%s: %.4f', name, success(results[name][0]).mean())
             if done is not None:
@@ -64,8 +68,8 @@ def make_validation(
     return validate
 
 
-def metrics_of(results: dict[str, tuple[Evaluation, object]]) -> dict[str, float]:
-    """For the log: the mean over the sets, in which every set counts alike, and of several sets each of them."""
+def metrics_of(results: dict[str, tuple[Evaluation, Any]]) -> dict[str, float]:
+    """Metrics: the mean over the sets, in which every set counts alike, and of several sets each of them."""
     of_sets = {
         name: {'success': float(success(result).mean()), 'response_length': float(result.lengths.mean())}
         for name, (result, _) in results.items()

@@ -1,0 +1,475 @@
+"""Reads gin files into values, and writes values as a gin file. Nothing else here knows gin.
+
+`Method.objective = @troll` with `troll.bound = 0.1` is `functools.partial(troll, bound=0.1)`, and `@GSM8K()` is a call.
+Bindings behind a scope are those of one use alone: `Critic.optimizer = @critic/adamw` with
+`critic/adamw.learning_rate = 1e-5`. A line `import my_losses` makes the functions and classes of that module known.
+"""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gin import config_parser
+
+from troll_jax.critic import Critic
+from troll_jax.data.tasks.arithmetic import Arithmetic
+from troll_jax.data.tasks.eurus_code import EurusCode
+from troll_jax.data.tasks.gsm8k import GSM8K
+from troll_jax.data.tasks.math_problems import BENCHMARKS, DAPOMath, EurusMath, MathEval, MathProblems
+from troll_jax.experiment import Experiment
+from troll_jax.ops import advantages, aggregation, categorical, losses, projection, regularisers, schedules, support
+from troll_jax.optimizer import adamw
+from troll_jax.rewards import sandbox, terms
+from troll_jax.settings import Compute, Method, Run, Sampling
+from troll_jax.typechecks import check_arguments
+
+SETTINGS = (Experiment, Sampling, Method, Compute, Run)
+NAMES: dict[str, Callable] = {
+    target.__name__: target
+    for target in (
+        *SETTINGS,
+        *(losses.troll, losses.ppo_clip, losses.cispo, losses.dppo, losses.importance_weighted),
+        *(losses.token_region, losses.sequence_region, losses.token_ratio, losses.sequence_ratio),
+        *(categorical.total_variation, projection.kl_divergence),
+        *(support.default_tail, support.bucket_tail, schedules.linear_bound, schedules.adaptive_bound),
+        *(advantages.group_normalised, advantages.mean_centred, advantages.leave_one_out, advantages.no_baseline),
+        *(advantages.greedy_baseline, advantages.gae),
+        *(aggregation.token_mean, aggregation.sequence_mean, aggregation.sequence_sum, aggregation.constant_length),
+        *(regularisers.entropy_bonus, regularisers.kl_to_old, regularisers.kl_to_reference),
+        *(regularisers.k1, regularisers.k2, regularisers.k3),
+        *(terms.task_reward, terms.soft_overlong, terms.answer_format),
+        *(adamw, Critic, Arithmetic, EurusCode, GSM8K, MathProblems, DAPOMath, EurusMath, MathEval),
+        *(sandbox.Bubblewrap, sandbox.SandboxFusion, sandbox.Unisolated),
+    )
+}
+# @AMC() is MathEval of this benchmark, with all bindings of MathEval that AMC has none of its own for.
+NAMES |= {name.replace('-', '_'): functools.partial(MathEval, benchmark=name) for name in BENCHMARKS}
+_FIXED = {'MathEval': ('data_source',)}  # it tells the benchmarks apart: to be bound for one of them
+
+_ROOT = Path(__file__).parents[2]  # included files are looked for here, too
+_RENAMED = {
+    'train.run_dir': 'Run.folder',
+    'train.checkpoint_dir': 'Run.checkpoint_folder',
+    'train.estimator': 'Method.advantages',
+    'train.max_tokens': 'Sampling.support_size',
+    'train.mass': 'Sampling.support_mass',
+    'Experiment.compute_dtype': 'Compute.dtype',
+    'Experiment.mesh': 'Compute.data, Compute.fsdp and Compute.tensor',
+}
+_MOVED = ('train', 'make_mesh', 'Experiment', 'critic_adamw')  # owners of bindings of earlier versions
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """@scope/name, or a call of it."""
+
+    key: str  # scope/name
+    call: bool
+
+    def __repr__(self) -> str:
+        return f'@{self.key}{"()" if self.call else ""}'
+
+
+@dataclasses.dataclass(frozen=True)
+class Macro:
+    """%name."""
+
+    name: str
+
+    def __repr__(self) -> str:
+        return f'%{self.name}'
+
+
+class _Values(config_parser.ParserDelegate):
+    def configurable_reference(self, scoped_configurable_name: str, evaluate: bool) -> Reference:
+        return Reference(scoped_configurable_name, evaluate)
+
+    def macro(self, macro_name: str) -> Macro:
+        return Macro(macro_name)
+
+
+class Config:
+    """Bindings of gin files, and the values that they describe.
+
+    Args:
+      files: paths, of which later ones win. Included files are looked for in the working folder and in this repository.
+      bindings: lines of gin that win over all files.
+      commands: functions besides `NAMES` whose arguments may be bound.
+
+    Raises:
+      ValueError: a file, name or parameter that does not exist, with the nearest that does; a macro that nothing uses;
+        a value that is not of its parameter's type.
+    """
+
+    def __init__(self, files: Sequence[str | Path], bindings: Sequence[str] = (), commands: Sequence[Callable] = ()):
+        self.names = NAMES | {command.__name__: command for command in commands}
+        self.modules: list[ModuleType] = []
+        self.bindings: dict[str, dict[str, Any]] = {}  # scope/name → parameter → value as it was read
+        self.macros: dict[str, Any] = {}
+        self.used: set[str] = set()
+        self.outdated: dict[str, str] = {}
+        for file in files:
+            if not Path(file).is_file():
+                raise ValueError(f'no configuration file {str(file)!r}')
+            self._read(str(file), Path(file))
+        self._on_command_line: list[str] = []
+        for binding in bindings:
+            self._read(repr(binding), binding, self._on_command_line)
+        if self.outdated:
+            lines = ', '.join(f'{old} → {new}' for old, new in self.outdated.items())
+            raise ValueError(f'bindings of an earlier version; change {lines}')
+        self._check_macros()
+        for key in list(self.bindings):
+            self.arguments(key)  # their types, also of what is not used
+        self.used.clear()
+
+    def build(self, target: type, **overrides: Any) -> Any:
+        """Builds one of the five settings, or another class.
+
+        Args:
+          target: class.
+          overrides: fields that win over the bindings.
+
+        Raises:
+          ValueError: a field without a default that is not bound, or what the class raises.
+        """
+        return self._call(target.__name__, overrides)
+
+    def function(self, target: Callable, *given: Any) -> functools.partial:
+        """A function with its bound arguments behind those that are given. Errors as in `build`."""
+        bound = functools.partial(target, *given, **self.arguments(target.__name__))
+        parameters = inspect.signature(bound).parameters.values()
+        if missing := [p.name for p in parameters if p.default is p.empty]:
+            raise ValueError(_needs(target.__name__, missing))
+        return bound
+
+    def setdefault(self, name: str, value: Any) -> None:
+        """Binds a parameter, such as 'Run.folder', that is not bound."""
+        key, parameter = name.rsplit('.', 1)
+        self.bindings.setdefault(key, {}).setdefault(parameter, value)
+
+    def check_used(self) -> None:
+        """Raises a ValueError if a binding of the command line has changed nothing, once all values are built.
+
+        Files may bind what an experiment does not use, such as the parameters of another objective.
+        """
+        for name in self._on_command_line:
+            if name not in self.used:
+                raise ValueError(
+                    f'nothing that this experiment uses reads {name!r}: it would change nothing. Leave it out, or bind '
+                    f'what uses {name.rsplit(".", 1)[0]!r}.'
+                )
+
+    def get(self, name: str) -> Any:
+        """The value of one binding, such as 'Run.checkpoint_folder'; None if there is none."""
+        key, parameter = name.rsplit('.', 1)
+        return self.arguments(key, only=parameter).get(parameter)
+
+    def arguments(self, key: str, only: str | None = None) -> dict[str, Any]:
+        """The bound arguments of scope/name, as values; those of a scope win."""
+        name, target, sources = key.rpartition('/')[2], self._target(key), {}
+        if isinstance(target, functools.partial):  # a class under another name
+            base = target.func.__name__
+            sources = {p: f'{base}.{p}' for p in self.bindings.get(base, {}) if p not in target.keywords}
+        for owner in (name, key):
+            sources |= {parameter: f'{owner}.{parameter}' for parameter in self.bindings.get(owner, {})}
+        values = {}
+        for parameter, source in sources.items():
+            if only not in (None, parameter):
+                continue
+            owner, _ = source.rsplit('.', 1)
+            raw = self.bindings[owner][parameter]
+            try:
+                values[parameter] = self._value(raw)
+            except ValueError as error:
+                raise ValueError(f'{source} = {raw!r}: {error}') from error
+            check_arguments(owner, target, {parameter: values[parameter]})
+            self.used.add(source)
+        return values
+
+    def _call(self, key: str, overrides: dict[str, Any]) -> Any:
+        target = self._target(key)
+        arguments = self.arguments(key) | overrides
+        if missing := self._missing(key, arguments):
+            if not inspect.isclass(target) and not isinstance(target, functools.partial):
+                raise ValueError(f'@{key}() calls {key}, which takes {", ".join(missing)}; expected @{key}, or a class')
+            raise ValueError(_needs(key, missing))
+        return target(**arguments)
+
+    def _missing(self, key: str, arguments: dict[str, Any]) -> list[str]:
+        parameters = inspect.signature(self._target(key)).parameters.values()
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        required = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+        return [name for name in required if name not in arguments]
+
+    def _value(self, raw: Any, seen: tuple[str, ...] = ()) -> Any:
+        """What was read, with macros and references resolved."""
+        if isinstance(raw, Macro):
+            if raw.name in seen:
+                raise ValueError(f'the macro %{raw.name} stands for itself; expected a value. Change its line.')
+            if raw.name not in self.macros:
+                raise ValueError(f'nothing defines the macro %{raw.name}; expected a line {raw.name} = value')
+            return self._value(self.macros[raw.name], (*seen, raw.name))
+        if isinstance(raw, Reference):
+            key = self._full(raw.key)
+            if raw.call:
+                return self._call(key, {})
+            target, arguments = self._target(key), self.arguments(key)
+            return functools.partial(target, **arguments) if arguments else target
+        if isinstance(raw, dict):
+            return {self._value(name, seen): self._value(value, seen) for name, value in raw.items()}
+        return type(raw)(self._value(item, seen) for item in raw) if isinstance(raw, (list, tuple)) else raw
+
+    # Reading.
+
+    def _read(self, where: str, source: str | Path, noted: list[str] | None = None, within: tuple[Path, ...] = ()):
+        """Reads a file, or a text of bindings, whose names are appended to `noted`."""
+        try:
+            text = source.read_text(encoding='utf-8') if isinstance(source, Path) else source
+            statements = list(config_parser.ConfigParser(text, _Values()))
+        except Exception as error:  # of many kinds: Python's own tokenizer and parser read these files
+            raise ValueError(
+                f'{where}: cannot be read ({error}); expected name.parameter = value, and text in quotes'
+            ) from error
+        for statement in statements:
+            try:
+                if isinstance(statement, config_parser.IncludeStatement):
+                    self._include(statement.filename, within)
+                elif isinstance(statement, config_parser.ImportStatement):
+                    self._import(statement.module)
+                elif isinstance(statement, config_parser.BindingStatement):
+                    self._bind(statement, noted)
+            except ValueError as error:
+                raise ValueError(f'{where}: {error}') from error
+
+    def _include(self, name: str, within: tuple[Path, ...]) -> None:
+        file = next((path for path in (Path(name), _ROOT / name) if path.is_file()), None)
+        if file is None:
+            raise ValueError(f'Unable to open file: {name}, in the working folder or in {_ROOT}')
+        if file.resolve() in within:
+            raise ValueError(f'{name} includes itself; leave that line out')
+        self._read(name, file, within=(*within, file.resolve()))
+
+    def _import(self, name: str) -> None:
+        try:
+            self.modules.append(importlib.import_module(name))
+        except ImportError as error:
+            raise ValueError(f'cannot import {name!r} ({error}); expected a module in the working folder') from error
+
+    def _bind(self, statement: config_parser.BindingStatement, noted: list[str] | None) -> None:
+        scope, name, parameter, value = statement[:4]
+        key = f'{scope}/{name}' if scope else name
+        if not parameter:
+            self.macros[key] = value
+            return
+        if new := _renamed(name, parameter):
+            self.outdated[f'{key}.{parameter}'] = new
+            return
+        key = self._full(key)
+        known = self._settable(self._target(key))
+        if parameter not in known:
+            near = _nearest(parameter, known)
+            meant = f'Did you mean {near!r}? Known: {_listed(known)}.'
+            raise ValueError(f'{name!r} has no parameter {parameter!r}.\n{meant}')
+        for reference in _references(value):
+            self._full(reference.key)
+        self.bindings.setdefault(key, {})[parameter] = value
+        if noted is not None:
+            noted.append(f'{key}.{parameter}')
+
+    def _full(self, key: str) -> str:
+        """Scope and name of a function or class; of one that was imported with its module."""
+        scope, slash, name = key.rpartition('/')
+        if name in self.names:
+            return key
+        for module in self.modules:
+            attribute = name.removeprefix(f'{module.__name__}.')
+            if callable(found := getattr(module, attribute, None)):
+                full = f'{module.__name__}.{attribute}'
+                self.names[full] = found
+                return f'{scope}{slash}{full}'
+        raise ValueError(
+            f'nothing is called {name!r}.\nDid you mean '
+            f'{_nearest(name.split(".")[-1], self.names)!r}? Known: {_listed(self.names)}. A line `import module` adds '
+            'the functions and classes of a module of yours.'
+        )
+
+    def _target(self, key: str) -> Callable:
+        return self.names[key.rpartition('/')[2]]
+
+    def _settable(self, target: Callable) -> list[str]:
+        name = getattr(target, '__name__', '')
+        fixed = (*_FIXED.get(name, ()), *getattr(target, 'keywords', ()))
+        return [parameter for parameter in inspect.signature(target).parameters if parameter not in fixed]
+
+    def _check_macros(self) -> None:
+        """Raises a ValueError for `steps = 3`, which defines a macro and does not set `Run.steps`."""
+        values = [value for bound in self.bindings.values() for value in bound.values()]
+        used = {macro.name for value in [*values, *self.macros.values()] for macro in _macros(value)}
+        for macro in self.macros:
+            if macro not in used:
+                known = [(p, f'{name}.{p}') for name, target in self.names.items() for p in self._settable(target)]
+                near = _nearest(macro, [name for name, _ in known])
+                meant = ' or '.join(repr(full) for name, full in known if name == near)
+                raise ValueError(f'nothing uses the macro {macro!r}.\nDid you mean {meant}?')
+
+
+def to_bindings(*settings: Any) -> dict[str, str]:
+    """Settings as gin bindings: name → value as text. Fields that have their default are left out.
+
+    A value that no gin file can name, such as a lambda, is put in angle brackets.
+    """
+    return _Writer(settings).lines
+
+
+def to_gin(*settings: Any) -> str:
+    """Settings as a gin file."""
+    writer = _Writer(settings)
+    lines = [f'import {module}' for module in sorted(writer.modules)]
+    for name, value in sorted(writer.lines.items(), key=lambda line: line[0].lower()):
+        lines.append(f'{"# not in a gin file: " if "<" in value and _BRACKETS.search(value) else ""}{name} = {value}')
+    return '\n'.join(lines) + '\n'
+
+
+_BRACKETS = re.compile(r'<[\w.<>]+>')
+
+
+class _Writer:
+    def __init__(self, settings: Sequence[Any]):
+        self.lines: dict[str, str] = {}
+        self.modules: set[str] = set()
+        self._keys: dict[str, dict[str, str]] = {}  # scope/name → its parameters
+        for value in settings:
+            self._object(value, '')
+
+    def _text(self, value: Any, owner: str) -> str:
+        """A value as gin reads it. `owner` is the name of the object whose field it is."""
+        text = functools.partial(self._text, owner=owner)
+        if isinstance(value, list):
+            return f'[{", ".join(map(text, value))}]'
+        if isinstance(value, tuple):
+            return f'({", ".join(map(text, value))}{"," * (len(value) == 1)})'
+        if isinstance(value, dict):
+            return f'{{{", ".join(f"{text(name)}: {text(item)}" for name, item in value.items())}}}'
+        if isinstance(value, (bool, str, type(None))):
+            return repr(value)
+        if isinstance(value, (int, float)) or hasattr(value, 'item'):
+            return repr(getattr(value, 'item', lambda: value)())
+        if isinstance(value, functools.partial):
+            name = self._name(value.func)
+            arguments = inspect.signature(value.func).bind_partial(*value.args, **value.keywords).arguments
+            return f'@{self._key(name, arguments, owner)}' if name else f'<{value.func}>'
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return f'@{self._object(value, owner)}()'
+        name = self._name(value)
+        return f'@{self._key(name, {}, owner)}' if name else f'<{getattr(value, "__qualname__", type(value).__name__)}>'
+
+    def _object(self, value: Any, owner: str) -> str:
+        """Writes a dataclass; returns its key."""
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        of_benchmark = {
+            name: target.keywords
+            for name, target in NAMES.items()
+            if isinstance(target, functools.partial) and target.func is type(value)
+        }
+        name, fixed = next(
+            ((name, given) for name, given in of_benchmark.items() if given.items() <= fields.items()), (None, {})
+        )
+        name = name or self._name(type(value)) or f'<{type(value).__name__}>'
+        changed = {
+            field.name: fields[field.name]
+            for field in dataclasses.fields(value)
+            if field.init and field.name not in fixed and not _is_default(field, fields[field.name])
+        }
+        return self._key(name, changed, owner)
+
+    def _key(self, name: str, arguments: dict[str, Any], owner: str) -> str:
+        """The name under which these arguments are bound: with a scope, if others are bound under the name alone."""
+        texts = {parameter: self._text(value, name) for parameter, value in arguments.items()}
+        scopes = (f'{owner.lower()}{i or ""}' for i in itertools.count())
+        candidates = itertools.chain([name], (f'{scope}/{name}' for scope in scopes))
+        key = next(key for key in candidates if self._keys.get(key, texts) == texts)
+        if key != name:  # a scope inherits what is bound without one
+            inherited = self._keys[name].keys() - texts.keys()
+            defaults = inspect.signature(NAMES.get(name) or _locate(name)).parameters
+            texts |= {parameter: self._text(defaults[parameter].default, name) for parameter in sorted(inherited)}
+        self._keys[key] = texts
+        self.lines |= {f'{key}.{parameter}': text for parameter, text in texts.items()}
+        return key
+
+    def _name(self, target: Any) -> str | None:
+        """The name of a function or class in a gin file, None if it has none."""
+        for name, known in NAMES.items():
+            if known is target:
+                return name
+        module, name = getattr(target, '__module__', None), getattr(target, '__qualname__', '')
+        if module in (None, '__main__') or getattr(sys.modules.get(module), name, None) is not target:
+            return None
+        self.modules.add(module)
+        return f'{module}.{name}'
+
+
+def _needs(key: str, missing: Sequence[str]) -> str:
+    names = ', '.join(f'{key}.{name}' for name in missing)
+    return f'{key} needs {names}; bind each, or add a gin file that does'
+
+
+def _is_default(field: dataclasses.Field, value: Any) -> bool:
+    if field.default_factory is not dataclasses.MISSING:
+        return value == field.default_factory()
+    return field.default is not dataclasses.MISSING and type(value) is type(field.default) and value == field.default
+
+
+def _locate(name: str) -> Any:
+    module, _, attribute = name.rpartition('.')
+    return getattr(sys.modules[module], attribute)
+
+
+def _renamed(owner: str, parameter: str) -> str | None:
+    """The name of a binding of an earlier version, None if it is none."""
+    name = f'{owner}.{parameter}'
+    if name in _RENAMED:
+        return _RENAMED[name]
+    if owner == 'critic_adamw':
+        return f'critic/adamw.{parameter}'
+    if owner == 'make_mesh' or (owner == 'Experiment' and parameter in ('remat', 'attention')):
+        return f'Compute.{parameter}'
+    if owner == 'train':
+        found = [kind.__name__ for kind in SETTINGS if parameter in kind.__dataclass_fields__]
+        return f'{found[0]}.{parameter}' if found else 'a field of Sampling, Method, Compute or Run'
+    return None
+
+
+def _references(value: Any) -> Iterator[Reference]:
+    yield from (item for item in _leaves(value) if isinstance(item, Reference))
+
+
+def _macros(value: Any) -> Iterator[Macro]:
+    yield from (item for item in _leaves(value) if isinstance(item, Macro))
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = [*value.keys(), *value.values()]
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+    else:
+        yield value
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ', '.join(sorted(names))

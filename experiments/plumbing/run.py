@@ -1,0 +1,392 @@
+"""The run directory and the loop around training: resuming, signals, checkpoints, metrics, skipped updates."""
+
+import difflib
+import hashlib
+import importlib.metadata
+import json
+import logging
+import re
+import signal
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from experiments.plumbing.gin_files import Config, to_bindings, to_gin
+from troll_jax.checkpoint import Checkpoints
+from troll_jax.data.prompts import PromptSet
+from troll_jax.experiment import Experiment, Model
+from troll_jax.learn import Learner, Updated
+from troll_jax.metrics import MetricsWriter
+from troll_jax.models.hf_weights import load_config
+from troll_jax.saved_batches import save_batches
+from troll_jax.settings import Compute, Method, Run, Sampling
+from troll_jax.sharding import fetch
+from troll_jax.types import Batch, TrainState
+
+logger = logging.getLogger(__name__)
+
+SETUP = 'setup.json'  # beside the checkpoints
+PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'transformers')
+
+
+class TrainingRun:
+    """A run: its directory and its loop. A context manager.
+
+    Args:
+      experiment, sampling, method, compute, run: the settings.
+
+    Raises:
+      OSError, ValueError: a folder that cannot be written to.
+    """
+
+    def __init__(self, experiment: Experiment, sampling: Sampling, method: Method, compute: Compute, run: Run):
+        self.settings = (experiment, sampling, method, compute, run)
+        self.experiment, self.method, self.compute, self.run = experiment, method, compute, run
+        self._is_first_process = jax.process_index() == 0
+        self._skipped = 0  # steps in a row
+        self._stopping, self._stopped_after = False, run.steps
+        if self._is_first_process:
+            check_writable(run.folder)
+            if run.checkpoint_folder is not None and '://' not in run.checkpoint_folder:
+                check_writable(run.checkpoint_folder)
+
+    def __enter__(self) -> 'TrainingRun':
+        run = self.run
+        with ExitStack() as stack:
+            stack.enter_context(nothing_left_behind(run.checkpoints_in))
+            # Before the checkpoints, which are still written when the loop has ended.
+            self._stop = stack.enter_context(stop_on_signal())
+            stack.enter_context(jax.set_mesh(self.compute.mesh))
+            stack.enter_context(jax.debug_nans(run.debug_nans or jax.config.jax_debug_nans))
+            self._checkpoints = stack.enter_context(
+                Checkpoints(
+                    run.checkpoints_in,
+                    keep=run.keep_checkpoints,
+                    keep_every=run.save_rollout_every or None,
+                    keep_best=run.keep_best,
+                )
+            )
+            self._contexts = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._contexts.__exit__(*error)
+        if self._stopped_after < self.run.steps:
+            logger.warning('stopped after step %d, which is saved; start again to resume', self._stopped_after)
+
+    def start(self, learner: Learner, model: Model, prompts: PromptSet, validate: Callable[..., dict]) -> TrainState:
+        """Restores the latest checkpoint, or loads the weights and evaluates them; opens the run directory.
+
+        Args:
+          learner: learner, whose state it is.
+          model: tokenizer and sizes, which are saved with the run.
+          prompts: training prompts, which a resumed run must have again.
+          validate: metrics of the validation sets, a function of parameters.
+
+        Raises:
+          ValueError: another experiment, sampling, method, tokenizer or data than before, and `Run.on_change` is
+            'stop'.
+        """
+        run = self.run
+        setup = describe_setup(self.settings[:3], model.tokenizer, {'train': prompts})
+        check_setup(self._checkpoints, setup, run.on_change)
+        init = lambda: learner.init(self.experiment.load_params(self.compute))
+        state = restore_or_init(self._checkpoints, learner.shapes, init)
+        self._first = first = int(state.progress.step)
+        if self._is_first_process:
+            self._save_setup(model, setup)
+        if first >= run.steps:
+            logger.warning('nothing to do: %s is at step %d of %d', run.folder, first, run.steps)
+        self._tokenizer, self._validate = model.tokenizer, validate
+        self._metrics = self._contexts.enter_context(
+            MetricsWriter(run.folder, resume_after=first, write=self._is_first_process)
+        )
+        if first == 0 and run.evaluate_every:
+            self._metrics.write(0, validate(state.params))
+        return state
+
+    def steps(self) -> Iterator[int]:
+        """The steps to take, from the latest checkpoint to `Run.steps`; ends early after Ctrl-C or SIGTERM."""
+        hide = None if self._is_first_process else True  # None: hidden if there is no terminal
+        total = self.run.steps
+        left = range(self._first + 1, total + 1)
+        self._progress = tqdm(left, initial=self._first, total=total, unit='step', disable=hide)
+        for step in self._progress:
+            if step == self.run.profile_step:
+                jax.profiler.start_trace(Path(self.run.folder) / 'profile')
+            yield step
+            if self._stopping:
+                self._stopped_after = step
+                break
+
+    def save_rollout(self, step: int, batches: Sequence[Batch]) -> None:
+        """Saves the minibatches of a step for `experiments.replay`, if it is due or may be the last before an error."""
+        every = self.run.save_rollout_every
+        if self._is_last_chance() or (every and (step - 1) % every == 0):
+            save_batches(self._rollout_file(step), batches, step=step - 1)
+
+    def record(self, step: int, state: TrainState, row: dict[str, float], updates: Sequence[Updated]) -> None:
+        """Ends a step: metrics, warnings, the table of constrained tokens, evaluation and checkpoints when due.
+
+        Args:
+          step: step, from 1.
+          state: state after it.
+          row: its metrics.
+          updates: metrics of its updates.
+
+        Raises:
+          FloatingPointError: `Run.max_skipped` steps in a row had an update that was skipped.
+        """
+        run = self.run
+        if step == run.profile_step:
+            jax.profiler.stop_trace()
+        if self.method.old_policy == 'rollout':
+            warn_of_noise(row)
+        last_chance = self._is_last_chance()
+        self._skipped = self._skipped + 1 if row.get('update/skipped') or row.get('critic/skipped') else 0
+        if self._skipped:
+            logger.warning('step %d: an update was skipped, its gradient was not finite', step)
+        if run.table_every and step % run.table_every == 0 and updates[0].policy is not None:
+            self._metrics.write_table(step, token_table(updates, self._tokenizer))
+        self._stopping = self._stop()
+        if run.evaluate_every and step % run.evaluate_every == 0 and not self._stopping:
+            row |= self._validate(state.params)
+        self._metrics.write(step, row)
+        self._progress.set_postfix(reward=f'{row["reward/mean"]:.3f}', kl=f'{row.get("update/kl_mean", 0):.4f}')
+        if last_chance and self._skipped:
+            raise FloatingPointError(not_finite(run.folder, step, self._skipped, self._rollout_file(step)))
+        self._checkpoints.check()
+        if step % run.checkpoint_every == 0 or step == run.steps or self._stopping or self._is_last_chance():
+            self._checkpoints.save(state, row.get('eval/success'))
+
+    def _is_last_chance(self) -> bool:
+        """True if the run ends with an error should the next update be skipped again."""
+        return 0 < self._skipped == self.run.max_skipped - 1
+
+    def _rollout_file(self, step: int) -> Path:
+        return Path(self.run.folder) / 'rollouts' / f'{step - 1}.npz'
+
+    def _save_setup(self, model: Model, setup: dict[str, dict]) -> None:
+        """Writes all that evaluation, export and resuming need besides the parameters; keeps a changed configuration.
+
+        Raises:
+          ValueError: a run that starts from nothing would overwrite one whose checkpoints lie elsewhere.
+        """
+        run, folder = self.run, Path(self.run.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        path, new = folder / 'config.gin', to_gin(*self.settings)
+        old = path.read_text() if path.exists() else new
+        elsewhere = re.search(r"^Run\.checkpoint_folder = '(.*)'", old, re.MULTILINE)
+        if not self._first and elsewhere and elsewhere[1] != run.checkpoint_folder:
+            raise ValueError(
+                f'{folder} has its checkpoints in {elsewhere[1]}, and Run.checkpoint_folder is '
+                f'{run.checkpoint_folder!r}; bind it to resume, or choose another Run.folder'
+            )
+        if self._first and old != new:
+            (folder / f'config_until_{self._first}.gin').write_text(old)
+            changed = [line for line in difflib.ndiff(old.splitlines(), new.splitlines()) if line[0] in '+-']
+            logger.warning('resuming from step %d with another configuration:\n%s', self._first, '\n'.join(changed))
+        _replace(epath.Path(path), new)
+        where = epath.Path(run.checkpoints_in)
+        where.mkdir(parents=True, exist_ok=True)
+        _replace(where / SETUP, json.dumps(setup, indent=2) + '\n')
+        load_config(self.experiment.model).save_pretrained(folder / 'model')
+        model.tokenizer.save_pretrained(folder / 'model')
+        GenerationConfig(
+            eos_token_id=list(model.stop_tokens), pad_token_id=model.tokenizer.pad_token_id
+        ).save_pretrained(folder / 'model')
+
+
+def describe_setup(settings: Sequence[Any], tokenizer, splits: dict[str, PromptSet]) -> dict[str, dict]:
+    """All that decides what a run learns, besides its weights: saved with these, as `setup.json`.
+
+    Args:
+      settings: Experiment, Sampling and Method.
+      tokenizer: tokenizer of the run.
+      splits: prompts by the names of the data's splits.
+    """
+    special = [tokenizer.special_tokens_map, tokenizer.chat_template]
+    return {
+        'bindings': to_bindings(*settings),
+        'tokenizer': {'tokenizer': fingerprint(sorted(tokenizer.get_vocab().items()), special)},
+        'data': {
+            f'{name} data': fingerprint(
+                [row[:length].tolist() for row, length in zip(data.tokens, data.lengths, strict=True)], data.answers
+            )
+            for name, data in splits.items()
+        },
+        'versions': {name: importlib.metadata.version(name) for name in PACKAGES} | {'troll_jax': _commit()},
+    }
+
+
+def fingerprint(*values: Any) -> str:
+    """A hash of values that can be written as JSON: the same on any machine and in any version of Python."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _commit() -> str | None:
+    """The commit of this repository, `-dirty` if files differ from it; None outside of a repository."""
+    command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude', '*']
+    try:
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True, timeout=60
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def check_setup(checkpoints: Checkpoints, new: dict[str, dict], on_change: str) -> None:
+    """Compares a setup with the one that the checkpoints were saved with, before anything resumes from them.
+
+    Raises:
+      ValueError: another experiment, sampling, method, tokenizer or data, and `on_change` is 'stop'.
+    """
+    if not checkpoints.steps:
+        return
+    path = checkpoints.path.parent / SETUP
+    if not path.exists():
+        logger.warning('%s is missing: configuration and data cannot be compared with those before', path)
+        return
+    old = json.loads(path.read_text())
+
+    def changes(*parts: str) -> list[str]:
+        before, after = ({name: x for part in parts for name, x in of[part].items()} for of in (old, new))
+        names = [name for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]
+        return [f'{name}: {before.get(name, "not set")} → {after.get(name, "not set")}' for name in names]
+
+    if versions := changes('versions'):
+        logger.warning('other versions than before, results may differ in rounding:\n%s', '\n'.join(versions))
+    if not (found := changes('bindings', 'tokenizer', 'data')):
+        return
+    message = f'{path.parent} was trained to step {checkpoints.steps[-1]} with something else:\n' + '\n'.join(found)
+    if on_change == 'stop':
+        raise ValueError(
+            f'{message}\nUse what it was started with or another Run.folder, or set Run.on_change = "resume" to train '
+            'on with the change'
+        )
+    logger.warning(message)
+
+
+def checkpoints_of(folder: str | Path, config: Config) -> str:
+    """Folder or bucket of the checkpoints of a run that has this configuration."""
+    return config.get('Run.checkpoint_folder') or str(folder)
+
+
+def restore_or_init(
+    checkpoints: Checkpoints, shapes: TrainState, init: Callable[[], TrainState], step: int | None = None
+) -> TrainState:
+    """A checkpoint, by default the latest; if there is none, or for step 0, the state that `init` makes."""
+    if step is None:
+        step = checkpoints.steps[-1] if checkpoints.steps else 0
+    if not step:
+        return init()
+    logger.info('resuming from step %d', step)
+    return checkpoints.restore(shapes, step)
+
+
+def check_writable(folder: str | Path) -> None:
+    """Tries to write into a folder, or if it does not exist into the nearest above it, and leaves nothing behind.
+
+    Raises:
+      ValueError: no name.
+      OSError: nothing can be written there.
+    """
+    if not str(folder):
+        raise ValueError("got '' for a folder to write to; expected a name. Bind one, '.' is the working folder")
+    folder = Path(folder)
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there) as file:
+            file.write(b'.')
+            file.flush()
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f'{error.strerror}: files are to be written there. Make it writable, or bind another folder',
+            str(folder),
+        ) from error
+
+
+@contextmanager
+def nothing_left_behind(folder: str | Path) -> Iterator[None]:
+    """Removes the folders that an error leaves empty: `folder`, its `checkpoints`, and those above that it made."""
+    folder = Path(folder)
+    made = [path for path in (folder / 'checkpoints', folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except BaseException:
+        for path in made:
+            with suppress(OSError):  # what is not empty, was never made, or another process has removed
+                path.rmdir()
+        raise
+
+
+def _replace(path: epath.Path, text: str) -> None:
+    """Writes a file as a whole or not at all."""
+    temporary = path.with_name(f'{path.name}.tmp')
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def warn_of_noise(row: dict[str, float]) -> None:
+    """A trust region means little if sampler and trainer, from the same parameters, differ by much of its size."""
+    bound = row.get('update/bound_mean', np.inf)
+    if row.get('update/kl_noise', 0.0) > bound / 10:
+        logger.warning(
+            'the KL between sampler and trainer is %.2g nats per token before any update, more than a tenth of the '
+            'bound %.2g; set Method.old_policy to "recompute", or Compute.dtype to "float32"',
+            row['update/kl_noise'],
+            bound,
+        )
+
+
+def token_table(updates: Sequence[Updated], tokenizer, rows: int = 20) -> list[dict]:
+    """The tokens that a step's updates projected or clipped most, and how often they saw them."""
+    seen, constrained = (sum(counts) for counts in zip(*fetch([update.policy[1:] for update in updates]), strict=True))
+    most = np.argsort(-constrained, kind='stable')[:rows]
+    return [
+        {'token': int(i), 'text': tokenizer.decode([i]), 'constrained': int(constrained[i]), 'seen': int(seen[i])}
+        for i in most
+        if constrained[i]
+    ]
+
+
+def not_finite(run_dir: str, step: int, skipped: int, rollout: Path) -> str:
+    return (
+        f'step {step}: gradients were not finite in {skipped} steps in a row (Run.max_skipped). The parameters are '
+        f'finite and saved as of step {step - 1}. `python -m experiments.replay {run_dir} --batch {rollout}` shows the '
+        'first token whose loss is not; with Run.debug_nans = True the run ends where the first NaN appears'
+    )
+
+
+@contextmanager
+def stop_on_signal():
+    """Yields a function that is true once Ctrl-C or SIGTERM has come, to this process or to another of the run.
+
+    The loop then ends its step and saves. Twice ends at once.
+    """
+    received = []
+
+    def handle(number, _):
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        logger.warning('%s: finishing this step and saving; once more to stop at once', signal.Signals(number).name)
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(np.any(multihost_utils.process_allgather(np.array(bool(received)))))
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

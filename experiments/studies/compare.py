@@ -1,0 +1,269 @@
+"""Many short runs that share a model, data and compiled programs; and their table and figure."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from matplotlib.figure import Figure
+from scipy import stats
+
+from experiments import quickstart
+from experiments.plumbing.gin_files import Config
+from experiments.train import training_step
+from troll_jax.collect import make_collector
+from troll_jax.evaluate import evaluate, success
+from troll_jax.experiment import Experiment
+from troll_jax.learn import Learner
+from troll_jax.rewards.pool import Grader
+from troll_jax.settings import Compute, Method, Sampling
+
+MODEL = Path('runs/quickstart/model')  # of the task
+TASK = 'configs/quickstart.gin'
+UPDATES = 192  # of every run, each of minibatch_prompts × samples_per_prompt responses
+LEARNING_RATES = (2e-4, 5e-4, 1e-3)
+STALENESS = (2, 8, 32)  # updates per rollout batch
+EVALUATION_SAMPLES = 4  # per held-out problem, at temperature 1
+
+# What an estimator brings with it besides the advantages: ratio and mean over tokens, as its paper has them.
+ESTIMATORS = {
+    'GRPO': ['Method.advantages = @group_normalised', 'Method.aggregation = @token_mean'],
+    'Dr.GRPO': ['Method.advantages = @mean_centred', 'Method.aggregation = @constant_length'],
+    'GSPO': [
+        'Method.advantages = @group_normalised',
+        'Method.aggregation = @sequence_mean',
+        'troll.ratio = @sequence_ratio',
+        'ppo_clip.ratio = @sequence_ratio',
+        'ppo_clip.lower = 3e-4',
+        'ppo_clip.upper = 4e-4',
+        'ppo_clip.dual = None',
+    ],
+    'PPO': [
+        'Method.aggregation = @token_mean',
+        'critic/adamw.learning_rate = 1e-3',  # of a small model, as all learning rates here
+        'critic/adamw.b2 = 0.99',
+    ],
+}
+FILES = {'PPO': ('configs/critic.gin',)}
+OBJECTIVES = {
+    'Clip': ('configs/objectives/clip.gin', []),
+    'TROLL': ('configs/objectives/troll.gin', []),
+    'Clip + KL': ('configs/objectives/clip_kl.gin', []),
+    'TROLL, α = 0': ('configs/objectives/troll.gin', ['troll.alpha = 0.0']),
+}
+METHODS = [f'{estimator}/{objective}' for estimator, objective in product(ESTIMATORS, OBJECTIVES)]
+
+
+class Setting(NamedTuple):
+    """One run."""
+
+    method: str  # of METHODS
+    learning_rate: float
+    staleness: int
+    seed: int
+
+
+def settings(methods: list[str], seeds: int) -> Iterator[Setting]:
+    """All runs, seed by seed, so that the results are balanced whenever the command is stopped."""
+    for seed in range(seeds):
+        for method, staleness, rate in product(methods, STALENESS, LEARNING_RATES):
+            yield Setting(method, rate, staleness, seed)
+
+
+def read(method: str) -> Config:
+    """The configuration of a method on the task."""
+    estimator, objective = method.split('/')
+    file, bindings = OBJECTIVES[objective]
+    return Config([TASK, file, *FILES.get(estimator, ())], [*ESTIMATORS[estimator], *bindings])
+
+
+class Bench:
+    """The start model, the data and the compiled programs, which all runs share."""
+
+    def __init__(self, experiment: Experiment, sampling: Sampling, compute: Compute, grader: Grader):
+        self.experiment, self.sampling, self.compute, self.grader = experiment, sampling, compute, grader
+        self.model = experiment.load_model(compute)
+        self.prompts, self.held_out = (
+            experiment.load_prompts(split, self.model.tokenizer) for split in ('train', 'test')
+        )
+        self.start = experiment.load_params(compute)
+        sampler = partial(self.model.sampler, compute, temperature=sampling.temperature)
+        self.sampler = sampler(
+            samples_per_prompt=sampling.samples_per_prompt,
+            support_size=sampling.support_size,
+            support_mass=sampling.support_mass,
+        )
+        self.evaluator = sampler(samples_per_prompt=EVALUATION_SAMPLES)
+
+    def learner(self, method: str) -> Learner:
+        """The learner of a method. The learning rate is part of its optimizer's state: one program for all."""
+        settings = read(method).build(Method)
+        adamw = settings.optimizer
+        optimizer = lambda: optax.inject_hyperparams(lambda learning_rate: adamw(learning_rate=learning_rate))(0.0)
+        return Learner(
+            self.model.config,
+            self.sampling,
+            replace(settings, optimizer=optimizer),
+            self.compute,
+            max_prompt_length=self.experiment.max_prompt_length,
+            max_response_length=self.experiment.max_response_length,
+        )
+
+    def run(self, setting: Setting, learner: Learner) -> dict:
+        """Trains from the start model, and evaluates what comes out."""
+        sampling = replace(
+            self.sampling, prompts_per_step=learner.method.minibatch_prompts * setting.staleness, seed=setting.seed
+        )
+        collect = make_collector(
+            self.sampler,
+            self.prompts,
+            self.grader,
+            self.model.tokenizer,
+            sampling,
+            max_response_length=self.experiment.max_response_length,
+            rewards=learner.method.rewards,
+            mesh=self.compute.mesh,
+        )
+        state = learner.init(jax.tree.map(jnp.copy, self.start))
+        state.opt_state.hyperparams['learning_rate'] = jnp.float32(setting.learning_rate)
+        rows = []
+        for _ in range(UPDATES // setting.staleness):
+            experience = collect(state.params, int(state.progress.draws))
+            state, row, _ = training_step(learner, state, experience)
+            rows.append(row)
+        result = evaluate(
+            self.evaluator,
+            state.params,
+            self.held_out,
+            self.grader,
+            self.model.tokenizer,
+            jax.random.key(setting.seed),
+            mesh=self.compute.mesh,
+        )
+        mean = lambda name: float(np.mean([row[f'update/{name}'] for row in rows]))
+        last = rows[-1].get('critic/explained_variance')
+        critic = {} if last is None or not np.isfinite(last) else {'explained_variance': float(last)}
+        constrained = 'projected_share' if 'update/projected_share' in rows[0] else 'clipped_share'
+        return (
+            setting._asdict()
+            | {
+                'success': float(success(result).mean()),
+                'rewards': [round(float(row['reward/mean']), 4) for row in rows],
+                'entropy': float(rows[-1]['rollout/entropy']),
+                'kl_mean': mean('kl_mean'),
+                'kl_p99': mean('kl_p99'),
+                'kl_max': mean('kl_max'),
+                'constrained_share': mean(constrained),
+                'skipped': mean('skipped'),
+            }
+            | critic
+        )
+
+
+def run_all(folder: Path, methods: list[str], seeds: int) -> None:
+    """Makes the runs that `results.jsonl` lacks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / 'results.jsonl'
+    done = {Setting(*(row[name] for name in Setting._fields)) for row in read_results(path)}
+    todo = [setting for setting in settings(methods, seeds) if setting not in done]
+    if not todo:
+        return
+    if not MODEL.exists():
+        quickstart.run('experiments.warm_start', 'configs/arithmetic_model.gin')
+    config = Config([TASK])
+    experiment, sampling, compute = (config.build(kind) for kind in (Experiment, Sampling, Compute))
+    with Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader:
+        bench = Bench(experiment, sampling, compute, grader)
+        learner = cache(bench.learner)
+        with jax.set_mesh(compute.mesh):
+            for i, setting in enumerate(todo):
+                start = time.perf_counter()
+                row = bench.run(setting, learner(setting.method))
+                row['seconds'] = round(time.perf_counter() - start, 1)
+                with path.open('a') as file:
+                    file.write(json.dumps(row, ensure_ascii=False) + '\n')
+                print(f'{i + 1}/{len(todo)} {setting} success {row["success"]:.3f} in {row["seconds"]} s', flush=True)
+
+
+def read_results(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class Interval(NamedTuple):
+    """A mean over seeds, and half of its 95 % interval by Student's t."""
+
+    mean: float
+    half: float
+
+
+def success_of(rows: list[dict], **fixed) -> Interval | None:
+    """Success of the runs with these settings: the mean of each seed's runs first, then over seeds. None: no run.
+
+    A seed with fewer runs than another was interrupted and does not count: its mean is that of other settings.
+    """
+    once = {tuple(row[name] for name in Setting._fields): row for row in rows}.values()
+    chosen = [row for row in once if all(row[name] == value for name, value in fixed.items())]
+    if not chosen:
+        return None
+    runs = Counter(row['seed'] for row in chosen)
+    complete = [seed for seed, count in runs.items() if count == max(runs.values())]
+    by_seed = [np.mean([row['success'] for row in chosen if row['seed'] == seed]) for seed in complete]
+    n = len(by_seed)
+    half = stats.t.ppf(0.975, n - 1) * np.std(by_seed, ddof=1) / n**0.5 if n > 1 else float('nan')
+    return Interval(float(np.mean(by_seed)), float(half))
+
+
+def draw(rows: list[dict]) -> Figure:
+    """Success against learning rate, over all levels of staleness, and the other way round; a column per estimator."""
+    figure = Figure(figsize=(16, 7), layout='constrained')
+    axes = figure.subplots(2, len(ESTIMATORS), sharey=True)
+    for column, estimator in enumerate(ESTIMATORS):
+        for axis, name, values in zip(
+            axes[:, column], ('learning_rate', 'staleness'), (LEARNING_RATES, STALENESS), strict=True
+        ):
+            for offset, objective in enumerate(OBJECTIVES):
+                found = [success_of(rows, method=f'{estimator}/{objective}', **{name: value}) for value in values]
+                points = [(x, interval) for x, interval in enumerate(found) if interval is not None]
+                if points:
+                    axis.errorbar(
+                        [x + 0.04 * (offset - 1.5) for x, _ in points],
+                        [interval.mean for _, interval in points],
+                        [interval.half for _, interval in points],
+                        fmt='o-',
+                        capsize=3,
+                        markersize=4,
+                        label=objective,
+                    )
+            axis.set_xticks(range(len(values)), [f'{value:g}' for value in values])
+            label = {'learning_rate': 'learning rate', 'staleness': 'updates per rollout batch'}[name]
+            axis.set(title=estimator, xlabel=label, ylim=(0, 1))
+            axis.grid(alpha=0.3)
+        axes[0, 0].legend(fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel('success on held-out problems')
+    return figure
+
+
+def table(rows: list[dict]) -> str:
+    """Success of every method at every setting, in Markdown."""
+    cells = list(product(STALENESS, LEARNING_RATES))
+    lines = [
+        '| updates per rollout batch | ' + ' | '.join(str(staleness) for staleness, _ in cells) + ' | all |',
+        '| --- ' * (len(cells) + 2) + '|',
+        '| learning rate | ' + ' | '.join(f'{rate:g}' for _, rate in cells) + ' | |',
+    ]
+    for method in METHODS:
+        found = [success_of(rows, method=method, staleness=s, learning_rate=rate) for s, rate in cells]
+        found.append(success_of(rows, method=method))
+        shown = [f'{x.mean:.3f} ± {x.half:.3f}' if x is not None else '' for x in found]
+        lines.append(f'| {method.replace("/", ", ")} | ' + ' | '.join(shown) + ' |')
+    return '\n'.join(lines) + '\n'

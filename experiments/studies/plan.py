@@ -1,0 +1,189 @@
+"""Compiles the programs of an experiment for devices that are not there, and says what they need."""
+
+import math
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from experiments.plumbing.gin_files import Config
+from experiments.studies.program_cost import (
+    Chip,
+    TooLarge,
+    add_iterations,
+    bytes_needed,
+    compile_program,
+    count_flops,
+    count_rematerialised,
+    describe,
+    program_cost,
+    roofline,
+)
+from troll_jax.experiment import Experiment
+from troll_jax.learn import Learner
+from troll_jax.rollout import PREFILL_CHUNK, make_sampler
+from troll_jax.scheduler import prefill_batch
+from troll_jax.settings import Compute, Method, Sampling, check_together, minibatch_shape
+from troll_jax.sharding import named_sharding
+from troll_jax.types import Prompts
+
+PROGRAMS = ('recompute', 'reference', 'values', 'critic', 'update', 'prefill', 'decode')
+
+
+def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
+    """Compiles those of these programs that the experiment has, and returns what they need on a topology.
+
+    Raises:
+      ValueError: an unknown topology, sizes that do not go together on its devices, or settings that are missing.
+    """
+    chip, devices = describe(topology)
+    compute = config.build(Compute, devices=devices)
+    experiment, sampling, method = (config.build(kind) for kind in (Experiment, Sampling, Method))
+    check_together(sampling, method, compute, experiment.max_length)
+    decoder, mesh = experiment.decoder_config(compute), compute.mesh
+    shape = minibatch_shape(sampling, method, compute, experiment.max_length)
+    prompts, samples, length = sampling.prompts_per_step, sampling.samples_per_prompt, experiment.max_length
+    minibatch = method.minibatch_prompts * samples
+    sampler = make_sampler(
+        decoder,
+        samples_per_prompt=samples,
+        max_response_length=experiment.max_response_length,
+        temperature=sampling.temperature,
+        stop_tokens=[0],
+        support_size=sampling.support_size,
+        support_mass=sampling.support_mass,
+        slots=compute.slots,
+        gather_weights=compute.gather_weights,
+    )
+    learner = Learner(
+        decoder,
+        sampling,
+        method,
+        compute,
+        max_prompt_length=experiment.max_prompt_length,
+        max_response_length=experiment.max_response_length,
+    )
+
+    def array(shape: tuple[int, ...], dtype=jnp.int32, axes=('batch',)) -> jax.ShapeDtypeStruct:
+        sharding = named_sharding(mesh, (*axes, *[None] * (len(shape) - len(axes))))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    state = learner.shapes
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        rows = Prompts(array((prompts, experiment.max_prompt_length)), array((prompts,)))
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
+        keys = array(keys.shape, keys.dtype)
+        on_chips = partial(examine, chip=chip, devices=len(devices))
+        label = lambda rows: [{'topology': topology, 'model': experiment.model} | row for row in rows]
+        results = []
+        of_learner = learner.programs()
+        for program, arguments in of_learner.values():
+            try:
+                jax.eval_shape(program, *arguments)  # an error now, rather than after minutes of compilation
+            except RuntimeError as error:
+                if 'cuDNN' not in str(error):
+                    raise
+                raise ValueError(
+                    f'{error} A GPU takes its attention: pip install --no-deps nvidia-cudnn-cu13, or bind '
+                    "Compute.attention = 'xla'"
+                ) from error
+        for name, (program, arguments) in of_learner.items():
+            if name in programs:
+                others = bytes_on_device(state) - bytes_on_device(arguments[0])
+                tokens, iterations = minibatch * length, shape.micro_batches
+                results.append(on_chips(name, program, arguments, tokens=tokens, iterations=iterations, beside=others))
+        if {'prefill', 'decode'} & set(programs):
+            begin = sampler.begin.trace(state.params, rows, keys, None)
+            try:
+                shardings = compile_program(begin).output_shardings
+            except TooLarge as error:
+                of_sampler = [name for name in ('prefill', 'decode') if name in programs]
+                return label(results + [does_not_fit(name, chip, error) for name in of_sampler])
+            shape_of = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            arguments = weights, requests, slots_of = jax.tree.map(shape_of, begin.out_info, shardings)
+            # All that is trained stays on the devices beside the weights that are decoded with.
+            of_sampler = partial(on_chips, arguments=arguments, beside=bytes_on_device(state))
+            (shards, each, length), (_, slots) = requests.tokens.shape, slots_of.request.shape
+            if 'prefill' in programs:
+                tokens = shards * prefill_batch(slots, samples, each) * min(PREFILL_CHUNK, length)
+                results.append(of_sampler('prefill', sampler.prefill, tokens=tokens))
+            if 'decode' in programs:
+                # A step in which the tokens of all slots fit into as many pages as there are slots.
+                results.append(of_sampler('decode', sampler.decode, tokens=shards * slots))
+        return label(results)
+
+
+def examine(
+    name: str,
+    program,
+    arguments,
+    *,
+    chip: Chip,
+    devices: int,
+    tokens: int,
+    iterations: int | None = None,
+    beside: int = 0,
+) -> dict:
+    """Compiles a program and returns what it needs; of one that the compiler finds too large, no more than its memory.
+
+    Args:
+      name: of the program, for the table.
+      program: a jitted function.
+      arguments: shapes with shardings.
+      chip: what one device is.
+      devices: of the mesh.
+      tokens: that it works on, in a call, or in an iteration if `iterations` is None.
+      iterations: how often its loop of unknown length runs in a call. If None, time, rates, and what is moved, sent
+        and launched are those of one iteration alone.
+      beside: bytes on each device that it leaves alone.
+    """
+    begin = time.perf_counter()
+    traced = program.trace(*arguments)
+    try:
+        compiled = compile_program(traced)
+    except TooLarge as error:
+        return does_not_fit(name, chip, error)
+    seconds = time.perf_counter() - begin
+    memory = compiled.memory_analysis()
+    needed = bytes_needed(compiled) + beside
+    once, per_iteration = (flops / devices for flops in count_flops(traced.jaxpr.jaxpr, devices))
+    text = compiled.as_text()
+    cost_once, cost_per_iteration = program_cost(text)
+    if iterations is None:
+        flops, cost = per_iteration, cost_per_iteration
+    else:
+        flops = once + iterations * per_iteration
+        cost = add_iterations(cost_once, cost_per_iteration, iterations)
+    bound = roofline(chip, flops, cost)
+    return {
+        'program': name,
+        'argument_gb': memory.argument_size_in_bytes / 1e9,
+        'temporary_gb': memory.temp_size_in_bytes / 1e9,
+        'needed_gb': needed / 1e9,
+        'memory_gb': chip.memory / 1e9,
+        'fits': needed <= chip.memory,
+        'tflop': flops / 1e12,
+        'moved_gb': cost.bytes / 1e9,
+        'sent_gb': {kind: size / 1e9 for kind, size in sorted(cost.collectives.items())},
+        'bound_s': bound.seconds,
+        'limit': bound.limit,
+        'launches': cost.launches,
+        'host_waits': cost.host_waits,
+        'remat': count_rematerialised(text),
+        'tokens_per_second': tokens / bound.seconds,
+        'compile_seconds': seconds,
+    }
+
+
+def does_not_fit(name: str, chip: Chip, error: TooLarge) -> dict:
+    unknown = 'tflop moved_gb sent_gb bound_s limit launches host_waits remat tokens_per_second'.split()
+    row = {'program': name, 'needed_gb': error.gb, 'memory_gb': chip.memory / 1e9, 'fits': False}
+    return row | dict.fromkeys(unknown)
+
+
+def bytes_on_device(tree) -> int:
+    """Of arrays with shardings, the part of one device; without what lies in the memory of its host."""
+    size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    return sum(size(x) for x in jax.tree.leaves(tree) if x.sharding.memory_kind != 'pinned_host')

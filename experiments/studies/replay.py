@@ -1,0 +1,317 @@
+"""Compares objectives on one saved rollout: gradients, constrained tokens, and the KL after one step."""
+
+import difflib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from experiments.plumbing.gin_files import Config, to_bindings
+from experiments.plumbing.run import checkpoints_of, restore_or_init
+from experiments.studies.replay_report import plot
+from troll_jax.checkpoint import Checkpoints
+from troll_jax.experiment import Experiment
+from troll_jax.learn import abstract_state, start_state
+from troll_jax.ops.losses import LossInputs, LossOutputs, importance_weighted
+from troll_jax.ops.needs import needs
+from troll_jax.ops.regularisers import Regulariser, regularised
+from troll_jax.optimizer import apply_gradients
+from troll_jax.saved_batches import load_batches
+from troll_jax.score import TailRule
+from troll_jax.settings import Compute, Method, Objective, Sampling, scoring
+from troll_jax.sharding import constrain_like, fetch, place
+from troll_jax.types import START, Batch, Progress, TrainState
+from troll_jax.update import Gradient, make_gradient, make_update
+
+METHODS = Path(__file__).parents[2] / 'configs/objectives'
+BASELINE = 'importance_weighted'  # the plain policy gradient, with which all are compared
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The part of a method that is compared; the data are the run's."""
+
+    objective: Objective
+    regularisers: Sequence[Regulariser]
+    tail_rule: TailRule
+
+    @property
+    def needs_reference(self) -> bool:
+        return any(needs(function, 'reference') for function in (self.objective, *self.regularisers))
+
+    @property
+    def loss(self) -> Objective:
+        """The objective with its regularisers."""
+        return regularised(self.objective, self.regularisers)
+
+
+class Candidate(NamedTuple):
+    """A method to compare, under a name."""
+
+    name: str
+    method: Compared
+    same: list[str]  # other names of it: methods that differ in nothing that is compared
+
+
+def replay(
+    run_dir: str | Path,
+    *,
+    objectives: Sequence[str] = (),
+    updates: int | None = None,
+    step: int | None = None,
+    batch: str | Path | None = None,
+    bindings: Sequence[str] = (),
+) -> dict:
+    """Compares objectives on a minibatch of a saved rollout. Writes and returns what the tables show.
+
+    Args:
+      run_dir: folder of the run.
+      objectives: names of files of configs/objectives, or paths of others; all of that folder if none. The run's own
+        and the plain policy gradient always take part.
+      updates: m, minibatches that the run's objective learns from before. The next one is compared on. With 0 the
+        policy is the one that sampled. None: all but the last.
+      step: of the rollout; None is the latest.
+      batch: a file of saved batches, in place of a step.
+      bindings: of gin; they win over the run's configuration and the objectives' files.
+
+    Raises:
+      ValueError: there is no such rollout, checkpoint, objective or minibatch.
+    """
+    run_dir = Path(run_dir)
+    config = Config([run_dir / 'config.gin'], bindings)
+    path = rollout_file(run_dir, step) if batch is None else Path(batch)
+    saved = load_batches(path)
+    updates = len(saved.batches) - 1 if updates is None else updates
+    if not 0 <= updates < len(saved.batches):
+        raise ValueError(
+            f'updates must leave one of the {len(saved.batches)} minibatches of {path} to compare on, 0 to '
+            f'{len(saved.batches) - 1}; got {updates}'
+        )
+    start, sampling, method, compute = (config.build(kind) for kind in (Experiment, Sampling, Method, Compute))
+    model, mesh = start.of_run(run_dir / 'model').load_model(compute), compute.mesh
+    policy, optimizer = scoring(sampling, method, compute), method.optimizer()
+    candidates = find_methods(method, objectives, bindings, has_reference=saved.batches[0].reference is not None)
+    own = next(candidate for candidate in candidates if 'run' in [candidate.name, *candidate.same])
+
+    def gradient_of(compared: Compared) -> Callable[[dict, Progress, Batch], Gradient]:
+        return jax.jit(
+            make_gradient(model.config, inspected(compared.loss), policy._replace(tail_rule=compared.tail_rule))
+        )
+
+    @jax.jit
+    def step_along(gradient: dict, state: TrainState):
+        params, _ = apply_gradients(optimizer, gradient, state.opt_state, state.params, jnp.bool(True))
+        return constrain_like(params, lambda _: shapes.params)
+
+    with jax.set_mesh(mesh):
+        with Checkpoints(checkpoints_of(run_dir, config), read_only=True) as checkpoints:
+            checkpoint = max((s for s in checkpoints.steps if s <= saved.step), default=0)
+            shapes = abstract_state(model.config, optimizer, mesh)
+            init = lambda: start_state(start.load_params(compute), optimizer, shapes)
+            state = restore_or_init(checkpoints, shapes, init, checkpoint)
+        batches = [place(one, mesh, (None, 'batch')) for one in saved.batches[: updates + 1]]
+        plain = gradient_of(Compared(importance_weighted, (), own.method.tail_rule))
+        noise = distances(plain(state.params, state.progress, batches[0]), batches[0])
+        update = make_update(model.config, optimizer, own.method.loss, policy._replace(tail_rule=own.method.tail_rule))
+        skipped = 0
+        for one in batches[:-1]:
+            state, log = update(state, one)
+            skipped += int(log.metrics['skipped'])
+        compared = batches[-1]
+        before = plain(state.params, state.progress, compared)
+
+        gradients, rows = {BASELINE: before.params}, {}
+        for name, compared_method, same in candidates:
+            gradient = plain if name == BASELINE else gradient_of(compared_method)
+            got = gradient(state.params, state.progress, compared)
+            gradients[name] = got.params
+            after = None
+            if np.isfinite(optax.tree.norm(got.params)):
+                after = plain(step_along(got.params, state), state.progress, compared)
+            rows[name] = {'same': same} | describe(got, before, after, compared, model.tokenizer)
+        cosines = cosines_between(gradients)
+
+    result = {
+        'rollout': path.stem,
+        'step': saved.step,
+        'checkpoint': checkpoint,
+        'minibatches': len(saved.batches),
+        'updates': updates,
+        'skipped_updates': skipped,
+        'run_objective': own.name,
+        'tokens': int(np.sum(fetch(compared.loss_weights) > 0)),
+        'kl_of_sampler': noise['kl_mean'],
+        'before': distances(before, compared),
+        'objectives': rows,
+        'cosines': cosines,
+    }
+    if jax.process_index() == 0:
+        name = f'replay_{path.stem}' + ('' if updates == len(saved.batches) - 1 else f'_after_{updates}')
+        (run_dir / f'{name}.json').write_text(json.dumps(result, indent=2) + '\n')
+        plot(result, run_dir / f'{name}.png')
+    return result
+
+
+def rollout_file(run_dir: Path, step: int | None) -> Path:
+    """The rollout of a step, or the latest.
+
+    Raises:
+      ValueError: there is none, with those that there are.
+    """
+    steps = sorted(int(file.stem) for file in (run_dir / 'rollouts').glob('*.npz') if file.stem.isdecimal())
+    if not steps or (step is not None and step not in steps):
+        raise ValueError(
+            f'{run_dir} has no saved rollout{"" if step is None else f" of step {step}"}; there are {steps}. Train '
+            'with Run.save_rollout_every'
+        )
+    return run_dir / 'rollouts' / f'{steps[-1] if step is None else step}.npz'
+
+
+def find_methods(
+    run: Method, objectives: Sequence[str], bindings: Sequence[str], *, has_reference: bool = False
+) -> list[Candidate]:
+    """The methods to compare, each once, the plain policy gradient first and the run's own among them.
+
+    A method is its file alone: of what the run's configuration sets for its own objective it has nothing but the
+    tail rule, if the file has none. Methods that compare with a reference model are left out if the rollout has none.
+
+    Raises:
+      ValueError: such a method was asked for.
+    """
+    files = [method_file(name) for name in objectives] or sorted(METHODS.glob('*.gin'))
+    found = {}
+    for file in [METHODS / f'{BASELINE}.gin', *files]:
+        config = Config([file], bindings)
+        objective, regularisers, tail_rule = map(
+            config.get, ('Method.objective', 'Method.regularisers', 'Method.tail_rule')
+        )
+        compared = Compared(objective, regularisers or (), tail_rule or run.tail_rule)
+        if has_reference or not compared.needs_reference:
+            found[file.stem] = compared
+        elif objectives:
+            raise ValueError(
+                f'{file.stem} compares with a reference model, and the run that saved this rollout had none; leave it '
+                'out, or train with kl_to_reference'
+            )
+    found['run'] = Compared(run.objective, run.regularisers, run.tail_rule)  # last: it takes the name of an equal file
+    names = {}
+    for name, compared in found.items():
+        names.setdefault(str(to_bindings(compared)), []).append(name)
+    return [Candidate(name, found[name], others) for name, *others in names.values()]
+
+
+def method_file(name: str) -> Path:
+    """The gin file that is meant by its path, or by its name in configs/objectives."""
+    file = Path(name) if name.endswith('.gin') else METHODS / f'{name}.gin'
+    if not file.is_file():
+        known = sorted(file.stem for file in METHODS.glob('*.gin'))
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+        raise ValueError(f'no objective {name!r}. Did you mean {near!r}? Known: {", ".join(known)}, or a gin file')
+    return file
+
+
+def inspected(objective: Objective) -> Objective:
+    """An objective whose logs also say of each token what its loss is and what gradient it sends into the policy.
+
+    `token_gradient` [T] is the largest derivative of the row's losses by any log-probability of that token's
+    distribution, or by its entropy.
+    """
+
+    def with_logs(row: LossInputs, advantages: jax.Array, progress: Progress = START) -> LossOutputs:
+        fixed = jax.lax.stop_gradient(row)
+
+        def total(log_probs, listed, entropy):
+            new = fixed.new._replace(log_probs=listed)
+            changed = fixed._replace(new_log_probs=log_probs, new=new, entropy=entropy)
+            return jnp.sum(jnp.where(fixed.segments > 0, objective(changed, advantages, progress).loss, 0.0))
+
+        sampled, listed, entropy = jax.grad(total, argnums=(0, 1, 2))(
+            fixed.new_log_probs, fixed.new.log_probs, fixed.entropy
+        )
+        losses = objective(row, advantages, progress)
+        size = jnp.maximum(jnp.maximum(jnp.abs(sampled), jnp.abs(entropy)), jnp.max(jnp.abs(listed), axis=-1))
+        logs = {'token_loss': losses.loss, 'token_gradient': size, 'log_prob': row.new_log_probs}
+        return losses._replace(logs=losses.logs | jax.lax.stop_gradient(logs))
+
+    return with_logs
+
+
+def distances(gradient: Gradient, batch: Batch) -> dict[str, float | None]:
+    """How far the policy is from π_old over the tokens of a batch, KL(π̃ ‖ π_old) in nats, and its entropy."""
+    mask = fetch(batch.loss_weights) > 0
+    kl, entropy = (fetch(gradient.logs[name])[mask] for name in ('kl', 'entropy'))
+    p99 = np.quantile(kl, 0.99, method='nearest')
+    values = {'kl_mean': kl.mean(), 'kl_p99': p99, 'kl_max': kl.max(), 'entropy': entropy.mean()}
+    return {name: _number(value) for name, value in values.items()}
+
+
+def describe(got: Gradient, before: Gradient, after: Gradient | None, batch: Batch, tokenizer) -> dict:
+    """What one objective makes of a batch.
+
+    Args:
+      got: its gradient.
+      before: that of the plain policy gradient, from the same state.
+      after: the same after one step along `got`; None if that is not finite.
+      batch: of both.
+      tokenizer: for the text of a token whose loss or gradient is not finite.
+    """
+    batch, logs = fetch(batch), fetch(got.logs)
+    mask = batch.loss_weights > 0
+    affected = logs['constrained']
+    silenced = (logs['token_gradient'] == 0) & (batch.advantages != 0)
+    finite = np.logical_and.reduce([np.isfinite(logs[x]) for x in ('token_loss', 'token_gradient', 'log_prob')])
+    broken = np.argwhere(mask & ~finite)
+    norm, loss = (float(fetch(x)) for x in (optax.tree.norm(got.params), got.loss))
+    result = {
+        'loss': _number(loss),
+        'finite': bool(np.isfinite(norm) and np.isfinite(loss)),
+        'gradient_norm': _number(norm),
+        'affected_share': float(affected[mask].mean()),
+        'silenced_share': float(silenced[mask].mean()),
+        'broken_tokens': len(broken),
+        'first_broken': _token(tuple(broken[0]), batch, logs, tokenizer) if len(broken) else None,
+    }
+    new = dict.fromkeys(('kl_mean', 'kl_p99', 'kl_max', 'entropy')) if after is None else distances(after, batch)
+    old = distances(before, batch)['entropy']
+    result['entropy_change'] = None if None in (new['entropy'], old) else new['entropy'] - old
+    return result | {f'{name}_after': new[name] for name in ('kl_mean', 'kl_p99', 'kl_max')}
+
+
+def _token(where: tuple[int, int, int], batch: Batch, logs: dict[str, np.ndarray], tokenizer) -> dict:
+    """A token at [M, Z, S], what stands before it, and its numbers, as text where they are not finite."""
+    *row, s = where
+    own = (batch.segment_ids[*row] == batch.segment_ids[where]) & (np.arange(batch.tokens.shape[-1]) < s)
+    numbers = {
+        'log_prob': logs['log_prob'],
+        'old_log_prob': batch.old_log_probs,
+        'advantage': batch.advantages,
+        'loss': logs['token_loss'],
+        'gradient': logs['token_gradient'],
+    }
+    values = {name: float(array[where]) for name, array in numbers.items()}
+    return {
+        'micro_batch_row_position': [int(i) for i in where],
+        'token': int(batch.tokens[where]),
+        'text': tokenizer.decode([int(batch.tokens[where])]),
+        'after': tokenizer.decode(batch.tokens[*row][own].tolist()),
+    } | {name: value if np.isfinite(value) else str(value) for name, value in values.items()}
+
+
+def cosines_between(gradients: dict[str, dict]) -> dict[str, dict[str, float | None]]:
+    """The cosines of all pairs of gradients; None where one of them is zero or not finite."""
+    product = jax.jit(optax.tree.vdot)
+    unit = jax.jit(lambda x: optax.tree.scale(1 / optax.tree.norm(x), x))
+    names, units = list(gradients), [unit(gradient) for gradient in gradients.values()]
+    upper = {(i, j): _number(fetch(product(units[i], units[j]))) for i in range(len(names)) for j in range(i + 1)}
+    return {one: {other: upper[max(i, j), min(i, j)] for j, other in enumerate(names)} for i, one in enumerate(names)}
+
+
+def _number(value) -> float | None:
+    """For JSON, which has no NaN."""
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,148 @@
+"""Model, task and lengths of an experiment: all that training and evaluation share."""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from troll_jax.data.prompts import LONG_PROMPTS, PromptSet, encode_prompts
+from troll_jax.data.tasks import Task
+from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
+from troll_jax.models.attention import best_implementation
+from troll_jax.models.decoder import DecoderConfig
+from troll_jax.models.families import decoder_config
+from troll_jax.models.hf_weights import load_config, load_pretrained
+from troll_jax.ops.ranges import check_range
+from troll_jax.rollout import Sampler, make_sampler
+from troll_jax.settings import Compute
+from troll_jax.typechecks import check_fields
+
+
+class Model(NamedTuple):
+    """A model without its weights."""
+
+    tokenizer: PreTrainedTokenizerBase
+    config: DecoderConfig
+    stop_tokens: tuple[int, ...]
+    max_response_length: int
+
+    def sampler(
+        self, compute: Compute, *, support_size: int = 1, support_mass: float = 1.0, **settings: Any
+    ) -> Sampler:
+        """Builds a sampler, by default one whose samples are not for training; `settings` as in `make_sampler`."""
+        return make_sampler(
+            self.config,
+            max_response_length=self.max_response_length,
+            stop_tokens=self.stop_tokens,
+            support_size=support_size,
+            support_mass=support_mass,
+            gather_weights=compute.gather_weights,
+            **settings,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Model, task, lengths and validation sets.
+
+    Args:
+      model: folder in Hugging Face format or id on the hub, which the run starts from.
+      task: data, prompts and grading.
+      max_prompt_length: P, tokens.
+      max_response_length: T, tokens; longer responses are cut.
+      long_prompts: treatment of prompts that are longer: 'drop', or 'cut', at the beginning of the user's words.
+      chat_template_from: model whose chat template is used; None is `model`.
+      template_arguments: arguments of the chat template.
+      validation: evaluation sets, in training and by `experiments.evaluate`: for each a name, a task whose test split
+        is used, and samples per prompt, such as `('AMC', task, 32)`. One sample is greedy, several are drawn at
+        temperature 1. None: the test split of `task`, greedy.
+
+    Raises:
+      ValueError: a value of another type or out of its range, two sets of a name, a name that is no part of a file's
+        name, or less than one sample.
+    """
+
+    model: str
+    task: Task
+    max_prompt_length: int
+    max_response_length: int
+    long_prompts: str = 'drop'
+    chat_template_from: str | None = None
+    template_arguments: dict[str, Any] | None = None
+    validation: Sequence[tuple[str, Task, int]] | None = None
+
+    def __post_init__(self):
+        check_fields(self)
+        for name in ('max_prompt_length', 'max_response_length'):
+            check_range(name, getattr(self, name), lambda x: x >= 1, 'at least 1 token')
+        if self.long_prompts not in LONG_PROMPTS:
+            raise ValueError(f'long_prompts is {self.long_prompts!r}; expected one of {LONG_PROMPTS}')
+        sets = self.validation_sets
+        names = [name for name, _, _ in sets]
+        fits = lambda name: re.fullmatch(r'[\w-]+', name) and name != 'mean'
+        if not names or len(set(names)) < len(names) or not all(map(fits, names)):
+            raise ValueError(
+                f'Experiment.validation names the sets {names}; expected at least one, and names that differ, of '
+                "letters, digits, _ and -, and not 'mean'"
+            )
+        for name, _, samples in sets:
+            if samples < 1:
+                raise ValueError(f'Experiment.validation asks for {samples} samples of {name!r}; expected at least 1')
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest prompt with its response."""
+        return self.max_prompt_length + self.max_response_length
+
+    @property
+    def validation_sets(self) -> Sequence[tuple[str, Task, int]]:
+        """Name, task and samples per prompt of each evaluation set."""
+        return (('test', self.task, 1),) if self.validation is None else self.validation
+
+    def load_prompts(self, split: str, tokenizer: PreTrainedTokenizerBase, task: Task | None = None) -> PromptSet:
+        """Loads the prompts of a split of a task, by default the experiment's own."""
+        return encode_prompts(
+            (task or self.task).load(split),
+            tokenizer,
+            max_length=self.max_prompt_length,
+            template_arguments=self.template_arguments,
+            long_prompts=self.long_prompts,
+        )
+
+    def load_model(self, compute: Compute) -> Model:
+        """Loads the tokenizer and the sizes of the model.
+
+        Raises:
+          ValueError: it has fewer tokens than the tokenizer, or a shorter context than the lengths ask for.
+        """
+        tokenizer = load_tokenizer(self.model, chat_template_from=self.chat_template_from)
+        config = self.decoder_config(compute)
+        if config.vocab_size < len(tokenizer):
+            raise ValueError(
+                f'the tokenizer of {self.model!r} has {len(tokenizer)} tokens, its model {config.vocab_size}; expected '
+                'at least as many in the model. Use the tokenizer that belongs to it, or resize the embeddings.'
+            )
+        return Model(tokenizer, config, stop_token_ids(tokenizer, self.model), self.max_response_length)
+
+    def decoder_config(self, compute: Compute) -> DecoderConfig:
+        """Loads the sizes of the model alone. Raises a ValueError if its context is too short for the lengths."""
+        hf_config = load_config(self.model)
+        if self.max_length > hf_config.max_position_embeddings:
+            raise ValueError(
+                f'max_prompt_length + max_response_length = {self.max_prompt_length} + {self.max_response_length} = '
+                f'{self.max_length} tokens, but {self.model!r} has positions for {hf_config.max_position_embeddings}'
+            )
+        config = decoder_config(hf_config, compute_dtype=compute.dtype, remat=compute.remat)
+        best = best_implementation(compute.mesh.devices.flat[0], config.compute_dtype, config.head_dim)
+        return dataclasses.replace(config, attention=compute.attention or best)
+
+    def load_params(self, compute: Compute) -> Any:
+        """Loads the weights of the model onto the mesh."""
+        return load_pretrained(self.model, mesh=compute.mesh)[1]
+
+    def of_run(self, folder: str) -> 'Experiment':
+        """The experiment with the tokenizer and sizes that a run saved: the model it started from may be gone."""
+        return dataclasses.replace(self, model=str(folder), chat_template_from=None)

@@ -1,0 +1,351 @@
+"""The settings of a run, besides `troll_jax.experiment.Experiment`: four frozen dataclasses that check themselves.
+
+Experiment, Sampling and Method decide what is learnt. Compute and Run never do, so they may change when a run resumes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from troll_jax.critic import Critic
+from troll_jax.models.attention import IMPLEMENTATIONS
+from troll_jax.models.layers import COMPUTE_DTYPES, REMAT_POLICIES
+from troll_jax.ops.losses import LossInputs, LossOutputs
+from troll_jax.ops.needs import needs
+from troll_jax.ops.ranges import check_range
+from troll_jax.ops.regularisers import Regulariser
+from troll_jax.packing import BatchShape, batch_shape
+from troll_jax.rewards.terms import RewardTerm, check_names, task_reward
+from troll_jax.score import Scoring, TailRule
+from troll_jax.sharding import make_mesh
+from troll_jax.typechecks import check_fields
+from troll_jax.types import Progress
+
+Objective = Annotated[Callable[[LossInputs, jax.Array, Progress], LossOutputs], 'reference']
+Advantages = Annotated[Callable[[jax.Array], jax.Array], 'greedy_reward', 'values']
+Aggregation = Callable[[jax.Array, int], jax.Array]
+Optimizer = Callable[[], optax.GradientTransformation]
+
+OLD_POLICIES = ('rollout', 'recompute')
+ON_CHANGE = ('stop', 'resume')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The rollout batch: how many responses are sampled, and what is recorded of them.
+
+    Args:
+      prompts_per_step: B, prompts in a rollout batch.
+      samples_per_prompt: G, responses to each prompt.
+      temperature: sampling temperature.
+      support_size: K, the most tokens that a recorded distribution lists, see `troll_jax.sparsify`.
+      support_mass: 1 − δ, the probability that these tokens are to hold, in (0, 1].
+      max_draws: dynamic sampling, if more than 1: zero-variance groups are replaced by those of up to so many batches
+        of prompts in all (DAPO), see `troll_jax.collect`.
+      seed: seed of data order and sampling.
+
+    Raises:
+      ValueError: a value of another type or out of its range.
+    """
+
+    prompts_per_step: int
+    samples_per_prompt: int
+    temperature: float = 1.0
+    support_size: int = 64
+    support_mass: float = 1 - 1e-5
+    max_draws: int = 1
+    seed: int = 0
+
+    def __post_init__(self):
+        check_fields(self)
+        _check_above_zero(
+            self, 'prompts_per_step', 'samples_per_prompt', 'temperature', 'support_size', 'support_mass', 'max_draws'
+        )
+        _check_not_negative(self, 'seed')
+        check_range('support_mass', self.support_mass, lambda x: x <= 1, 'a probability, in (0, 1]')
+        if self.max_draws > 1 and self.samples_per_prompt < 2:
+            raise ValueError(
+                f'max_draws = {self.max_draws} replaces groups whose rewards are all equal, and with '
+                'samples_per_prompt = 1 all are; raise samples_per_prompt, or set max_draws = 1'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """The algorithm: rewards, advantages, loss and optimizer.
+
+    A function with settings is given as `functools.partial(troll, bound=0.1)`; in a gin file as `@troll`.
+
+    Args:
+      objective: policy loss: `troll`, `ppo_clip`, `cispo`, `dppo` or `importance_weighted`, see `troll_jax.ops.losses`.
+      advantages: from the rewards [G] of a prompt's samples to their advantages, such as `group_normalised`; with a
+        critic from the rewards and values [T] of a response's tokens, `gae`. See `troll_jax.ops.advantages`.
+      aggregation: mean over token losses, such as `token_mean`, see `troll_jax.ops.aggregation`.
+      tail_rule: treatment of tokens that a sparse distribution leaves out, `default_tail` or `bucket_tail`.
+      optimizer: function without arguments that builds an optimizer of optax, such as `partial(adamw,
+        learning_rate=1e-6)`.
+      minibatch_prompts: prompts per optimizer update. A rollout batch gives prompts_per_step / minibatch_prompts
+        updates; all but the first are off-policy.
+      old_policy: source of π_old: 'rollout', the sampler's record, or 'recompute', a forward pass of training over all
+        responses before the first update, as in the paper.
+      importance_limit: with 'recompute', advantages are weighted by the ratio of trainer to sampler up to this limit,
+        see `truncated_importance_weights`; None does not weight.
+      rewards: name, weight and function of each reward term, see `troll_jax.rewards.terms`; logged one by one.
+      whiten_advantages: normalises advantages over the rollout batch, with a critic over all tokens; see `whiten`.
+      mask_truncated: sets the loss weight of responses that the length limit cut to zero. Their rewards still count for
+        the advantages of the other samples.
+      regularisers: losses that are added to the objective, such as `entropy_bonus`, see `troll_jax.ops.regularisers`.
+        One with a parameter `reference` brings a reference model: the model that the run starts from.
+      reward_penalty: regulariser with a reference model that is taken off the reward at every token.
+      refresh_reference_every: steps after which the policy becomes the reference model; 0 keeps the first.
+      critic: for `gae`, see `troll_jax.critic`.
+
+    Raises:
+      ValueError: a value of another type or out of its range, or settings that contradict each other.
+    """
+
+    objective: Objective
+    advantages: Advantages
+    aggregation: Aggregation
+    tail_rule: TailRule
+    optimizer: Optimizer
+    minibatch_prompts: int
+    old_policy: str = 'rollout'
+    importance_limit: float | None = None
+    rewards: Sequence[tuple[str, float, RewardTerm]] = (('task', 1.0, task_reward),)
+    whiten_advantages: bool = False
+    mask_truncated: bool = False
+    regularisers: Sequence[Regulariser] = ()
+    reward_penalty: Regulariser | None = None
+    refresh_reference_every: int = 0
+    critic: Critic | None = None
+
+    def __post_init__(self):
+        check_fields(self)
+        _check_above_zero(self, 'minibatch_prompts')
+        _check_not_negative(self, 'refresh_reference_every')
+        check_names(self.rewards)
+        if self.old_policy not in OLD_POLICIES:
+            raise ValueError(f'old_policy must be one of {OLD_POLICIES}; got {self.old_policy!r}')
+        if self.importance_limit is not None and self.old_policy != 'recompute':
+            raise ValueError(
+                f'importance_limit = {self.importance_limit} compares the sampler with what the trainer recomputes; '
+                f"set old_policy to 'recompute', or leave it out; got {self.old_policy!r}"
+            )
+        if needs(self.advantages, 'values') and self.critic is None:
+            raise ValueError('these advantages take the values of a critic, and there is none; set Method.critic')
+        if self.critic is not None and not needs(self.advantages, 'values'):
+            raise ValueError('critic is set but unused; set Method.advantages to gae, or leave the critic out')
+        if self.reward_penalty is not None and not needs(self.reward_penalty, 'reference'):
+            raise ValueError('reward_penalty must compare with a reference model, such as kl_to_reference')
+        if self.reward_penalty is not None and self.mask_truncated:
+            raise ValueError(
+                'reward_penalty and mask_truncated do not go together: of masked responses no penalty is known, and '
+                'their rewards count for the others; choose one, or put the pull into Method.regularisers'
+            )
+        if self.refresh_reference_every and not self.has_reference:
+            raise ValueError(
+                f'refresh_reference_every = {self.refresh_reference_every} without a reference model; expected 0, or '
+                'kl_to_reference among regularisers or as reward_penalty'
+            )
+
+    @property
+    def loss_needs_reference(self) -> bool:
+        """True if the objective or a regulariser compares with a reference model."""
+        return any(needs(function, 'reference') for function in (self.objective, *self.regularisers))
+
+    @property
+    def has_reference(self) -> bool:
+        """True if a reference model is kept."""
+        return self.loss_needs_reference or self.reward_penalty is not None
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps from which only the critic learns."""
+        return 0 if self.critic is None else self.critic.warmup_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """Devices, kernels and memory. No setting changes what is learnt, beyond rounding.
+
+    Args:
+      data, fsdp, tensor: sizes of the mesh axes: copies of the model, shards of parameters and batch, shards of every
+        layer. One of them may be −1, all devices that are left.
+      dtype: of activations and matrix products, 'bfloat16' or 'float32'. Parameters and probabilities are float32.
+      attention: kernel for whole sequences: 'xla', 'cudnn' or 'splash'; None is the best on these devices.
+      remat: rematerialisation in the backward pass, to save memory: None, 'dots' or 'full'.
+      slots: decode slots, responses that are decoded at a time on all devices together; fewer save memory. None: one
+        for every response of a rollout batch.
+      gather_weights: gathers the weights for decoding once per rollout, see `make_sampler`.
+      row_tokens: S, tokens of the rows into which responses are packed, at least as many as a prompt and its response
+        may have, which is the default.
+      micro_batch_tokens: gradient accumulation: token budget of a micro-batch on each device, at least one row. None is
+        8,192, or one row. The last micro-batch is padded (`update/padding_share`).
+      head_chunk: tokens whose logits are in memory at a time in an update, on each device.
+      devices: devices of the mesh; None is all of them. Not in gin files.
+
+    Raises:
+      ValueError: a value of another type or out of its range.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    dtype: str = 'bfloat16'
+    attention: str | None = None
+    remat: str | None = None
+    slots: int | None = None
+    gather_weights: bool = True
+    row_tokens: int | None = None
+    micro_batch_tokens: int | None = None
+    head_chunk: int = 1024
+    devices: Sequence[jax.Device] | None = None
+
+    def __post_init__(self):
+        check_fields(self)
+        _check_above_zero(self, 'slots', 'row_tokens', 'micro_batch_tokens', 'head_chunk')
+        for name, known in [
+            ('dtype', COMPUTE_DTYPES),
+            ('remat', (None, *REMAT_POLICIES)),
+            ('attention', (None, *IMPLEMENTATIONS)),
+        ]:
+            if getattr(self, name) not in known:
+                raise ValueError(f'{name} must be one of {tuple(known)}; got {getattr(self, name)!r}')
+        sizes = (self.data, self.fsdp, self.tensor)
+        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+            raise ValueError(
+                f'data, fsdp and tensor must be positive, at most one of them -1 (devices that are left); got {sizes}'
+            )
+
+    @cached_property
+    def mesh(self) -> Mesh:
+        """The device mesh. Raises a ValueError if the sizes do not fit the devices that there are."""
+        return make_mesh(self.data, self.fsdp, self.tensor, self.devices)
+
+    @property
+    def batch_devices(self) -> int:
+        """Devices over which a batch is sharded."""
+        return self.mesh.shape['data'] * self.mesh.shape['fsdp']
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Length, folder and logging of a run. No setting changes what is learnt.
+
+    Args:
+      folder: folder of the run.
+      steps: rollout batches to train on.
+      evaluate_every: steps between evaluations of `Experiment.validation`; 0 turns them off.
+      table_every: steps between tables of the tokens that are projected or clipped most; 0 turns them off. With
+        `sequence_region` all tokens of a response count that is outside.
+      checkpoint_every: steps between checkpoints. The last step is saved in any case.
+      checkpoint_folder: another folder or bucket (gs://…) for the checkpoints; None is `folder`.
+      keep_checkpoints: how many of the latest checkpoints are kept.
+      keep_best: also keeps the checkpoint with the highest `eval/success`, of those steps that are evaluated.
+      on_change: what a run does that would resume with another experiment, sampling, method, tokenizer or data: 'stop'
+        or 'resume'.
+      save_rollout_every: steps between rollouts that are saved for `experiments.replay`, a multiple of
+        `checkpoint_every`, as `rollouts/<step>.npz` with the step of the checkpoint that sampled it. These checkpoints
+        are kept, besides the latest. 0 turns it off.
+      profile_step: step of which a trace is written into `profile`, for TensorBoard or Perfetto.
+      max_skipped: steps in a row with a skipped update (its gradient was not finite) after which the run ends with an
+        error. The last of them can be replayed: its rollout and the checkpoint that sampled it are saved. At least 2; 0
+        never ends it.
+      debug_nans: ends the run where the first NaN appears (`jax_debug_nans`); slow.
+
+    Raises:
+      ValueError: a value of another type or out of its range, or settings that contradict each other.
+    """
+
+    folder: str
+    steps: int
+    evaluate_every: int = 10
+    table_every: int = 10
+    checkpoint_every: int = 10
+    checkpoint_folder: str | None = None
+    keep_checkpoints: int = 2
+    keep_best: bool = False
+    on_change: str = 'stop'
+    save_rollout_every: int = 0
+    profile_step: int | None = None
+    max_skipped: int = 8
+    debug_nans: bool = False
+
+    def __post_init__(self):
+        check_fields(self)
+        _check_above_zero(self, 'steps', 'checkpoint_every', 'keep_checkpoints', 'profile_step')
+        _check_not_negative(self, 'evaluate_every', 'table_every', 'save_rollout_every', 'max_skipped')
+        if '://' in self.folder:
+            raise ValueError(
+                f'Run.folder must be a folder, got {self.folder!r}; set Run.checkpoint_folder to a bucket instead'
+            )
+        if self.profile_step is not None and self.profile_step > self.steps:
+            raise ValueError(f'profile_step = {self.profile_step} is past the last of {self.steps} steps; lower it')
+        if self.max_skipped == 1:
+            raise ValueError('max_skipped must be at least 2, or 0 to continue whatever happens; got 1')
+        if self.keep_best and not self.evaluate_every:
+            raise ValueError('keep_best goes by eval/success, and evaluate_every = 0 turns evaluations off; raise it')
+        if self.save_rollout_every % self.checkpoint_every:
+            raise ValueError(
+                f'save_rollout_every = {self.save_rollout_every} must be a multiple of checkpoint_every = '
+                f'{self.checkpoint_every}, so that the parameters that sampled a rollout are there to replay it'
+            )
+        if self.on_change not in ON_CHANGE:
+            raise ValueError(f'Run.on_change must be one of {ON_CHANGE}; got {self.on_change!r}')
+
+    @property
+    def checkpoints_in(self) -> str:
+        """Folder or bucket of the checkpoints."""
+        return self.checkpoint_folder or self.folder
+
+
+def scoring(sampling: Sampling, method: Method, compute: Compute) -> Scoring:
+    """Log-probabilities as the responses were sampled."""
+    return Scoring(
+        sampling.temperature, method.tail_rule, sampling.support_size, sampling.support_mass, compute.head_chunk
+    )
+
+
+def minibatch_shape(sampling: Sampling, method: Method, compute: Compute, max_length: int) -> BatchShape:
+    """Shape of a minibatch's arrays, for prompts with responses of at most `max_length` tokens.
+
+    Raises:
+      ValueError: a row does not hold the longest of them, or a micro-batch not one row.
+    """
+    return batch_shape(
+        method.minibatch_prompts * sampling.samples_per_prompt,
+        max_length,
+        row_tokens=compute.row_tokens,
+        micro_batch_tokens=compute.micro_batch_tokens,
+        devices=compute.batch_devices,
+    )
+
+
+def check_together(sampling: Sampling, method: Method, compute: Compute, max_length: int) -> None:
+    """Raises a ValueError with both numbers if settings contradict each other. Asks JAX for its devices."""
+    devices = compute.batch_devices
+    for name, size, divisor_name, divisor in [
+        ('prompts_per_step', sampling.prompts_per_step, 'minibatch_prompts', method.minibatch_prompts),
+        ('prompts_per_step', sampling.prompts_per_step, 'data × fsdp devices of the mesh', devices),
+        ('slots', devices if compute.slots is None else compute.slots, 'data × fsdp devices of the mesh', devices),
+    ]:
+        if size % divisor:
+            raise ValueError(f'{name} = {size} must be a multiple of {divisor_name} = {divisor}')
+    minibatch_shape(sampling, method, compute, max_length)
+
+
+def _check_above_zero(settings, *names: str) -> None:
+    """Fields that are None are not checked."""
+    for name in names:
+        check_range(name, getattr(settings, name), lambda x: x > 0, 'above 0')
+
+
+def _check_not_negative(settings, *names: str) -> None:
+    for name in names:
+        check_range(name, getattr(settings, name), lambda x: x >= 0, 'at least 0')
