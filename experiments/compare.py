@@ -4,7 +4,7 @@
 
 All start from one warm-started model, make as many updates of as many responses, and differ in method, learning rate
 and in how many updates are made of one rollout batch (its staleness). Finished runs are lines of `results.jsonl` in the
-folder, so that the command goes on where it was stopped. Draws `comparison.png` and writes `comparison.md` from the
+folder, so that the command resumes where it was stopped. Draws `comparison.png` and writes `comparison.md` from the
 lines that are there; `--only-draw` does nothing else. Where there is no warm-started model yet, it is made first.
 """
 

@@ -100,12 +100,12 @@ def pair(a: Path, b: Path) -> tuple[np.ndarray, np.ndarray]:
 def compare(
     a: Path, b: Path, step_a: int | None = None, step_b: int | None = None, sets: Sequence[str] | None = None
 ) -> dict[str, dict]:
-    """Of every set, and of the mean of several: success of A and of B, and B less A, each an `Estimate`.
+    """Success of A and of B, and B less A, each an `Estimate`: for every set, and for the mean of several.
 
     Args:
       a, b: files of responses, or folders with them.
-      step_a, step_b: of folders; their latest if None.
-      sets: which of those that both folders have, as files are named behind the step: 'AMC_32'; all if None.
+      step_a, step_b: steps for folders; None: their latest.
+      sets: sets to compare, of those that both folders have, as files are named behind the step: 'AMC_32'; all if None.
 
     Raises:
       ValueError: no responses, no set that both have, sets that were not sampled alike, or other problems.

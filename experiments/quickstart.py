@@ -1,4 +1,4 @@
-"""From nothing to a comparison of TROLL and Clip in minutes, on a CPU and without a network.
+"""The quickstart: compares TROLL and Clip in minutes, on a CPU and without a network.
 
     python -m experiments.quickstart [--folder runs/quickstart] [--seed 0]
 

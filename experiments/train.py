@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from experiments.plumbing.command import read_command_line, run_command
-from experiments.plumbing.gin_files import SETTINGS
+from experiments.plumbing.names import SETTINGS
 from experiments.plumbing.run import TrainingRun
 from experiments.plumbing.validation import make_validation, metrics_of
 from troll_jax.collect import Experience, make_collector

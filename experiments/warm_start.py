@@ -58,16 +58,16 @@ def warm_start(
     something to find out, and something to build on.
 
     Args:
-      folder: for the model.
-      task: whose training problems are demonstrated.
+      folder: folder to write the model to.
+      task: task whose training problems are demonstrated.
       width, layers, heads, kv_heads, head_dim, mlp_width: sizes of the model.
-      worked_share: of the demonstrations of the second part that show the running values before the answer.
-      learning_rate: from a linear warm-up of 50 steps to the end of the first part; down to zero in the second.
+      worked_share: share of demonstrations in the second part that show the running values before the answer.
+      learning_rate: rate after a linear warm-up of 50 steps; falls to zero in the second part.
       batch: demonstrations per step.
       accuracy: share of a batch's worked answers that must be right, from beginning to end, for the first part to end.
-      mixed_steps: of the optimizer in the second part.
-      max_steps: of the optimizer in the first part.
-      seed: of weights, data order and demonstrations.
+      mixed_steps: optimizer steps of the second part.
+      max_steps: limit of optimizer steps of the first part.
+      seed: seed of weights, data order and demonstrations.
 
     Raises:
       ValueError: a number that makes no sense.

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from tiny import save_qwen3
 
-from experiments.plumbing.gin_files import SETTINGS, Config
+from experiments.plumbing.gin_files import Config
+from experiments.plumbing.names import SETTINGS
 from experiments.train import train
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.tasks.arithmetic import Arithmetic

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import pytest
 from tiny import CUDNN, decoder_config
 
+from experiments.studies.program_cost import compile_program, describe, sub_jaxprs
 from troll_jax.critic import Critic
-from troll_jax.learn import make_learner
+from troll_jax.learn import Learner
 from troll_jax.models.attention import cudnn_attention
 from troll_jax.models.layers import COMPUTE_DTYPES
 from troll_jax.ops.advantages import gae
@@ -18,16 +19,15 @@ from troll_jax.ops.losses import ppo_clip, troll
 from troll_jax.ops.regularisers import kl_to_reference
 from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import adamw, apply_gradients, state_shapes
-from troll_jax.packing import BatchShape
-from troll_jax.planning import compile_program, describe, sub_jaxprs
 from troll_jax.rollout import make_sampler
+from troll_jax.settings import Compute, Method, Sampling, scoring
 from troll_jax.sharding import constrain_like, make_mesh, named_sharding
 from troll_jax.types import Prompts
 from troll_jax.update import make_gradient
 
 TOPOLOGIES = ['h100:8', 'v5e:2x4']
 SIZES = {'width': 256, 'heads': 8, 'kv_heads': 8, 'head_dim': 32, 'mlp_width': 384}
-KEPT, PROMPT, RESPONSE, DEVICES = 8, 16, 16, 8
+KEPT, PROMPT, RESPONSE = 8, 16, 16
 WHOLE = ('recompute', 'reference', 'values', 'critic', 'update')  # programs that read whole sequences
 
 
@@ -44,28 +44,29 @@ def compiled(program, arguments):
     return compile_program(program.trace(*arguments))
 
 
-def learner(config, mesh):
-    pull = partial(kl_to_reference, coefficient=0.1)
-    pull.reference = True
-    return make_learner(
-        config,
-        adamw(),
-        BatchShape(2, DEVICES, 64),
-        objective=troll,
-        aggregation=token_mean,
-        estimator=gae,
-        tail_rule=default_tail,
-        temperature=1.0,
-        support_size=KEPT,
-        support_mass=1 - 1e-5,
-        minibatch=16,
-        max_response_length=RESPONSE,
-        mesh=mesh,
-        head_chunk=64,
-        old_policy='recompute',
-        regularisers=[pull],
-        critic=Critic(),
-    )
+SAMPLING = Sampling(prompts_per_step=16, samples_per_prompt=2, support_size=KEPT)
+METHOD = Method(
+    objective=troll,
+    advantages=gae,
+    aggregation=token_mean,
+    tail_rule=default_tail,
+    optimizer=adamw,
+    minibatch_prompts=16,
+    old_policy='recompute',
+    regularisers=[partial(kl_to_reference, coefficient=0.1)],
+    critic=Critic(),
+)
+
+
+def learner(config, compute: Compute) -> Learner:
+    lengths = {'max_prompt_length': PROMPT, 'max_response_length': RESPONSE}
+    return Learner(config, SAMPLING, METHOD, compute, **lengths)
+
+
+def compute_on(devices, tensor: int = 1) -> Compute:
+    """Two micro-batches of eight rows on these devices."""
+    rows = 8 * tensor // len(devices)  # on each
+    return Compute(tensor=tensor, devices=devices, row_tokens=64, micro_batch_tokens=64 * rows, head_chunk=64)
 
 
 @pytest.mark.parametrize('topology', TOPOLOGIES)
@@ -74,9 +75,9 @@ def test_what_is_compiled_for_an_update(topology, name):
     """Guards against a state that is whole on every device after one update: GPUs' compiler replicated what came out of
     the branch that skips gradients which are not finite. And against products of float32 in lower precision, where a
     compiler has rewritten them."""
-    mesh = make_mesh(1, -1, 2, devices=describe(topology)[1])
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        program, arguments = learner(decoder_config(1024, **SIZES), mesh).programs(KEPT)[name]
+    compute = compute_on(describe(topology)[1], tensor=2)
+    with jax.sharding.use_abstract_mesh(compute.mesh.abstract_mesh):
+        program, arguments = learner(decoder_config(1024, **SIZES), compute).programs()[name]
         result = compiled(program, arguments)
     state, text = arguments[0], result.as_text()
     for leaf, sharding in zip(jax.tree.leaves(state), jax.tree.leaves(result.output_shardings[0]), strict=True):
@@ -93,14 +94,12 @@ def test_what_is_compiled_for_an_update(topology, name):
 
 def test_a_gradient_alone_is_sharded_as_the_parameters():
     """Guards the replay of a rollout, which keeps the gradient of every objective."""
-    mesh = make_mesh(devices=describe('h100:8')[1])
+    compute = compute_on(describe('h100:8')[1])
     config = decoder_config(1024, **SIZES | {'layers': 1})
-    settings = dict(
-        objective=ppo_clip, temperature=1.0, tail_rule=default_tail, support_size=KEPT, support_mass=1 - 1e-5
-    )
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        _, (state, batch) = learner(config, mesh).programs(KEPT)['update']
-        result = compiled(jax.jit(make_gradient(config, **settings)), (state.params, state.progress, batch))
+    gradient = jax.jit(make_gradient(config, ppo_clip, scoring(SAMPLING, METHOD, compute)))
+    with jax.sharding.use_abstract_mesh(compute.mesh.abstract_mesh):
+        _, (state, batch) = learner(config, compute).programs()['update']
+        result = compiled(gradient, (state.params, state.progress, batch))
     shardings = jax.tree.leaves(result.output_shardings.params)
     for leaf, sharding in zip(jax.tree.leaves(state.params), shardings, strict=True):
         assert sharding.is_equivalent_to(leaf.sharding, leaf.ndim), leaf
@@ -152,7 +151,7 @@ def products(jaxpr, in_kernel=False):
 def test_float32_is_float32(attention, dtype):
     """Guards products of float32 that a TPU takes in bfloat16 and a GPU in TF32, in any program, forward and backward;
     and the speed of bfloat16, which asks for nothing."""
-    mesh = make_mesh(1, 1, 1, jax.devices()[:1])
+    compute = compute_on(jax.devices()[:1])
     config = decoder_config(40, compute_dtype=dtype, attention=attention, **SIZES)
     sampler = make_sampler(
         config,
@@ -163,9 +162,9 @@ def test_float32_is_float32(attention, dtype):
         support_size=KEPT,
         support_mass=1.0,
     )
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        built = learner(config, mesh)
-        programs = built.programs(KEPT)
+    with jax.sharding.use_abstract_mesh(compute.mesh.abstract_mesh):
+        built = learner(config, compute)
+        programs = built.programs()
         prompts = Prompts(jax.ShapeDtypeStruct((2, PROMPT), int), jax.ShapeDtypeStruct((2,), int))
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
         inputs = jax.eval_shape(sampler.begin, built.shapes.params, prompts, keys, None)

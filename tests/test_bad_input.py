@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 
 from experiments.evaluate import evaluation
 from experiments.plumbing.command import run_command
-from experiments.plumbing.gin_files import NAMES, SETTINGS, Config
+from experiments.plumbing.gin_files import Config
+from experiments.plumbing.names import NAMES, SETTINGS
 from experiments.plumbing.run import nothing_left_behind
 from experiments.train import train
 from experiments.warm_start import warm_start

@@ -1,10 +1,10 @@
 """The comparison of many short runs: on a tiny model, and its tables by hand."""
 
-import gin
-import loop  # noqa: F401  registers the task StartsWithHash
 import numpy as np
 
-from experiments import compare
+from experiments.plumbing.gin_text import to_bindings
+from experiments.studies import compare
+from troll_jax.settings import Method
 
 
 def row(method='GRPO/Clip', learning_rate=2e-4, staleness=2, seed=0, success=0.5) -> dict:
@@ -12,12 +12,13 @@ def row(method='GRPO/Clip', learning_rate=2e-4, staleness=2, seed=0, success=0.5
     return dict(zip(names, (method, learning_rate, staleness, seed, success), strict=True))
 
 
-def test_runs_differ_in_their_setting_alone(tmp_path, model, monkeypatch):  # noqa: F811
+def test_runs_differ_in_their_setting_alone(tmp_path, model, monkeypatch):
     """Guards a learning rate that is compiled in and stays that of the first run, a state that one run leaves to the
     next, and runs that are made twice."""
     task = tmp_path / 'task.gin'
     task.write_text(
         f"""
+        import loop
         include 'configs/quickstart.gin'
         Experiment.model = '{model}'
         Experiment.max_prompt_length = 4
@@ -62,13 +63,11 @@ def test_intervals_are_over_seeds():
 
 def test_every_method_has_the_settings_of_its_name():
     """Guards a row of the table that is another method: what is bound last must win over the objective's file."""
-    bound = {}
-    for method in compare.METHODS:
-        compare.read(method)
-        lines = gin.config_str(max_line_length=1000).splitlines()
-        bound[method] = dict(line.split(' = ', 1) for line in lines if ' = ' in line)
+    bound = {method: to_bindings(compare.read(method).build(Method)) for method in compare.METHODS}
     assert len(bound) == 16
-    assert {m for m, b in bound.items() if b['Method.advantages'] == '@gae'} == {m for m in bound if m.startswith('PPO')}
+    assert {m for m, b in bound.items() if b['Method.advantages'] == '@gae'} == {
+        m for m in bound if m.startswith('PPO')
+    }
     assert {m for m, b in bound.items() if b['Method.aggregation'] == '@constant_length'} == {
         m for m in bound if m.startswith('Dr.GRPO')
     }

@@ -12,7 +12,9 @@ from transformers import Qwen3Config
 
 from experiments.evaluate import evaluation
 from experiments.plumbing.command import read_command_line
-from experiments.plumbing.gin_files import NAMES, SETTINGS, Config, to_bindings, to_gin
+from experiments.plumbing.gin_files import Config
+from experiments.plumbing.gin_text import to_bindings, to_gin
+from experiments.plumbing.names import NAMES, SETTINGS
 from experiments.warm_start import warm_start
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
 from troll_jax.data.tasks.math_problems import BENCHMARKS
@@ -59,6 +61,7 @@ def build(files, bindings=(), kinds=SETTINGS) -> list:
         ('Run.steps = ', 'cannot be read'),
         ('Run.steps =  3 4', 'cannot be read'),
         ('macro.steps = 3', "nothing is called 'macro'"),
+        ('adamw.b1 = @adamw', '@adamw is one of its own settings'),
         ('import no_such_module', "cannot import 'no_such_module'"),
         ("include 'configs/no_such.gin'", 'Unable to open file: configs/no_such.gin'),
     ],

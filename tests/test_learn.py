@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from test_update import (
+from updates import (
     CONFIG,
     KEPT,
     MASS,
@@ -20,22 +20,24 @@ from test_update import (
     nearby_params,
     policy_params,
     rollout,
+    run,
     updater,
 )
 
+from experiments.train import training_step
 from troll_jax.collect import Experience
 from troll_jax.critic import Critic, make_values
-from troll_jax.learn import make_learner
+from troll_jax.learn import Learner, summarise
 from troll_jax.models import decoder as decoders
-from troll_jax.ops.advantages import gae, greedy_baseline, group_normalised, no_baseline
+from troll_jax.ops.advantages import gae, greedy_baseline, group_normalised, mean_centred, no_baseline
 from troll_jax.ops.aggregation import token_mean
-from troll_jax.ops.losses import importance_weighted, troll
+from troll_jax.ops.losses import LossOutputs, importance_weighted, troll
 from troll_jax.ops.regularisers import k1, kl_to_reference
 from troll_jax.ops.support import bucket_tail, default_tail
 from troll_jax.optimizer import adamw
 from troll_jax.packing import batch_shape, make_batch, make_layout
-from troll_jax.sharding import make_mesh
-from troll_jax.types import START, TrainState
+from troll_jax.settings import Compute, Method, Sampling
+from troll_jax.types import START
 
 GROUPS = 4
 REWARDS = np.array([[1, 0], [1, 1], [0, 0.5], [-1, 2]], np.float32)
@@ -47,20 +49,20 @@ def experience(greedy_rewards=None, draws=1) -> Experience:
     return Experience(rollout(), REWARDS, greedy_rewards, draws, {})
 
 
-def learner(mesh=None, optimizer=SGD, minibatch=ROWS, **settings):
-    settings = {'objective': troll, 'estimator': group_normalised, 'tail_rule': default_tail} | settings
-    return make_learner(
+def method(**settings) -> Method:
+    defaults = {'objective': troll, 'advantages': group_normalised, 'aggregation': token_mean}
+    defaults |= {'tail_rule': default_tail, 'optimizer': lambda: SGD, 'minibatch_prompts': GROUPS}
+    return Method(**defaults | settings)
+
+
+def learner(compute=None, **settings) -> Learner:
+    return Learner(
         CONFIG,
-        optimizer,
-        batch_shape(minibatch, PROMPT + RESPONSE, row_tokens=13),
-        aggregation=token_mean,
-        temperature=1.0,
-        support_size=KEPT,
-        support_mass=MASS,
-        minibatch=minibatch,
+        Sampling(prompts_per_step=GROUPS, samples_per_prompt=ROWS // GROUPS, support_size=KEPT, support_mass=MASS),
+        method(**settings),
+        compute or Compute(row_tokens=13, devices=jax.devices()[:1]),
+        max_prompt_length=PROMPT,
         max_response_length=RESPONSE,
-        mesh=mesh or make_mesh(1, 1, 1, jax.devices()[:1]),
-        **settings,
     )
 
 
@@ -77,18 +79,17 @@ def with_head(critic, scale: float):
 def by_hand(params, advantages, **extra):
     """Parameters and metrics after one update with given advantages [R] or [R, T]."""
     layout = make_layout(rollout(), batch_shape(ROWS, PROMPT + RESPONSE, row_tokens=13))
-    weights = np.asarray(token_mean(rollout().response_lengths, max_length=RESPONSE))
+    weights = np.asarray(token_mean(rollout().response_lengths, RESPONSE))
     advantages = np.asarray(advantages, np.float32).reshape(ROWS, -1)
     extra['advantages'] = layout.scatter(np.broadcast_to(advantages, MASK.shape))
     batch = make_batch(rollout(), weights, weights, layout)._replace(**extra)
-    state, log = updater(troll)(TrainState(jax.tree.map(jnp.asarray, START), copy(params), SGD.init(params)), batch)
-    return jax.tree.map(np.asarray, (state.params, log.metrics))
+    return run(updater(troll), params, batch)
 
 
 def result(state, metrics):
     found = {name.removeprefix('update/'): np.float32(x) for name, x in metrics.items() if name.startswith('update/')}
     return jax.tree.map(np.asarray, state.params), {
-        name: x for name, x in found.items() if name not in ('padding_share', 'kl_noise')
+        name: x for name, x in found.items() if name not in ('padding_share', 'kl_noise', 'tokens_per_second')
     }
 
 
@@ -97,8 +98,8 @@ def test_gae_of_a_critic():
 
     The expected advantages come from sums over the future of each token, not from a recursion.
     """
-    bench = learner(estimator=discounted, critic=Critic(optimizer=SGD), whiten_advantages=True)
-    state = bench.start(copy(nearby_params()))
+    bench = learner(advantages=discounted, critic=Critic(optimizer=lambda: SGD), whiten_advantages=True)
+    state = bench.init(copy(nearby_params()))
     state = state._replace(critic=with_head(state.critic, 0.5))
     tokens = jnp.asarray(rollout().tokens)
     hidden = hidden_states(nearby_params(), tokens)
@@ -114,7 +115,7 @@ def test_gae_of_a_critic():
         returns[r, :length] = expected[r, :length] + v[:-1]
     white = (expected - expected[MASK].mean()) / (expected[MASK].std(ddof=1) + 1e-6)
 
-    state, metrics, _ = bench.learn(state, experience())
+    state, metrics, _ = training_step(bench, state, experience())
     assert_same_step(result(state, metrics), by_hand(nearby_params(), white))
     np.testing.assert_allclose(metrics['critic/return'], returns[MASK].mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics['critic/value'], (returns - expected)[MASK].mean(), rtol=1e-4)
@@ -131,15 +132,16 @@ def hidden_states(params, tokens):
 def test_critic_learns_before_the_policy():
     """Guards the warm-up, a critic whose gradient has the wrong sign or never reaches the decoder, and a policy's
     parameters that the critic shares instead of copying."""
+    optimizer = functools.partial(adamw, 3e-2, b2=0.99)
     bench = learner(
-        estimator=gae, critic=Critic(adamw(3e-2, b2=0.99), value_clip=None, warmup_steps=25), minibatch=ROWS // 2
+        advantages=gae, critic=Critic(optimizer, value_clip=None, warmup_steps=25), minibatch_prompts=GROUPS // 2
     )
-    state = bench.start(copy(policy_params()))
+    state = bench.init(copy(policy_params()))
     metrics = []
     for _ in range(25):
-        state, row, logs = bench.learn(state, experience())
+        state, row, updates = training_step(bench, state, experience())
         metrics.append(row)
-        assert not logs and 'update/loss' not in row
+        assert [update.policy for update in updates] == [None, None] and 'update/loss' not in row
     jax.tree.map(np.testing.assert_array_equal, state.params, policy_params())
     assert metrics[-1]['critic/explained_variance'] > 0.8 > 0.1 > metrics[0]['critic/explained_variance']
     assert metrics[-1]['critic/loss'] < 0.1 * metrics[0]['critic/loss']
@@ -148,25 +150,24 @@ def test_critic_learns_before_the_policy():
     )
     assert min(jax.tree.leaves(moved)) > 0
     assert int(state.progress.updates) == 0 and int(state.progress.step) == 25
-    state, row, _ = bench.learn(state, experience())
+    state, row, _ = training_step(bench, state, experience())
     assert int(state.progress.updates) == 2 and row['update/gradient_norm'] > 0
 
 
 def test_responses_that_are_all_masked_teach_nothing():
     """Guards 0/0 in means over no tokens: nothing is learnt, by no model, and every number is finite."""
     pull = functools.partial(kl_to_reference, coefficient=0.1)
-    pull.reference = True
     bench = learner(
-        estimator=gae,
-        critic=Critic(optimizer=SGD),
+        advantages=gae,
+        critic=Critic(optimizer=lambda: SGD),
         regularisers=[pull],
         whiten_advantages=True,
         mask_truncated=True,
     )
     cut = rollout()._replace(stop_token=np.full(ROWS, -1, np.int32))
-    state = bench.start(copy(nearby_params()))
+    state = bench.init(copy(nearby_params()))
     head = np.asarray(state.critic.params['head'])
-    state, metrics, _ = bench.learn(state, Experience(cut, REWARDS, None, 1, {}))
+    state, metrics, _ = training_step(bench, state, Experience(cut, REWARDS, None, 1, {}))
     jax.tree.map(np.testing.assert_array_equal, state.params, nearby_params())
     np.testing.assert_array_equal(state.critic.params['head'], head)
     for kind in ('update', 'critic'):
@@ -180,30 +181,30 @@ def test_a_skipped_update_does_not_blank_the_row():
     broken = data._replace(log_probs=np.where(np.arange(ROWS)[:, None] == 0, np.nan, data.log_probs))
     rows = []
     for part in (broken, data):
-        bench = learner(objective=importance_weighted, minibatch=ROWS // 2)
-        _, row, _ = bench.learn(bench.start(copy(nearby_params())), Experience(part, REWARDS, None, 1, {}))
+        bench = learner(objective=importance_weighted, minibatch_prompts=GROUPS // 2)
+        _, row, _ = training_step(bench, bench.init(copy(nearby_params())), Experience(part, REWARDS, None, 1, {}))
         rows.append(row)
     assert rows[0]['update/skipped'] == 0.5 and rows[1]['update/skipped'] == 0
     assert np.isfinite(list(rows[0].values())).all(), rows[0]
 
 
-@pytest.mark.parametrize('settings', [{'value_clip': 1e-3}, {'optimizer': optax.sgd(0.05)}])
+@pytest.mark.parametrize('settings', [{'value_clip': 1e-3}, {'optimizer': lambda: optax.sgd(0.05)}])
 def test_settings_of_a_critic(settings):
     """Guards settings of the critic that nothing reads."""
-    after, slow = [], {'optimizer': optax.sgd(0.1)}  # at a rate of 1 values explode, and no clip matters
+    after, slow = [], {'optimizer': lambda: optax.sgd(0.1)}  # at a rate of 1 values explode, and no clip matters
     for critic in (Critic(**slow), Critic(**slow | settings)):
-        bench = learner(estimator=gae, critic=critic, minibatch=ROWS // 2)
-        state = bench.start(copy(policy_params()))
+        bench = learner(advantages=gae, critic=critic, minibatch_prompts=GROUPS // 2)
+        state = bench.init(copy(policy_params()))
         for _ in range(2):  # at the first update a value has not moved, and the head alone has a gradient
-            state, *_ = bench.learn(state, experience())
+            state, *_ = training_step(bench, state, experience())
         after.append(np.asarray(state.critic.params['head']))
     assert np.abs(after[0] - after[1]).max() > 1e-4
 
 
 def test_values_do_not_see_their_token():
     """Guards the shift by one: a baseline that knows the token it is a baseline of biases the gradient."""
-    bench = learner(estimator=gae, critic=Critic())
-    params = with_head(bench.start(copy(policy_params())).critic, 1.0).params
+    bench = learner(advantages=gae, critic=Critic())
+    params = with_head(bench.init(copy(policy_params())).critic, 1.0).params
     weights = np.ones(ROWS, np.float32)
     batch = make_batch(rollout(), weights, weights, make_layout(rollout(), batch_shape(ROWS, PROMPT + RESPONSE)))
     changed = batch.tokens.copy()
@@ -218,8 +219,8 @@ def test_values_do_not_see_their_token():
 def test_greedy_baseline():
     """Guards which prompt's greedy reward is taken off which group."""
     greedy = np.array([0.5, 1.0, 0.0, -2.0], np.float32)
-    bench = learner(estimator=greedy_baseline)
-    state, metrics, _ = bench.learn(bench.start(copy(nearby_params())), experience(greedy))
+    bench = learner(advantages=greedy_baseline)
+    state, metrics, _ = training_step(bench, bench.init(copy(nearby_params())), experience(greedy))
     assert_same_step(result(state, metrics), by_hand(nearby_params(), (REWARDS - greedy[:, None]).reshape(-1)))
 
 
@@ -237,10 +238,9 @@ def test_reference_in_the_reward():
     """Guards sign and place of the penalty: an estimate that is taken off the response's reward, for the policy that
     sampled and not for the current one."""
     penalty = functools.partial(kl_to_reference, coefficient=0.3, estimator=k1)
-    penalty.reference = True
-    bench = learner(estimator=no_baseline, reward_penalty=penalty)
-    state = bench.start(copy(nearby_params()))
-    state, metrics, _ = bench.learn(state, experience())
+    bench = learner(advantages=no_baseline, reward_penalty=penalty)
+    state = bench.init(copy(nearby_params()))
+    state, metrics, _ = training_step(bench, state, experience())
     costs = 0.3 * log_ratio_to_nearby().sum(axis=1)
     np.testing.assert_allclose(metrics['reward/penalty'], costs.mean(), rtol=1e-4)
     assert_same_step(result(state, metrics), by_hand(nearby_params(), REWARDS.reshape(-1) - costs))
@@ -251,16 +251,13 @@ def test_reference_in_the_loss(tail_rule):
     """Guards the reference model's own values: no pull at the reference, a pull towards it elsewhere, of the size that
     the whole vocabulary gives."""
     pull = functools.partial(kl_to_reference, coefficient=1.0)
-    pull.reference = True
-    bench = learner(
-        objective=importance_weighted, estimator=no_baseline, regularisers=[pull], tail_rule=tail_rule, optimizer=SGD
-    )
+    bench = learner(objective=importance_weighted, advantages=no_baseline, regularisers=[pull], tail_rule=tail_rule)
     nothing = experience()._replace(rewards=np.zeros_like(REWARDS))
-    state, metrics, _ = bench.learn(bench.start(copy(nearby_params())), nothing)
+    state, metrics, _ = training_step(bench, bench.init(copy(nearby_params())), nothing)
     assert metrics['update/gradient_norm'] < 1e-5
 
-    state = bench.start(copy(nearby_params()))._replace(params=copy(policy_params()))
-    _, metrics, _ = bench.learn(state, nothing)
+    state = bench.init(copy(nearby_params()))._replace(params=copy(policy_params()))
+    _, metrics, _ = training_step(bench, state, nothing)
     policy, reference = (all_log_probs(p, jnp.asarray(rollout().tokens)) for p in (policy_params(), nearby_params()))
     dense = np.asarray(jnp.sum(jnp.exp(policy) * (policy - reference), axis=-1))
     start, length = rollout().prompt_lengths[:, None], rollout().response_lengths[:, None]
@@ -273,18 +270,16 @@ def test_reference_in_the_loss(tail_rule):
 def test_reference_is_refreshed_and_laid_out_like_the_policy():
     """Guards a reference that is never refreshed or is the policy itself, and one that lies whole on every device."""
     penalty = functools.partial(kl_to_reference, coefficient=0.1)
-    penalty.reference = True
-    mesh = make_mesh(2, 2, 2)
-    bench = learner(mesh, reward_penalty=penalty, refresh_reference_every=2, minibatch=ROWS)
-    with jax.set_mesh(mesh):
+    bench = learner(Compute(data=2, fsdp=2, tensor=2, row_tokens=13), reward_penalty=penalty, refresh_reference_every=2)
+    with jax.set_mesh(bench.mesh):
         shardings = jax.tree.map(lambda x: x.sharding, bench.shapes.params)
-        state = bench.start(jax.device_put(copy(nearby_params()), shardings))
+        state = bench.init(jax.device_put(copy(nearby_params()), shardings))
         start = jax.tree.map(np.array, state.reference)
         same = jax.tree.map(lambda x, sharding: x.sharding == sharding, state.reference, shardings)
         assert all(jax.tree.leaves(same))
         states = []
         for _ in range(2):
-            state, *_ = bench.learn(state, experience())
+            state, *_ = training_step(bench, state, experience())
             states.append(jax.tree.map(np.array, (state.params, state.reference)))
     jax.tree.map(np.testing.assert_array_equal, states[0][1], start)
     jax.tree.map(np.testing.assert_array_equal, *states[1])
@@ -294,22 +289,113 @@ def test_reference_is_refreshed_and_laid_out_like_the_policy():
 def test_draws_are_counted():
     """Guards data that a resumed run would see twice after groups were replaced."""
     bench = learner()
-    state, *_ = bench.learn(bench.start(copy(policy_params())), experience(draws=3))
+    state, *_ = training_step(bench, bench.init(copy(policy_params())), experience(draws=3))
     assert (int(state.progress.draws), int(state.progress.step)) == (3, 1)
+
+
+def assert_equal(one, other):
+    jax.tree.map(np.testing.assert_array_equal, *(jax.tree.map(np.array, x) for x in (one, other)))
+
+
+@pytest.mark.parametrize(
+    'settings',
+    [
+        {'advantages': mean_centred},
+        {
+            'advantages': discounted,
+            'critic': Critic(optimizer=lambda: SGD),
+            'whiten_advantages': True,
+            'old_policy': 'recompute',
+            'importance_limit': 1.01,
+            'regularisers': [functools.partial(kl_to_reference, coefficient=0.1)],
+            'refresh_reference_every': 1,
+        },
+    ],
+    ids=['no model is asked', 'all models are asked'],
+)
+def test_pieces_on_their_own_are_a_step(settings):
+    """Guards pieces that count on something that another leaves behind in the learner, or that use up a state which is
+    still needed: in any order, several times and of several states, they give what a step gives."""
+    bench = learner(minibatch_prompts=GROUPS // 2, **settings)
+
+    def begin():
+        state = bench.init(copy(policy_params()))
+        params = copy(nearby_params())  # a policy that has left the reference
+        return state._replace(params=params) if 'critic' in settings else state
+
+    state, row, updates = training_step(bench, begin(), experience(draws=3))
+
+    packed = bench.pack(rollout())
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(packed.batches)), 'on the host'
+    own, state_of_another = begin(), bench.init(copy(nearby_params()))
+    scored = bench.score(own, packed)
+    others = bench.score(state_of_another, packed)
+    assert_equal(bench.score(own, packed), scored)
+    assert_equal(packed.batches, bench.pack(rollout()).batches)
+    if 'critic' in settings:
+        np.testing.assert_array_equal(scored.values, 0)  # of a critic whose head is zero
+        assert np.abs(scored.batches[0].reference.log_probs - others.batches[0].reference.log_probs).max() > 0.1
+    bench.assign_advantages(scored, experience()._replace(rewards=-REWARDS))
+    batches, metrics = bench.assign_advantages(scored, experience())
+    bench.update(state_of_another, batches[1])
+    taken = []
+    for batch in batches:
+        own, updated = bench.update(own, batch)
+        taken.append(updated)
+    own = bench.end_step(own, 3)
+    assert_equal(own, state)
+    assert_equal(taken, updates)
+    timed = {'update/tokens_per_second', 'seconds/update'}
+    assert summarise(taken) | metrics == {name: x for name, x in row.items() if name not in timed}
+
+
+def test_an_update_of_the_critic_alone():
+    """Guards a policy that moves while only its critic is meant to."""
+    bench = learner(advantages=gae, critic=Critic(optimizer=lambda: SGD))
+    state = bench.init(copy(policy_params()))
+    (batch,), _ = bench.assign_advantages(bench.score(state, bench.pack(rollout())), experience())
+    state, updated = bench.update(state, batch, critic_only=True)
+    assert updated.policy is None and updated.critic['gradient_norm'] > 0
+    assert_equal(state.params, policy_params())
+    assert int(state.progress.updates) == 0 and np.abs(state.critic.params['head']).max() > 0
+
+
+def test_an_objective_of_ones_own_is_counted():
+    """Guards the table of constrained tokens against knowing objectives by the names in their logs."""
+
+    def without_losers(row, advantages, progress=START) -> LossOutputs:
+        losses = importance_weighted(row, advantages, progress)
+        left_out = advantages < 0
+        return LossOutputs(jnp.where(left_out, 0.0, losses.loss), left_out, {})
+
+    bench = learner(objective=without_losers, advantages=mean_centred)
+    _, row, (updated,) = training_step(bench, bench.init(copy(nearby_params())), experience())
+    at = np.minimum(rollout().prompt_lengths[:, None] + np.arange(RESPONSE), PROMPT + RESPONSE - 1)
+    sampled = np.take_along_axis(rollout().tokens, at, axis=1)
+    lost = (REWARDS < REWARDS.mean(axis=1, keepdims=True)).reshape(-1, 1)
+    expected = np.bincount(sampled[MASK & lost], minlength=CONFIG.vocab_size)
+    np.testing.assert_array_equal(updated.policy.constrained, expected)
+    np.testing.assert_array_equal(updated.policy.seen, np.bincount(sampled[MASK], minlength=CONFIG.vocab_size))
+    assert 0 < expected.sum() < MASK.sum()
+    assert [name for name in row if name.endswith('_share')] == ['update/padding_share']
 
 
 @pytest.mark.parametrize(
     ('settings', 'said'),
     [
-        ({'estimator': gae}, r'set Method.critic = @Critic\(\)'),
-        ({'critic': Critic()}, 'the critic would learn what nothing uses'),
-        ({'refresh_reference_every': 3}, 'refresh_reference_every = 3; expected 0'),
+        ({'advantages': gae}, 'the values of a critic, and there is none; set Method.critic'),
+        ({'critic': Critic()}, 'critic is set but unused'),
+        ({'refresh_reference_every': 3}, 'refresh_reference_every = 3 without a reference model; expected 0'),
         ({'reward_penalty': lambda row: row.entropy}, 'reward_penalty must compare with a reference model'),
         ({'old_policy': 'rollouts'}, "old_policy must be one of .* got 'rollouts'"),
         ({'importance_limit': 2.0}, 'set old_policy to'),
+        (
+            {'reward_penalty': functools.partial(kl_to_reference, coefficient=0.1), 'mask_truncated': True},
+            'reward_penalty and mask_truncated do not go together',
+        ),
     ],
 )
 def test_settings_that_do_not_go_together(settings, said):
     """Guards knobs that would be silently ignored."""
     with pytest.raises(ValueError, match=said):
-        learner(**settings)
+        method(**settings)

@@ -1,24 +1,24 @@
 """Every binding of every file in configs/objectives changes what is learnt."""
 
-import inspect
 from functools import partial
 from pathlib import Path
 
-import gin
 import jax
 import numpy as np
 import pytest
-from experiments.config import parse
+from tiny import decoder_config
 
-import experiments.train
-from troll_jax.critic import token_rewards
-from troll_jax.ops.advantages import needs_greedy_reward, needs_values, whiten
+from experiments.plumbing.gin_files import Config
+from troll_jax.collect import Experience
+from troll_jax.learn import Learner
 from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import LossInputs, ReferenceView
+from troll_jax.ops.needs import give
 from troll_jax.ops.regularisers import regularised
 from troll_jax.ops.support import at_tokens, bucket_tail, sparsify
 from troll_jax.rewards.terms import Responses, weigh
-from troll_jax.types import SparseLogProbs
+from troll_jax.settings import Compute, Method, Sampling
+from troll_jax.types import Rollout, SparseLogProbs
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
 FILES = sorted(CONFIGS.glob('objectives/*.gin'))
@@ -57,31 +57,28 @@ MASK = np.arange(LIMIT) < LENGTHS[:, None]
 VALUES = RANDOM.normal(size=MASK.shape).astype(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def no_bindings():
-    gin.clear_config()
-    yield
-    gin.clear_config()
-
-
-def token_losses() -> np.ndarray:
-    """The weighted losses of the tokens above, by the configuration, in the way of `troll_jax.learn`."""
-    defaults = {name: p.default for name, p in inspect.signature(experiments.train.train).parameters.items()}
-    chosen = defaults | gin.get_bindings('train')
-    responses = Responses([''] * len(LENGTHS), LENGTHS, LIMIT, REWARDS.reshape(-1))
-    rewards, _ = weigh(chosen['rewards'], responses)
-    estimator = chosen['estimator']
-    if needs_values(estimator):
-        of_tokens = token_rewards(rewards, np.zeros(MASK.shape, np.float32), LENGTHS)
-        advantages = jax.vmap(estimator)(of_tokens, VALUES * MASK)
-        advantages = (whiten(advantages, MASK) if chosen['whiten_advantages'] else advantages)[MASK]
-    else:
-        more = (GREEDY,) if needs_greedy_reward(estimator) else ()
-        advantages = jax.vmap(estimator)(rewards.reshape(REWARDS.shape), *more)
-        advantages = (whiten(advantages) if chosen['whiten_advantages'] else advantages).reshape(-1)[SEGMENTS - 1]
-    weights = np.asarray(chosen['aggregation'](LENGTHS, max_length=LIMIT))
-    objective = regularised(chosen['objective'], chosen['regularisers'])
-    return objective(row_of(chosen['tail_rule']), advantages).loss * weights[SEGMENTS - 1]
+def token_losses(method: Method) -> np.ndarray:
+    """The weighted losses of the tokens above, by a method."""
+    learner = Learner(
+        decoder_config(VOCAB),
+        Sampling(prompts_per_step=GROUPS, samples_per_prompt=SAMPLES),
+        method,
+        Compute(devices=jax.devices()[:1]),
+        max_prompt_length=1,
+        max_response_length=LIMIT,
+    )
+    zeros = lambda *more, dtype=np.float32: np.zeros((*MASK.shape, *more), dtype)
+    support = SparseLogProbs(zeros(KEPT, dtype=np.int32), zeros(KEPT))
+    prompt, stopped = np.ones_like(LENGTHS), np.zeros_like(LENGTHS)
+    tokens = np.zeros((len(LENGTHS), 1 + LIMIT), np.int32)
+    packed = learner.pack(Rollout(tokens, prompt, LENGTHS, stopped, zeros(), zeros(), support))
+    rewards, _ = weigh(method.rewards, Responses([''] * len(LENGTHS), LENGTHS, LIMIT, REWARDS.reshape(-1)))
+    scored = packed._replace(values=None if method.critic is None else VALUES)
+    experience = Experience(packed.rollout, rewards.reshape(REWARDS.shape), GREEDY, draws=1, metrics={})
+    (batch,), _ = learner.assign_advantages(scored, experience)
+    advantages, weights = (scored.to_responses([x])[MASK] for x in (batch.advantages, batch.loss_weights))
+    objective = regularised(method.objective, method.regularisers)
+    return objective(row_of(method.tail_rule), advantages).loss * weights
 
 
 @partial(jax.jit, static_argnums=0)
@@ -89,9 +86,9 @@ def row_of(tail_rule) -> LossInputs:
     def one(new, old, reference, token, segment):
         new, old, reference = (jax.nn.log_softmax(x) for x in (new, old, reference))
         own, listed = (sparsify(x, token, support_size=KEPT, support_mass=1.0) for x in (new, old))
-        on_support = tail_rule(at_tokens(new, listed.tokens), own, listed)
+        on_support = tail_rule(at_tokens(new, listed.tokens), listed, **give(tail_rule, new=own))
         on_old_support = SparseLogProbs(listed.tokens, at_tokens(reference, listed.tokens))
-        view = ReferenceView(reference[token], *bucket_tail(at_tokens(new, listed.tokens), None, on_old_support))
+        view = ReferenceView(reference[token], *bucket_tail(at_tokens(new, listed.tokens), on_old_support))
         return LossInputs(token, segment, new[token], old[token], *on_support, entropy(new), view)
 
     return jax.vmap(one)(NEW, OLD, REFERENCE, TOKENS, SEGMENTS)
@@ -106,17 +103,18 @@ def other_value(name: str, value: str) -> str:
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
 def test_every_binding_changes_the_loss(file):
     """Guards knobs that are set and never read, or read where they make no difference."""
-    task = CONFIGS / 'quickstart.gin'
-    parse([file])
-    bindings = [line.split(' = ') for line in gin.config_str().splitlines() if ' = ' in line]
+    bound = Config([file]).bindings
+    bindings = [(f'{key}.{name}', repr(value)) for key, values in bound.items() for name, value in values.items()]
     assert {'Method.objective', 'Method.aggregation', 'Method.advantages'} <= {name for name, _ in bindings}
-    gin.clear_config()
-    parse([task, file])
-    expected = token_losses()
+
+    def losses(*changes: str) -> np.ndarray:
+        config = Config([CONFIGS / 'quickstart.gin', file], changes)
+        return token_losses(config.build(Method, minibatch_prompts=GROUPS))
+
+    expected = losses()
     assert np.isfinite(expected).all()
     for name, value in bindings:
-        if name.startswith(ELSEWHERE):
-            continue
-        gin.clear_config()
-        parse([task, file], [f'{name} = {other_value(name, value)}'])
-        assert np.abs(token_losses() - expected).max() > 1e-6, f'{name} = {value}'
+        if not name.startswith(ELSEWHERE):
+            without_critic = ['Method.critic = None'] if name == 'Method.advantages' else []  # no other wants one
+            changed = losses(f'{name} = {other_value(name, value)}', *without_critic)
+            assert np.abs(changed - expected).max() > 1e-6, f'{name} = {value}'

@@ -4,23 +4,26 @@ Models are the real ones in shape: `train` is called, and stopped before it woul
 sampler and the update. Of what a run needs only the tokenizer and the prompts, which would be downloaded, are made up.
 """
 
-import inspect
+import dataclasses
 import itertools
 import re
 from pathlib import Path
 
-import experiments.config
-import gin
 import numpy as np
 import pytest
-from experiments.config import Experiment, parse
 
-import experiments.train
+import experiments.plumbing.run
+import troll_jax.experiment
+from experiments.plumbing.gin_files import Config
+from experiments.plumbing.names import SETTINGS
+from experiments.train import train
 from troll_jax.data.prompts import PromptSet
 from troll_jax.data.tokenizer import character_tokenizer
+from troll_jax.settings import check_together
 
 CONFIGS = Path(__file__).parent.parent / 'configs'
-TABLE = (CONFIGS / 'README.md').read_text().split('<!-- tests/test_paper_configs.py reads this table -->')[1]
+MARK = '<!-- tests/test_paper_configs.py reads this table -->\n\n'
+TABLE = (CONFIGS / 'README.md').read_text().split(MARK)[1].split('\n\n')[0]
 
 # Where the config.json of each model is.
 FOLDERS = {
@@ -83,21 +86,11 @@ for _files in EXPERIMENTS:
 named = lambda files: '-'.join(file.split('/')[1] for file in files)
 
 
-@pytest.fixture(autouse=True)
-def no_bindings():
-    gin.clear_config()
-    yield
-    gin.clear_config()
-
-
-def read(files: tuple[str, ...], *bindings: str) -> Experiment:
-    """The experiment of these files, with the config.json of its model that is here."""
-    parse([CONFIGS / f'{file}.gin' for file in files], bindings)
-    with gin.unlock_config():
-        gin.bind_parameter(
-            'Experiment.model', str(CONFIGS / 'models' / FOLDERS[gin.query_parameter('Experiment.model')])
-        )
-    return Experiment()
+def read(files: tuple[str, ...], folder: str) -> tuple[Config, list]:
+    """The configuration of these files, and the five settings, with the config.json of their model that is here."""
+    config = Config([CONFIGS / f'{file}.gin' for file in files], [f"Run.folder = '{folder}'"])
+    experiment, *others = [config.build(kind) for kind in SETTINGS]
+    return config, [dataclasses.replace(experiment, model=str(CONFIGS / 'models' / FOLDERS[experiment.model])), *others]
 
 
 def test_the_table_has_every_file():
@@ -112,8 +105,7 @@ def test_the_table_has_every_file():
 @pytest.mark.parametrize('file', sorted((CONFIGS / 'models').glob('*.gin')), ids=lambda file: file.stem)
 def test_a_models_file_says_nothing_of_the_task(file):
     """Guards against a comparison of models in which one has other hyperparameters."""
-    parse([file])
-    names = [line.split(' =')[0] for line in gin.config_str().splitlines() if ' = ' in line]
+    names = [f'{key}.{name}' for key, values in Config([file]).bindings.items() for name in values]
     allowed = {'Experiment.model', 'Experiment.template_arguments', 'Experiment.chat_template_from'}
     assert set(names) <= allowed | {'Compute.remat', 'Compute.slots', 'Compute.head_chunk'}
 
@@ -121,21 +113,15 @@ def test_a_models_file_says_nothing_of_the_task(file):
 def test_every_experiment_is_complete():
     """Guards against a run that fails, after minutes of loading, on a parameter that its files forgot, and lengths that
     its model has no positions for."""
-    required = [
-        p.name for p in inspect.signature(experiments.train.train).parameters.values() if p.default is gin.REQUIRED
-    ]
     for files in EXPERIMENTS:
-        gin.clear_config()
-        experiment = read(files, "Run.folder = 'unused'")
-        for name in required:
-            gin.query_parameter(f'train.{name}')  # raises if it is not bound
-        assert experiment.decoder_config().remat == 'full'
+        config, (experiment, sampling, method, compute, _) = read(files, 'unused')
+        check_together(sampling, method, compute, experiment.max_length)
+        assert experiment.decoder_config(compute).remat == 'full'
         lengths = experiment.max_prompt_length, experiment.max_response_length
         assert lengths == ((512, 2048) if files[0] == 'data/gsm8k' else (2048, 4096))
         changed = {'ablations/bound_0_01': [0.01, 64], 'ablations/bound_0_25': [0.25, 64]}
         changed |= {'ablations/tokens_256': [0.05, 256], 'ablations/tokens_16': [0.05, 16]}
-        values = [gin.query_parameter(name) for name in ('troll.bound', 'Sampling.support_size')]
-        assert values == changed.get(files[-1], [0.05, 64])
+        assert [config.get('troll.bound'), sampling.support_size] == changed.get(files[-1], [0.05, 64])
 
 
 class ReachedWeights(Exception):
@@ -149,16 +135,15 @@ def stop(*_, **__):
 @pytest.mark.parametrize('files', TRACED, ids=named)
 def test_it_trains_up_to_the_weights(files, tmp_path, monkeypatch):
     """Guards files that rot: sizes that do not go together, and programs that cannot be built for the real model."""
-    experiment = read(files, f"Run.folder = '{tmp_path}'")
-    with gin.unlock_config():
-        gin.bind_parameter(f'{type(experiment.task).__name__}.deadline', None)  # no grading workers
+    _, (experiment, *others) = read(files, tmp_path)
+    task = dataclasses.replace(experiment.task, deadline=None)  # no grading workers
     n = 2048
     tokens = np.zeros((n, experiment.max_prompt_length), np.int32)
     prompts = PromptSet(tokens, np.ones(n, np.int32), answers=[''] * n, texts=[''] * n)
-    monkeypatch.setattr(type(experiment.task), 'load', lambda self, split: split)
-    monkeypatch.setattr(experiments.config, 'encode_prompts', lambda *_, **__: prompts)
-    monkeypatch.setattr(experiments.config, 'load_tokenizer', lambda *_, **__: character_tokenizer('a'))
-    monkeypatch.setattr(experiments.config, 'stop_token_ids', lambda *_: (0,))
-    monkeypatch.setattr(experiments.train, 'restore_or_start', stop)
+    monkeypatch.setattr(type(task), 'load', lambda self, split: split)
+    monkeypatch.setattr(troll_jax.experiment, 'encode_prompts', lambda *_, **__: prompts)
+    monkeypatch.setattr(troll_jax.experiment, 'load_tokenizer', lambda *_, **__: character_tokenizer('a'))
+    monkeypatch.setattr(troll_jax.experiment, 'stop_token_ids', lambda *_: (0,))
+    monkeypatch.setattr(experiments.plumbing.run, 'restore_or_init', stop)
     with pytest.raises(ReachedWeights):
-        experiments.train.train()
+        train(dataclasses.replace(experiment, task=task), *others)

@@ -6,15 +6,17 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import gin
 import jax
 import jax.numpy as jnp
 import pytest
-from experiments.config import parse
 from jax.experimental import topologies
 from jax.sharding import PartitionSpec
 from tiny import CUDNN, decoder_config
-from troll_jax.planning import (
+
+from experiments.plan import print_table
+from experiments.plumbing.gin_files import Config
+from experiments.studies.plan import examine, plan
+from experiments.studies.program_cost import (
     CHIPS,
     Chip,
     Cost,
@@ -25,8 +27,6 @@ from troll_jax.planning import (
     program_cost,
     roofline,
 )
-
-from experiments.plan import examine, plan, print_table
 from troll_jax.models.attention import cudnn_attention, splash_attention
 from troll_jax.models.paged_cache import Pages, TokenPages, response_pages
 from troll_jax.sharding import make_mesh, named_sharding
@@ -205,13 +205,12 @@ def test_what_is_too_large_for_the_compiler_does_not_fit(capsys):
     assert '| v5e:2x2 | large | | | over' in capsys.readouterr().out
 
 
-def test_a_task_without_a_method_is_an_error(request):
+def test_a_task_without_a_method_is_an_error():
     """Guards a plan of half an experiment: what is missing is named, before anything is traced."""
-    request.addfinalizer(gin.clear_config)
-    files = ['configs/data/gsm8k.gin', 'configs/models/qwen3_0_6b.gin']
-    parse([REPOSITORY / file for file in files], ["Experiment.model = 'configs/models/qwen3-0.6b'"])
-    with pytest.raises(ValueError, match='a plan needs Method.objective; bind each'):
-        plan('v5e:2x2')
+    files = [REPOSITORY / file for file in ('configs/data/gsm8k.gin', 'configs/models/qwen3_0_6b.gin')]
+    config = Config(files, ["Experiment.model = 'configs/models/qwen3-0.6b'"])
+    with pytest.raises(ValueError, match='Method needs Method.objective; bind each'):
+        plan(config, 'v5e:2x2')
 
 
 @pytest.mark.parametrize(
@@ -227,24 +226,23 @@ def test_a_task_without_a_method_is_an_error(request):
 def test_an_unknown_topology_is_an_error(topology, message):
     """Guards a mistyped slice: the message names what there is, and the compiler that may be missing."""
     with pytest.raises(ValueError, match=message):
-        plan(topology)
+        plan(Config([]), topology)
 
 
 def test_without_the_compiler_the_error_says_how_to_get_it(monkeypatch):
     """Guards the first thing that a user meets who has not installed it."""
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
     with pytest.raises(ValueError, match=r'the CUDA plugin is not installed.*pip install "jax\[cuda13-local\]=='):
-        plan('h100:1')
+        plan(Config([]), 'h100:1')
 
 
 @pytest.mark.skipif(bool(CUDNN), reason='cuDNN is installed')
 def test_without_cudnn_the_error_says_how_to_get_it():
     """Guards the second thing that such a user meets."""
-    parse([REPOSITORY / 'configs/qwen3_0_6b_gsm8k_troll.gin'], ["Experiment.model = 'configs/models/qwen3-0.6b'"])
-    with pytest.raises(
-        ValueError, match=r"pip install --no-deps nvidia-cudnn-cu13, or bind Compute.attention = 'xla'"
-    ):
-        plan('h100:1')
+    file = REPOSITORY / 'configs/qwen3_0_6b_gsm8k_troll.gin'
+    config = Config([file], ["Experiment.model = 'configs/models/qwen3-0.6b'"])
+    with pytest.raises(ValueError, match=r"pip install --no-deps nvidia-cudnn-cu13, or bind Compute.attention = 'xla'"):
+        plan(config, 'h100:1')
 
 
 def test_gpus_and_what_is_computed_twice():

@@ -5,28 +5,29 @@ import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
-import gin
 import jax
 import numpy as np
 import pytest
-from experiments.config import parse, register
-from experiments.replay_report import draw, report
+from loop import settings
 from tiny import save_qwen3
 
-from experiments.replay import find_methods, replay
+from experiments.plumbing.gin_files import Config
+from experiments.plumbing.gin_text import to_bindings
+from experiments.studies.replay import find_methods, replay
+from experiments.studies.replay_report import draw, report
 from experiments.train import train
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
 from troll_jax.data.tokenizer import character_tokenizer
 from troll_jax.metrics import read_metrics
 from troll_jax.packing import BatchShape, abstract_batch
 from troll_jax.saved_batches import load_batches, save_batches
+from troll_jax.settings import Method
 from troll_jax.types import Batch, SparseLogProbs
 
 REPOSITORY = Path(__file__).parent.parent
 CONFIGS = REPOSITORY / 'configs'
 
 
-@register
 class StartsLow(Arithmetic):
     """Rewards responses by their first character: something that tells the samples of any policy apart."""
 
@@ -43,16 +44,16 @@ def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('replay')
     tokenizer = character_tokenizer(CHARACTERS)
     save_qwen3(folder / 'model', tokenizer, initializer_range=0.5)
-    gin.clear_config()
     bindings = [
+        'import test_replay',
         f'Experiment.model = {str(folder / "model")!r}',
-        'Experiment.task = @StartsLow()',
+        'Experiment.task = @test_replay.StartsLow()',
         'Experiment.max_prompt_length = 4',
         'Experiment.max_response_length = 3',
         "Compute.dtype = 'bfloat16'",
-        'StartsLow.operands = 2',
-        'StartsLow.train_size = 60',
-        'StartsLow.test_size = 10',
+        'test_replay.StartsLow.operands = 2',
+        'test_replay.StartsLow.train_size = 60',
+        'test_replay.StartsLow.test_size = 10',
         f'Run.folder = {str(folder / "run")!r}',
         'Run.steps = 2',
         'Sampling.prompts_per_step = 16',
@@ -66,9 +67,7 @@ def run(tmp_path_factory) -> Path:
         'Compute.head_chunk = 40',
         'adamw.learning_rate = 0.02',
     ]
-    parse([CONFIGS / 'quickstart.gin', CONFIGS / 'objectives/troll.gin'], bindings)
-    train()
-    gin.clear_config()
+    train(*settings([CONFIGS / 'quickstart.gin', CONFIGS / 'objectives/troll.gin'], bindings))
     return folder / 'run'
 
 
@@ -143,33 +142,40 @@ def test_methods_are_their_files_alone():
     against methods that differ in their data alone and would be computed twice.
     """
     files = [CONFIGS / 'quickstart.gin', CONFIGS / 'objectives/gspo.gin']
-    parse(
-        files,
-        ['Method.tail_rule = @bucket_tail', 'Method.regularisers = [@entropy_bonus]', 'entropy_bonus.coefficient = 1'],
-    )
-    methods = {method.name: method for method in find_methods(['clip', 'rloo', 'dr_grpo', 'gspo'], [])}
+    changes = ['Method.tail_rule = @bucket_tail', 'Method.regularisers = [@entropy_bonus]']
+    run = Config(files, [*changes, 'entropy_bonus.coefficient = 1']).build(Method)
+    methods = {method.name: method for method in find_methods(run, ['clip', 'rloo', 'dr_grpo', 'gspo'], [])}
     assert [(name, method.same) for name, method in methods.items()] == [
         ('importance_weighted', ['rloo']),
         ('clip', ['dr_grpo']),
         ('gspo', []),
         ('run', []),  # it has a regulariser
     ]
-    tail = 'Method.tail_rule = @bucket_tail'
-    assert methods['importance_weighted'].bindings == {'Method.objective = @importance_weighted', tail}
-    assert methods['clip'].bindings == {
-        'Method.objective = @ppo_clip',
-        'ppo_clip.lower = 0.2',
-        'ppo_clip.upper = 0.2',
-        'ppo_clip.dual = 10.0',
-        tail,
+    own = lambda name: {
+        line.removeprefix('experiments.studies.replay.Compared.'): value
+        for line, value in to_bindings(methods[name].method).items()
     }
-    gin.clear_config()
-    parse(files)
-    assert [(m.name, m.same) for m in find_methods(['gspo'], [])] == [('importance_weighted', []), ('gspo', ['run'])]
-    all_methods = [len(find_methods([], [], has_reference=has)) for has in (False, True)]
+    tail = {'regularisers': '()', 'tail_rule': '@bucket_tail'}
+    assert own('importance_weighted') == {'objective': '@importance_weighted'} | tail
+    assert (
+        own('clip')
+        == {
+            'objective': '@ppo_clip',
+            'ppo_clip.lower': '0.2',
+            'ppo_clip.upper': '0.2',
+            'ppo_clip.dual': '10.0',
+        }
+        | tail
+    )
+    run = Config(files).build(Method)
+    assert [(m.name, m.same) for m in find_methods(run, ['gspo'], [])] == [
+        ('importance_weighted', []),
+        ('gspo', ['run']),
+    ]
+    all_methods = [len(find_methods(run, [], [], has_reference=has)) for has in (False, True)]
     assert all_methods == [11, 12], 'all files of configs/objectives, less those that differ in their data'
     with pytest.raises(ValueError, match='grpo compares with a reference model'):
-        find_methods(['grpo'], [])
+        find_methods(run, ['grpo'], [])
 
 
 def test_errors_say_what_there_is(run):
@@ -182,10 +188,8 @@ def test_errors_say_what_there_is(run):
     ]:
         with pytest.raises(ValueError, match=message):
             replay(run, **arguments)
-    gin.clear_config()
-    parse([CONFIGS / 'quickstart_troll.gin'], ['Run.save_rollout_every = 30'])
     with pytest.raises(ValueError, match='save_rollout_every = 30 must be a multiple of checkpoint_every = 25'):
-        train()
+        settings([CONFIGS / 'quickstart_troll.gin'], ["Run.folder = 'unused'", 'Run.save_rollout_every = 30'])
 
 
 def some_batches() -> list[Batch]:

@@ -5,17 +5,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from updates import (
-    CONFIG,
-    PACKED,
-    SCORING,
-    assert_same,
-    batch,
-    nearby_params,
-    policy_params,
-    run,
-    updater,
-)
+from updates import CONFIG, PACKED, SCORING, assert_same, batch, nearby_params, policy_params, run, updater
 
 from troll_jax.ops.losses import ppo_clip
 from troll_jax.ops.regularisers import kl_to_reference

@@ -34,7 +34,7 @@ def test_all_devices_are_in_fsdp_by_default():
 @pytest.mark.parametrize(
     'sizes, match',
     [
-        ((2, 2, 1), r"'data': 2, 'fsdp': 2, 'tensor': 1} needs 4 devices, but 8 \(cpu\) are there; change make_mesh"),
+        ((2, 2, 1), r"'data': 2, 'fsdp': 2, 'tensor': 1} needs 4 devices, but 8 \(cpu\) are there; change Compute"),
         ((1, 16, 1), 'needs 16 devices, but 8'),
         ((3, -1, 1), "'fsdp': -1.* needs a multiple of 3 devices, but 8"),
         ((1, -1, 16), 'needs a multiple of 16 devices, but 8'),

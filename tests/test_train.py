@@ -1,9 +1,12 @@
 """The whole loop, as a user starts it, on models that are made here."""
 
 import json
+import re
 import shutil
+from functools import partial
 
 import jax
+import loop
 import numpy as np
 import pytest
 from loop import HASH, REPOSITORY, run, saved, settings, two_kv_heads, without_times
@@ -17,7 +20,14 @@ from experiments.train import train
 from experiments.warm_start import warm_start
 from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tokenizer import character_tokenizer
+from troll_jax.experiment import Experiment
 from troll_jax.metrics import read_metrics
+from troll_jax.ops.advantages import group_normalised
+from troll_jax.ops.aggregation import token_mean
+from troll_jax.ops.losses import troll
+from troll_jax.ops.support import default_tail
+from troll_jax.optimizer import adamw
+from troll_jax.settings import Compute, Method, Run, Sampling
 
 METHODS = sorted(file.stem for file in (REPOSITORY / 'configs/objectives').glob('*.gin'))
 
@@ -40,6 +50,39 @@ def test_a_rewarded_response_is_learnt(tmp_path, model, method):
     """Guards against everything that makes a run go through without learning: signs, shifts by one, lost gradients."""
     rows = run(tmp_path, model, 'Run.steps = 20', method=method, task=HASH)
     assert rows[0]['reward/mean'] < 0.5 < 0.9 < rows[-1]['reward/mean']
+
+
+def test_training_from_python_is_the_same(tmp_path, model):
+    """Guards a notebook: five values that were built by hand train as those of gin files do, to the last bit, and
+    their run directory is evaluated like any other."""
+    by_gin = run(tmp_path / 'gin', model, 'Run.steps = 2', task=HASH)
+    task = loop.StartsWithHash(operands=2, train_size=60, test_size=10)
+    experiment = Experiment(model=model, task=task, max_prompt_length=4, max_response_length=3)
+    train(
+        experiment,
+        Sampling(prompts_per_step=16, samples_per_prompt=4, support_size=16),
+        Method(
+            objective=troll,
+            advantages=group_normalised,
+            aggregation=token_mean,
+            tail_rule=default_tail,
+            optimizer=partial(adamw, learning_rate=1e-2, b2=0.99),
+            minibatch_prompts=8,
+        ),
+        Compute(dtype='float32', head_chunk=40),
+        Run(folder=str(tmp_path / 'python'), steps=2, evaluate_every=0, checkpoint_every=2),
+    )
+    assert without_times(read_metrics(tmp_path / 'python/metrics.jsonl')) == without_times(by_gin)
+    config = Config([tmp_path / 'python/config.gin'])
+    assert evaluation(str(tmp_path / 'python'), config)['test']['step'] == 2
+    assert config.build(Experiment) == experiment
+
+
+def test_the_algorithm_is_one_page():
+    """Guards train.py against plumbing that creeps back in, and the library against gin."""
+    assert len((REPOSITORY / 'experiments/train.py').read_text().splitlines()) <= 150
+    for file in (REPOSITORY / 'troll_jax').rglob('*.py'):
+        assert not re.search(r'\bgin\b|\bexperiments[./]', file.read_text()), file
 
 
 @pytest.mark.parametrize('method', METHODS)

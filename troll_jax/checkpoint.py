@@ -22,7 +22,7 @@ class Checkpoints:
     """The checkpoints in a run's folder. A context manager; leaving it waits until the last one is on disk.
 
     Args:
-      folder: of the run, or a bucket (gs://…); checkpoints lie in `checkpoints/<step>` below it.
+      folder: run directory, or a bucket (gs://…); checkpoints lie in `checkpoints/<step>` below it.
       keep: how many of the latest to keep.
       keep_every: checkpoints of steps that are a multiple of it are kept besides; None keeps the latest alone.
       keep_best: the one that was saved with the highest score is kept besides, of equal ones the latest.
@@ -84,7 +84,7 @@ class Checkpoints:
 
         Args:
           state: what to save.
-          score: for `keep_best`, if it is known.
+          score: number for `keep_best`, if it is known.
 
         Raises:
           OSError: this checkpoint, or the one before in the background, could not be written.
@@ -108,7 +108,7 @@ class Checkpoints:
 
     @contextmanager
     def _explained(self):
-        """Whatever Orbax and its storage raise while saving, as an OSError that says what is left and what to do."""
+        """Turns any error while saving into an OSError that says which checkpoints are whole and what to do."""
         try:
             yield
         except Exception as error:
@@ -117,7 +117,7 @@ class Checkpoints:
             raise OSError(
                 f'a checkpoint could not be written to {self.path} ({type(error).__name__}: '
                 f'{lines[0] if lines else ""}). Whole are those of the steps {self.steps}. See that there is room and '
-                'that it may be written to, then start again: the run goes on from the latest of them.'
+                'that it may be written to, then start again: the run resumes from the latest of them.'
             ) from error
 
     def restore(self, shapes: TrainState, step: int) -> TrainState:
@@ -157,7 +157,7 @@ class Checkpoints:
             older = [other for other in self.steps if other < step]
             raise ValueError(
                 f'{where} cannot be read, it is damaged or incomplete ({type(error).__name__}: '
-                f'{str(error).splitlines()[0] if str(error) else ""}). Move that folder away to go on from '
+                f'{str(error).splitlines()[0] if str(error) else ""}). Move that folder away to resume from '
                 + (f'step {older[-1]}.' if older else 'the start.')
             ) from error
 

@@ -54,7 +54,8 @@ def sample_responses(
     places = np.arange(len(indices) + -len(indices) % shards)
     rows = indices[places % len(indices)]
     on_device, places = place((Prompts(prompts.tokens[rows], prompts.lengths[rows]), places), mesh, ('batch',))
-    rollout = fetch(sampler(params, on_device, _fold_in_each(key, places)))
+    with jax.set_mesh(mesh):
+        rollout = fetch(sampler(params, on_device, _fold_in_each(key, places)))
     count = len(indices) * (len(rollout.response_lengths) // len(places))
     return jax.tree.map(lambda x: x[:count] if x.ndim else x, rollout)
 

@@ -45,7 +45,7 @@ class Critic:
 
 
 def critic_config(config: decoders.DecoderConfig) -> decoders.DecoderConfig:
-    """Of a critic's decoder: the policy's without an unembedding."""
+    """The sizes of a critic's decoder: the policy's without an unembedding."""
     return dataclasses.replace(config, tied_embeddings=True)
 
 
@@ -58,12 +58,12 @@ def abstract_critic(config: decoders.DecoderConfig, optimizer: optax.GradientTra
 
 
 def init_critic(policy: dict[str, Any], optimizer: optax.GradientTransformation, shapes: CriticState) -> CriticState:
-    """A critic that has the weights of a policy, and expects nothing yet: its head is zero.
+    """A critic with the weights of a policy and a head of zeros: all values are 0.
 
     Args:
-      policy: parameters of the policy; they are copied.
-      optimizer: of the critic.
-      shapes: as `abstract_critic` gives them.
+      policy: parameters of the policy, which are copied.
+      optimizer: optimizer of the critic.
+      shapes: result of `abstract_critic`.
     """
 
     def start(policy):
@@ -76,7 +76,7 @@ def init_critic(policy: dict[str, Any], optimizer: optax.GradientTransformation,
 
 
 def make_values(config: decoders.DecoderConfig) -> Callable[[dict, Batch], jax.Array]:
-    """Builds the jitted values(params, batch) → [M, Z, S]: of each token what the critic expects before it is seen."""
+    """Builds the jitted values(params, batch) → [M, Z, S]: the value of each token, before it is seen."""
     graphdef, _ = decoders.abstract(critic_config(config))
 
     @jax.jit
@@ -91,12 +91,12 @@ def make_critic_update(
 ) -> Callable[[CriticState, Batch], tuple[CriticState, dict[str, jax.Array]]]:
     """Builds the jitted update(critic, batch) → (critic, metrics). The critic that is passed in is consumed.
 
-    The loss is the mean of `value_loss` over the tokens that are learnt from. A gradient that is not finite changes
+    The loss is the mean of `value_loss` over the tokens with a loss weight. A gradient that is not finite changes
     nothing.
 
     Args:
-      config: of the policy.
-      optimizer: of the critic.
+      config: sizes of the policy.
+      optimizer: optimizer of the critic.
       value_clip: see `value_loss`.
     """
     graphdef, _ = decoders.abstract(critic_config(config))
@@ -133,9 +133,9 @@ def token_rewards(rewards: np.ndarray, penalties: np.ndarray, lengths: np.ndarra
 
 
 def _values(graphdef, params, part: Batch) -> jax.Array:
-    """[Z, S]; 0 where nothing is learnt from."""
+    """Values [Z, S]; 0 where the loss weight is zero."""
     with jax.named_scope('critic'):
         hidden = decoders.bind(graphdef, params['decoder'])(part.tokens, part.positions, part.segment_ids)
         values = jnp.einsum('zsd,d->zs', hidden.astype(jnp.float32), params['head'], precision='highest')
-        # The hidden state before a token knows nothing of it.
+        # The hidden state before a token does not see it.
         return constrain(jnp.where(part.loss_weights > 0, jnp.roll(values, 1, axis=1), 0.0), 'batch', 'length')

@@ -64,7 +64,7 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     Args:
       samples: n, drawn for the problem.
       correct: c of them.
-      k: at most n.
+      k: number of samples to choose, at most n.
 
     Raises:
       ValueError: k or c is not within its limits.
@@ -75,12 +75,12 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 
 
 def is_correct(rewards: np.ndarray) -> np.ndarray:
-    """What counts as success everywhere, of rewards of any shape: a share of the tests that pass, below 1, is none."""
+    """True where a reward counts as success, for rewards of any shape: a share of passed tests below 1 does not."""
     return rewards >= 1
 
 
 def success(result: Evaluation) -> np.ndarray:
-    """Of each problem the share of its samples that are correct: [n]."""
+    """The share of correct samples of each problem [n]."""
     return is_correct(result.rewards).mean(axis=1)
 
 
@@ -91,8 +91,8 @@ def estimate(*per_problem: np.ndarray, draws: int = 10_000, seed: int = 0) -> Es
       per_problem: values [n]. Of several sets of problems it is the mean of the sets' means, in which every set counts
         alike; problems are drawn within their set. With the differences of two models on the same problems it is the
         paired bootstrap.
-      draws: of the bootstrap.
-      seed: of the draws.
+      draws: number of bootstrap draws.
+      seed: seed of the draws.
     """
     generator = np.random.default_rng(seed)
     means = np.empty(draws)

@@ -56,7 +56,7 @@ class Experiment:
       long_prompts: treatment of prompts that are longer: 'drop', or 'cut', at the beginning of the user's words.
       chat_template_from: model whose chat template is used; None is `model`.
       template_arguments: arguments of the chat template.
-      validation: evaluation sets, in training and by `experiments.evaluate`: for each a name, a task whose test split
+      validation: evaluation sets, in training and afterwards: for each a name, a task whose test split
         is used, and samples per prompt, such as `('AMC', task, 32)`. One sample is greedy, several are drawn at
         temperature 1. None: the test split of `task`, greedy.
 

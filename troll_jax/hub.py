@@ -8,7 +8,7 @@ from typing import Any
 
 
 def is_path(name: str) -> bool:
-    """Whether a name cannot be an id on the hub."""
+    """True if a name cannot be an id on the hub."""
     return name.startswith(('.', '/', '~')) or '\\' in name
 
 

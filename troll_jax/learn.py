@@ -1,4 +1,4 @@
-"""The learner: scores, advantages and updates of one rollout batch. `experiments.train` puts its pieces in order."""
+"""The learner: scores, advantages and updates of one rollout batch, each callable on its own."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,4 +1,4 @@
-"""Where numbers of a run go: one JSON line per step, and TensorBoard. One writer, steps only ever grow."""
+"""Metrics of a run: one JSON line per step, and TensorBoard. One writer, steps only ever grow."""
 
 import json
 import math
@@ -19,7 +19,7 @@ class MetricsWriter:
     """Writes `metrics.jsonl` and a `tensorboard` folder into a run's folder. A context manager.
 
     Args:
-      folder: of the run; is created if it is not there.
+      folder: run directory; is created if it is not there.
       resume_after: the last step that counts. Lines of later steps, and a line that was torn by a crash, are removed,
         so that a resumed run has every step once. 0 is a fresh start, of which nothing counts, not even step 0.
       write: False in all processes of a run but one, which then write nothing.
@@ -122,7 +122,7 @@ def _explained(path: str | os.PathLike, step: int) -> Iterator[None]:
         raise OSError(
             error.errno,
             f'{error.strerror}: the numbers of step {step} could not be written. See that there is room, then start '
-            'again: the run goes on from its latest checkpoint',
+            'again: the run resumes from its latest checkpoint',
             os.fspath(path),
         ) from error
 

@@ -28,7 +28,7 @@ def adamw(
       b1, b2: decay of the two moments.
       weight_decay: per unit of learning rate.
       clip_norm: largest global norm of a gradient.
-      mu_dtype: of the first moment, such as 'bfloat16' to save memory; that of the parameters if None.
+      mu_dtype: dtype of the first moment, such as 'bfloat16' to save memory; that of the parameters if None.
       offload: keeps both moments in the host's memory between updates.
 
     Raises:
@@ -84,7 +84,7 @@ def state_shapes(optimizer: optax.GradientTransformation, params) -> optax.OptSt
     """Shapes of the optimizer's state, with moments sharded like their parameters and all else replicated.
 
     Args:
-      optimizer: from optax. The moments of an `Offloaded` one are in the memory 'pinned_host'.
+      optimizer: optimizer of optax. The moments of an `Offloaded` one are in the memory 'pinned_host'.
       params: nested dict of `jax.ShapeDtypeStruct` with shardings.
     """
     shapes = jax.eval_shape(optimizer.init, params)

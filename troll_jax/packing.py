@@ -36,7 +36,7 @@ def batch_shape(
     """The shape that holds a number of sequences, whatever their lengths.
 
     Args:
-      sequences: of a batch.
+      sequences: number of sequences in a batch.
       max_length: tokens of the longest possible sequence, prompt and response.
       row_tokens: S; by default `max_length`.
       micro_batch_tokens: the budget of a micro-batch on each device, in tokens; by default 8,192 or one row.
@@ -101,7 +101,7 @@ def first_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarra
 
 
 class Layout(NamedTuple):
-    """Where R sequences stand in the rows of a batch, and where the N tokens of their responses do."""
+    """The places of R sequences, and of the N tokens of their responses, in the rows of a batch."""
 
     shape: BatchShape
     rows: np.ndarray  # [R] of M · Z
@@ -133,13 +133,13 @@ def make_layout(rollout: Rollout, shape: BatchShape) -> Layout:
 
 
 def make_batch(rollout: Rollout, advantages: np.ndarray, weights: np.ndarray, layout: Layout) -> Batch:
-    """What an update learns from, out of responses and what is known of them.
+    """Packs responses, with their advantages and loss weights, into a batch.
 
     Args:
       rollout: R responses, in numpy.
       advantages: [R]
-      weights: [R] of a response's tokens in the loss, see `troll_jax.ops.aggregation`; 0 leaves it out.
-      layout: of these responses.
+      weights: [R] loss weight of a response's tokens, see `troll_jax.ops.aggregation`; 0 leaves it out.
+      layout: layout of these responses.
 
     Returns:
       A Batch in numpy.
@@ -182,7 +182,7 @@ def padding_share(batch: Batch) -> float:
 
 
 def _every_token(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of all tokens of sequences of these lengths [R]: the sequence, and the index in it."""
+    """The sequence of every token, and the index in it, for sequences of these lengths [R]."""
     source = np.repeat(np.arange(len(lengths)), lengths)
     return source, np.arange(len(source)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 

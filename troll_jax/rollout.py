@@ -10,7 +10,6 @@ one is due again or everything has ended. The host times each, and learns only w
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +26,7 @@ from troll_jax.models.paged_cache import grow
 from troll_jax.ops import categorical
 from troll_jax.ops.support import select
 from troll_jax.scheduler import Record, Requests, State
-from troll_jax.sharding import RULES, constrain, current_mesh, partition_spec
+from troll_jax.sharding import RULES, axis_size, constrain, current_mesh, one_device_mesh, shard_map
 from troll_jax.types import Prompts, Rollout, RolloutStats
 
 PREFILL_CHUNK = 256
@@ -59,6 +58,9 @@ class Sampler:
           ValueError: prompts that are empty or longer than their array, limits out of range, and numbers of prompts or
             slots that the devices do not divide.
         """
+        if current_mesh() is None:
+            with jax.set_mesh(one_device_mesh()):
+                return self(params, prompts, keys, limits)
         self.check(prompts, keys, limits)
         weights, requests, state = jax.block_until_ready(self.begin(params, prompts, keys, limits))
         prefill_seconds = decode_seconds = 0.0
@@ -152,16 +154,16 @@ def make_sampler(
     stops = jnp.asarray(tuple(stop_tokens), jnp.int32)
     truncated = top_k is not None or top_p is not None
 
-    def choose(axis_name, hidden, unembedding, uniform) -> Record:
+    def choose(hidden, unembedding, uniform) -> Record:
         """Draws and records the next token of rows [N], on one device with its part of the vocabulary.
 
         Args:
-          axis_name: mesh axis over which the vocabulary is split; None: it is not.
           hidden: [N, D], unembedding: [V', D], uniform: [N].
         """
         scores = logits(hidden, unembedding, temperature=temperature or 1.0, dtype=config.compute_dtype)
-        if truncated and axis_name is not None:
-            scores, axis_name = jax.lax.all_gather(scores, axis_name, axis=1, tiled=True), None
+        axis_name = None if truncated else RULES['vocab']
+        if truncated:
+            scores = jax.lax.all_gather(scores, RULES['vocab'], axis=1, tiled=True)
 
         def one_row(scores, uniform):
             if truncated:
@@ -184,7 +186,7 @@ def make_sampler(
         weights = decoders.cast_weights(params, config.compute_dtype)
         if gather_weights:
             weights = decoders.decode_layout(weights, config)
-        sizes = _batch_shards(), samples_per_prompt, max_response_length, prefill_chunk
+        sizes = axis_size('batch'), samples_per_prompt, max_response_length, prefill_chunk
         requests = scheduler.enqueue(prompts, keys, limits, *sizes)
         return weights, requests, scheduler.idle_state(config, requests, slots, max_response_length, support_size)
 
@@ -203,7 +205,8 @@ def make_sampler(
             with jax.named_scope('draw'):
                 rows = lambda x: x.reshape(-1, *x.shape[2:])
                 uniform = jax.vmap(_uniform)(requests.keys, state.request, state.t)
-                record = _over_devices(choose)(rows(state.hidden), decoder.unembedding, rows(uniform))
+                over_devices = shard_map(choose, (('batch',), ('vocab', None), ('batch',)), ('batch',))
+                record = over_devices(rows(state.hidden), decoder.unembedding, rows(uniform))
                 record = jax.tree.map(lambda x: x.reshape(*state.t.shape, *x.shape[1:]), record)
             with jax.named_scope('record'):
                 state, ended = scheduler.record_tokens(state, record, requests, stops)
@@ -246,7 +249,7 @@ def _check_requests(
     prompts: Prompts, keys, limits, *, slots: int | None, samples_per_prompt: int, max_response_length: int
 ) -> None:
     """Raises a ValueError with the numbers, before anything is compiled."""
-    shards = _batch_shards()
+    shards = axis_size('batch')
     batch, length = prompts.tokens.shape
     if keys.shape != (batch,):
         raise ValueError(f'{batch} prompts need as many keys; got keys of shape {keys.shape}')
@@ -272,21 +275,6 @@ def _check_requests(
             raise ValueError(
                 f'{name} between {values.min()} and {values.max()} tokens long; expected 1 to {most}, which is {what}'
             )
-
-
-def _batch_shards() -> int:
-    """E, the number of devices, or groups of them, over which the mesh in context spreads a batch."""
-    mesh = current_mesh()
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in RULES['batch'])
-
-
-def _over_devices(choose):
-    """`choose` on each device with its rows and its part of the vocabulary; outputs are the same over the latter."""
-    if current_mesh() is None:
-        return partial(choose, None)
-    rows = partition_spec(['batch'])
-    specs = (rows, partition_spec(['vocab', None]), rows)
-    return jax.shard_map(partial(choose, RULES['vocab']), in_specs=specs, out_specs=rows, check_vma=False)
 
 
 def _uniform(keys: jax.Array, request: jax.Array, t: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The minibatches of one rollout in a file, to compare objectives on the very same data (`experiments/replay.py`)."""
+"""The minibatches of one rollout in a file, to compare objectives on the same data."""
 
 import os
 import typing
@@ -16,7 +16,7 @@ _EXPECTED = 'expected what save_batches of this version of troll_jax wrote'
 
 
 class SavedBatches(NamedTuple):
-    """What `load_batches` returns."""
+    """The result of `load_batches`."""
 
     step: int  # of the checkpoint whose parameters sampled the responses; 0: the model that the run started from
     batches: list[Batch]  # in numpy, in the order in which they were learnt from
@@ -28,9 +28,9 @@ def save_batches(path: str | os.PathLike, batches: Sequence[Batch], *, step: int
     Of several processes all call it, and the first one writes.
 
     Args:
-      path: of the file; its folder is made.
+      path: file to write; its folder is made.
       batches: as they are learnt from, in numpy or on devices.
-      step: of the checkpoint whose parameters sampled them.
+      step: step of the checkpoint whose parameters sampled them.
     """
     entries = {'step': np.int64(step), 'count': np.int64(len(batches))}
     for i, batch in enumerate(fetch(list(batches))):

@@ -22,7 +22,7 @@ TailRule = Annotated[Callable[[jax.Array, SparseLogProbs], tuple[SparseLogProbs,
 
 
 class Scoring(NamedTuple):
-    """How log-probabilities are computed: as the responses were sampled."""
+    """Settings of log-probabilities, as the responses were sampled."""
 
     temperature: float  # sampling temperature
     tail_rule: TailRule  # puts both policies on common tokens: `default_tail` or `bucket_tail`
@@ -41,7 +41,7 @@ def make_recompute(
     to be multiplied by. The parameters must be the ones that sampled.
 
     Args:
-      config: of the decoder.
+      config: sizes of the decoder.
       scoring: temperature, tail rule and support.
       importance_limit: limit of `truncated_importance_weights`; None: all are 1.
     """
@@ -78,7 +78,7 @@ def make_reference(
     off the reward of each token.
 
     Args:
-      config: of the decoder.
+      config: sizes of the decoder.
       scoring: temperature and chunk of the head.
       penalty: regulariser, such as `kl_to_reference`, taken at the old policy; None: all penalties are 0.
     """
@@ -117,7 +117,7 @@ def for_each_micro_batch(function: Callable[[Batch], Any], batch: Batch, empty: 
 
 
 def micro_batches(batch: Batch) -> jax.Array:
-    """How many micro-batches hold a sequence; the others come last."""
+    """The number [] of micro-batches that hold a sequence; the others come last."""
     return jnp.sum(jnp.any(batch.segment_ids > 0, axis=(1, 2)))
 
 

@@ -79,11 +79,11 @@ class Sampling:
 class Method:
     """The algorithm: rewards, advantages, loss and optimizer.
 
-    A function with settings is given as `functools.partial(troll, bound=0.1)`; in a gin file as `@troll`.
+    A function with settings is given as `functools.partial(troll, bound=0.1)`.
 
     Args:
       objective: policy loss: `troll`, `ppo_clip`, `cispo`, `dppo` or `importance_weighted`, see `troll_jax.ops.losses`.
-      advantages: from the rewards [G] of a prompt's samples to their advantages, such as `group_normalised`; with a
+      advantages: estimator from the rewards [G] of a prompt's samples, such as `group_normalised`; with a
         critic from the rewards and values [T] of a response's tokens, `gae`. See `troll_jax.ops.advantages`.
       aggregation: mean over token losses, such as `token_mean`, see `troll_jax.ops.aggregation`.
       tail_rule: treatment of tokens that a sparse distribution leaves out, `default_tail` or `bucket_tail`.
@@ -93,8 +93,8 @@ class Method:
         updates; all but the first are off-policy.
       old_policy: source of π_old: 'rollout', the sampler's record, or 'recompute', a forward pass of training over all
         responses before the first update, as in the paper.
-      importance_limit: with 'recompute', advantages are weighted by the ratio of trainer to sampler up to this limit,
-        see `truncated_importance_weights`; None does not weight.
+      importance_limit: limit C; with 'recompute', advantages are weighted by the ratio of trainer to sampler up to this
+        limit, see `truncated_importance_weights`; None does not weight.
       rewards: name, weight and function of each reward term, see `troll_jax.rewards.terms`; logged one by one.
       whiten_advantages: normalises advantages over the rollout batch, with a critic over all tokens; see `whiten`.
       mask_truncated: sets the loss weight of responses that the length limit cut to zero. Their rewards still count for
@@ -103,7 +103,7 @@ class Method:
         One with a parameter `reference` brings a reference model: the model that the run starts from.
       reward_penalty: regulariser with a reference model that is taken off the reward at every token.
       refresh_reference_every: steps after which the policy becomes the reference model; 0 keeps the first.
-      critic: for `gae`, see `troll_jax.critic`.
+      critic: settings of the critic that `gae` needs, see `troll_jax.critic`.
 
     Raises:
       ValueError: a value of another type or out of its range, or settings that contradict each other.
@@ -177,7 +177,8 @@ class Compute:
     Args:
       data, fsdp, tensor: sizes of the mesh axes: copies of the model, shards of parameters and batch, shards of every
         layer. One of them may be −1, all devices that are left.
-      dtype: of activations and matrix products, 'bfloat16' or 'float32'. Parameters and probabilities are float32.
+      dtype: compute dtype of activations and products, 'bfloat16' or 'float32'. Parameters and probabilities are
+        float32.
       attention: kernel for whole sequences: 'xla', 'cudnn' or 'splash'; None is the best on these devices.
       remat: rematerialisation in the backward pass, to save memory: None, 'dots' or 'full'.
       slots: decode slots, responses that are decoded at a time on all devices together; fewer save memory. None: one
@@ -188,7 +189,7 @@ class Compute:
       micro_batch_tokens: gradient accumulation: token budget of a micro-batch on each device, at least one row. None is
         8,192, or one row. The last micro-batch is padded (`update/padding_share`).
       head_chunk: tokens whose logits are in memory at a time in an update, on each device.
-      devices: devices of the mesh; None is all of them. Not in gin files.
+      devices: devices of the mesh; None is all of them.
 
     Raises:
       ValueError: a value of another type or out of its range.
@@ -250,7 +251,7 @@ class Run:
       keep_best: also keeps the checkpoint with the highest `eval/success`, of those steps that are evaluated.
       on_change: what a run does that would resume with another experiment, sampling, method, tokenizer or data: 'stop'
         or 'resume'.
-      save_rollout_every: steps between rollouts that are saved for `experiments.replay`, a multiple of
+      save_rollout_every: steps between rollouts that are saved to be replayed, a multiple of
         `checkpoint_every`, as `rollouts/<step>.npz` with the step of the checkpoint that sampled it. These checkpoints
         are kept, besides the latest. 0 turns it off.
       profile_step: step of which a trace is written into `profile`, for TensorBoard or Perfetto.

@@ -56,14 +56,45 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
+def one_device_mesh() -> Mesh:
+    """The mesh of one device, for programs that run without a mesh in context."""
+    return make_mesh(devices=jax.local_devices()[:1])
+
+
 def current_mesh() -> jax.sharding.AbstractMesh | None:
     """The mesh in context (`jax.set_mesh`), be its devices of this machine or not; None without one."""
     mesh = jax.sharding.get_abstract_mesh()
     return None if mesh.empty else mesh
 
 
+def axis_size(axis: str) -> int:
+    """The number of devices over which the mesh in context spreads a logical axis; 1 without a mesh."""
+    mesh, names = current_mesh(), RULES[axis]
+    names = (names,) if isinstance(names, str) else names
+    return 1 if mesh is None else math.prod(mesh.shape[name] for name in names)
+
+
+def shard_map(function: Callable, in_axes: Any, out_axes: Any) -> Callable:
+    """`jax.shard_map` by logical axes: calls a function on each device's part of its arguments.
+
+    Args:
+      function: function of arrays, whose collectives name mesh axes.
+      in_axes: tuple of the logical axes of each argument, see `RULES`; out_axes: those of the results.
+    """
+    mesh = current_mesh()
+    is_axes = lambda x: isinstance(x, tuple) and all(axis is None or isinstance(axis, str) for axis in x)
+    specs = lambda axes: jax.tree.map(partition_spec, axes, is_leaf=is_axes)
+    return jax.shard_map(
+        function,
+        mesh=one_device_mesh() if mesh is None else mesh,
+        in_specs=specs(in_axes),
+        out_specs=specs(out_axes),
+        check_vma=False,  # a kernel does not say over which mesh axes its results vary
+    )
+
+
 def platform() -> str:
-    """What the devices of the mesh in context are; without a mesh, this machine's."""
+    """The platform of the mesh in context; without a mesh, this machine's."""
     mesh = current_mesh()
     return jax.default_backend() if mesh is None else mesh.abstract_device.platform
 
@@ -81,7 +112,7 @@ def place(tree: Any, mesh: Mesh, axes: Sequence[str | None]) -> Any:
     """Puts host arrays onto the mesh, each process what its own devices hold.
 
     Args:
-      tree: of numpy arrays that are the same on every process.
+      tree: numpy arrays that are the same on every process.
       axes: logical names of their leading axes; the others are not sharded.
     """
 
@@ -112,7 +143,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def constrain_like(tree: Any, shapes: Callable[[jax.sharding.AbstractMesh], Any]) -> Any:
-    """The same for a whole tree: what `shapes` of the mesh in context returns has its structure, and shardings."""
+    """`constrain` for a whole tree, whose shardings `shapes` returns for the mesh in context."""
     mesh = current_mesh()
     if mesh is None:
         return tree

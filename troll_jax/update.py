@@ -50,7 +50,7 @@ def make_gradient(
     packed into rows nor on the number of micro-batches.
 
     Args:
-      config: of the decoder.
+      config: sizes of the decoder.
       objective: loss of one row's tokens, see `troll_jax.ops.losses`.
       scoring: temperature, tail rule and support, as the responses were sampled with.
     """
@@ -92,8 +92,8 @@ def make_update(
     A gradient that is not finite changes nothing: the step is skipped and `skipped` is 1.
 
     Args:
-      config: of the decoder.
-      optimizer: from optax.
+      config: sizes of the decoder.
+      optimizer: optimizer of optax.
       objective, scoring: see `make_gradient`.
     """
     gradient = make_gradient(config, objective, scoring)
@@ -126,7 +126,7 @@ def gradients_of(loss: Callable[..., tuple[jax.Array, Any]], params, batch: Batc
 
     Args:
       loss: (params, micro-batch [Z, S, …]) → loss, logs [Z, S].
-      params: of the loss.
+      params: parameters of the loss.
       batch: arrays [M, Z, S, …].
     """
 

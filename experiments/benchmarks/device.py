@@ -33,7 +33,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from experiments.command import run_command
+from experiments.plumbing.command import run_command
 
 # Part, see `device_parts.py` → its share of the time that it and the parts behind it have.
 SHARES = {'ceilings': 0.5, 'numerics': 2.0, 'decode': 3.0, 'update': 2.5, 'head': 1.0, 'projection': 0.5, 'step': 2.0}
@@ -78,7 +78,7 @@ def last_error(log: Path) -> str:
 
 
 def describe_machine(seconds: float) -> dict[str, Any]:
-    """What figures are to be read with. By a process of its own: one that has touched a device keeps it from others.
+    """The device, its clocks and versions. By a process of its own: one that has touched a device keeps it from others.
 
     Raises:
       ValueError: JAX finds no device, or not in this time.

@@ -103,7 +103,7 @@ TINY = Sizes(
 
 
 class Bench(NamedTuple):
-    """What a part measures with, and reports to."""
+    """The sizes of a part, and the function that it reports to."""
 
     sizes: Sizes
     report: Callable[..., None]  # (what, **figures)
@@ -127,7 +127,7 @@ def model_for(config: decoders.DecoderConfig, dtype: str = 'bfloat16') -> decode
 
 
 def first_that_fits(sizes: Sequence[int], run: Callable[[int], Any]) -> Any:
-    """What `run` returns for the first of these sizes for which memory suffices."""
+    """The result of `run` for the first of these sizes for which memory suffices."""
     for size in sizes:
         try:
             return run(size)

@@ -1,4 +1,4 @@
-"""What the benchmarks share: times, a machine's two ceilings, the shape of Qwen3-0.6B, and batches without data."""
+"""Shared by the benchmarks: times, the two ceilings of a machine, the shape of Qwen3-0.6B, and random batches."""
 
 import statistics
 import time
@@ -80,7 +80,7 @@ def random_prompts(count: int, shortest: int, longest: int, room: int, vocab_siz
 
 
 def decode_bytes(config: DecoderConfig, params, prompts: Prompts, limits: np.ndarray, steps: int) -> float:
-    """What all decode steps of a rollout have to read at least: weights, and keys and values of the cache, once a step.
+    """The bytes that all decode steps of a rollout read at least: weights and the live KV cache, once a step.
 
     Args:
       limits: [R] tokens of each response; R / B of them belong to a prompt, whose cache they share.

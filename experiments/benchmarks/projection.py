@@ -169,7 +169,7 @@ def methods(bound: float) -> dict:
 
 
 def print_ceiling(entries: int) -> None:
-    """Where η ≤ 100 is not enough: the share of far pairs that violate, and by how much, for bounds and floors."""
+    """Cases for which η ≤ 100 is not enough: the share of far pairs that violate, and by how much."""
     print('\nfar pairs: KL/bound of the worst pair [share of pairs that exceed the bound by more than 0.1 %]')
     print(f'{"smallest mass":>14} {"bound":>8} {"pairs":>6} {"nary":>20} {"ours":>20}')
     for log_floor in (DEFAULT_LOG_PROB, np.log(1e-30)):

@@ -1,4 +1,4 @@
-"""How fast responses are sampled: the rollout engine, the same with static batches, and transformers; one run.
+"""Speed of sampling: continuous batching, the same engine with static batches, and transformers; one run.
 
     python -m experiments.benchmarks.rollout [--slots 64] [--median 12] [--longest 192] [--kept 64] [--repeats 3]
 

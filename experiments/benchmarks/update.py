@@ -1,4 +1,4 @@
-"""What an update costs: TROLL and Clip with the sparse head, and Clip with plain [N, V] logits; one run, one machine.
+"""Cost of an update: TROLL and Clip with the sparse head, and Clip with plain [N, V] logits; one run, one machine.
 
     python -m experiments.benchmarks.update [--layers 2] [--tokens 8192] [--timed-tokens 256] [--repeats 5]
 

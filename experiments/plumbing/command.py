@@ -100,7 +100,7 @@ def read_command_line(description: str, commands: Sequence[Callable] = ()) -> Co
 
 
 def files_and_bindings(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Of the arguments after the first configuration, those that end in '.gin' are files too."""
+    """Tells files and bindings apart: arguments that end in '.gin' are files."""
     is_file = lambda argument: argument.endswith('.gin')
     files = [arguments.config, *filter(is_file, arguments.bindings)]
     return files, [argument for argument in arguments.bindings if not is_file(argument)]

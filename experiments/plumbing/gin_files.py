@@ -1,4 +1,4 @@
-"""Reads gin files into values, and writes values as a gin file. Nothing else here knows gin.
+"""Reads gin files into values. Nothing else knows gin, which is no more than a parser here.
 
 `Method.objective = @troll` with `troll.bound = 0.1` is `functools.partial(troll, bound=0.1)`, and `@GSM8K()` is a call.
 Bindings behind a scope are those of one use alone: `Critic.optimizer = @critic/adamw` with
@@ -10,9 +10,6 @@ import difflib
 import functools
 import importlib
 import inspect
-import itertools
-import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -20,39 +17,9 @@ from typing import Any
 
 from gin import config_parser
 
-from troll_jax.critic import Critic
-from troll_jax.data.tasks.arithmetic import Arithmetic
-from troll_jax.data.tasks.eurus_code import EurusCode
-from troll_jax.data.tasks.gsm8k import GSM8K
-from troll_jax.data.tasks.math_problems import BENCHMARKS, DAPOMath, EurusMath, MathEval, MathProblems
-from troll_jax.experiment import Experiment
-from troll_jax.ops import advantages, aggregation, categorical, losses, projection, regularisers, schedules, support
-from troll_jax.optimizer import adamw
-from troll_jax.rewards import sandbox, terms
-from troll_jax.settings import Compute, Method, Run, Sampling
+from experiments.plumbing.names import NAMES, SETTINGS
 from troll_jax.typechecks import check_arguments
 
-SETTINGS = (Experiment, Sampling, Method, Compute, Run)
-NAMES: dict[str, Callable] = {
-    target.__name__: target
-    for target in (
-        *SETTINGS,
-        *(losses.troll, losses.ppo_clip, losses.cispo, losses.dppo, losses.importance_weighted),
-        *(losses.token_region, losses.sequence_region, losses.token_ratio, losses.sequence_ratio),
-        *(categorical.total_variation, projection.kl_divergence),
-        *(support.default_tail, support.bucket_tail, schedules.linear_bound, schedules.adaptive_bound),
-        *(advantages.group_normalised, advantages.mean_centred, advantages.leave_one_out, advantages.no_baseline),
-        *(advantages.greedy_baseline, advantages.gae),
-        *(aggregation.token_mean, aggregation.sequence_mean, aggregation.sequence_sum, aggregation.constant_length),
-        *(regularisers.entropy_bonus, regularisers.kl_to_old, regularisers.kl_to_reference),
-        *(regularisers.k1, regularisers.k2, regularisers.k3),
-        *(terms.task_reward, terms.soft_overlong, terms.answer_format),
-        *(adamw, Critic, Arithmetic, EurusCode, GSM8K, MathProblems, DAPOMath, EurusMath, MathEval),
-        *(sandbox.Bubblewrap, sandbox.SandboxFusion, sandbox.Unisolated),
-    )
-}
-# @AMC() is MathEval of this benchmark, with all bindings of MathEval that AMC has none of its own for.
-NAMES |= {name.replace('-', '_'): functools.partial(MathEval, benchmark=name) for name in BENCHMARKS}
 _FIXED = {'MathEval': ('data_source',)}  # it tells the benchmarks apart: to be bound for one of them
 
 _ROOT = Path(__file__).parents[2]  # included files are looked for here, too
@@ -65,7 +32,6 @@ _RENAMED = {
     'Experiment.compute_dtype': 'Compute.dtype',
     'Experiment.mesh': 'Compute.data, Compute.fsdp and Compute.tensor',
 }
-_MOVED = ('train', 'make_mesh', 'Experiment', 'critic_adamw')  # owners of bindings of earlier versions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +82,7 @@ class Config:
         self.bindings: dict[str, dict[str, Any]] = {}  # scope/name → parameter → value as it was read
         self.macros: dict[str, Any] = {}
         self.used: set[str] = set()
+        self._open: list[str] = []  # whose arguments are being resolved
         self.outdated: dict[str, str] = {}
         for file in files:
             if not Path(file).is_file():
@@ -176,6 +143,8 @@ class Config:
 
     def arguments(self, key: str, only: str | None = None) -> dict[str, Any]:
         """The bound arguments of scope/name, as values; those of a scope win."""
+        if key in self._open:
+            raise ValueError(f'@{key} is one of its own settings; expected another value. Change that line.')
         name, target, sources = key.rpartition('/')[2], self._target(key), {}
         if isinstance(target, functools.partial):  # a class under another name
             base = target.func.__name__
@@ -188,17 +157,19 @@ class Config:
                 continue
             owner, _ = source.rsplit('.', 1)
             raw = self.bindings[owner][parameter]
+            self._open.append(key)
             try:
                 values[parameter] = self._value(raw)
             except ValueError as error:
                 raise ValueError(f'{source} = {raw!r}: {error}') from error
+            finally:
+                self._open.pop()
             check_arguments(owner, target, {parameter: values[parameter]})
             self.used.add(source)
         return values
 
     def _call(self, key: str, overrides: dict[str, Any]) -> Any:
-        target = self._target(key)
-        arguments = self.arguments(key) | overrides
+        target, arguments = self._target(key), self.arguments(key) | overrides
         if missing := self._missing(key, arguments):
             if not inspect.isclass(target) and not isinstance(target, functools.partial):
                 raise ValueError(f'@{key}() calls {key}, which takes {", ".join(missing)}; expected @{key}, or a class')
@@ -212,7 +183,7 @@ class Config:
         return [name for name in required if name not in arguments]
 
     def _value(self, raw: Any, seen: tuple[str, ...] = ()) -> Any:
-        """What was read, with macros and references resolved."""
+        """The value of what was read: macros and references are resolved."""
         if isinstance(raw, Macro):
             if raw.name in seen:
                 raise ValueError(f'the macro %{raw.name} stands for itself; expected a value. Change its line.')
@@ -323,115 +294,9 @@ class Config:
                 raise ValueError(f'nothing uses the macro {macro!r}.\nDid you mean {meant}?')
 
 
-def to_bindings(*settings: Any) -> dict[str, str]:
-    """Settings as gin bindings: name → value as text. Fields that have their default are left out.
-
-    A value that no gin file can name, such as a lambda, is put in angle brackets.
-    """
-    return _Writer(settings).lines
-
-
-def to_gin(*settings: Any) -> str:
-    """Settings as a gin file."""
-    writer = _Writer(settings)
-    lines = [f'import {module}' for module in sorted(writer.modules)]
-    for name, value in sorted(writer.lines.items(), key=lambda line: line[0].lower()):
-        lines.append(f'{"# not in a gin file: " if "<" in value and _BRACKETS.search(value) else ""}{name} = {value}')
-    return '\n'.join(lines) + '\n'
-
-
-_BRACKETS = re.compile(r'<[\w.<>]+>')
-
-
-class _Writer:
-    def __init__(self, settings: Sequence[Any]):
-        self.lines: dict[str, str] = {}
-        self.modules: set[str] = set()
-        self._keys: dict[str, dict[str, str]] = {}  # scope/name → its parameters
-        for value in settings:
-            self._object(value, '')
-
-    def _text(self, value: Any, owner: str) -> str:
-        """A value as gin reads it. `owner` is the name of the object whose field it is."""
-        text = functools.partial(self._text, owner=owner)
-        if isinstance(value, list):
-            return f'[{", ".join(map(text, value))}]'
-        if isinstance(value, tuple):
-            return f'({", ".join(map(text, value))}{"," * (len(value) == 1)})'
-        if isinstance(value, dict):
-            return f'{{{", ".join(f"{text(name)}: {text(item)}" for name, item in value.items())}}}'
-        if isinstance(value, (bool, str, type(None))):
-            return repr(value)
-        if isinstance(value, (int, float)) or hasattr(value, 'item'):
-            return repr(getattr(value, 'item', lambda: value)())
-        if isinstance(value, functools.partial):
-            name = self._name(value.func)
-            arguments = inspect.signature(value.func).bind_partial(*value.args, **value.keywords).arguments
-            return f'@{self._key(name, arguments, owner)}' if name else f'<{value.func}>'
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return f'@{self._object(value, owner)}()'
-        name = self._name(value)
-        return f'@{self._key(name, {}, owner)}' if name else f'<{getattr(value, "__qualname__", type(value).__name__)}>'
-
-    def _object(self, value: Any, owner: str) -> str:
-        """Writes a dataclass; returns its key."""
-        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-        of_benchmark = {
-            name: target.keywords
-            for name, target in NAMES.items()
-            if isinstance(target, functools.partial) and target.func is type(value)
-        }
-        name, fixed = next(
-            ((name, given) for name, given in of_benchmark.items() if given.items() <= fields.items()), (None, {})
-        )
-        name = name or self._name(type(value)) or f'<{type(value).__name__}>'
-        changed = {
-            field.name: fields[field.name]
-            for field in dataclasses.fields(value)
-            if field.init and field.name not in fixed and not _is_default(field, fields[field.name])
-        }
-        return self._key(name, changed, owner)
-
-    def _key(self, name: str, arguments: dict[str, Any], owner: str) -> str:
-        """The name under which these arguments are bound: with a scope, if others are bound under the name alone."""
-        texts = {parameter: self._text(value, name) for parameter, value in arguments.items()}
-        scopes = (f'{owner.lower()}{i or ""}' for i in itertools.count())
-        candidates = itertools.chain([name], (f'{scope}/{name}' for scope in scopes))
-        key = next(key for key in candidates if self._keys.get(key, texts) == texts)
-        if key != name:  # a scope inherits what is bound without one
-            inherited = self._keys[name].keys() - texts.keys()
-            defaults = inspect.signature(NAMES.get(name) or _locate(name)).parameters
-            texts |= {parameter: self._text(defaults[parameter].default, name) for parameter in sorted(inherited)}
-        self._keys[key] = texts
-        self.lines |= {f'{key}.{parameter}': text for parameter, text in texts.items()}
-        return key
-
-    def _name(self, target: Any) -> str | None:
-        """The name of a function or class in a gin file, None if it has none."""
-        for name, known in NAMES.items():
-            if known is target:
-                return name
-        module, name = getattr(target, '__module__', None), getattr(target, '__qualname__', '')
-        if module in (None, '__main__') or getattr(sys.modules.get(module), name, None) is not target:
-            return None
-        self.modules.add(module)
-        return f'{module}.{name}'
-
-
 def _needs(key: str, missing: Sequence[str]) -> str:
     names = ', '.join(f'{key}.{name}' for name in missing)
     return f'{key} needs {names}; bind each, or add a gin file that does'
-
-
-def _is_default(field: dataclasses.Field, value: Any) -> bool:
-    if field.default_factory is not dataclasses.MISSING:
-        return value == field.default_factory()
-    return field.default is not dataclasses.MISSING and type(value) is type(field.default) and value == field.default
-
-
-def _locate(name: str) -> Any:
-    module, _, attribute = name.rpartition('.')
-    return getattr(sys.modules[module], attribute)
 
 
 def _renamed(owner: str, parameter: str) -> str | None:

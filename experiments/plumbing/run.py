@@ -21,7 +21,8 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from experiments.plumbing.gin_files import Config, to_bindings, to_gin
+from experiments.plumbing.gin_files import Config
+from experiments.plumbing.gin_text import to_bindings, to_gin
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet
 from troll_jax.experiment import Experiment, Model
@@ -208,7 +209,7 @@ class TrainingRun:
 
 
 def describe_setup(settings: Sequence[Any], tokenizer, splits: dict[str, PromptSet]) -> dict[str, dict]:
-    """All that decides what a run learns, besides its weights: saved with these, as `setup.json`.
+    """The setup of a run, which decides what it learns besides its weights: saved with these, as `setup.json`.
 
     Args:
       settings: Experiment, Sampling and Method.

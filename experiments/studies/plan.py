@@ -129,12 +129,12 @@ def examine(
     """Compiles a program and returns what it needs; of one that the compiler finds too large, no more than its memory.
 
     Args:
-      name: of the program, for the table.
+      name: name of the program, for the table.
       program: a jitted function.
       arguments: shapes with shardings.
       chip: what one device is.
-      devices: of the mesh.
-      tokens: that it works on, in a call, or in an iteration if `iterations` is None.
+      devices: number of devices of the mesh.
+      tokens: number of tokens that it works on, in a call, or in an iteration if `iterations` is None.
       iterations: how often its loop of unknown length runs in a call. If None, time, rates, and what is moved, sent
         and launched are those of one iteration alone.
       beside: bytes on each device that it leaves alone.
@@ -184,6 +184,6 @@ def does_not_fit(name: str, chip: Chip, error: TooLarge) -> dict:
 
 
 def bytes_on_device(tree) -> int:
-    """Of arrays with shardings, the part of one device; without what lies in the memory of its host."""
+    """The bytes of arrays with shardings on one device, without what lies in the memory of its host."""
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
     return sum(size(x) for x in jax.tree.leaves(tree) if x.sharding.memory_kind != 'pinned_host')

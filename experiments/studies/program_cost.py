@@ -1,4 +1,4 @@
-"""What a program costs on hardware that is not there: compiled for it, and read off its jaxpr and what XLA made of it.
+"""The cost of a program on hardware that is not there, read off its jaxpr and what XLA compiles for that hardware.
 
 XLA's own cost analysis counts the body of a loop once. Here FLOPs are counted on the jaxpr, with loops of known length
 counted fully, and bytes on the compiled program, with the trip counts of its loops. What runs an unknown number of
@@ -61,7 +61,7 @@ _GPUS = {'h100': ('NVIDIA H100 80GB HBM3', 50 * 2**20), 'h200': ('NVIDIA H200', 
 
 
 def describe(topology: str) -> tuple[Chip, list[jax.Device]]:
-    """What one device is, and devices to compile for, of a topology that need not be there.
+    """The kind of device, and devices to compile for, of a topology that need not be there.
 
     Args:
       topology: a generation of TPUs and the sides of a slice, such as v5e:4x4 or v5p:2x2x1; or a GPU and how many of
@@ -122,7 +122,7 @@ def bytes_needed(compiled: jax.stages.Compiled) -> int:
 
 
 class Cost(NamedTuple):
-    """What one device does."""
+    """The work of one device."""
 
     bytes: float  # moved between memory and compute
     collectives: Counter  # bytes by kind of collective
@@ -145,8 +145,8 @@ def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
     """FLOPs of the matrix products on all devices: once, and per iteration of loops of unknown length.
 
     Args:
-      jaxpr: of the whole program; what is below `jax.shard_map` is one device's part.
-      devices: of the mesh.
+      jaxpr: jaxpr of the whole program; what is below `jax.shard_map` is one device's part.
+      devices: number of devices of the mesh.
     """
     once = per_iteration = 0.0
     for equation in jaxpr.eqns:
@@ -205,7 +205,7 @@ class _Instruction(NamedTuple):
 
 
 def count_rematerialised(text: str) -> int:
-    """How many instructions of a compiled program XLA computes a second time, because they did not fit otherwise."""
+    """Counts the instructions that XLA computes a second time, because the program did not fit otherwise."""
     return len(re.findall(r'^\s+(?:ROOT )?%[\w.\-]*\.remat[\w.]* = (?!.* parameter\()', text, re.MULTILINE))
 
 
@@ -247,7 +247,7 @@ def _runs(computations, name: str, count: int, unknown: bool):
 
 
 def _cost(computations, name: str) -> Cost:
-    """Of one computation without its loops; collectives also of those that are fused into others."""
+    """The cost of one computation without its loops; collectives also of those that are fused into others."""
     moved, launches, host_waits = 0.0, 0, 0
     sizes = {instruction.name: _bytes(instruction.shape) for instruction in computations[name]}
     for instruction in computations[name]:
@@ -273,14 +273,14 @@ def _cost(computations, name: str) -> Cost:
 
 
 def _opcodes(computations, instruction: _Instruction) -> set[str]:
-    """What an instruction does, with all that is fused into it."""
+    """The opcodes of an instruction, with all that is fused into it."""
     fused = _called(instruction.rest) if instruction.opcode == 'fusion' else []
     inside = (_opcodes(computations, inner) for name in fused for inner in computations[name])
     return {instruction.opcode}.union(*inside)
 
 
 def _bytes_read(computations, instructions: list[_Instruction], name: str, size: int) -> int:
-    """How much of an array these instructions read: of what they only take slices of, the slices."""
+    """The bytes of an array that these instructions read: of what they only take slices of, the slices."""
     total = 0
     for user in instructions:
         operands = _operands(user)
@@ -339,7 +339,7 @@ def _trip_count(computations, rest: str) -> int | None:
 
 
 def _bytes(shape: str) -> int:
-    """Of an array or a tuple of arrays, as a compiled program writes its shape."""
+    """The bytes of an array or a tuple of arrays, as a compiled program writes its shape."""
     total = 0
     for dtype, sizes in _ARRAY.findall(shape):
         bits = 8 if dtype == 'pred' else int(re.search(r'\d+', dtype)[0])

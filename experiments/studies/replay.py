@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.plumbing.gin_files import Config, to_bindings
+from experiments.plumbing.gin_files import Config
+from experiments.plumbing.gin_text import to_bindings
 from experiments.plumbing.run import checkpoints_of, restore_or_init
 from experiments.studies.replay_report import plot
 from troll_jax.checkpoint import Checkpoints
@@ -76,9 +77,9 @@ def replay(
         and the plain policy gradient always take part.
       updates: m, minibatches that the run's objective learns from before. The next one is compared on. With 0 the
         policy is the one that sampled. None: all but the last.
-      step: of the rollout; None is the latest.
+      step: step of the rollout; None is the latest.
       batch: a file of saved batches, in place of a step.
-      bindings: of gin; they win over the run's configuration and the objectives' files.
+      bindings: gin bindings; they win over the run's configuration and the objectives' files.
 
     Raises:
       ValueError: there is no such rollout, checkpoint, objective or minibatch.
@@ -243,7 +244,7 @@ def inspected(objective: Objective) -> Objective:
 
 
 def distances(gradient: Gradient, batch: Batch) -> dict[str, float | None]:
-    """How far the policy is from π_old over the tokens of a batch, KL(π̃ ‖ π_old) in nats, and its entropy."""
+    """KL(π̃ ‖ π_old) in nats over the tokens of a batch, and the entropy of π̃."""
     mask = fetch(batch.loss_weights) > 0
     kl, entropy = (fetch(gradient.logs[name])[mask] for name in ('kl', 'entropy'))
     p99 = np.quantile(kl, 0.99, method='nearest')
@@ -252,14 +253,14 @@ def distances(gradient: Gradient, batch: Batch) -> dict[str, float | None]:
 
 
 def describe(got: Gradient, before: Gradient, after: Gradient | None, batch: Batch, tokenizer) -> dict:
-    """What one objective makes of a batch.
+    """The figures of one objective on a batch.
 
     Args:
-      got: its gradient.
-      before: that of the plain policy gradient, from the same state.
+      got: gradient of the objective.
+      before: plain policy gradient, from the same state.
       after: the same after one step along `got`; None if that is not finite.
-      batch: of both.
-      tokenizer: for the text of a token whose loss or gradient is not finite.
+      batch: batch of both.
+      tokenizer: gives the text of a token whose loss or gradient is not finite.
     """
     batch, logs = fetch(batch), fetch(got.logs)
     mask = batch.loss_weights > 0

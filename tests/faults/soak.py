@@ -19,8 +19,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.plumbing.gin_files import SETTINGS as KINDS
 from experiments.plumbing.gin_files import Config
+from experiments.plumbing.names import SETTINGS as KINDS
 from experiments.train import train
 from tests.tiny import save_qwen3
 from troll_jax.data.tasks.arithmetic import CHARACTERS

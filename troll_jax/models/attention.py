@@ -9,7 +9,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from troll_jax.sharding import current_mesh, partition_spec
+from troll_jax.sharding import shard_map
 
 _SPLASH_LANES, _SPLASH_BLOCK = 128, 512  # a block is a multiple of the first and at most the second
 
@@ -117,9 +117,6 @@ def _over_shards(kernel: Callable[..., jax.Array], q, k, v, segment_ids, multipl
     """Calls a kernel, which no compiler can split, on each device's rows and heads, padded to a multiple in length."""
     length = q.shape[1]
     pad = lambda x: jnp.pad(x, [(0, 0), (0, -length % multiple)] + [(0, 0)] * (x.ndim - 2))
-    if current_mesh() is not None:
-        heads = {name: partition_spec(('batch', 'length', name, 'head_dim')) for name in ('heads', 'kv_heads')}
-        in_specs = (heads['heads'], heads['kv_heads'], heads['kv_heads'], partition_spec(('batch', 'length')))
-        # A kernel does not say over which mesh axes its results vary.
-        kernel = jax.shard_map(kernel, in_specs=in_specs, out_specs=heads['heads'], check_vma=False)
+    of_heads, of_kv_heads = (('batch', 'length', name, 'head_dim') for name in ('heads', 'kv_heads'))
+    kernel = shard_map(kernel, (of_heads, of_kv_heads, of_kv_heads, ('batch', 'length')), of_heads)
     return kernel(*(pad(x) for x in (q, k, v, segment_ids)))[:, :length]

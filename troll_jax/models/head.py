@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from troll_jax.models.layers import exact_products
 from troll_jax.ops.support import select
 from troll_jax.ops.top_k import top_k
-from troll_jax.sharding import RULES, current_mesh, partition_spec
+from troll_jax.sharding import RULES, shard_map
 from troll_jax.types import SparseLogProbs
 
 _BATCH, _VOCAB, _EMBED = RULES['batch'], RULES['vocab'], RULES['embed']
@@ -91,12 +91,11 @@ def _head(settings, hidden, unembedding, tokens, old_tokens, mask) -> HeadOutput
 
 
 def _head_forward(settings, hidden, unembedding, tokens, old_tokens, mask):
-    output, log_partition = _over_shards(
+    output, log_partition = shard_map(
         partial(_forward, settings),
         (('batch', None), ('vocab', 'embed'), ('batch',), ('batch', None), ('batch',)),
         (('batch',), ('batch',)),
-        (hidden, unembedding, tokens, old_tokens, mask),
-    )
+    )(hidden, unembedding, tokens, old_tokens, mask)
     own_tokens = None if output.own is None else output.own.tokens
     return output, (hidden, unembedding, tokens, old_tokens, mask, own_tokens, log_partition, output.entropy)
 
@@ -110,80 +109,39 @@ def _head_backward(settings, residuals, gradients: HeadOutput):
     at, at_gradients = (jnp.concatenate(x, axis=1) for x in zip(*listed, strict=True))
     at_gradients = jnp.where((at >= 0) & mask[:, None], at_gradients, 0.0)
     d_entropy = jnp.where(mask, gradients.entropy, 0.0)
-    d_hidden, d_unembedding = _over_shards(
+    d_hidden, d_unembedding = shard_map(
         partial(_backward, settings),
         (('batch', None), ('vocab', 'embed'), *[('batch',)] * 6),
         (('batch', None), ('vocab', 'embed')),
-        (hidden, unembedding, mask, log_partition, entropy, d_entropy, at, at_gradients),
-    )
+    )(hidden, unembedding, mask, log_partition, entropy, d_entropy, at, at_gradients)
     return d_hidden, d_unembedding, None, None, None
 
 
 _head.defvjp(_head_forward, _head_backward)
 
 
-def _over_shards(function, in_axes, out_axes, arguments):
-    """Calls `function` on each device's part of the arguments, whose axes have these logical names."""
-    mesh = current_mesh()
-    if mesh is None:
-        return function(_Alone(), *arguments)
-    specs = [tuple(partition_spec(axes) for axes in side) for side in (in_axes, out_axes)]
-    return jax.shard_map(partial(function, _Shards()), in_specs=specs[0], out_specs=specs[1], check_vma=False)(
-        *arguments
-    )
-
-
-class _Alone:
-    """The communication of a device that holds everything."""
-
-    offset = staticmethod(lambda size: 0)
-    sum_vocab = max_vocab = max_batch = gather_candidates = staticmethod(lambda x: x)
-    gather_embed = scatter_embed = staticmethod(lambda x: x)
-
-
-class _Shards:
-    """The communication between devices, each with its tokens [N / batch] and its part of the vocabulary."""
-
-    sum_vocab = staticmethod(partial(jax.lax.psum, axis_name=_VOCAB))
-    max_vocab = staticmethod(partial(jax.lax.pmax, axis_name=_VOCAB))
-    max_batch = staticmethod(partial(jax.lax.pmax, axis_name=_BATCH))
-    gather_candidates = staticmethod(partial(jax.lax.all_gather, axis_name=_VOCAB, axis=1, tiled=True))
-    gather_embed = staticmethod(partial(jax.lax.all_gather, axis_name=_EMBED, axis=1, tiled=True))
-
-    @staticmethod
-    def offset(size):
-        """The first token of this device's part of the vocabulary, of `size` tokens."""
-        return jax.lax.axis_index(_VOCAB) * size
-
-    @staticmethod
-    def scatter_embed(x):
-        """Sums [V, D] over the tokens of all devices and leaves each with its part of D."""
-        rest = tuple(axis for axis in _BATCH if axis != _EMBED)
-        return jax.lax.psum(jax.lax.psum_scatter(x, _EMBED, scatter_dimension=1, tiled=True), rest)
-
-
-def _forward(settings: _Settings, shards, hidden, unembedding, tokens, old_tokens, mask):
+def _forward(settings: _Settings, hidden, unembedding, tokens, old_tokens, mask):
     """HeadOutput and log-partition [N] of one device's tokens."""
-    part = shards.gather_embed(unembedding.astype(settings.dtype))
-    first = shards.offset(part.shape[0])
+    part = _gather(unembedding.astype(settings.dtype), _EMBED)
+    first = jax.lax.axis_index(_VOCAB) * part.shape[0]  # the first token of this part of the vocabulary
 
     def one_chunk(inputs):
         hidden, tokens, old_tokens = inputs
         scores = logits(hidden, part, temperature=settings.temperature, dtype=settings.dtype)
-        largest = shards.max_vocab(jnp.max(scores, axis=1))
+        largest = jax.lax.pmax(jnp.max(scores, axis=1), _VOCAB)
         weights = jnp.exp(scores - largest[:, None])
-        log_partition = largest + jnp.log(shards.sum_vocab(jnp.sum(weights, axis=1)))
+        log_partition = largest + jnp.log(jax.lax.psum(jnp.sum(weights, axis=1), _VOCAB))
         log_probs = scores - log_partition[:, None]
         at = jnp.concatenate([tokens[:, None], old_tokens], axis=1)
         local, here = _local(at, first, part.shape[0])
-        at_log_probs = shards.sum_vocab(jnp.where(here, jnp.take_along_axis(log_probs, local, axis=1), 0.0))
+        at_log_probs = jax.lax.psum(jnp.where(here, jnp.take_along_axis(log_probs, local, axis=1), 0.0), _VOCAB)
         at_log_probs = jnp.where(at >= 0, at_log_probs, -jnp.inf)
-        entropy = -shards.sum_vocab(jnp.sum(jnp.exp(log_probs) * log_probs, axis=1))
+        entropy = -jax.lax.psum(jnp.sum(jnp.exp(log_probs) * log_probs, axis=1), _VOCAB)
         own = None
         if settings.support_size is not None:
             count = min(settings.support_size, part.shape[0])
             best_log_probs, best = jax.vmap(partial(top_k, k=count))(log_probs)
-            best_log_probs, best = shards.gather_candidates(best_log_probs), shards.gather_candidates(best + first)
+            best_log_probs, best = _gather(best_log_probs, _VOCAB), _gather(best + first, _VOCAB)
             best_log_probs, places = jax.lax.top_k(best_log_probs, settings.support_size)
             best = jnp.take_along_axis(best, places, axis=1)
             own = jax.vmap(partial(select, support_mass=settings.support_mass))(
@@ -192,7 +150,7 @@ def _forward(settings: _Settings, shards, hidden, unembedding, tokens, old_token
         return HeadOutput(at_log_probs[:, 0], entropy, at_log_probs[:, 1:], own), log_partition
 
     # One chunk after the other; those of zero loss weight give nothing but zeros.
-    chunks = _Chunks.of(mask, settings.chunk, shards)
+    chunks = _Chunks.of(mask, settings.chunk)
     inputs = chunks.split((hidden, tokens, old_tokens))
     skip = partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype))
     empty = jax.eval_shape(one_chunk, jax.tree.map(lambda x: x[0], inputs))
@@ -202,10 +160,10 @@ def _forward(settings: _Settings, shards, hidden, unembedding, tokens, old_token
     return chunks.join(outputs)
 
 
-def _backward(settings: _Settings, shards, hidden, unembedding, mask, log_partition, entropy, d_entropy, at, d_at):
+def _backward(settings: _Settings, hidden, unembedding, mask, log_partition, entropy, d_entropy, at, d_at):
     """Gradients by one device's hidden states and its part of the unembedding."""
-    part = shards.gather_embed(unembedding.astype(settings.dtype))
-    first = shards.offset(part.shape[0])
+    part = _gather(unembedding.astype(settings.dtype), _EMBED)
+    first = jax.lax.axis_index(_VOCAB) * part.shape[0]  # the first token of this part of the vocabulary
 
     def one_chunk(d_part, inputs):
         hidden, log_partition, entropy, d_entropy, at, d_at = inputs
@@ -225,7 +183,7 @@ def _backward(settings: _Settings, shards, hidden, unembedding, mask, log_partit
             d_part += jnp.einsum('nv,nd->vd', d_scores, hidden.astype(part.dtype), preferred_element_type=jnp.float32)
         return d_part, d_hidden
 
-    chunks = _Chunks.of(mask, settings.chunk, shards)
+    chunks = _Chunks.of(mask, settings.chunk)
     inputs = chunks.split((hidden, log_partition, entropy, d_entropy, at, d_at))
     skip = lambda d_part, inputs: (d_part, jnp.zeros(inputs[0].shape, jnp.float32))
     d_part, d_hidden = jax.lax.scan(
@@ -233,8 +191,14 @@ def _backward(settings: _Settings, shards, hidden, unembedding, mask, log_partit
         jnp.zeros(part.shape, jnp.float32),
         (chunks.needed, inputs),
     )
-    d_hidden = shards.sum_vocab(chunks.join(d_hidden))
-    return d_hidden.astype(hidden.dtype), shards.scatter_embed(d_part).astype(unembedding.dtype)
+    d_hidden = jax.lax.psum(chunks.join(d_hidden), _VOCAB)
+    # The sum over the tokens of all devices, of which each keeps its part of D.
+    d_part = jax.lax.psum_scatter(d_part, _EMBED, scatter_dimension=1, tiled=True)
+    d_part = jax.lax.psum(d_part, tuple(axis for axis in _BATCH if axis != _EMBED))
+    return d_hidden.astype(hidden.dtype), d_part.astype(unembedding.dtype)
+
+
+_gather = partial(jax.lax.all_gather, axis=1, tiled=True)  # along the second axis, over a mesh axis
 
 
 def _local(tokens: jax.Array, first: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
@@ -252,7 +216,7 @@ class _Chunks(NamedTuple):
     needed: jax.Array  # [C] bool, chunks that hold a token of the mask, on any device
 
     @classmethod
-    def of(cls, mask: jax.Array, chunk: int, shards) -> '_Chunks':
+    def of(cls, mask: jax.Array, chunk: int) -> '_Chunks':
         (count,) = mask.shape
         size = min(chunk, count)
         total = -(-count // size) * size
@@ -260,7 +224,7 @@ class _Chunks(NamedTuple):
         place = jnp.where(mask, jnp.cumsum(mask) - 1, needed + jnp.cumsum(~mask) - 1)
         order = jnp.full(total, count, jnp.int32).at[place].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)
         # The same on all devices, which have to meet in the sums of a chunk.
-        return cls(place, order.reshape(-1, size), jnp.arange(0, total, size) < shards.max_batch(needed))
+        return cls(place, order.reshape(-1, size), jnp.arange(0, total, size) < jax.lax.pmax(needed, _BATCH))
 
     def split(self, inputs):
         """[N, ...] → [C, size, ...], filled up with zeros."""

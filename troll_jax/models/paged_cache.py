@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from troll_jax.sharding import RULES, constrain, current_mesh, platform
+from troll_jax.sharding import axis_size, constrain, platform
 
 _AXES = {'p': None, 'k': 'kv_heads', 'f': 'head_dim'}
 
@@ -50,8 +50,7 @@ def response_pages(config) -> type[Pages]:
     begins and ends. With a single head on each device both orders are the same but for the padding: the last but one
     axis comes in eights, and must not be the heads. On a CPU attention reads heads before tokens faster.
     """
-    mesh = current_mesh()
-    heads = config.kv_heads // (1 if mesh is None else mesh.shape[RULES['kv_heads']])
+    heads = config.kv_heads // axis_size('kv_heads')
     return TokenPages if platform() == 'tpu' and heads > 1 else Pages
 
 

@@ -89,7 +89,7 @@ def whiten(advantages: jax.Array, mask: jax.Array | None = None, *, epsilon: flo
 
     Args:
       advantages: [B, G] of all responses of a batch, or [R, T] of all tokens; at least two.
-      mask: which of them count; all if None. What comes out for the others has no meaning.
+      mask: advantages that count; None: all. The results for the others have no meaning.
       epsilon: keeps a batch whose advantages are all equal at zero.
 
     Raises:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from troll_jax.ops.collectives import all_gather, axis_index, pmax, psum
 from troll_jax.ops.top_k import BLOCK, to_blocks
 from troll_jax.ops.top_k import top_k as largest_k
 
@@ -43,19 +44,17 @@ def summarise(logits: jax.Array, axis_name: str | None = None) -> Blocks:
       logits: [V]; or a device's part of them, all of the same size.
       axis_name: mesh axis over which the vocabulary is split, in its order; None: it is not.
     """
-    gather = lambda x: x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
-    first = 0 if axis_name is None else jax.lax.axis_index(axis_name) * logits.size
+    first = axis_index(axis_name) * logits.size
     blocks = to_blocks(logits)
-    maxima = gather(jnp.max(blocks, axis=1))
+    maxima = all_gather(jnp.max(blocks, axis=1), axis_name)
     highest = jnp.max(maxima)
     centred = blocks - highest
     weights = jnp.exp(centred)
-    sums = gather(jnp.sum(weights, axis=1))
+    sums = all_gather(jnp.sum(weights, axis=1), axis_name)
     # Σ w (x − highest), with 0 · −inf = 0.
-    moment = jnp.sum(weights * jnp.maximum(centred, jnp.finfo(centred.dtype).min))
-    moment = moment if axis_name is None else jax.lax.psum(moment, axis_name)
+    moment = psum(jnp.sum(weights * jnp.maximum(centred, jnp.finfo(centred.dtype).min)), axis_name)
     total = jnp.sum(sums)
-    tokens = gather(first + BLOCK * jnp.arange(len(blocks), dtype=jnp.int32))
+    tokens = all_gather(first + BLOCK * jnp.arange(len(blocks), dtype=jnp.int32), axis_name)
     log_total = jnp.log(total)
     return Blocks(blocks, tokens, maxima, sums, highest + log_total, log_total - moment / total)
 
@@ -64,9 +63,9 @@ def _entries(blocks: Blocks, index: jax.Array, axis_name: str | None) -> jax.Arr
     """The logits [..., 64] of some blocks [...]."""
     if axis_name is None:
         return blocks.logits[index]
-    local = index - jax.lax.axis_index(axis_name) * len(blocks.logits)
+    local = index - axis_index(axis_name) * len(blocks.logits)
     here = (local >= 0) & (local < len(blocks.logits))
-    return jax.lax.pmax(jnp.where(here[..., None], blocks.logits[jnp.where(here, local, 0)], -jnp.inf), axis_name)
+    return pmax(jnp.where(here[..., None], blocks.logits[jnp.where(here, local, 0)], -jnp.inf), axis_name)
 
 
 class Token(NamedTuple):

@@ -21,7 +21,7 @@ from troll_jax.ops.segments import segment_mean
 from troll_jax.ops.support import at_token
 from troll_jax.types import START, Progress, SparseLogProbs
 
-# log π/π_old beyond which a ratio is held, so that one absurd token gives a large number and not an infinite one.
+# log π/π_old beyond which a ratio is clipped, so that one absurd token gives a large number and not an infinite one.
 _LOG_RATIO_LIMIT = 20.0
 # The same of a response's ratio, from above (TROLL's authors).
 _LOG_SEQUENCE_RATIO_LIMIT = 10.0
@@ -36,7 +36,7 @@ class ReferenceView(NamedTuple):
 
 
 class LossInputs(NamedTuple):
-    """What an objective sees of a row of responses. Only what is of the current policy has a gradient."""
+    """The inputs of an objective: a row of responses. Only what comes from the current policy has a gradient."""
 
     tokens: jax.Array  # [T] int32, sampled from the old policy
     segments: jax.Array  # [T] int32, the response that a token belongs to; 0: none, what is computed there is not used
@@ -76,7 +76,7 @@ def sequence_region(new: SparseLogProbs, old: SparseLogProbs, segments: jax.Arra
 
 
 def token_ratio(log_ratio: jax.Array, segments: jax.Array) -> jax.Array:
-    """The ratio π/π_old of each token on its own, from its log [T]; held within e^±20."""
+    """The ratio π/π_old of each token on its own, from its log [T]; clipped to e^±20."""
     del segments
     return jnp.exp(jnp.clip(log_ratio, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT))
 
@@ -114,11 +114,11 @@ def troll(
     Args:
       row: T tokens; `old` holds the sampled token at every one that belongs to a response.
       advantages: [T]
-      progress: of the run, for a bound that changes.
+      progress: progress of the run, for a schedule of the bound.
       bound: ε, nats per token, or a schedule of it, see `troll_jax.ops.schedules`.
       alpha: α ≥ 0.
       region: `token_region` or `sequence_region`.
-      ratio: of π to π_old, `token_ratio` or `sequence_ratio`.
+      ratio: ratio of π to π_old, `token_ratio` or `sequence_ratio`.
 
     Raises:
       ValueError: `alpha` is negative.

@@ -1,4 +1,4 @@
-"""What can be added to any policy objective, and estimates of how far two policies are apart."""
+"""Regularisers that can be added to any objective, and estimates of the KL divergence of two policies."""
 
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -31,7 +31,7 @@ def regularised(
         raise ValueError(f'regularisers are logged by their names, and each may be given once; got {", ".join(names)}')
 
     def with_regularisers(row: LossInputs, advantages: jax.Array, progress: Progress = START) -> LossOutputs:
-        losses = objective(row, advantages, progress)
+        losses = objective(row, advantages, progress, **give(objective, reference=row.reference))
         if taken := losses.logs.keys() & set(names):
             raise ValueError(f'the objective has figures of the name {", ".join(taken)}; rename the regulariser')
         added = {name: evaluate(regulariser, row) for name, regulariser in zip(names, regularisers, strict=True)}
@@ -71,7 +71,7 @@ def kl_to_reference(
       row: T tokens.
       reference: policy and reference model at these tokens.
       coefficient: β ≥ 0.
-      estimator: from the sampled tokens' log-probabilities, `k1`, `k2` or `k3`; GRPO's is `k3`. None: exact on the
+      estimator: estimate from the sampled tokens, `k1`, `k2` or `k3`; GRPO's is `k3`. None: exact on the
         tokens that the old policy lists, with all others as one entry, which is never more than the KL of the whole
         vocabulary. The estimates suppose that the policy has sampled: off-policy they are biased, this is not.
 

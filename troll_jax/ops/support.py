@@ -87,7 +87,7 @@ def default_tail(
       new_on_old_support: [K] log π̃ of π_old's tokens.
       old: π_old on its support [K].
       new: π̃ on its own support [K'].
-      probability: of a token that π_old's support leaves out.
+      probability: probability of a token that π_old's support leaves out.
       renormalise: makes each sum to one on the union, as in the paper. Tokens that are not kept then get no gradient.
 
     Returns:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CHARACTERS = '0123456789+-*=#'
-"""All that prompts and responses are made of, for `data.tokenizer.character_tokenizer`."""
+"""The characters of prompts and responses, for `data.tokenizer.character_tokenizer`."""
 
 _DIGITS = '0123456789'
 _OPERATORS = {'+': int.__add__, '-': int.__sub__, '*': int.__mul__}

@@ -1,0 +1,118 @@
+"""Writes settings as a gin file, which `Config` reads back as the same values."""
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from experiments.plumbing.names import NAMES
+
+
+def to_bindings(*settings: Any) -> dict[str, str]:
+    """Settings as gin bindings: name → value as text. Fields that have their default are left out.
+
+    A value that no gin file can name, such as a lambda, is put in angle brackets.
+    """
+    return _Writer(settings).lines
+
+
+def to_gin(*settings: Any) -> str:
+    """Settings as a gin file."""
+    writer = _Writer(settings)
+    lines = [f'import {module}' for module in sorted(writer.modules)]
+    for name, value in sorted(writer.lines.items(), key=lambda line: line[0].lower()):
+        lines.append(f'{"# not in a gin file: " if "<" in value and _BRACKETS.search(value) else ""}{name} = {value}')
+    return '\n'.join(lines) + '\n'
+
+
+_BRACKETS = re.compile(r'<[\w.<>]+>')
+
+
+class _Writer:
+    def __init__(self, settings: Sequence[Any]):
+        self.lines: dict[str, str] = {}
+        self.modules: set[str] = set()
+        self._keys: dict[str, dict[str, str]] = {}  # scope/name → its parameters
+        for value in settings:
+            self._object(value, '')
+
+    def _text(self, value: Any, owner: str) -> str:
+        """A value as gin reads it. `owner` is the name of the object whose field it is."""
+        text = functools.partial(self._text, owner=owner)
+        if isinstance(value, list):
+            return f'[{", ".join(map(text, value))}]'
+        if isinstance(value, tuple):
+            return f'({", ".join(map(text, value))}{"," * (len(value) == 1)})'
+        if isinstance(value, dict):
+            return f'{{{", ".join(f"{text(name)}: {text(item)}" for name, item in value.items())}}}'
+        if isinstance(value, (bool, str, type(None))):
+            return repr(value)
+        if isinstance(value, (int, float)) or hasattr(value, 'item'):
+            return repr(getattr(value, 'item', lambda: value)())
+        if isinstance(value, functools.partial):
+            name = self._name(value.func)
+            arguments = inspect.signature(value.func).bind_partial(*value.args, **value.keywords).arguments
+            return f'@{self._key(name, arguments, owner)}' if name else f'<{value.func}>'
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return f'@{self._object(value, owner)}()'
+        name = self._name(value)
+        return f'@{self._key(name, {}, owner)}' if name else f'<{getattr(value, "__qualname__", type(value).__name__)}>'
+
+    def _object(self, value: Any, owner: str) -> str:
+        """Writes a dataclass; returns its key."""
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
+        of_benchmark = {
+            name: target.keywords
+            for name, target in NAMES.items()
+            if isinstance(target, functools.partial) and target.func is type(value)
+        }
+        name, fixed = next(
+            ((name, given) for name, given in of_benchmark.items() if given.items() <= fields.items()), (None, {})
+        )
+        name = name or self._name(type(value)) or f'<{type(value).__name__}>'
+        changed = {
+            field.name: fields[field.name]
+            for field in dataclasses.fields(value)
+            if field.init and field.name not in fixed and not _is_default(field, fields[field.name])
+        }
+        return self._key(name, changed, owner)
+
+    def _key(self, name: str, arguments: dict[str, Any], owner: str) -> str:
+        """The name under which these arguments are bound: with a scope, if others are bound under the name alone."""
+        texts = {parameter: self._text(value, name) for parameter, value in arguments.items()}
+        scopes = (f'{owner.lower()}{i or ""}' for i in itertools.count())
+        candidates = itertools.chain([name], (f'{scope}/{name}' for scope in scopes))
+        key = next(key for key in candidates if self._keys.get(key, texts) == texts)
+        if key != name:  # a scope inherits what is bound without one
+            inherited = self._keys[name].keys() - texts.keys()
+            defaults = inspect.signature(NAMES.get(name) or _locate(name)).parameters
+            texts |= {parameter: self._text(defaults[parameter].default, name) for parameter in sorted(inherited)}
+        self._keys[key] = texts
+        self.lines |= {f'{key}.{parameter}': text for parameter, text in texts.items()}
+        return key
+
+    def _name(self, target: Any) -> str | None:
+        """The name of a function or class in a gin file, None if it has none."""
+        for name, known in NAMES.items():
+            if known is target:
+                return name
+        module, name = getattr(target, '__module__', None), getattr(target, '__qualname__', '')
+        if module in (None, '__main__') or getattr(sys.modules.get(module), name, None) is not target:
+            return None
+        self.modules.add(module)
+        return f'{module}.{name}'
+
+
+def _is_default(field: dataclasses.Field, value: Any) -> bool:
+    if field.default_factory is not dataclasses.MISSING:
+        return value == field.default_factory()
+    return field.default is not dataclasses.MISSING and type(value) is type(field.default) and value == field.default
+
+
+def _locate(name: str) -> Any:
+    module, _, attribute = name.rpartition('.')
+    return getattr(sys.modules[module], attribute)

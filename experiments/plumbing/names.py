@@ -1,0 +1,37 @@
+"""The functions and classes that gin files know by name. Others are imported, by a line `import my_module`."""
+
+import functools
+from collections.abc import Callable
+
+from troll_jax.critic import Critic
+from troll_jax.data.tasks.arithmetic import Arithmetic
+from troll_jax.data.tasks.eurus_code import EurusCode
+from troll_jax.data.tasks.gsm8k import GSM8K
+from troll_jax.data.tasks.math_problems import BENCHMARKS, DAPOMath, EurusMath, MathEval, MathProblems
+from troll_jax.experiment import Experiment
+from troll_jax.ops import advantages, aggregation, categorical, losses, projection, regularisers, schedules, support
+from troll_jax.optimizer import adamw
+from troll_jax.rewards import sandbox, terms
+from troll_jax.settings import Compute, Method, Run, Sampling
+
+SETTINGS = (Experiment, Sampling, Method, Compute, Run)
+NAMES: dict[str, Callable] = {
+    target.__name__: target
+    for target in (
+        *SETTINGS,
+        *(losses.troll, losses.ppo_clip, losses.cispo, losses.dppo, losses.importance_weighted),
+        *(losses.token_region, losses.sequence_region, losses.token_ratio, losses.sequence_ratio),
+        *(categorical.total_variation, projection.kl_divergence),
+        *(support.default_tail, support.bucket_tail, schedules.linear_bound, schedules.adaptive_bound),
+        *(advantages.group_normalised, advantages.mean_centred, advantages.leave_one_out, advantages.no_baseline),
+        *(advantages.greedy_baseline, advantages.gae),
+        *(aggregation.token_mean, aggregation.sequence_mean, aggregation.sequence_sum, aggregation.constant_length),
+        *(regularisers.entropy_bonus, regularisers.kl_to_old, regularisers.kl_to_reference),
+        *(regularisers.k1, regularisers.k2, regularisers.k3),
+        *(terms.task_reward, terms.soft_overlong, terms.answer_format),
+        *(adamw, Critic, Arithmetic, EurusCode, GSM8K, MathProblems, DAPOMath, EurusMath, MathEval),
+        *(sandbox.Bubblewrap, sandbox.SandboxFusion, sandbox.Unisolated),
+    )
+}
+# @AMC() is MathEval of this benchmark, with all bindings of MathEval that AMC has none of its own for.
+NAMES |= {name.replace('-', '_'): functools.partial(MathEval, benchmark=name) for name in BENCHMARKS}
