@@ -1,61 +1,139 @@
-"""What the README says of the repository is so."""
+"""What the README and the documents say of the repository is so."""
 
 import re
+import sys
 from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import experiments.train
+from experiments.plumbing.gin_files import Config
+from troll_jax.experiment import Experiment
+from troll_jax.ops.losses import LossInputs
+from troll_jax.settings import Compute, Method, Run, Sampling
+from troll_jax.types import START
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / 'README.md').read_text()
+DOCUMENTS = [REPOSITORY / 'README.md', REPOSITORY / 'configs/README.md', *sorted((REPOSITORY / 'docs').glob('*.md'))]
+named = lambda path: str(path.relative_to(REPOSITORY))
 
 
-def test_the_file_tree_is_complete_and_true():
-    """Guards against files that a newcomer is not told of, and against a tree that lists what has moved."""
-    tree = re.search(r'```\n(experiments/\n.*?)```', README, re.DOTALL)[1]
-    listed, folder = set(), ''
-    for line in tree.splitlines():
-        name, _, comment = line.strip().partition(' ')
-        if not line.startswith(' '):
-            folder = inner = name
-        elif name.endswith('/'):
-            inner = folder + name
-            listed.update(inner + file for file in re.findall(r'[\w.]+\.py', comment))
-        else:
-            listed.add((inner if line.startswith('    ') else folder) + name)
-    files = {
-        str(path.relative_to(REPOSITORY))
-        for folder, pattern in [('experiments', '*.py'), ('configs', '*.gin'), ('troll_jax', '*.py')]
-        for path in (REPOSITORY / folder).rglob(pattern)
-        if path.name != '__init__.py'
-    }
-    # Files of data, models and ablations are named by the table of the paper's experiments: test_paper_configs.py.
-    folders = ('data', 'models', 'ablations', 'objectives')
-    in_tables = {file for file in files if file.startswith(tuple(f'configs/{folder}/' for folder in folders))}
-    assert listed == files - in_tables and in_tables
+def blocks(text: str, language: str = '') -> list[str]:
+    """The code blocks of a document in a language."""
+    found = re.findall(r'^```(\w*)\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
+    return [code for name, code in found if name == language]
+
+
+def anchors(document: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r'^#+ (.*)$', document.read_text(), re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading).lower().replace(' ', '-') for heading in headings}
+
+
+def test_the_readme_is_short():
+    """Guards against a first page that nobody reads to its end."""
+    assert len(README.splitlines()) <= 130
 
 
 def test_the_table_of_methods_is_complete():
     """Guards against a method that nobody finds, and against one that is gone."""
-    table = re.search(r'\| file \| objective \|.*?\n\n', README, re.DOTALL)[0]
+    text = (REPOSITORY / 'configs/README.md').read_text()
+    table = re.search(r'\| file \| objective \|.*?\n\n', text, re.DOTALL)[0]
     listed = {name for row in table.splitlines() for name in re.findall(r'`(\w+)`', row[2:].partition('|')[0])}
     assert listed == {file.stem for file in (REPOSITORY / 'configs/objectives').glob('*.gin')}
 
 
-def test_links_and_commands_lead_somewhere():
-    """Guards against dead links, and against commands of modules, configurations or targets that do not exist."""
-    links = re.findall(r'\]\(([^)#]+)\)', README)
-    assert links
-    for link in links:
-        assert link.startswith('https://') or (REPOSITORY / link).exists(), link
-    modules = re.findall(r'python -m (experiments(?:\.\w+)+)', README)
-    configs = re.findall(r'configs/[\w/]+\.gin', README)
-    targets = re.findall(r'^make (\w+)', README, re.MULTILINE)
-    assert modules and configs and targets
-    for module in modules:
+def test_the_index_has_every_document():
+    """Guards against a document that nobody finds."""
+    index = (REPOSITORY / 'docs/README.md').read_text()
+    for document in (REPOSITORY / 'docs').glob('*.md'):
+        assert document.name == 'README.md' or f']({document.name}' in index, document.name
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=named)
+def test_links_lead_somewhere(document):
+    """Guards against files and headings that have moved on without the links to them."""
+    for link in re.findall(r'\]\(([^)]+)\)', document.read_text()):
+        if link.startswith('https://'):
+            continue
+        path, _, anchor = link.partition('#')
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=named)
+def test_what_is_named_exists(document):
+    """Guards against commands, configurations, files, tests and targets that do not exist."""
+    text = document.read_text()
+    for module in re.findall(r'python -m ((?:experiments|tests)(?:\.\w+)+)', text):
         assert (REPOSITORY / (module.replace('.', '/') + '.py')).is_file(), module
-    for config in configs:
-        assert (REPOSITORY / config).is_file(), config
+    for path in re.findall(r'\b(?:configs|experiments|troll_jax|tests|docs|notebooks)/[\w./-]+\.\w+', text):
+        assert (REPOSITORY / path).exists(), path
+    for path, test in re.findall(r'`(tests/[\w/]+\.py)::(\w+)`', text):
+        assert re.search(rf'^def {test}\(', (REPOSITORY / path).read_text(), re.MULTILINE), test
     makefile = (REPOSITORY / 'Makefile').read_text()
-    for target in targets:
+    for target in re.findall(r'^make (\w+)', text, re.MULTILINE) + re.findall(r'`make (\w+)`', text):
         assert re.search(rf'^{target}:', makefile, re.MULTILINE), target
+
+
+@pytest.fixture
+def my_losses(tmp_path, monkeypatch):
+    """The README's module with a loss of one's own, in a folder from which it can be imported."""
+    _, _, code = blocks(README, 'python')
+    (tmp_path / 'my_losses.py').write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield code
+    sys.modules.pop('my_losses', None)
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=named)
+def test_examples_of_gin_files_are_read(document, tmp_path, my_losses):
+    """Guards against bindings that are renamed, and examples that are no longer valid."""
+    found = [block for block in blocks(document.read_text()) if re.search(r'^[\w/]+\.\w+ = ', block, re.MULTILINE)]
+    assert found or document not in DOCUMENTS[:2]
+    for i, block in enumerate(found):
+        (tmp_path / f'{i}.gin').write_text(block)
+        Config([tmp_path / f'{i}.gin'])
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=named)
+def test_bindings_in_the_text_exist(document):
+    """Guards against names of settings that are no longer there."""
+    kinds = {kind.__name__: kind for kind in (Experiment, Sampling, Method, Compute, Run)}
+    for kind, name in re.findall(rf'\b({"|".join(kinds)})\.(\w+)', document.read_text()):
+        assert hasattr(kinds[kind], name) or name in kinds[kind].__dataclass_fields__, f'{kind}.{name}'
+
+
+def test_the_projection_of_the_readme():
+    """Guards against a first example that is no longer so."""
+    code = blocks(README, 'python')[0]
+    log_probs, old = (jax.nn.log_softmax(jnp.array(x)) for x in ([0.0, 3.0, 1.0], [1.0, 0.0, 2.0]))
+    names = {'log_probs': log_probs, 'old_log_probs': old}
+    exec(code, names)
+    assert 0.049 < names['projection'].kl <= 0.05
+
+
+def test_the_script_of_the_readme_trains(monkeypatch):
+    """Guards against a setting of the example that is renamed, or needs another. `train` has tests of its own."""
+    calls = []
+    monkeypatch.setattr(experiments.train, 'train', lambda *settings: calls.append(settings))
+    exec(blocks(README, 'python')[1], {})
+    assert [tuple(map(type, settings)) for settings in calls] == [(Experiment, Sampling, Method, Compute, Run)]
+
+
+def test_the_loss_of_the_readme(my_losses):
+    """Guards against inputs and outputs of a loss that are called otherwise."""
+    names = {}
+    exec(my_losses, names)
+    zeros, ints = jnp.zeros(7), jnp.zeros(7, jnp.int32)
+    row = LossInputs(ints, ints + 1, zeros + 0.5, zeros, new=None, old=None, entropy=zeros)
+    found = names['quadratic'](row, zeros + 1.0, START, width=0.1)
+    ratio = jnp.exp(0.5)
+    assert jnp.allclose(found.loss, -ratio + (ratio - 1) ** 2 / 0.2) and found.constrained.all()
 
 
 def test_continuous_integration_runs_the_readmes_test_command():

@@ -33,6 +33,7 @@ from updates import (
     updater,
 )
 
+from troll_jax.learn import abstract_state, start_state
 from troll_jax.models import decoder as decoders
 from troll_jax.ops.aggregation import constant_length, sequence_mean, token_mean
 from troll_jax.ops.categorical import entropy
@@ -307,12 +308,17 @@ def test_second_update_does_not_compile(objective):
 
     Progress counts updates and adds up the share of tokens that was projected, which is what a schedule goes by.
     """
-    small = optax.sgd(0.01)
-    update, state = updater(objective, optimizer=small), start(nearby_params(), small)
-    shares = []
-    for sign in (1, -1, 1):
-        state, log = update(state, batch(advantages=sign * ADVANTAGES))
-        shares.append(float(log.metrics.get('projected_share', 0.0)))
+    small, mesh = optax.sgd(0.01), make_mesh(devices=jax.devices()[:1])
+    update, shares = updater(objective, optimizer=small), []
+    with jax.set_mesh(mesh):
+        shapes = abstract_state(CONFIG, small, mesh)
+        params = jax.tree.map(
+            lambda x, like: jax.device_put(np.array(x), like.sharding), nearby_params(), shapes.params
+        )
+        state = start_state(params, small, shapes)
+        for sign in (1, -1, 1):
+            state, log = update(state, place(batch(advantages=sign * ADVANTAGES), mesh, (None, 'batch')))
+            shares.append(float(log.metrics.get('projected_share', 0.0)))
     assert update._cache_size() == 1
     assert state.progress.step == 0 and state.progress.updates == 3
     np.testing.assert_allclose(state.progress.projected, sum(shares), rtol=1e-6)

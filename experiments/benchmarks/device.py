@@ -121,7 +121,7 @@ def main() -> None:
         parser.error(f'no part {", ".join(sorted(unknown))}; expected some of {", ".join(SHARES)}')
     arguments.out.mkdir(parents=True, exist_ok=True)
     if 'XLA_CLIENT_MEM_FRACTION' not in os.environ:  # another name for the same
-        os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.92')  # of a GPU, as docs/pods.md gives a training
+        os.environ.setdefault('XLA_PYTHON_CLIENT_MEM_FRACTION', '0.92')  # of a GPU, as in docs/multi_host.md
     os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', os.path.abspath('.jax_cache'))  # for a second try
     platforms = os.environ.get('JAX_PLATFORMS')
     if platforms and 'cpu' not in platforms.split(','):
