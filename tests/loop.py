@@ -1,5 +1,6 @@
 """Runs of the whole loop in this process, as a user starts them, on small sizes."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -60,11 +61,18 @@ def settings(files, bindings=()) -> list:
     return built
 
 
-def run(folder, model: str, *bindings: str, method: str = 'troll', task=tuple(ARITHMETIC)) -> list[dict]:
-    """Trains on the quickstart's task by one of the methods and returns the metrics."""
+def run(
+    folder, model: str, *bindings: str, method: str = 'troll', task=tuple(ARITHMETIC), devices: int = 1
+) -> list[dict]:
+    """Trains on the quickstart's task by one of the methods and returns the metrics.
+
+    On one device, which compiles in a fraction of the time; tests of what is sharded take all eight.
+    """
     names = [f"Run.folder = '{folder}'", f"Experiment.model = '{model}'"]
     files = [REPOSITORY / 'configs/quickstart.gin', REPOSITORY / f'configs/objectives/{method}.gin']
-    train(*settings(files, [*SMALL, *task, *names, *bindings]))
+    experiment, sampling, method, compute, run = settings(files, [*SMALL, *task, *names, *bindings])
+    compute = dataclasses.replace(compute, devices=jax.devices()[:devices])
+    train(experiment, sampling, method, compute, run)
     return read_metrics(Path(folder) / 'metrics.jsonl')
 
 

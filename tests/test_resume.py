@@ -38,7 +38,7 @@ def test_resuming_equals_not_stopping(tmp_path, model, method, bindings):
 
     And against a best checkpoint that is chosen by another number than the log's.
     """
-    settings = {'method': method, 'task': [*HASH, 'Run.evaluate_every = 2']}
+    settings = {'method': method, 'task': [*HASH, 'Run.evaluate_every = 2'], 'devices': 8 if bindings else 1}
     whole = run(tmp_path / 'whole', model, *bindings, **settings)
     assert all(row['update/gradient_norm'] > 1e-6 for row in whole[1:]), 'every step was meant to teach something'
     run(tmp_path / 'parts', model, *bindings, 'Run.steps = 2', **settings)

@@ -39,8 +39,8 @@ def test_one_update_does_not_depend_on_the_mesh(tmp_path, model, mesh):
     if 'tensor' in mesh:
         model = two_kv_heads(tmp_path / 'model')
         tied += ['Experiment.max_prompt_length = 4']
-    reference = run(tmp_path / 'reference', model, *tied, 'Compute.data = 8', 'Compute.fsdp = 1')
-    rows = run(tmp_path / 'other', model, *tied, *mesh.split('\n'))
+    reference = run(tmp_path / 'reference', model, *tied, 'Compute.data = 8', 'Compute.fsdp = 1', devices=8)
+    rows = run(tmp_path / 'other', model, *tied, *mesh.split('\n'), devices=8)
     for name, value in without_times(reference)[0].items():
         assert rows[0][name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
 
@@ -69,7 +69,7 @@ def test_training_from_python_is_the_same(tmp_path, model):
             optimizer=partial(adamw, learning_rate=1e-2, b2=0.99),
             minibatch_prompts=8,
         ),
-        Compute(dtype='float32', head_chunk=40),
+        Compute(dtype='float32', head_chunk=40, devices=jax.devices()[:1]),
         Run(folder=str(tmp_path / 'python'), steps=2, evaluate_every=0, checkpoint_every=2),
     )
     assert without_times(read_metrics(tmp_path / 'python/metrics.jsonl')) == without_times(by_gin)
@@ -127,8 +127,8 @@ def test_without_learning_the_sampler_is_the_trainer(tmp_path, model):
 
 def test_few_slots_change_nothing_but_how_full_they_are(tmp_path, model):
     """Guards a knob that nothing reads, and slots that change what is learnt; and the trace of one step."""
-    whole = run(tmp_path / 'whole', model, 'Run.steps = 2')
-    few = run(tmp_path / 'few', model, 'Run.steps = 2', 'Compute.slots = 16', 'Run.profile_step = 2')
+    whole = run(tmp_path / 'whole', model, 'Run.steps = 2', devices=8)
+    few = run(tmp_path / 'few', model, 'Run.steps = 2', 'Compute.slots = 16', 'Run.profile_step = 2', devices=8)
     of_slots = ('rollout/slots_in_use', 'rollout/decode_steps')
     others = lambda row: {name: value for name, value in row.items() if name not in of_slots}
     assert whole[1]['rollout/decode_steps'] <= 3 < 9 < few[1]['rollout/decode_steps'] <= 12
@@ -167,9 +167,9 @@ def test_nothing_compiles_after_the_first_step(tmp_path, model):
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if 'backend_compile' in name else None
     )
-    run(tmp_path / 'short', model, 'Run.steps = 2', 'Run.evaluate_every = 1')
+    run(tmp_path / 'short', model, 'Run.steps = 2', 'Run.evaluate_every = 1', devices=8)
     two = len(compiled)
-    run(tmp_path / 'long', model, 'Run.steps = 5', 'Run.evaluate_every = 1')
+    run(tmp_path / 'long', model, 'Run.steps = 5', 'Run.evaluate_every = 1', devices=8)
     assert two > 0
     assert len(compiled) - two <= two
 
@@ -232,7 +232,7 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
 def test_bad_sizes_are_errors_before_anything_starts(tmp_path, model, binding, message):
     """Guards against sizes that are silently rounded, and against errors that come after an hour."""
     with pytest.raises((ValueError, OSError), match=message):
-        run(tmp_path / 'run', model, binding)
+        run(tmp_path / 'run', model, binding, devices=8)
     assert not (tmp_path / 'run/metrics.jsonl').exists() and not (tmp_path / 'run/config.gin').exists()
 
 

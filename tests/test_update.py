@@ -303,23 +303,21 @@ def test_options_change_the_update():
 
 
 @pytest.mark.parametrize('objective', [ppo_clip, troll_on_schedule])
-def test_second_update_does_not_compile(objective):
+def test_second_update_does_not_compile(objective, caplog):
     """Guards shapes and weak types that change from the first state to the second, and a bound that is a constant.
 
     Progress counts updates and adds up the share of tokens that was projected, which is what a schedule goes by.
     """
     small, mesh = optax.sgd(0.01), make_mesh(devices=jax.devices()[:1])
     update, shares = updater(objective, optimizer=small), []
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), jax.log_compiles():
         shapes = abstract_state(CONFIG, small, mesh)
-        params = jax.tree.map(
-            lambda x, like: jax.device_put(np.array(x), like.sharding), nearby_params(), shapes.params
-        )
-        state = start_state(params, small, shapes)
+        on_mesh = lambda x, like: jax.device_put(np.array(x), like.sharding)
+        state = start_state(jax.tree.map(on_mesh, nearby_params(), shapes.params), small, shapes)
         for sign in (1, -1, 1):
             state, log = update(state, place(batch(advantages=sign * ADVANTAGES), mesh, (None, 'batch')))
             shares.append(float(log.metrics.get('projected_share', 0.0)))
-    assert update._cache_size() == 1
+    assert len(re.findall(r'Compiling \S*update\b', caplog.text)) == 1
     assert state.progress.step == 0 and state.progress.updates == 3
     np.testing.assert_allclose(state.progress.projected, sum(shares), rtol=1e-6)
 
