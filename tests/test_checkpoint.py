@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_says_what_to_do_and_that_works(run, mesh, tmp_path
 def test_the_only_checkpoint_being_damaged_leaves_the_start(run, mesh):
     shutil.rmtree(run / 'checkpoints' / '1')
     cut(*arrays(run / 'checkpoints' / '2' / 'params'))
-    with Checkpoints(run) as checkpoints, pytest.raises(ValueError, match='go on from the start'):
+    with Checkpoints(run) as checkpoints, pytest.raises(ValueError, match='resume from the start'):
         checkpoints.restore(shapes_on(mesh), 2)
 
 

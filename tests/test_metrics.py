@@ -106,11 +106,11 @@ def test_a_torn_last_line_is_removed(tmp_path, torn):
 def test_half_a_character_is_removed(tmp_path):
     """Guards against a table of tokens that a crash cut within a character, and that no start could read again."""
     with MetricsWriter(tmp_path) as metrics:
-        metrics.write_table(1, [{'text': 'é', 'held': 1, 'seen': 2}])
+        metrics.write_table(1, [{'text': 'é', 'constrained': 1, 'seen': 2}])
     path = tmp_path / 'constrained_tokens.jsonl'
     path.write_bytes(path.read_bytes() + '{"step": 2, "tokens": [{"text": "é'.encode()[:-1])
     with MetricsWriter(tmp_path, resume_after=1) as metrics:
-        metrics.write_table(2, [{'text': 'ö', 'held': 1, 'seen': 2}])
+        metrics.write_table(2, [{'text': 'ö', 'constrained': 1, 'seen': 2}])
     assert [row['tokens'][0]['text'] for row in table(tmp_path)] == ['é', 'ö']
 
 
@@ -144,7 +144,10 @@ def test_tensorboard_holds_the_scalars_and_forgets_what_was_repeated(tmp_path):
 
 def test_tables_are_json_and_follow_a_resumed_run(tmp_path):
     """Guards text that is no ASCII or has a line's end in it, and tables of steps that are repeated."""
-    rows = [{'token': 3, 'text': 'ü\n"', 'held': 2, 'seen': 5}, {'token': 1, 'text': '数', 'held': 1, 'seen': 1}]
+    rows = [
+        {'token': 3, 'text': 'ü\n"', 'constrained': 2, 'seen': 5},
+        {'token': 1, 'text': '数', 'constrained': 1, 'seen': 1},
+    ]
     with MetricsWriter(tmp_path) as metrics:
         for step in (2, 4, 6):
             metrics.write_table(step, rows)

@@ -9,6 +9,7 @@ import pytest
 from pairs import INF, exact, kl, normalise, projected_pairs
 from scipy.special import logsumexp
 
+from troll_jax.ops.needs import give
 from troll_jax.ops.projection import project, project_sparse
 from troll_jax.ops.support import TAIL, at_tokens, bucket_tail, default_tail, sparsify
 from troll_jax.types import SparseLogProbs
@@ -113,7 +114,7 @@ def project_kept(new, old, bounds, kept, tail_rule):
     def one(new, old, bound):
         token = jnp.argmax(old)
         own, listed = (sparsify(x, token, support_size=kept, support_mass=1.0) for x in (new, old))
-        sides = tail_rule(at_tokens(new, listed.tokens), own, listed)
+        sides = tail_rule(at_tokens(new, listed.tokens), listed, **give(tail_rule, new=own))
         return sides[0].tokens, project_sparse(*sides, bound=bound).log_probs, listed.tokens
 
     return jax.vmap(jax.vmap(one, (None, None, 0)), (0, 0, None))(new, old, bounds)

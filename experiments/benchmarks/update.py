@@ -16,9 +16,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments.benchmarks.measure import KEPT, PROMPT, RESPONSE, qwen3_0_6b, random_batch
+from troll_jax.learn import abstract_state, start_state
 from troll_jax.models import decoder as decoders
 from troll_jax.models.head import logits
 from troll_jax.ops.losses import LossInputs, ppo_clip, troll
@@ -26,7 +28,8 @@ from troll_jax.ops.support import bucket_tail, default_tail
 from troll_jax.optimizer import adamw
 from troll_jax.packing import BatchShape
 from troll_jax.score import Scoring
-from troll_jax.types import START, Batch, TrainState
+from troll_jax.sharding import one_device_mesh, place
+from troll_jax.types import Batch, TrainState
 from troll_jax.update import make_update
 
 
@@ -94,9 +97,9 @@ def main() -> None:
     }
     updates['ppo_clip, plain logits'] = plain_clip_update(config, optimizer)
 
-    _, params = decoders.abstract(config)
-    scalars = jax.eval_shape(lambda: START)
-    shapes = TrainState(scalars, params, jax.eval_shape(optimizer.init, params))
+    mesh = one_device_mesh()
+    jax.set_mesh(mesh)
+    shapes = abstract_state(config, optimizer, mesh)
     shape_of = lambda tokens: BatchShape(1, tokens // RESPONSE, PROMPT + RESPONSE)
     batch_shapes = jax.eval_shape(partial(random_batch, shape_of(arguments.tokens), config.vocab_size))
     memory, flops = {}, {}
@@ -107,10 +110,9 @@ def main() -> None:
 
     times = {name: [] for name in updates}
     if arguments.timed_tokens:
-        batch = random_batch(shape_of(arguments.timed_tokens), config.vocab_size)
-        params = decoders.init(config, jax.random.key(1))
-        start = jax.tree.map(jnp.asarray, START)
-        state = TrainState(start, params, optimizer.init(params))
+        batch = jax.tree.map(np.asarray, random_batch(shape_of(arguments.timed_tokens), config.vocab_size))
+        batch = place(batch, mesh, (None, 'batch'))
+        state = start_state(decoders.init(config, jax.random.key(1), mesh), optimizer, shapes)
         for repeat in range(arguments.repeats + 1):
             for name, update in updates.items():
                 begin = time.perf_counter()
