@@ -26,8 +26,9 @@ quickstart: $(VENV)/installed
 compare: $(VENV)/installed
 	JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=.jax_cache $(BIN) -m experiments.compare
 
+# TROLL_TEST_EVERYTHING=1 adds the slow tests, and fails where something cannot be tested.
 test: $(VENV)/installed-test
-	$(BIN) -m pytest
+	$(BIN) -m pytest $(if $(TROLL_TEST_EVERYTHING),-m "")
 
 lint: $(VENV)/installed-test
 	$(BIN) -m ruff check . && $(BIN) -m ruff format --check .

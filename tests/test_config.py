@@ -13,7 +13,7 @@ from transformers import Qwen3Config
 from experiments.evaluate import evaluation
 from experiments.plumbing.command import read_command_line
 from experiments.plumbing.gin_files import Config
-from experiments.plumbing.gin_text import to_bindings, to_gin
+from experiments.plumbing.gin_text import own_code, to_bindings, to_gin
 from experiments.plumbing.names import NAMES, SETTINGS
 from experiments.warm_start import warm_start
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
@@ -234,8 +234,16 @@ def test_values_that_were_built_in_python_are_saved(tmp_path):
     assert [function.keywords for function in same.regularisers] == [{'coefficient': 0.1}, {'coefficient': 1}]
     assert to_gin(again, same) == text
 
-    unnamed = to_gin(method(optimizer=lambda: optax.sgd(0.1)))
-    assert re.search(r'^# not in a gin file: Method.optimizer = <.*lambda>>$', unnamed, re.MULTILINE)
+    def cell(row: LossInputs, advantages, progress, *, width: float) -> LossOutputs: ...
+
+    unnamed = method(optimizer=lambda: optax.sgd(0.1), objective=functools.partial(cell, width=0.25))
+    text = to_gin(unnamed, Experiment(model='<m>', task=tasks[0], max_prompt_length=5, max_response_length=6))
+    assert re.search(r'^# not in a gin file: Method.optimizer = <.*lambda>>$', text, re.MULTILINE)
+    assert re.search(r'^# not in a gin file: Method.objective = <.*cell\(width=0.25\)>$', text, re.MULTILINE)
+    (tmp_path / 'config.gin').write_text(text)
+    assert Config([tmp_path / 'config.gin']).get('Experiment.model') == '<m>'
+    assert any('optax.sgd(0.1)' in source for source in own_code(unnamed).values())
+    assert 'test_config' in own_code(own) and not own_code(method())
     assert to_bindings(method())['Method.optimizer'] == '@adamw'
 
 

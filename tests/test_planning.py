@@ -146,6 +146,7 @@ def test_the_slowest_part_is_the_bound():
 KEYS = 'topology program needed_gb fits tflop moved_gb sent_gb bound_s launches host_waits remat'.split()
 
 
+@pytest.mark.slow
 def test_a_real_plan(tmp_path):
     """Guards the whole way to the compilers, with a small model: memory, a verdict, rates, launches; and topologies
     that stand before the file and its bindings."""

@@ -15,6 +15,8 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def result(tmp_path_factory) -> dict:

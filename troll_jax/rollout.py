@@ -110,8 +110,8 @@ def make_sampler(
       temperature: sampling temperature; 0 takes the most probable token, and records the policy at temperature 1.
       stop_tokens: a response ends with any of these.
       support_size, support_mass: K and the probability to keep of each recorded distribution, see `troll_jax.sparsify`.
-      top_k, top_p: bounds that leave only the most probable tokens, see `categorical.truncate`. The truncated
-        distribution is recorded.
+      top_k, top_p: for evaluation, bounds that leave only the most probable tokens, see `categorical.truncate`. The
+        truncated distribution is recorded, and an update compares with the whole one.
       slots: decode slots, responses that are decoded at a time, on all devices together. Memory grows with it, no
         response depends on it. None: one for every request, so that none waits.
       prefill_chunk: tokens of each prompt that a prefill takes at a time.

@@ -4,9 +4,9 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from experiments.plumbing.names import NAMES
@@ -15,9 +15,9 @@ from experiments.plumbing.names import NAMES
 def to_bindings(*settings: Any) -> dict[str, str]:
     """Settings as gin bindings: name → value as text. Fields that have their default are left out.
 
-    A value that no gin file can name, such as a lambda, is put in angle brackets.
+    A value that no gin file can name, such as a lambda or a function of a notebook, is put in angle brackets.
     """
-    return _Writer(settings).lines
+    return {name: value.replace(_UNNAMED, '') for name, value in _Writer(settings).lines.items()}
 
 
 def to_gin(*settings: Any) -> str:
@@ -25,17 +25,30 @@ def to_gin(*settings: Any) -> str:
     writer = _Writer(settings)
     lines = [f'import {module}' for module in sorted(writer.modules)]
     for name, value in sorted(writer.lines.items(), key=lambda line: line[0].lower()):
-        lines.append(f'{"# not in a gin file: " if "<" in value and _BRACKETS.search(value) else ""}{name} = {value}')
+        comment = '# not in a gin file: ' if _UNNAMED in value else ''
+        lines.append(f'{comment}{name} = {value.replace(_UNNAMED, "")}')
     return '\n'.join(lines) + '\n'
 
 
-_BRACKETS = re.compile(r'<[\w.<>]+>')
+def own_code(*settings: Any) -> dict[str, str]:
+    """The source of modules and functions in the settings that are not part of this repository, by name."""
+    writer = _Writer(settings)
+    found = {name: sys.modules[name] for name in writer.modules} | {_qualified(x): x for x in writer.unnamed}
+    code = {}
+    for name, value in found.items():
+        with suppress(OSError, TypeError):  # it has no file
+            code[name] = inspect.getsource(value)
+    return code
+
+
+_UNNAMED = '\0'  # marks a value that no gin file can name
 
 
 class _Writer:
     def __init__(self, settings: Sequence[Any]):
         self.lines: dict[str, str] = {}
         self.modules: set[str] = set()
+        self.unnamed: list[Callable] = []
         self._keys: dict[str, dict[str, str]] = {}  # scope/name → its parameters
         for value in settings:
             self._object(value, '')
@@ -54,16 +67,22 @@ class _Writer:
         if isinstance(value, (int, float)) or hasattr(value, 'item'):
             return repr(getattr(value, 'item', lambda: value)())
         if isinstance(value, functools.partial):
-            name = self._name(value.func)
             arguments = inspect.signature(value.func).bind_partial(*value.args, **value.keywords).arguments
-            return f'@{self._key(name, arguments, owner)}' if name else f'<{value.func}>'
+            return self._reference(value.func, arguments, owner)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            return f'@{self._object(value, owner)}()'
-        name = self._name(value)
-        return f'@{self._key(name, {}, owner)}' if name else f'<{getattr(value, "__qualname__", type(value).__name__)}>'
+            return f'{self._object(value, owner)}()'
+        return self._reference(value, {}, owner)
+
+    def _reference(self, target: Any, arguments: dict[str, Any], owner: str, name: str | None = None) -> str:
+        """A function or class with arguments, which are written on lines of their own."""
+        if name := name or self._name(target):
+            return f'@{self._key(name, arguments, owner)}'
+        self.unnamed.append(target)
+        given = ', '.join(f'{parameter}={self._text(value, owner)}' for parameter, value in arguments.items())
+        return f'{_UNNAMED}<{_qualified(target)}{f"({given})" if given else ""}>'
 
     def _object(self, value: Any, owner: str) -> str:
-        """Writes a dataclass; returns its key."""
+        """A dataclass, of which all fields are written that do not have their default."""
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         of_benchmark = {
             name: target.keywords
@@ -73,13 +92,12 @@ class _Writer:
         name, fixed = next(
             ((name, given) for name, given in of_benchmark.items() if given.items() <= fields.items()), (None, {})
         )
-        name = name or self._name(type(value)) or f'<{type(value).__name__}>'
         changed = {
             field.name: fields[field.name]
             for field in dataclasses.fields(value)
             if field.init and field.name not in fixed and not _is_default(field, fields[field.name])
         }
-        return self._key(name, changed, owner)
+        return self._reference(type(value), changed, owner, name)
 
     def _key(self, name: str, arguments: dict[str, Any], owner: str) -> str:
         """The name under which these arguments are bound: with a scope, if others are bound under the name alone."""
@@ -105,6 +123,10 @@ class _Writer:
             return None
         self.modules.add(module)
         return f'{module}.{name}'
+
+
+def _qualified(target: Any) -> str:
+    return f'{getattr(target, "__module__", "")}.{getattr(target, "__qualname__", type(target).__name__)}'
 
 
 def _is_default(field: dataclasses.Field, value: Any) -> bool:

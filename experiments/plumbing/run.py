@@ -22,7 +22,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from experiments.plumbing.gin_files import Config
-from experiments.plumbing.gin_text import to_bindings, to_gin
+from experiments.plumbing.gin_text import own_code, to_bindings, to_gin
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet
 from troll_jax.experiment import Experiment, Model
@@ -226,7 +226,9 @@ def describe_setup(settings: Sequence[Any], tokenizer, splits: dict[str, PromptS
             )
             for name, data in splits.items()
         },
-        'versions': {name: importlib.metadata.version(name) for name in PACKAGES} | {'troll_jax': _commit()},
+        'versions': {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {'troll_jax': _commit()}
+        | {f'code of {name}': fingerprint(source) for name, source in own_code(*settings).items()},
     }
 
 
@@ -267,7 +269,7 @@ def check_setup(checkpoints: Checkpoints, new: dict[str, dict], on_change: str) 
         return [f'{name}: {before.get(name, "not set")} → {after.get(name, "not set")}' for name in names]
 
     if versions := changes('versions'):
-        logger.warning('other versions than before, results may differ in rounding:\n%s', '\n'.join(versions))
+        logger.warning('other versions than before, results may differ:\n%s', '\n'.join(versions))
     if not (found := changes('bindings', 'tokenizer', 'data')):
         return
     message = f'{path.parent} was trained to step {checkpoints.steps[-1]} with something else:\n' + '\n'.join(found)

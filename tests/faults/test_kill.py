@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from .runs import REPOSITORY
 
 
+@pytest.mark.slow
 def test_kill_at_random_moments_changes_nothing(tmp_path):
     """Guards against half a checkpoint that is taken for a whole one, a start that goes on from an older one or from
     nothing, lines of numbers that come twice, and workers that outlive their run. Twenty kills: `python -m
