@@ -28,7 +28,7 @@ from etils import epath
 
 from experiments.plumbing.command import begin, command_line, files_and_bindings, run_command
 from experiments.plumbing.gin_files import Config
-from experiments.plumbing.run import check_writable, checkpoints_of
+from experiments.plumbing.run import check_writable
 from experiments.plumbing.validation import make_validation
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet
@@ -86,6 +86,7 @@ def check_source(source: str, found: Source, settings: Sequence[str]) -> None:
 def evaluation(
     source: str,
     config: Config,
+    /,
     *,
     step: int | None = None,
     split: str = 'test',
@@ -121,8 +122,11 @@ def evaluation(
     step = found.step if step is None else step
     start, compute = config.build(Experiment), config.build(Compute)
     of_a_step = [config.get(f'Sampling.{name}') or 0 for name in ('prompts_per_step', 'samples_per_prompt')]
-    slots = slots or compute.slots or math.prod(of_a_step) or SLOTS * compute.mesh.size
-    checkpoints_in = found.checkpoints if found.run_dir is None else checkpoints_of(found.run_dir, config)
+    if slots is None:
+        slots = compute.slots or math.prod(of_a_step) or SLOTS * compute.mesh.size
+    checkpoints_in = found.checkpoints
+    if found.run_dir is not None:
+        checkpoints_in = config.get('Run.checkpoint_folder') or found.run_dir
     config.check_used()
     experiment = start if found.run_dir is None else start.of_run(found.run_dir / 'model')
     model = experiment.load_model(compute)

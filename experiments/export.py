@@ -9,7 +9,6 @@ from pathlib import Path
 
 from experiments.plumbing.command import run_command
 from experiments.plumbing.gin_files import Config
-from experiments.plumbing.run import checkpoints_of
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.models import decoder as decoders
 from troll_jax.models.families import decoder_config
@@ -29,7 +28,7 @@ def export(run_dir: str, folder: str, step: int | None = None) -> int:
     hf_config = load_config(str(Path(run_dir) / 'model'))
     shapes = decoders.abstract(decoder_config(hf_config), make_mesh())[1]
     config = Path(run_dir) / 'config.gin'
-    where = checkpoints_of(run_dir, Config([config] if config.is_file() else []))
+    where = Config([config] if config.is_file() else []).get('Run.checkpoint_folder') or run_dir
     with Checkpoints(where, read_only=True) as checkpoints:
         if not checkpoints.steps:
             raise ValueError(f'no whole checkpoint in {checkpoints.path}')

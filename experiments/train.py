@@ -47,7 +47,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
       ValueError: settings that contradict each other, before any weight is loaded.
     """
     check_together(sampling, method, compute, experiment.max_length)
-    log = TrainingRun(experiment, sampling, method, compute, run)
+    training = TrainingRun(experiment, sampling, method, compute, run)
     model = experiment.load_model(compute)  # tokenizer and sizes; no weights yet
     prompts = experiment.load_prompts('train', model.tokenizer)
     batch_indices(len(prompts), sampling.prompts_per_step, seed=sampling.seed, step=0)  # an error if there are too few
@@ -75,11 +75,11 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
         lambda count: greedy_sampler if count == 1 else samplers(samples_per_prompt=count, temperature=1.0),
         mesh=compute.mesh,
     )
-    with log, Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader:
+    with training, Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader:
         grader.start()
         trace_programs(sampler, learner, sampling, method, prompts)
         validate = lambda params: metrics_of(evaluate(params, jax.random.key(sampling.seed), grader))
-        state = log.start(learner, model, prompts, validate)
+        state = training.start(learner, model, prompts, validate)
         collect = make_collector(
             sampler,
             prompts,
@@ -91,11 +91,11 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
             mesh=compute.mesh,
             greedy_sampler=greedy_sampler if needs_greedy_reward(method) else None,
         )
-        for step in log.steps():
+        for step in training.steps():
             # B groups of G graded responses by the current policy. Dynamic sampling happens here.
             experience = collect(state.params, int(state.progress.draws))
-            state, row, updates = training_step(learner, state, experience, partial(log.save_rollout, step))
-            log.record(step, state, row, updates)
+            state, row, updates = training_step(learner, state, experience, partial(training.save_rollout, step))
+            training.record(step, state, row, updates)
 
 
 def training_step(
@@ -109,16 +109,16 @@ def training_step(
       experience: graded responses by the policy of `state`.
       save: is given the minibatches before the first update.
     """
-    begin, step = time.perf_counter(), int(state.progress.step)
+    begin, step, method = time.perf_counter(), int(state.progress.step), learner.method
     # Forward passes before any parameter changes: recomputed π_old, the reference model, the critic.
     scored = learner.score(state, learner.pack(experience.rollout))
-    # Advantages per group of samples; or per token, by GAE. Whitened over the rollout batch if the method says so.
+    # Advantages per group of samples; or per token, by GAE. Whitened over the rollout batch if the method asks for it.
     batches, metrics = learner.assign_advantages(scored, experience)
     save(batches)
     # One optimizer step per minibatch. All but the first are off-policy: here the trust region acts.
-    updates = []
-    for batch in batches:
-        state, updated = learner.update(state, batch, critic_only=step < learner.method.warmup_steps)
+    updates, scored = [], None  # a minibatch leaves the devices after its update
+    while batches:
+        state, updated = learner.update(state, batches.pop(0), critic_only=step < method.critic_warmup_steps)
         updates.append(updated)
     state = learner.end_step(state, experience.draws)  # progress; the policy becomes the reference when that is due
 

@@ -115,12 +115,18 @@ def test_a_misspelt_parameter_is_an_error_that_names_it(name, position, letter):
         (['Method.regularisers = [@entropy_bonus]'], 'entropy_bonus.coefficient'),
         (['troll.bound = @linear_bound', 'linear_bound.start = 0.1'], 'linear_bound.end, linear_bound.steps'),
         (['Experiment.task = @MathProblems()'], 'MathProblems.source'),
-        (['Method.optimizer = @adamw()'], 'Method.optimizer is .*expected a function of nothing that returns Gradient'),
+        (
+            ['Method.optimizer = @adamw()'],
+            'Method.optimizer is .*expected a function of nothing.*Did you mean @adamw\?',
+        ),
         (['Method.objective = @troll()'], '@troll.* calls troll, which takes row, advantages; expected @troll'),
         (['Method.objective = @entropy_bonus'], 'expected a function of LossInputs, Array, Progress'),
         (['Method.regularisers = [@troll]'], r'is \[troll\]; expected a list of a function of LossInputs'),
-        (['Method.rewards = [("task", 1.0)]'], r'expected a list of \(text in quotes, a finite number, a function'),
+        (['Method.rewards = [("task", 1.0)]'], r'expected a list of \(a string, a finite number, a function'),
         (['Experiment.task = @Bubblewrap()'], 'expected a Task'),
+        (['Experiment.task = @GSM8K'], r'expected a Task. Did you mean @GSM8K\(\)\?'),
+        (['token_region.bound = 0.3'], "'token_region' has no parameter 'bound'"),
+        (['troll.row = 3'], "'troll' has no parameter 'row'"),
         (['steps = "many"', 'Run.steps = %steps'], "Run.steps is 'many'; expected a whole number"),
     ],
 )
@@ -190,7 +196,7 @@ def test_a_number_out_of_its_range_is_an_error_before_anything_is_written(tmp_pa
     [
         ('troll.alpha = -0.1', 'alpha must be at least 0; got -0.1'),
         ('troll.bound = 0', 'bound'),
-        ("Compute.dtype = 'float16'", "dtype must be one of .*got 'float16'"),
+        ("Compute.dtype = 'float16'", "Compute.dtype is 'float16'; expected one of"),
         ('dppo.bound = 0.1', "reads 'dppo.bound'"),
         (
             "Method.old_policy = 'recompute'\nMethod.importance_limit = 0.5",

@@ -97,20 +97,21 @@ def test_another_model_in_the_run_folder_is_an_error(tmp_path, model):
 def test_a_change_stops_a_run_unless_it_is_told_to_go_on(tmp_path, model, caplog):
     """Guards against a run that changes its method or its data half way unseen, whose first half has lost its
     configuration, or that is stopped by what changes nothing, such as its length."""
-    run(tmp_path, model, 'Run.steps = 2')
+    start = 'troll.bound = 0.04'
+    run(tmp_path, model, 'Run.steps = 2', start)
     changed = ['troll.bound = 0.5', 'Arithmetic.train_size = 61']
     with pytest.raises(ValueError, match=r'to step 2 .*\nArithmetic.train_size: 60 → 61\n') as error:
         run(tmp_path, model, 'Run.steps = 3', *changed)
-    assert re.search(r'\ntrain data: \w+ → \w+\ntroll.bound: 0.05 → 0.5\n', str(error.value))
-    assert 'Run.steps' not in str(error.value) and 'bound = 0.05' in (tmp_path / 'config.gin').read_text()
-    assert [row['step'] for row in run(tmp_path, model, 'Run.steps = 3', 'Compute.slots = 16')] == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="'resume'.*got 'goon'"):
-        run(tmp_path, model, 'Run.on_change = "goon"')
+    assert re.search(r'\ntrain data: \w+ → \w+\ntroll.bound: 0.04 → 0.5\n', str(error.value))
+    assert 'Run.steps' not in str(error.value) and 'bound = 0.04' in (tmp_path / 'config.gin').read_text()
+    assert [row['step'] for row in run(tmp_path, model, 'Run.steps = 3', 'Compute.slots = 16', start)] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="is 'goon'; expected one of .*'resume'"):
+        run(tmp_path, model, 'Run.on_change = "goon"', start)
     rows = run(tmp_path, model, 'Run.steps = 4', 'Run.on_change = "resume"', *changed)
     assert [row['step'] for row in rows] == [0, 1, 2, 3, 4]
-    assert 'bound = 0.05' in (tmp_path / 'config_until_3.gin').read_text()
+    assert 'bound = 0.04' in (tmp_path / 'config_until_3.gin').read_text()
     assert 'bound = 0.5\n' in (tmp_path / 'config.gin').read_text()
-    assert 'troll.bound: 0.05 → 0.5' in caplog.text
+    assert 'troll.bound: 0.04 → 0.5' in caplog.text
     run(tmp_path, model, 'Run.steps = 4', *changed)  # what it was changed to is now its setup
 
 

@@ -207,7 +207,7 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
         ('Compute.slots = 0', 'slots must be above 0; got 0'),
         ('Compute.row_tokens = 6', 'row_tokens = 6 .* 7 tokens'),
         ('Compute.micro_batch_tokens = 6', 'micro_batch_tokens = 6 .* one row of 7'),
-        ('Method.old_policy = "sampler"', "one of .*'recompute'.*'sampler'"),
+        ('Method.old_policy = "sampler"', "is 'sampler'; expected one of .*'recompute'"),
         ('Sampling.samples_per_prompt = 1', 'at least two'),
         ('Sampling.samples_per_prompt = 0', 'samples_per_prompt must be above 0; got 0'),
         ('Method.importance_limit = 2.0', "importance_limit = 2.0 .* old_policy to 'recompute'"),

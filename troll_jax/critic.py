@@ -12,8 +12,9 @@ import optax
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.layers import exact_products
+from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
 from troll_jax.ops.values import value_loss
-from troll_jax.optimizer import adamw, apply_gradients, state_shapes
+from troll_jax.optimizer import Optimizer, adamw, apply_gradients, state_shapes
 from troll_jax.score import for_each_micro_batch
 from troll_jax.sharding import constrain, constrain_like, named_sharding
 from troll_jax.typechecks import check_fields
@@ -31,17 +32,14 @@ class Critic:
       warmup_steps: rollout batches from which the critic learns and the policy does not yet.
     """
 
-    optimizer: Callable[[], optax.GradientTransformation] = partial(adamw, learning_rate=1e-5)
+    optimizer: Optimizer = partial(adamw, learning_rate=1e-5)
     value_clip: float | None = 0.5
     warmup_steps: int = 0
 
     def __post_init__(self):
         check_fields(self)
-        if self.warmup_steps < 0 or (self.value_clip is not None and self.value_clip <= 0):
-            raise ValueError(
-                'Critic needs warmup_steps of at least 0 and a value_clip above 0, or None; got '
-                f'{self.warmup_steps} and {self.value_clip}'
-            )
+        check_range('Critic.warmup_steps', self.warmup_steps, is_not_negative, 'at least 0')
+        check_range('Critic.value_clip', self.value_clip, is_positive, 'above 0, or None')
 
 
 def critic_config(config: decoders.DecoderConfig) -> decoders.DecoderConfig:

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -69,7 +69,7 @@ class Experiment:
     task: Task
     max_prompt_length: int
     max_response_length: int
-    long_prompts: str = 'drop'
+    long_prompts: Literal[*LONG_PROMPTS] = 'drop'
     chat_template_from: str | None = None
     template_arguments: dict[str, Any] | None = None
     validation: Sequence[tuple[str, Task, int]] | None = None
@@ -78,8 +78,6 @@ class Experiment:
         check_fields(self)
         for name in ('max_prompt_length', 'max_response_length'):
             check_range(name, getattr(self, name), lambda x: x >= 1, 'at least 1 token')
-        if self.long_prompts not in LONG_PROMPTS:
-            raise ValueError(f'long_prompts is {self.long_prompts!r}; expected one of {LONG_PROMPTS}')
         sets = self.validation_sets
         names = [name for name, _, _ in sets]
         fits = lambda name: re.fullmatch(r'[\w-]+', name) and name != 'mean'

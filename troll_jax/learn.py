@@ -1,7 +1,7 @@
 """The learner: scores, advantages and updates of one rollout batch, each callable on its own."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +46,17 @@ class Updated(NamedTuple):
 
     policy: UpdateLog | None  # None while only the critic learns
     critic: dict[str, jax.Array] | None
+
+
+def _on_mesh(method: Callable) -> Callable:
+    """A method of a learner that runs with its mesh in context."""
+
+    @wraps(method)
+    def call(self, *args, **kwargs):
+        with jax.set_mesh(self.mesh):
+            return method(self, *args, **kwargs)
+
+    return call
 
 
 class Learner:
@@ -105,6 +116,7 @@ class Learner:
         self._group_advantages = jax.jit(self._group_advantages_of)
         self._token_advantages = jax.jit(self._token_advantages_of)
 
+    @_on_mesh
     def init(self, params: Any) -> TrainState:
         """The state before the first step. The start model's parameters become part of it."""
         critic, reference = None, None
@@ -130,6 +142,7 @@ class Learner:
         padding = np.mean([padding_share(batch) for batch in batches])
         return Minibatches(rollout, layouts, batches, {'update/padding_share': padding})
 
+    @_on_mesh
     def score(self, state: TrainState, minibatches: Minibatches) -> Minibatches:
         """Adds π_old if it is recomputed, the reference model's log-probabilities, and the critic's values."""
         method, batches, metrics = self.method, minibatches.batches, dict(minibatches.metrics)
@@ -152,6 +165,7 @@ class Learner:
             batches=list(batches), metrics=metrics, importance=importance, penalties=penalties, values=values
         )
 
+    @_on_mesh
     def assign_advantages(self, scored: Minibatches, experience: Experience) -> tuple[list[Batch], dict[str, float]]:
         """Minibatches with advantages, by group or with a critic by token, and metrics of the scores so far."""
         rollout, metrics = scored.rollout, dict(scored.metrics)
@@ -185,6 +199,7 @@ class Learner:
             batches.append(scored.batches[i]._replace(**known))
         return batches, metrics
 
+    @_on_mesh
     def update(self, state: TrainState, batch: Batch, *, critic_only: bool = False) -> tuple[TrainState, Updated]:
         """One update of the policy, and one of the critic if there is one. The state that is passed in is consumed."""
         policy = critic = None
@@ -197,6 +212,7 @@ class Learner:
             state, policy = self._update(state, batch)
         return state, Updated(policy, critic)
 
+    @_on_mesh
     def end_step(self, state: TrainState, draws: int) -> TrainState:
         """Advances the progress by a step with so many draws; refreshes the reference model when that is due."""
         done, every = state.progress.step + 1, self.method.refresh_reference_every

@@ -1,10 +1,15 @@
 """The optimizer of the paper's experiments, from optax, and where its state lives."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
+
+Optimizer = Callable[[], optax.GradientTransformation]
+"""Builds an optimizer, such as `functools.partial(adamw, learning_rate=1e-6)`."""
 
 MU_DTYPES = ('float32', 'bfloat16', 'float16')
 

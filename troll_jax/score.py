@@ -1,4 +1,4 @@
-"""Log-probabilities of responses by a model that does not change: policy, recomputed π_old, reference model."""
+"""Scores: log-probabilities of responses by the policy, by a recomputed π_old and by the reference model."""
 
 from collections.abc import Callable
 from functools import partial

@@ -3,36 +3,31 @@
 Experiment, Sampling and Method decide what is learnt. Compute and Run never do, so they may change when a run resumes.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
-import optax
 from jax.sharding import Mesh
 
 from troll_jax.critic import Critic
 from troll_jax.models.attention import IMPLEMENTATIONS
 from troll_jax.models.layers import COMPUTE_DTYPES, REMAT_POLICIES
-from troll_jax.ops.losses import LossInputs, LossOutputs
+from troll_jax.ops.losses import Objective
 from troll_jax.ops.needs import needs
 from troll_jax.ops.ranges import check_range
 from troll_jax.ops.regularisers import Regulariser
+from troll_jax.optimizer import Optimizer
 from troll_jax.packing import BatchShape, batch_shape
 from troll_jax.rewards.terms import RewardTerm, check_names, task_reward
 from troll_jax.score import Scoring, TailRule
 from troll_jax.sharding import make_mesh
 from troll_jax.typechecks import check_fields
-from troll_jax.types import Progress
 
-Objective = Annotated[Callable[[LossInputs, jax.Array, Progress], LossOutputs], 'reference']
 Advantages = Annotated[Callable[[jax.Array], jax.Array], 'greedy_reward', 'values']
 Aggregation = Callable[[jax.Array, int], jax.Array]
-Optimizer = Callable[[], optax.GradientTransformation]
-
-OLD_POLICIES = ('rollout', 'recompute')
-ON_CHANGE = ('stop', 'resume')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +110,7 @@ class Method:
     tail_rule: TailRule
     optimizer: Optimizer
     minibatch_prompts: int
-    old_policy: str = 'rollout'
+    old_policy: Literal['rollout', 'recompute'] = 'rollout'
     importance_limit: float | None = None
     rewards: Sequence[tuple[str, float, RewardTerm]] = (('task', 1.0, task_reward),)
     whiten_advantages: bool = False
@@ -130,8 +125,6 @@ class Method:
         _check_above_zero(self, 'minibatch_prompts')
         _check_not_negative(self, 'refresh_reference_every')
         check_names(self.rewards)
-        if self.old_policy not in OLD_POLICIES:
-            raise ValueError(f'old_policy must be one of {OLD_POLICIES}; got {self.old_policy!r}')
         if self.importance_limit is not None and self.old_policy != 'recompute':
             raise ValueError(
                 f'importance_limit = {self.importance_limit} compares the sampler with what the trainer recomputes; '
@@ -165,7 +158,7 @@ class Method:
         return self.loss_needs_reference or self.reward_penalty is not None
 
     @property
-    def warmup_steps(self) -> int:
+    def critic_warmup_steps(self) -> int:
         """Steps from which only the critic learns."""
         return 0 if self.critic is None else self.critic.warmup_steps
 
@@ -198,9 +191,9 @@ class Compute:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
-    dtype: str = 'bfloat16'
-    attention: str | None = None
-    remat: str | None = None
+    dtype: Literal[*COMPUTE_DTYPES] = 'bfloat16'
+    attention: Literal[None, *IMPLEMENTATIONS] = None
+    remat: Literal[None, *REMAT_POLICIES] = None
     slots: int | None = None
     gather_weights: bool = True
     row_tokens: int | None = None
@@ -211,18 +204,6 @@ class Compute:
     def __post_init__(self):
         check_fields(self)
         _check_above_zero(self, 'slots', 'row_tokens', 'micro_batch_tokens', 'head_chunk')
-        for name, known in [
-            ('dtype', COMPUTE_DTYPES),
-            ('remat', (None, *REMAT_POLICIES)),
-            ('attention', (None, *IMPLEMENTATIONS)),
-        ]:
-            if getattr(self, name) not in known:
-                raise ValueError(f'{name} must be one of {tuple(known)}; got {getattr(self, name)!r}')
-        sizes = (self.data, self.fsdp, self.tensor)
-        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
-            raise ValueError(
-                f'data, fsdp and tensor must be positive, at most one of them -1 (devices that are left); got {sizes}'
-            )
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -264,15 +245,15 @@ class Run:
       ValueError: a value of another type or out of its range, or settings that contradict each other.
     """
 
-    folder: str
+    folder: str | os.PathLike
     steps: int
     evaluate_every: int = 10
     table_every: int = 10
     checkpoint_every: int = 10
-    checkpoint_folder: str | None = None
+    checkpoint_folder: str | os.PathLike | None = None
     keep_checkpoints: int = 2
     keep_best: bool = False
-    on_change: str = 'stop'
+    on_change: Literal['stop', 'resume'] = 'stop'
     save_rollout_every: int = 0
     profile_step: int | None = None
     max_skipped: int = 8
@@ -280,6 +261,9 @@ class Run:
 
     def __post_init__(self):
         check_fields(self)
+        for name in ('folder', 'checkpoint_folder'):
+            if (path := getattr(self, name)) is not None:
+                object.__setattr__(self, name, os.fspath(path))
         _check_above_zero(self, 'steps', 'checkpoint_every', 'keep_checkpoints', 'profile_step')
         _check_not_negative(self, 'evaluate_every', 'table_every', 'save_rollout_every', 'max_skipped')
         if '://' in self.folder:
@@ -297,8 +281,6 @@ class Run:
                 f'save_rollout_every = {self.save_rollout_every} must be a multiple of checkpoint_every = '
                 f'{self.checkpoint_every}, so that the parameters that sampled a rollout are there to replay it'
             )
-        if self.on_change not in ON_CHANGE:
-            raise ValueError(f'Run.on_change must be one of {ON_CHANGE}; got {self.on_change!r}')
 
     @property
     def checkpoints_in(self) -> str:
@@ -344,9 +326,9 @@ def check_together(sampling: Sampling, method: Method, compute: Compute, max_len
 def _check_above_zero(settings, *names: str) -> None:
     """Fields that are None are not checked."""
     for name in names:
-        check_range(name, getattr(settings, name), lambda x: x > 0, 'above 0')
+        check_range(f'{type(settings).__name__}.{name}', getattr(settings, name), lambda x: x > 0, 'above 0')
 
 
 def _check_not_negative(settings, *names: str) -> None:
     for name in names:
-        check_range(name, getattr(settings, name), lambda x: x >= 0, 'at least 0')
+        check_range(f'{type(settings).__name__}.{name}', getattr(settings, name), lambda x: x >= 0, 'at least 0')

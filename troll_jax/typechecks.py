@@ -8,14 +8,14 @@ import numbers
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 _LARGEST = 2**31  # of whole numbers: JAX has them in 32 bits
 _PLAIN = {
     int: 'a whole number below 2 ** 31',
     float: 'a finite number',
     bool: 'True or False',
-    str: 'text in quotes',
+    str: 'a string',
     type(None): 'None',
     dict: 'a dictionary',
     list: 'a list',
@@ -51,7 +51,7 @@ def check_type(name: str, value: Any, expected: Any) -> None:
       ValueError: another type, or a function with a parameter that nothing sets.
     """
     if not _fits(value, expected):
-        raise ValueError(f'{name} is {_short(value)}; expected {_describe(expected)}. Change it.')
+        raise ValueError(f'{name} is {_short(value)}; expected {_describe(expected)}')
     for function, kind in _functions(value, expected):
         if isinstance(function, functools.partial):
             check_arguments(_name(function), function, function.keywords)
@@ -64,6 +64,8 @@ def _fits(value: Any, expected: Any) -> bool:
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is Annotated:
         return _fits(value, arguments[0])
+    if origin is Literal:
+        return any(value is option or (type(value) is type(option) and value == option) for option in arguments)
     if expected in (Any, object) or isinstance(expected, typing.TypeVar):
         return True
     if origin in (typing.Union, types.UnionType):
@@ -175,6 +177,8 @@ def _describe(expected: Any) -> str:
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin is Annotated:
         return _describe(arguments[0])
+    if origin is Literal:
+        return f'one of {arguments}'
     if origin in (typing.Union, types.UnionType):
         return ' or '.join(_describe(argument) for argument in arguments)
     kind = origin or expected

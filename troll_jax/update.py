@@ -10,7 +10,7 @@ import optax
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.layers import exact_products
-from troll_jax.ops.losses import LossInputs, LossOutputs
+from troll_jax.ops.losses import Objective
 from troll_jax.ops.order_statistics import order_statistics
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.optimizer import apply_gradients, state_shapes
@@ -18,10 +18,8 @@ from troll_jax.score import Scoring, evaluate_policy, micro_batches
 from troll_jax.sharding import constrain_like
 from troll_jax.types import Batch, Progress, TrainState
 
-Objective = Callable[[LossInputs, jax.Array, Progress], LossOutputs]
-
-# Logged with quantiles, and not only their mean.
 _CONSTRAINED = 'constrained'  # in the logs of a gradient: tokens that are projected or clipped
+# Logged with quantiles, and not only their mean.
 _QUANTILES = ('kl', 'kl_unprojected', 'kl_projected', 'weight', 'eta', 'ratio', 'evaluations')
 
 

@@ -20,7 +20,9 @@ from gin import config_parser
 from experiments.plumbing.names import NAMES, SETTINGS
 from troll_jax.typechecks import check_arguments
 
-_FIXED = {'MathEval': ('data_source',)}  # it tells the benchmarks apart: to be bound for one of them
+# Given by the caller; or, of MathEval, to be bound for one benchmark at a time.
+_FIXED = {'token_region': ('bound',), 'sequence_region': ('bound',), 'MathEval': ('data_source',)}
+_FIXED |= dict.fromkeys(('troll', 'ppo_clip', 'cispo', 'dppo', 'importance_weighted'), ('progress',))
 
 _ROOT = Path(__file__).parents[2]  # included files are looked for here, too
 _RENAMED = {
@@ -95,6 +97,7 @@ class Config:
             lines = ', '.join(f'{old} → {new}' for old, new in self.outdated.items())
             raise ValueError(f'bindings of an earlier version; change {lines}')
         self._check_macros()
+        self._check_scopes()
         for key in list(self.bindings):
             self.arguments(key)  # their types, also of what is not used
         self.used.clear()
@@ -142,15 +145,14 @@ class Config:
         return self.arguments(key, only=parameter).get(parameter)
 
     def arguments(self, key: str, only: str | None = None) -> dict[str, Any]:
-        """The bound arguments of scope/name, as values; those of a scope win."""
+        """The bound arguments of scope/name, as values."""
         if key in self._open:
             raise ValueError(f'@{key} is one of its own settings; expected another value. Change that line.')
-        name, target, sources = key.rpartition('/')[2], self._target(key), {}
+        target, sources = self._target(key), {}
         if isinstance(target, functools.partial):  # a class under another name
             base = target.func.__name__
             sources = {p: f'{base}.{p}' for p in self.bindings.get(base, {}) if p not in target.keywords}
-        for owner in (name, key):
-            sources |= {parameter: f'{owner}.{parameter}' for parameter in self.bindings.get(owner, {})}
+        sources |= {parameter: f'{key}.{parameter}' for parameter in self.bindings.get(key, {})}
         values = {}
         for parameter, source in sources.items():
             if only not in (None, parameter):
@@ -164,7 +166,11 @@ class Config:
                 raise ValueError(f'{source} = {raw!r}: {error}') from error
             finally:
                 self._open.pop()
-            check_arguments(owner, target, {parameter: values[parameter]})
+            try:
+                check_arguments(owner, target, {parameter: values[parameter]})
+            except ValueError as error:
+                meant = f'. Did you mean {Reference(raw.key, not raw.call)}?' if isinstance(raw, Reference) else ''
+                raise ValueError(f'{error}{meant}') from None
             self.used.add(source)
         return values
 
@@ -247,9 +253,11 @@ class Config:
             return
         key = self._full(key)
         known = self._settable(self._target(key))
-        if parameter not in known:
-            near = _nearest(parameter, known)
-            meant = f'Did you mean {near!r}? Known: {_listed(known)}.'
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self._target(key)).parameters.values())
+        if parameter not in known and not takes_any:
+            meant = (
+                f'Did you mean {_nearest(parameter, known)!r}? Known: {_listed(known)}.' if known else 'It has none.'
+            )
             raise ValueError(f'{name!r} has no parameter {parameter!r}.\n{meant}')
         for reference in _references(value):
             self._full(reference.key)
@@ -280,12 +288,24 @@ class Config:
     def _settable(self, target: Callable) -> list[str]:
         name = getattr(target, '__name__', '')
         fixed = (*_FIXED.get(name, ()), *getattr(target, 'keywords', ()))
-        return [parameter for parameter in inspect.signature(target).parameters if parameter not in fixed]
+        parameters = inspect.signature(target).parameters.values()
+        if inspect.isroutine(target) and NAMES.get(name) is target:  # whose caller gives the first ones
+            parameters = [p for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
+        return [p.name for p in parameters if p.name not in fixed and p.kind is not p.POSITIONAL_ONLY]
+
+    def _raw_values(self) -> list[Any]:
+        return [value for bound in (*self.bindings.values(), self.macros) for value in bound.values()]
+
+    def _check_scopes(self) -> None:
+        """Raises a ValueError for bindings behind a scope that no reference has."""
+        used = {self._full(reference.key) for value in self._raw_values() for reference in _references(value)}
+        for key in self.bindings:
+            if '/' in key and key not in used:
+                raise ValueError(f'nothing refers to @{key}, whose bindings would change nothing; leave out the scope')
 
     def _check_macros(self) -> None:
         """Raises a ValueError for `steps = 3`, which defines a macro and does not set `Run.steps`."""
-        values = [value for bound in self.bindings.values() for value in bound.values()]
-        used = {macro.name for value in [*values, *self.macros.values()] for macro in _macros(value)}
+        used = {macro.name for value in self._raw_values() for macro in _macros(value)}
         for macro in self.macros:
             if macro not in used:
                 known = [(p, f'{name}.{p}') for name, target in self.names.items() for p in self._settable(target)]

@@ -33,11 +33,13 @@ def to_gin(*settings: Any) -> str:
 def own_code(*settings: Any) -> dict[str, str]:
     """The source of modules and functions in the settings that are not part of this repository, by name."""
     writer = _Writer(settings)
-    found = {name: sys.modules[name] for name in writer.modules} | {_qualified(x): x for x in writer.unnamed}
+    found = [(name, sys.modules[name]) for name in sorted(writer.modules)] + [
+        (_qualified(x), x) for x in writer.unnamed
+    ]
     code = {}
-    for name, value in found.items():
+    for name, value in found:
         with suppress(OSError, TypeError):  # it has no file
-            code[name] = inspect.getsource(value)
+            code[name] = code.get(name, '') + inspect.getsource(value)
     return code
 
 
@@ -56,9 +58,7 @@ class _Writer:
     def _text(self, value: Any, owner: str) -> str:
         """A value as gin reads it. `owner` is the name of the object whose field it is."""
         text = functools.partial(self._text, owner=owner)
-        if isinstance(value, list):
-            return f'[{", ".join(map(text, value))}]'
-        if isinstance(value, tuple):
+        if isinstance(value, (list, tuple)):  # alike, so that one is no change of the other
             return f'({", ".join(map(text, value))}{"," * (len(value) == 1)})'
         if isinstance(value, dict):
             return f'{{{", ".join(f"{text(name)}: {text(item)}" for name, item in value.items())}}}'
@@ -67,11 +67,23 @@ class _Writer:
         if isinstance(value, (int, float)) or hasattr(value, 'item'):
             return repr(getattr(value, 'item', lambda: value)())
         if isinstance(value, functools.partial):
-            arguments = inspect.signature(value.func).bind_partial(*value.args, **value.keywords).arguments
+            signature = inspect.signature(value.func)
+            given = signature.bind_partial(*value.args, **value.keywords).arguments
+            arguments = {}
+            for name, argument in given.items():
+                parameter = signature.parameters[name]
+                if parameter.kind is parameter.VAR_KEYWORD:
+                    arguments |= argument
+                elif not _is_equal(argument, parameter.default):
+                    arguments[name] = argument
             return self._reference(value.func, arguments, owner)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return f'{self._object(value, owner)}()'
-        return self._reference(value, {}, owner)
+        if inspect.isroutine(value) or inspect.isclass(value):
+            return self._reference(value, {}, owner)
+        self.unnamed.append(type(value))
+        given = ', '.join(f'{name}={text(item)}' for name, item in getattr(value, '__dict__', {}).items())
+        return f'{_UNNAMED}<{_qualified(type(value))}({given})>'
 
     def _reference(self, target: Any, arguments: dict[str, Any], owner: str, name: str | None = None) -> str:
         """A function or class with arguments, which are written on lines of their own."""
@@ -102,13 +114,9 @@ class _Writer:
     def _key(self, name: str, arguments: dict[str, Any], owner: str) -> str:
         """The name under which these arguments are bound: with a scope, if others are bound under the name alone."""
         texts = {parameter: self._text(value, name) for parameter, value in arguments.items()}
-        scopes = (f'{owner.lower()}{i or ""}' for i in itertools.count())
+        scopes = (f'{owner.rpartition(".")[2].lower()}{i or ""}' for i in itertools.count())
         candidates = itertools.chain([name], (f'{scope}/{name}' for scope in scopes))
         key = next(key for key in candidates if self._keys.get(key, texts) == texts)
-        if key != name:  # a scope inherits what is bound without one
-            inherited = self._keys[name].keys() - texts.keys()
-            defaults = inspect.signature(NAMES.get(name) or _locate(name)).parameters
-            texts |= {parameter: self._text(defaults[parameter].default, name) for parameter in sorted(inherited)}
         self._keys[key] = texts
         self.lines |= {f'{key}.{parameter}': text for parameter, text in texts.items()}
         return key
@@ -130,11 +138,12 @@ def _qualified(target: Any) -> str:
 
 
 def _is_default(field: dataclasses.Field, value: Any) -> bool:
-    if field.default_factory is not dataclasses.MISSING:
-        return value == field.default_factory()
-    return field.default is not dataclasses.MISSING and type(value) is type(field.default) and value == field.default
+    has_factory = field.default_factory is not dataclasses.MISSING
+    return _is_equal(value, field.default_factory() if has_factory else field.default)
 
 
-def _locate(name: str) -> Any:
-    module, _, attribute = name.rpartition('.')
-    return getattr(sys.modules[module], attribute)
+def _is_equal(value: Any, default: Any) -> bool:
+    """True for equal values, a list and a tuple among them, but not for True and 1."""
+    if isinstance(value, (list, tuple)) and isinstance(default, (list, tuple)):
+        return len(value) == len(default) and all(map(_is_equal, value, default))
+    return isinstance(value, bool) is isinstance(default, bool) and bool(value == default)

@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import re
 import signal
 import subprocess
 import tempfile
@@ -187,10 +186,10 @@ class TrainingRun:
         folder.mkdir(parents=True, exist_ok=True)
         path, new = folder / 'config.gin', to_gin(*self.settings)
         old = path.read_text() if path.exists() else new
-        elsewhere = re.search(r"^Run\.checkpoint_folder = '(.*)'", old, re.MULTILINE)
-        if not self._first and elsewhere and elsewhere[1] != run.checkpoint_folder:
+        elsewhere = Config([path]).get('Run.checkpoint_folder') if path.exists() and not self._first else None
+        if elsewhere not in (None, run.checkpoint_folder):
             raise ValueError(
-                f'{folder} has its checkpoints in {elsewhere[1]}, and Run.checkpoint_folder is '
+                f'{folder} has its checkpoints in {elsewhere}, and Run.checkpoint_folder is '
                 f'{run.checkpoint_folder!r}; bind it to resume, or choose another Run.folder'
             )
         if self._first and old != new:
@@ -279,11 +278,6 @@ def check_setup(checkpoints: Checkpoints, new: dict[str, dict], on_change: str) 
             'on with the change'
         )
     logger.warning(message)
-
-
-def checkpoints_of(folder: str | Path, config: Config) -> str:
-    """Folder or bucket of the checkpoints of a run that has this configuration."""
-    return config.get('Run.checkpoint_folder') or str(folder)
 
 
 def restore_or_init(

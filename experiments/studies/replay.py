@@ -14,7 +14,7 @@ import optax
 
 from experiments.plumbing.gin_files import Config
 from experiments.plumbing.gin_text import to_bindings
-from experiments.plumbing.run import checkpoints_of, restore_or_init
+from experiments.plumbing.run import restore_or_init
 from experiments.studies.replay_report import plot
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.experiment import Experiment
@@ -111,7 +111,7 @@ def replay(
         return constrain_like(params, lambda _: shapes.params)
 
     with jax.set_mesh(mesh):
-        with Checkpoints(checkpoints_of(run_dir, config), read_only=True) as checkpoints:
+        with Checkpoints(config.get('Run.checkpoint_folder') or run_dir, read_only=True) as checkpoints:
             checkpoint = max((s for s in checkpoints.steps if s <= saved.step), default=0)
             shapes = abstract_state(model.config, optimizer, mesh)
             init = lambda: start_state(start.load_params(compute), optimizer, shapes)

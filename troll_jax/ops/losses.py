@@ -56,6 +56,9 @@ class LossOutputs(NamedTuple):
     logs: dict[str, jax.Array]  # [T] each; of a bool the log shows the share of tokens, of a float mean and quantiles
 
 
+Objective = Annotated[Callable[[LossInputs, jax.Array, Progress], LossOutputs], 'reference']
+"""The loss of every token of a row [T], from its advantages [T] and the progress of the run; with a parameter
+`reference` it is given the `ReferenceView`."""
 Region = Annotated[Callable[[SparseLogProbs, SparseLogProbs, jax.Array], Projection], 'bound']
 """Projects the current policy towards π_old [T, K], given the response [T] that each token belongs to."""
 Ratio = Callable[[jax.Array, jax.Array], jax.Array]
