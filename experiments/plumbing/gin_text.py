@@ -13,7 +13,7 @@ from experiments.plumbing.names import NAMES
 
 
 def to_bindings(*settings: Any) -> dict[str, str]:
-    """Settings as gin bindings: name → value as text. Fields that have their default are left out.
+    """Settings as gin bindings: name → value as text, to be compared. Values that are the default are left out.
 
     A value that no gin file can name, such as a lambda or a function of a notebook, is put in angle brackets.
     """
@@ -21,8 +21,8 @@ def to_bindings(*settings: Any) -> dict[str, str]:
 
 
 def to_gin(*settings: Any) -> str:
-    """Settings as a gin file."""
-    writer = _Writer(settings)
+    """Settings as a gin file. An argument of a function that was set is written even if it is the default."""
+    writer = _Writer(settings, with_defaults=True)
     lines = [f'import {module}' for module in sorted(writer.modules)]
     for name, value in sorted(writer.lines.items(), key=lambda line: line[0].lower()):
         comment = '# not in a gin file: ' if _UNNAMED in value else ''
@@ -47,7 +47,8 @@ _UNNAMED = '\0'  # marks a value that no gin file can name
 
 
 class _Writer:
-    def __init__(self, settings: Sequence[Any]):
+    def __init__(self, settings: Sequence[Any], *, with_defaults: bool = False):
+        self._with_defaults = with_defaults
         self.lines: dict[str, str] = {}
         self.modules: set[str] = set()
         self.unnamed: list[Callable] = []
@@ -74,7 +75,7 @@ class _Writer:
                 parameter = signature.parameters[name]
                 if parameter.kind is parameter.VAR_KEYWORD:
                     arguments |= argument
-                elif not _is_equal(argument, parameter.default):
+                elif self._with_defaults or not _is_equal(argument, parameter.default):
                     arguments[name] = argument
             return self._reference(value.func, arguments, owner)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
