@@ -92,7 +92,7 @@ def everything(uniform, logits, axis_name=None, k=5):
         categorical.draw(uniform, blocks, axis_name),
         categorical.most_probable(blocks, axis_name),
         categorical.largest(blocks, k, axis_name),
-        (blocks.log_partition, blocks.entropy),
+        (blocks.largest + blocks.log_sum, blocks.entropy),
     )
 
 
@@ -118,6 +118,18 @@ def test_blocks_tell_what_the_whole_row_tells(size):
     values, order = jax.lax.top_k(expected, 5)
     np.testing.assert_array_equal(tokens, order)
     np.testing.assert_allclose(log_probs, values, atol=1e-5)
+
+
+def test_an_offset_of_the_logits_changes_no_digit():
+    """Guards log-probabilities, and with them supports, that are rounded at the size of the logits."""
+    logits = jnp.round(64 * jax.random.normal(jax.random.key(3), (7, 1009))) / 16  # sums with 96 are exact
+    run = jax.jit(jax.vmap(everything))
+    uniforms = jax.random.uniform(jax.random.key(2), 7)
+    *plain, (_, entropies) = run(uniforms, logits)
+    *shifted, (_, others) = run(uniforms, logits + 96)
+    jax.tree.map(np.testing.assert_array_equal, (plain, entropies), (shifted, others))
+    exact = np.float64(logits) - np.log(np.exp(np.float64(logits)).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(shifted[0].log_prob, exact[np.arange(7), shifted[0].token], rtol=3e-7)
 
 
 @pytest.mark.parametrize('k', [5, 16])

@@ -37,9 +37,12 @@ def dense(hidden, unembedding):
 EVERY = jnp.ones(TOKENS, bool)
 
 
-def ours(hidden, unembedding, chunk=1024, support_size=KEPT, mask=EVERY):
-    settings = dict(temperature=TEMPERATURE, support_size=support_size, support_mass=MASS, dtype='float32')
+def ours_at(hidden, unembedding, temperature, chunk=1024, support_size=KEPT, mask=EVERY):
+    settings = dict(temperature=temperature, support_size=support_size, support_mass=MASS, dtype='float32')
     return tuple(sparse_head(hidden, unembedding, SAMPLED, OLD, mask, chunk=chunk, **settings))
+
+
+ours = functools.partial(ours_at, temperature=TEMPERATURE)
 
 
 def with_gradients(function):
@@ -65,6 +68,19 @@ def assert_same(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), outputs, expected)
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
         np.testing.assert_allclose(gradient, wanted, atol=2e-6 * np.abs(wanted).max())
+
+
+def test_an_offset_of_the_logits_changes_no_digit():
+    """Guards log-probabilities, supports and gradients that are rounded at the size of the logits."""
+    hidden, unembedding = jnp.round(2 * HIDDEN), jnp.round(8 * UNEMBEDDING) / 8  # products and sums are exact
+    shift = lambda by: (hidden.at[:, 0].set(1), unembedding.at[:, 0].set(by))
+    plain, shifted = (with_gradients(functools.partial(ours_at, temperature=1.0))(*shift(by)) for by in (0.0, 90.0))
+    jax.tree.map(np.testing.assert_array_equal, plain[1], shifted[1])
+    np.testing.assert_allclose(plain[0][1][:, 1:], shifted[0][1][:, 1:], rtol=1e-5, atol=1e-6)
+    scores = np.float64(hidden.at[:, 0].set(1)) @ np.float64(unembedding.at[:, 0].set(90.0)).T
+    exact = scores - scores.max(axis=1, keepdims=True)
+    exact -= np.log(np.exp(exact).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(shifted[1][0], exact[np.arange(TOKENS), SAMPLED], rtol=3e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize('chunk', [1024, 48, 10, 1])

@@ -100,6 +100,19 @@ def other_value(name: str, value: str) -> str:
     return repr(float(value) / 2)
 
 
+def test_dapo_rewards_are_those_of_the_paper():
+    """Guards an overlong penalty that weighs twice as much against a grade of 0 or 1 as against the paper's -1 or 1.
+
+    Right, right at the length limit, wrong, wrong at the length limit: 1, 0, -1 and -2 in the paper.
+    """
+    method = Config([CONFIGS / 'quickstart.gin', CONFIGS / 'objectives/dapo.gin']).build(Method)
+    lengths, grades = np.array([1, LIMIT, 1, LIMIT]), np.array([1, 1, 0, 0], np.float32)
+    rewards, _ = weigh(method.rewards, Responses([''] * 4, lengths, LIMIT, grades))
+    paper = method.advantages(np.array([1.0, 0.0, -1.0, -2.0], np.float32))
+    np.testing.assert_allclose(method.advantages(rewards), paper, rtol=1e-5)
+    np.testing.assert_allclose(paper, [1.162, 0.387, -0.387, -1.162], atol=1e-3)
+
+
 @pytest.mark.parametrize('file', FILES, ids=lambda file: file.stem)
 def test_every_binding_changes_the_loss(file):
     """Guards knobs that are set and never read, or read where they make no difference."""

@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import decoder_config
 
 from troll_jax.checkpoint import Checkpoints
+from troll_jax.models import decoder as decoders
 from troll_jax.optimizer import adamw, apply_gradients, state_shapes
 from troll_jax.sharding import make_mesh, named_sharding
 from troll_jax.types import START, TrainState
@@ -29,6 +31,18 @@ def test_the_first_step_is_the_learning_rate_against_the_sign():
     (change,) = steps(adamw(RATE), params, [gradient])
     expected = jax.tree.map(lambda g: -RATE * jnp.sign(g), gradient)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3), change, expected)
+
+
+def test_norms_and_biases_do_not_decay():
+    """Guards weight decay that pulls the scales of norms to zero."""
+    params = decoders.init(decoder_config(38, qkv_bias=True), jax.random.key(0))
+    params = jax.tree.map(jnp.ones_like, params)
+    nothing = jax.tree.map(jnp.zeros_like, params)
+    (change,) = steps(adamw(RATE, weight_decay=0.1), params, [nothing])
+    for path, x in jax.tree.leaves_with_path(change):
+        name = jax.tree_util.keystr(path, simple=True, separator='/')
+        expected = 0 if 'norm' in name or 'bias' in name else -RATE * 0.1
+        np.testing.assert_allclose(x, expected, rtol=1e-5, err_msg=name)
 
 
 def test_the_learning_rate_rises_along_a_line_and_stays():

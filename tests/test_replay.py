@@ -137,6 +137,14 @@ def test_a_batch_that_breaks_some_objectives_is_explained(run, tmp_path):
     json.dumps(result, allow_nan=False)
 
 
+def test_a_minibatch_without_a_token_to_learn_from_is_an_error(run, tmp_path):
+    """Guards an IndexError: of a rollout that the length limit cut, all loss weights may be zero."""
+    batch = load_batches(run / 'rollouts/1.npz').batches[0]
+    save_batches(tmp_path / 'masked.npz', [batch._replace(loss_weights=0 * batch.loss_weights)], step=1)
+    with pytest.raises(ValueError, match='minibatch 1 of .*masked.npz has no token with a loss weight'):
+        replay(run, batch=tmp_path / 'masked.npz')
+
+
 def test_methods_are_their_files_alone():
     """Guards against settings of the run's own objective that another one of the same function would inherit, and
     against methods that differ in their data alone and would be computed twice.
@@ -144,10 +152,11 @@ def test_methods_are_their_files_alone():
     files = [CONFIGS / 'quickstart.gin', CONFIGS / 'objectives/gspo.gin']
     changes = ['Method.tail_rule = @bucket_tail', 'Method.regularisers = [@entropy_bonus]']
     run = Config(files, [*changes, 'entropy_bonus.coefficient = 1']).build(Method)
-    methods = {method.name: method for method in find_methods(run, ['clip', 'rloo', 'dr_grpo', 'gspo'], [])}
+    methods = {method.name: method for method in find_methods(run, ['clip', 'rloo', 'dr_grpo', 'ppo', 'gspo'], [])}
     assert [(name, method.same) for name, method in methods.items()] == [
         ('importance_weighted', ['rloo']),
-        ('clip', ['dr_grpo']),
+        ('clip', []),
+        ('dr_grpo', ['ppo']),
         ('gspo', []),
         ('run', []),  # it has a regulariser
     ]

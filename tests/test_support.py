@@ -125,6 +125,12 @@ def test_look_up_of_one_token():
     np.testing.assert_array_equal(gradient, [0, 1, 0])
 
 
+def test_a_token_that_is_not_listed_has_no_probability():
+    """Guards a ratio of one, and no gradient, for a token that a support does not list: p = 1 in its place."""
+    distribution = SparseLogProbs(jnp.array([4, 2, -1]), jnp.array([-0.5, -2.0, -INF]))
+    assert at_token(distribution, 3) == -INF
+
+
 def test_union_of_different_supports():
     """Guards the tail rule: exact values for π̃ everywhere, the default for π_old where only π̃ lists the token."""
     new_log_probs, old_log_probs = log_probs_of(3), log_probs_of(4)

@@ -31,7 +31,7 @@ def adamw(
       learning_rate: after the warm-up.
       warmup_updates: optimizer updates, not rollout batches, of which the i-th has i / warmup_updates of that rate.
       b1, b2: decay of the two moments.
-      weight_decay: per unit of learning rate.
+      weight_decay: decay per unit of learning rate, of weights and embeddings; norms and biases do not decay.
       clip_norm: largest global norm of a gradient.
       mu_dtype: dtype of the first moment, such as 'bfloat16' to save memory; that of the parameters if None.
       offload: keeps both moments in the host's memory between updates.
@@ -55,10 +55,22 @@ def adamw(
     optimizer = optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(
-            schedule if warmup_updates else learning_rate, b1=b1, b2=b2, weight_decay=weight_decay, mu_dtype=mu_dtype
+            schedule if warmup_updates else learning_rate,
+            b1=b1,
+            b2=b2,
+            weight_decay=weight_decay,
+            mask=_is_decayed if weight_decay else None,
+            mu_dtype=mu_dtype,
         ),
     )
     return Offloaded(*optimizer) if offload else optimizer
+
+
+def _is_decayed(params: optax.Params) -> optax.Params:
+    """True for the parameters that decay: all but the scales of norms and biases, by their names."""
+    names = lambda path: jax.tree_util.keystr(path, simple=True, separator='/').split('/')
+    is_one = lambda path, _: not any(name.endswith(('norm', 'bias')) for name in names(path))
+    return jax.tree.map_with_path(is_one, params)
 
 
 class Offloaded(optax.GradientTransformation):

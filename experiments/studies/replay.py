@@ -94,6 +94,11 @@ def replay(
             f'updates must leave one of the {len(saved.batches)} minibatches of {path} to compare on, 0 to '
             f'{len(saved.batches) - 1}; got {updates}'
         )
+    if not np.any(saved.batches[updates].loss_weights > 0):
+        raise ValueError(
+            f'minibatch {updates + 1} of {path} has no token with a loss weight, so there is nothing to '
+            'compare; choose another with --updates'
+        )
     start, sampling, method, compute = (config.build(kind) for kind in (Experiment, Sampling, Method, Compute))
     model, mesh = start.of_run(run_dir / 'model').load_model(compute), compute.mesh
     policy, optimizer = scoring(sampling, method, compute), method.optimizer()

@@ -91,17 +91,17 @@ def _head(settings, hidden, unembedding, tokens, old_tokens, mask) -> HeadOutput
 
 
 def _head_forward(settings, hidden, unembedding, tokens, old_tokens, mask):
-    output, log_partition = shard_map(
+    output, normaliser = shard_map(
         partial(_forward, settings),
         (('batch', None), ('vocab', 'embed'), ('batch',), ('batch', None), ('batch',)),
         (('batch',), ('batch',)),
     )(hidden, unembedding, tokens, old_tokens, mask)
     own_tokens = None if output.own is None else output.own.tokens
-    return output, (hidden, unembedding, tokens, old_tokens, mask, own_tokens, log_partition, output.entropy)
+    return output, (hidden, unembedding, tokens, old_tokens, mask, own_tokens, normaliser, output.entropy)
 
 
 def _head_backward(settings, residuals, gradients: HeadOutput):
-    hidden, unembedding, tokens, old_tokens, mask, own_tokens, log_partition, entropy = residuals
+    hidden, unembedding, tokens, old_tokens, mask, own_tokens, normaliser, entropy = residuals
     # Tokens and their gradients: one list per position, of which padding gets nothing.
     listed = [(tokens[:, None], gradients.log_probs[:, None]), (old_tokens, gradients.on_old_support)]
     if own_tokens is not None:
@@ -113,7 +113,7 @@ def _head_backward(settings, residuals, gradients: HeadOutput):
         partial(_backward, settings),
         (('batch', None), ('vocab', 'embed'), *[('batch',)] * 6),
         (('batch', None), ('vocab', 'embed')),
-    )(hidden, unembedding, mask, log_partition, entropy, d_entropy, at, at_gradients)
+    )(hidden, unembedding, mask, normaliser, entropy, d_entropy, at, at_gradients)
     return d_hidden, d_unembedding, None, None, None
 
 
@@ -121,7 +121,10 @@ _head.defvjp(_head_forward, _head_backward)
 
 
 def _forward(settings: _Settings, hidden, unembedding, tokens, old_tokens, mask):
-    """HeadOutput and log-partition [N] of one device's tokens."""
+    """HeadOutput of one device's tokens, and their normaliser [N, 2]: largest logit, log Σ exp(logit − largest).
+
+    Kept apart: their sum would be rounded at the size of the logits, and every log-probability with it.
+    """
     part = _gather(unembedding.astype(settings.dtype), _EMBED)
     first = jax.lax.axis_index(_VOCAB) * part.shape[0]  # the first token of this part of the vocabulary
 
@@ -129,9 +132,9 @@ def _forward(settings: _Settings, hidden, unembedding, tokens, old_tokens, mask)
         hidden, tokens, old_tokens = inputs
         scores = logits(hidden, part, temperature=settings.temperature, dtype=settings.dtype)
         largest = jax.lax.pmax(jnp.max(scores, axis=1), _VOCAB)
-        weights = jnp.exp(scores - largest[:, None])
-        log_partition = largest + jnp.log(jax.lax.psum(jnp.sum(weights, axis=1), _VOCAB))
-        log_probs = scores - log_partition[:, None]
+        centred = scores - largest[:, None]
+        log_sum = jnp.log(jax.lax.psum(jnp.sum(jnp.exp(centred), axis=1), _VOCAB))
+        log_probs = centred - log_sum[:, None]
         at = jnp.concatenate([tokens[:, None], old_tokens], axis=1)
         local, here = _local(at, first, part.shape[0])
         at_log_probs = jax.lax.psum(jnp.where(here, jnp.take_along_axis(log_probs, local, axis=1), 0.0), _VOCAB)
@@ -147,7 +150,7 @@ def _forward(settings: _Settings, hidden, unembedding, tokens, old_tokens, mask)
             own = jax.vmap(partial(select, support_mass=settings.support_mass))(
                 best, best_log_probs, tokens, at_log_probs[:, 0]
             )
-        return HeadOutput(at_log_probs[:, 0], entropy, at_log_probs[:, 1:], own), log_partition
+        return HeadOutput(at_log_probs[:, 0], entropy, at_log_probs[:, 1:], own), jnp.stack([largest, log_sum], axis=1)
 
     # One chunk after the other; those of zero loss weight give nothing but zeros.
     chunks = _Chunks.of(mask, settings.chunk)
@@ -160,16 +163,15 @@ def _forward(settings: _Settings, hidden, unembedding, tokens, old_tokens, mask)
     return chunks.join(outputs)
 
 
-def _backward(settings: _Settings, hidden, unembedding, mask, log_partition, entropy, d_entropy, at, d_at):
+def _backward(settings: _Settings, hidden, unembedding, mask, normaliser, entropy, d_entropy, at, d_at):
     """Gradients by one device's hidden states and its part of the unembedding."""
     part = _gather(unembedding.astype(settings.dtype), _EMBED)
     first = jax.lax.axis_index(_VOCAB) * part.shape[0]  # the first token of this part of the vocabulary
 
     def one_chunk(d_part, inputs):
-        hidden, log_partition, entropy, d_entropy, at, d_at = inputs
-        log_probs = (
-            logits(hidden, part, temperature=settings.temperature, dtype=settings.dtype) - log_partition[:, None]
-        )
+        hidden, normaliser, entropy, d_entropy, at, d_at = inputs
+        scores = logits(hidden, part, temperature=settings.temperature, dtype=settings.dtype)
+        log_probs = (scores - normaliser[:, :1]) - normaliser[:, 1:]
         probs = jnp.exp(log_probs)
         # Of log p(i) the gradient by logit j is [i = j] − p(j), of the entropy −p(j) (log p(j) + H).
         d_scores = -probs * (jnp.sum(d_at, axis=1, keepdims=True) + d_entropy[:, None] * (log_probs + entropy[:, None]))
@@ -184,7 +186,7 @@ def _backward(settings: _Settings, hidden, unembedding, mask, log_partition, ent
         return d_part, d_hidden
 
     chunks = _Chunks.of(mask, settings.chunk)
-    inputs = chunks.split((hidden, log_partition, entropy, d_entropy, at, d_at))
+    inputs = chunks.split((hidden, normaliser, entropy, d_entropy, at, d_at))
     skip = lambda d_part, inputs: (d_part, jnp.zeros(inputs[0].shape, jnp.float32))
     d_part, d_hidden = jax.lax.scan(
         lambda d_part, chunk: jax.lax.cond(chunk[0], one_chunk, skip, d_part, chunk[1]),

@@ -33,7 +33,8 @@ class Blocks(NamedTuple):
     tokens: jax.Array  # [n] int32, the first token of each
     maxima: jax.Array  # [n]
     sums: jax.Array  # [n], Σ exp(logit − largest of all)
-    log_partition: jax.Array  # []
+    largest: jax.Array  # [] of all logits
+    log_sum: jax.Array  # [] log Σ exp(logit − largest of all)
     entropy: jax.Array  # [] nats
 
 
@@ -55,8 +56,13 @@ def summarise(logits: jax.Array, axis_name: str | None = None) -> Blocks:
     moment = psum(jnp.sum(weights * jnp.maximum(centred, jnp.finfo(centred.dtype).min)), axis_name)
     total = jnp.sum(sums)
     tokens = all_gather(first + BLOCK * jnp.arange(len(blocks), dtype=jnp.int32), axis_name)
-    log_total = jnp.log(total)
-    return Blocks(blocks, tokens, maxima, sums, highest + log_total, log_total - moment / total)
+    log_sum = jnp.log(total)
+    return Blocks(blocks, tokens, maxima, sums, highest, log_sum, log_sum - moment / total)
+
+
+def _normalised(blocks: Blocks, logits: jax.Array) -> jax.Array:
+    """Log-probabilities of these logits; in this order, or they would be rounded at the size of the logits."""
+    return (logits - blocks.largest) - blocks.log_sum
 
 
 def _entries(blocks: Blocks, index: jax.Array, axis_name: str | None) -> jax.Array:
@@ -91,7 +97,7 @@ def draw(uniform: jax.Array, blocks: Blocks, axis_name: str | None = None) -> To
     target = uniform * cumulative[-1]
     block = _first_above(cumulative, blocks.sums > 0, target)
     entries = _entries(blocks, block, axis_name)
-    weights = jnp.exp(entries - jnp.max(blocks.maxima))
+    weights = jnp.exp(entries - blocks.largest)
     before = jnp.where(block > 0, cumulative[block - 1], 0.0)
     return _token(blocks, block, entries, _first_above(jnp.cumsum(weights), weights > 0, target - before))
 
@@ -108,7 +114,7 @@ def _first_above(cumulative: jax.Array, possible: jax.Array, target: jax.Array) 
 
 
 def _token(blocks: Blocks, block: jax.Array, entries: jax.Array, within: jax.Array) -> Token:
-    return Token((blocks.tokens[block] + within).astype(jnp.int32), entries[within] - blocks.log_partition)
+    return Token((blocks.tokens[block] + within).astype(jnp.int32), _normalised(blocks, entries[within]))
 
 
 def most_probable(blocks: Blocks, axis_name: str | None = None) -> Token:
@@ -128,7 +134,7 @@ def largest(blocks: Blocks, k: int, axis_name: str | None = None) -> tuple[jax.A
     best = jnp.arange(count) if k >= count else jnp.sort(jax.lax.top_k(blocks.maxima, k)[1])
     logits, places = jax.lax.top_k(_entries(blocks, best, axis_name).reshape(-1), k)
     tokens = blocks.tokens[best[places // BLOCK]] + places % BLOCK
-    return jnp.where(logits > -jnp.inf, tokens, -1), logits - blocks.log_partition
+    return jnp.where(logits > -jnp.inf, tokens, -1), _normalised(blocks, logits)
 
 
 def sample(uniform: jax.Array, log_probs: jax.Array) -> jax.Array:

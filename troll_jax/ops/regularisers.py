@@ -5,12 +5,15 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from troll_jax.ops.losses import LossInputs, LossOutputs, ReferenceView
 from troll_jax.ops.needs import give
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.ranges import check_range, is_not_negative
 from troll_jax.types import START, Progress
+
+_LOG_RATIO_LIMIT = 20.0  # as that of ratios in `losses`
 
 Regulariser = Annotated[Callable[[LossInputs], jax.Array], 'reference']
 """A loss [T] of a row; of one with a parameter `reference`, the `ReferenceView` is given."""
@@ -107,9 +110,16 @@ def k2(log_probs: jax.Array, other_log_probs: jax.Array) -> jax.Array:
 
 
 def k3(log_probs: jax.Array, other_log_probs: jax.Array) -> jax.Array:
-    """q/p − 1 − log q/p: unbiased and never negative; as a loss its expected gradient is that of KL(q ‖ p). As `k1`."""
+    """q/p − 1 − log q/p: unbiased and never negative; as a loss its expected gradient is that of KL(q ‖ p). As `k1`.
+
+    Beyond log q/p = 20 it continues as a straight line, so that one absurd token gives a large number and no infinite
+    one. Its gradient still points back, as that of a clipped ratio would not.
+    """
     x = other_log_probs - log_probs
-    return jnp.expm1(x) - x
+    near = jnp.minimum(x, _LOG_RATIO_LIMIT)
+    slope = np.expm1(_LOG_RATIO_LIMIT)
+    far = slope * (x - _LOG_RATIO_LIMIT) + (slope - _LOG_RATIO_LIMIT)
+    return jnp.where(x > _LOG_RATIO_LIMIT, far, jnp.expm1(near) - near)
 
 
 def truncated_importance_weights(

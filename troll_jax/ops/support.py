@@ -60,9 +60,10 @@ def at_tokens(log_probs: jax.Array, tokens: jax.Array) -> jax.Array:
 
 
 def at_token(distribution: SparseLogProbs, token: jax.Array) -> jax.Array:
-    """The log-probability [] of one token that is on the support [K]."""
+    """The log-probability [] of one token in a distribution [K]; −inf if it is not listed."""
+    found = distribution.tokens == token
     # A sum over one non-zero term, so that the gradient of every other entry is zero and not 0 · inf.
-    return jnp.sum(jnp.where(distribution.tokens == token, distribution.log_probs, 0.0))
+    return jnp.where(jnp.any(found), jnp.sum(jnp.where(found, distribution.log_probs, 0.0)), -jnp.inf)
 
 
 TAIL = -2
