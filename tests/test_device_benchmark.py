@@ -52,6 +52,7 @@ def test_numerics(tmp_path):
     assert exact['error'] < exact['limit'] / 100 < 10 * exact['limit'] < rough['error'] < rough['limit']
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_json(tmp_path):
     """Guards what the command leaves: a table, one line of JSON last, the same in a file; and an unknown part."""
     command = [sys.executable, '-m', 'experiments.benchmarks.device', '--out', str(tmp_path), '--only']

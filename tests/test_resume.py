@@ -134,6 +134,7 @@ def test_gradients_that_stay_infinite_end_the_run(tmp_path, model):
     assert finite == {'importance_weighted': True, 'run': False}
 
 
+@pytest.mark.slow
 def test_the_first_nan_ends_a_run_that_looks_for_it(tmp_path, model):
     """Guards a binding that nothing reads."""
     with pytest.raises(FloatingPointError, match='nan'):
