@@ -6,6 +6,7 @@ import pickle
 import re
 from pathlib import Path
 
+import numpy as np
 import optax
 import pytest
 from transformers import Qwen3Config
@@ -114,15 +115,17 @@ def test_a_file_that_includes_itself_is_an_error(tmp_path):
 
 
 def test_a_scope_is_of_one_use_alone():
-    """Guards a critic that learns at the policy's rate, or takes over what is bound of the policy's optimizer; and a
-    scope that nothing refers to."""
+    """Guards a critic that learns at the policy's rate, or takes over what is bound of the policy's optimizer; and
+    bindings of a scope that nothing refers to."""
     bindings = ['adamw.b2 = 0.99', 'adamw.learning_rate = 1e-3', 'critic/adamw.learning_rate = 1e-4']
     bindings += ['Method.optimizer = @adamw', 'Critic.optimizer = @critic/adamw']
     config = Config([], bindings)
     assert config.get('Method.optimizer').keywords == {'b2': 0.99, 'learning_rate': 1e-3}
     assert config.get('Critic.optimizer').keywords == {'learning_rate': 1e-4}
-    with pytest.raises(ValueError, match='nothing refers to @critic/adamw'):
-        Config([], bindings[:-1])
+    config = Config([CONFIGS / 'critic.gin'], ['Critic.optimizer = @adamw', 'critic/adamw.b2 = 0.9'])
+    assert config.get('Critic.optimizer') is adamw  # files may bind what is not used, the command line may not
+    with pytest.raises(ValueError, match="reads 'critic/adamw.b2'"):
+        config.check_used()
 
 
 def test_bindings_of_an_earlier_version_are_told_their_new_names(tmp_path):
@@ -247,6 +250,15 @@ def test_values_that_were_built_in_python_are_saved(tmp_path):
     assert Config([tmp_path / 'config.gin']).get('Experiment.model') == '<m>'
     assert any('optax.sgd(0.1)' in source for source in own_code(unnamed).values())
     assert 'test_config' in own_code(own) and not own_code(method())
+
+    class Table:
+        def __init__(self, last: float):
+            self.table, self.same = np.array([1.0, last]), self
+
+        def __call__(self, responses): ...
+
+    texts = {to_gin(method(rewards=[('table', 1.0, Table(last))])) for last in (2.0, 2.0, 3.0)}
+    assert len(texts) == 2 and all('not in a gin file: Method.rewards' in text for text in texts)
     assert to_bindings(method())['Method.optimizer'] == '@adamw'
 
 

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from tiny import decoder_config
 
@@ -43,6 +44,15 @@ def test_norms_and_biases_do_not_decay():
         name = jax.tree_util.keystr(path, simple=True, separator='/')
         expected = 0 if 'norm' in name or 'bias' in name else -RATE * 0.1
         np.testing.assert_allclose(x, expected, rtol=1e-5, err_msg=name)
+
+
+def test_the_state_is_laid_out_alike_with_and_without_decay():
+    """Guards checkpoints that another weight decay could not restore."""
+    trees = [jax.tree.structure(adamw(RATE, weight_decay=x).init({'a': jnp.ones(2)})) for x in (0.0, 0.1)]
+    assert trees[0] == trees[1]
+    assert trees[0] == jax.tree.structure(
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE)).init({'a': jnp.ones(2)})
+    )
 
 
 def test_the_learning_rate_rises_along_a_line_and_stays():

@@ -1,6 +1,7 @@
 """The optimizer of the paper's experiments, from optax, and where its state lives."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -54,23 +55,23 @@ def adamw(
     schedule = lambda done: learning_rate * jnp.minimum(1.0, (done + 1) / warmup_updates)
     optimizer = optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.adamw(
-            schedule if warmup_updates else learning_rate,
-            b1=b1,
-            b2=b2,
-            weight_decay=weight_decay,
-            mask=_is_decayed if weight_decay else None,
-            mu_dtype=mu_dtype,
+        optax.chain(  # AdamW, in which some parameters do not decay: a mask would change the state's tree
+            optax.scale_by_adam(b1=b1, b2=b2, mu_dtype=mu_dtype),
+            optax.stateless(partial(_decay, rate=weight_decay)),
+            optax.scale_by_learning_rate(schedule if warmup_updates else learning_rate),
         ),
     )
     return Offloaded(*optimizer) if offload else optimizer
 
 
-def _is_decayed(params: optax.Params) -> optax.Params:
-    """True for the parameters that decay: all but the scales of norms and biases, by their names."""
-    names = lambda path: jax.tree_util.keystr(path, simple=True, separator='/').split('/')
-    is_one = lambda path, _: not any(name.endswith(('norm', 'bias')) for name in names(path))
-    return jax.tree.map_with_path(is_one, params)
+def _decay(changes: optax.Updates, params: optax.Params, *, rate: float) -> optax.Updates:
+    """Adds the decay of all parameters but the scales of norms and biases, by their names."""
+
+    def one(path, change, param):
+        names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')
+        return change if any(name.endswith(('norm', 'bias')) for name in names) else change + rate * param
+
+    return jax.tree.map_with_path(one, changes, params)
 
 
 class Offloaded(optax.GradientTransformation):

@@ -97,7 +97,6 @@ class Config:
             lines = ', '.join(f'{old} → {new}' for old, new in self.outdated.items())
             raise ValueError(f'bindings of an earlier version; change {lines}')
         self._check_macros()
-        self._check_scopes()
         for key in list(self.bindings):
             self.arguments(key)  # their types, also of what is not used
         self.used.clear()
@@ -287,21 +286,16 @@ class Config:
 
     def _settable(self, target: Callable) -> list[str]:
         name = getattr(target, '__name__', '')
-        fixed = (*_FIXED.get(name, ()), *getattr(target, 'keywords', ()))
+        is_ours = NAMES.get(name) is target
+        fixed = (*(_FIXED.get(name, ()) if is_ours else ()), *getattr(target, 'keywords', ()))
         parameters = inspect.signature(target).parameters.values()
-        if inspect.isroutine(target) and NAMES.get(name) is target:  # whose caller gives the first ones
+        if inspect.isroutine(target) and is_ours:  # whose caller gives the first ones
             parameters = [p for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
-        return [p.name for p in parameters if p.name not in fixed and p.kind is not p.POSITIONAL_ONLY]
+        unnamed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        return [p.name for p in parameters if p.name not in fixed and p.kind not in unnamed]
 
     def _raw_values(self) -> list[Any]:
         return [value for bound in (*self.bindings.values(), self.macros) for value in bound.values()]
-
-    def _check_scopes(self) -> None:
-        """Raises a ValueError for bindings behind a scope that no reference has."""
-        used = {self._full(reference.key) for value in self._raw_values() for reference in _references(value)}
-        for key in self.bindings:
-            if '/' in key and key not in used:
-                raise ValueError(f'nothing refers to @{key}, whose bindings would change nothing; leave out the scope')
 
     def _check_macros(self) -> None:
         """Raises a ValueError for `steps = 3`, which defines a macro and does not set `Run.steps`."""

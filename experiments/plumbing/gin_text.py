@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import itertools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
+
+import numpy as np
 
 from experiments.plumbing.names import NAMES
 
@@ -65,8 +68,8 @@ class _Writer:
             return f'{{{", ".join(f"{text(name)}: {text(item)}" for name, item in value.items())}}}'
         if isinstance(value, (bool, str, type(None))):
             return repr(value)
-        if isinstance(value, (int, float)) or hasattr(value, 'item'):
-            return repr(getattr(value, 'item', lambda: value)())
+        if isinstance(value, (int, float, np.generic)):
+            return repr(value.item() if isinstance(value, np.generic) else value)
         if isinstance(value, functools.partial):
             signature = inspect.signature(value.func)
             given = signature.bind_partial(*value.args, **value.keywords).arguments
@@ -83,7 +86,11 @@ class _Writer:
         if inspect.isroutine(value) or inspect.isclass(value):
             return self._reference(value, {}, owner)
         self.unnamed.append(type(value))
-        given = ', '.join(f'{name}={text(item)}' for name, item in getattr(value, '__dict__', {}).items())
+        if isinstance(value, np.ndarray):
+            return f'{_UNNAMED}<array {value.dtype}{value.shape} {hashlib.sha256(value.tobytes()).hexdigest()[:16]}>'
+        plain = (bool, int, float, str, type(None), np.generic, np.ndarray)
+        shown = lambda item: text(item) if isinstance(item, plain) else type(item).__name__
+        given = ', '.join(f'{name}={shown(item)}' for name, item in getattr(value, '__dict__', {}).items())
         return f'{_UNNAMED}<{_qualified(type(value))}({given})>'
 
     def _reference(self, target: Any, arguments: dict[str, Any], owner: str, name: str | None = None) -> str:

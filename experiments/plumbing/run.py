@@ -186,7 +186,10 @@ class TrainingRun:
         folder.mkdir(parents=True, exist_ok=True)
         path, new = folder / 'config.gin', to_gin(*self.settings)
         old = path.read_text() if path.exists() else new
-        elsewhere = Config([path]).get('Run.checkpoint_folder') if path.exists() and not self._first else None
+        elsewhere = None
+        if path.exists() and not self._first:
+            with suppress(ValueError):  # it was written by an earlier version, or with code that has changed
+                elsewhere = Config([path]).get('Run.checkpoint_folder')
         if elsewhere not in (None, run.checkpoint_folder):
             raise ValueError(
                 f'{folder} has its checkpoints in {elsewhere}, and Run.checkpoint_folder is '

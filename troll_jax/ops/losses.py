@@ -22,7 +22,7 @@ from troll_jax.ops.support import at_token
 from troll_jax.types import START, Progress, SparseLogProbs
 
 # log π/π_old beyond which a ratio is clipped, so that one absurd token gives a large number and not an infinite one.
-_LOG_RATIO_LIMIT = 20.0
+LOG_RATIO_LIMIT = 20.0
 # The same of a response's ratio, from above (TROLL's authors).
 _LOG_SEQUENCE_RATIO_LIMIT = 10.0
 
@@ -81,7 +81,7 @@ def sequence_region(new: SparseLogProbs, old: SparseLogProbs, segments: jax.Arra
 def token_ratio(log_ratio: jax.Array, segments: jax.Array) -> jax.Array:
     """The ratio π/π_old of each token on its own, from its log [T]; clipped to e^±20."""
     del segments
-    return jnp.exp(jnp.clip(log_ratio, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT))
+    return jnp.exp(jnp.clip(log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT))
 
 
 def sequence_ratio(log_ratio: jax.Array, segments: jax.Array) -> jax.Array:

@@ -1,19 +1,17 @@
 """Regularisers that can be added to any objective, and estimates of the KL divergence of two policies."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from troll_jax.ops.losses import LossInputs, LossOutputs, ReferenceView
+from troll_jax.ops.losses import LOG_RATIO_LIMIT, LossInputs, LossOutputs, ReferenceView
 from troll_jax.ops.needs import give
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.ranges import check_range, is_not_negative
 from troll_jax.types import START, Progress
-
-_LOG_RATIO_LIMIT = 20.0  # as that of ratios in `losses`
 
 Regulariser = Annotated[Callable[[LossInputs], jax.Array], 'reference']
 """A loss [T] of a row; of one with a parameter `reference`, the `ReferenceView` is given."""
@@ -116,10 +114,10 @@ def k3(log_probs: jax.Array, other_log_probs: jax.Array) -> jax.Array:
     one. Its gradient still points back, as that of a clipped ratio would not.
     """
     x = other_log_probs - log_probs
-    near = jnp.minimum(x, _LOG_RATIO_LIMIT)
-    slope = np.expm1(_LOG_RATIO_LIMIT)
-    far = slope * (x - _LOG_RATIO_LIMIT) + (slope - _LOG_RATIO_LIMIT)
-    return jnp.where(x > _LOG_RATIO_LIMIT, far, jnp.expm1(near) - near)
+    is_far = x >= LOG_RATIO_LIMIT
+    near, slope = jnp.where(is_far, 0.0, x), math.expm1(LOG_RATIO_LIMIT)
+    far = slope * (x - LOG_RATIO_LIMIT) + (slope - LOG_RATIO_LIMIT)
+    return jnp.where(is_far, far, jnp.expm1(near) - near)
 
 
 def truncated_importance_weights(
