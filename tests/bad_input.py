@@ -1,4 +1,4 @@
-"""What the tests of bad input share: a small model, and how hypothesis draws.
+"""Shared by the tests of bad input: a small model, and how hypothesis draws.
 
 MORE_BAD_INPUT=10 in the environment draws ten times as many cases, and others at every run.
 """

@@ -38,7 +38,7 @@ def model(tmp_path_factory) -> str:
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What this machine cannot test must not look green: one line says what that is, and how to get it."""
+    """One line about tests that this machine cannot run, which must not look green, and how to get them."""
     reasons = [
         str(report.longrepr[2]).removeprefix('Skipped: ') for report in terminalreporter.stats.get('skipped', [])
     ]

@@ -1,4 +1,4 @@
-"""What the tests of sandboxes share: whether bubblewrap works on this machine."""
+"""Shared by the tests of sandboxes: bubblewrap works on this machine, or it does not."""
 
 import os
 import sys

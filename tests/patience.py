@@ -1,5 +1,4 @@
-"""How busy the machine is: deadlines that a test has to sit out are short, and must not be too short for what is not
-to be cut."""
+"""Deadlines by how busy the machine is: short ones, that a test has to sit out, must not be too short for it."""
 
 import time
 from functools import cache

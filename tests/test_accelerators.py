@@ -1,4 +1,4 @@
-"""What compilers make of training and sampling for accelerators that are not there: shardings, precision, cuDNN."""
+"""Compiled programs of training and sampling for accelerators that are not there: shardings, precision, cuDNN."""
 
 import re
 from functools import partial
@@ -33,7 +33,7 @@ WHOLE = ('recompute', 'reference', 'values', 'critic', 'update')  # programs tha
 
 @pytest.fixture(autouse=True)
 def no_cache():
-    """What is compiled for a device that is not there cannot be read from JAX's cache."""
+    """Turns off JAX's cache: programs for absent devices cannot be read from it."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update('jax_enable_compilation_cache', False)
     yield

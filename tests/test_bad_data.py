@@ -35,7 +35,7 @@ TASKS = {
 
 
 def read(task, folder: Path, tokenizer) -> int:
-    """How many prompts there are in the files of a folder."""
+    """The number of prompts in the files of a folder."""
     options = {'sandbox': Unisolated()} if task is EurusCode else {'instruction': None}
     return len(encode_prompts(task(source=str(folder), **options).load('train'), tokenizer, max_length=11))
 

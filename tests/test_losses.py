@@ -33,7 +33,7 @@ ADVANTAGES = jnp.array([1.0, -0.5, 2.0, -1.5, 0.7])
 
 
 def response_of(new_scores, old_scores, tokens=TOKENS, kept=KEPT, tail_rule=default_tail) -> LossInputs:
-    """What the head would hand to an objective, from scores [T, V] of both policies."""
+    """The inputs that the head gives to an objective, from scores [T, V] of both policies."""
 
     def one(new, old, token):
         new, old = jax.nn.log_softmax(new), jax.nn.log_softmax(old)

@@ -1,4 +1,4 @@
-"""What a function asks for by the names of its parameters, however it is wrapped."""
+"""Needs of a function, by the names of its parameters, however it is wrapped."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""What every policy objective promises, whatever it is: one set of tests over all of them.
+"""The contract of every policy objective: one set of tests over all of them.
 
 A row holds three responses with tokens of none between and behind them; all is in float64.
 """
@@ -77,7 +77,7 @@ NEW = OLD + np.array([0.1, 0.05, 0.3, 1.0, 1.0, 0.1, 1.4, 0.02, 0.6, 1.0, 1.0])[
 
 
 def row_of(new_scores, old_scores, tail_rule) -> LossInputs:
-    """What an update would hand to an objective, from scores [T, V] of both policies."""
+    """The inputs that an update gives to an objective, from scores [T, V] of both policies."""
 
     def one(new, old, token, segment):
         new, old = jax.nn.log_softmax(new), jax.nn.log_softmax(old)

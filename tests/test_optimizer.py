@@ -67,7 +67,7 @@ def test_the_learning_rate_rises_along_a_line_and_stays():
 
 
 def first_moment(optimizer, gradient) -> dict:
-    """What Adam sees of a gradient: (1 − b1) times it after one update."""
+    """The gradient that Adam sees: (1 − b1) times it after one update."""
     _, state = optimizer.update(gradient, optimizer.init(gradient), gradient)
     (mu,) = [s.mu for s in jax.tree.leaves(state, is_leaf=lambda x: hasattr(x, 'mu')) if hasattr(s, 'mu')]
     return mu

@@ -62,7 +62,7 @@ def experiments_of_the_table() -> list[tuple[str, ...]]:
 
 
 def shape_of(file: str) -> str:
-    """What a file changes of the traced programs: models with the same config.json are one."""
+    """The part of a file that changes the traced programs: models with the same config.json are one."""
     if model := re.search(r"Experiment\.model = '(.*)'", (CONFIGS / f'{file}.gin').read_text()):
         return FOLDERS[model[1]]
     return file

@@ -1,4 +1,4 @@
-"""What the planner counts, against programs whose costs are known; and one real compilation for a TPU topology."""
+"""The counts of the planner, against programs whose costs are known; and one real compilation for a TPU topology."""
 
 import json
 import subprocess

@@ -176,7 +176,7 @@ def test_one_token_is_the_projection_of_a_token(dtype):
 
 
 def garbage(size: int) -> np.ndarray:
-    """What may stand past the end of a response, [3, V]."""
+    """Rows past the end of a response, [3, V]."""
     return np.stack([np.full(size, np.nan), np.full(size, -INF), np.where(np.arange(size) % 2, 7.0, INF)])
 
 

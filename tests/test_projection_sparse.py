@@ -127,7 +127,7 @@ def project_dense(new, old, bounds):
 
 
 def whole(new, tokens, log_probs) -> np.ndarray:
-    """What a projection on a support says of all tokens [V]: where nothing is listed, π̃, scaled to the tail's mass."""
+    """A projection on a support, for all tokens [V]: where nothing is listed, π̃, scaled to the tail's mass."""
     full, real = np.array(new), tokens >= 0
     full[tokens[real]] = log_probs[real]
     tail = ~np.isin(np.arange(VOCAB), tokens[real])

@@ -1,4 +1,4 @@
-"""What the README and the documents say of the repository is so."""
+"""The README and the documents are true of the repository."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""What is left of a run that stops, is changed, or goes wrong, and that the next start goes on from it."""
+"""Runs that stop, are changed or go wrong, and resume."""
 
 import json
 import os

@@ -329,7 +329,7 @@ def _called(rest: str) -> list[str]:
 
 
 def _trip_count(computations, rest: str) -> int | None:
-    """How often a loop runs, if the program says so or its condition is `i < constant`, counted from 0 in ones."""
+    """Rounds of a loop, if the program says so or its condition is `i < constant`, counted from 0 in ones."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest):
         return int(known[1])
     instructions = computations[re.search(r'condition=%?([\w.\-]+)', rest)[1]]

@@ -52,7 +52,7 @@ def write_model(folder: Path, **sizes) -> None:
 
 
 def sample(run_dir: Path, compiled: list) -> dict[str, int]:
-    """What this process and its run take up now."""
+    """Memory, files and processes of this process and its run now."""
     status = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
     children = Path(f'/proc/self/task/{os.getpid()}/children').read_text().split()
     files = [path for path in run_dir.rglob('*') if path.is_file()]
