@@ -42,6 +42,7 @@ def test_every_part_runs(tmp_path, name):
         assert row.get('passed', True) and row.get('finite', True), row
 
 
+@pytest.mark.slow
 def test_numerics(tmp_path):
     """Guards errors past their limits, and limits that nothing exceeds: the noise of bfloat16 is far beyond what
     float32 may have."""

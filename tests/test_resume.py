@@ -153,6 +153,7 @@ def test_checkpoints_may_lie_elsewhere(tmp_path, model):
     assert evaluation(str(tmp_path / 'run'), Config([tmp_path / 'run/config.gin']))['test']['step'] == 2
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path, model):
     """Guards against losing what was learnt since the last checkpoint to Ctrl-C, with the command that users type."""
     bindings = [
