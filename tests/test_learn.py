@@ -399,3 +399,14 @@ def test_settings_that_do_not_go_together(settings, said):
     """Guards knobs that would be silently ignored."""
     with pytest.raises(ValueError, match=said):
         method(**settings)
+
+
+@pytest.mark.parametrize('devices', [[3], [2, 3]])
+def test_the_pieces_need_no_mesh_in_context(devices):
+    """Guards pieces that are called in a notebook: they run on the learner's devices, not on the first of all."""
+    bench = learner(Compute(row_tokens=13, devices=[jax.devices()[i] for i in devices]))
+    shardings = jax.tree.map(lambda x: x.sharding, bench.shapes.params)
+    state = bench.init(jax.device_put(copy(policy_params()), shardings))
+    batches, _ = bench.assign_advantages(bench.score(state, bench.pack(rollout())), experience())
+    state, updated = bench.update(state, batches[0])
+    assert np.isfinite(updated.policy.metrics['loss']) and int(bench.end_step(state, 1).progress.step) == 1
