@@ -25,7 +25,7 @@ from experiments.plumbing.validation import make_validation, metrics_of
 from troll_jax.collect import Experience, make_collector
 from troll_jax.data.prompts import PromptSet, batch_indices
 from troll_jax.experiment import Experiment
-from troll_jax.learn import Learner, Updated, needs_greedy_reward, summarise
+from troll_jax.learn import Learner, Updated, summarise
 from troll_jax.rewards.pool import Grader
 from troll_jax.rewards.terms import Responses, weigh
 from troll_jax.rollout import Sampler
@@ -89,7 +89,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
             max_response_length=experiment.max_response_length,
             rewards=method.rewards,
             mesh=compute.mesh,
-            greedy_sampler=greedy_sampler if needs_greedy_reward(method) else None,
+            greedy_sampler=greedy_sampler if method.needs_greedy_reward else None,
         )
         for step in training.steps():
             # B groups of G graded responses by the current policy. Dynamic sampling happens here.

@@ -14,7 +14,7 @@ from troll_jax.collect import Experience
 from troll_jax.critic import abstract_critic, init_critic, make_critic_update, make_values, token_rewards
 from troll_jax.models import decoder as decoders
 from troll_jax.ops.advantages import whiten
-from troll_jax.ops.needs import give, needs
+from troll_jax.ops.needs import give
 from troll_jax.ops.regularisers import regularised
 from troll_jax.ops.values import explained_variance
 from troll_jax.packing import Layout, abstract_batch, make_batch, make_layout, padding_share
@@ -273,11 +273,6 @@ class Learner:
         advantages = jax.vmap(self.method.advantages)(rewards, **give(self.method.advantages, values=values))
         advantages = jnp.where(mask, advantages, 0.0)
         return whiten(advantages, mask) if self.method.whiten_advantages else advantages, advantages + values
-
-
-def needs_greedy_reward(method: Method) -> bool:
-    """True if advantages compare with the greedy response to the same prompt."""
-    return needs(method.advantages, 'greedy_reward')
 
 
 def abstract_state(

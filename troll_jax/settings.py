@@ -158,6 +158,11 @@ class Method:
         return self.loss_needs_reference or self.reward_penalty is not None
 
     @property
+    def needs_greedy_reward(self) -> bool:
+        """True if advantages compare with the greedy response to the same prompt."""
+        return needs(self.advantages, 'greedy_reward')
+
+    @property
     def critic_warmup_steps(self) -> int:
         """Steps from which only the critic learns."""
         return 0 if self.critic is None else self.critic.warmup_steps

@@ -101,17 +101,13 @@ class Config:
             self.arguments(key)  # their types, also of what is not used
         self.used.clear()
 
-    def build(self, target: type, **overrides: Any) -> Any:
+    def build(self, target: type) -> Any:
         """Builds one of the five settings, or another class.
-
-        Args:
-          target: class.
-          overrides: fields that win over the bindings.
 
         Raises:
           ValueError: a field without a default that is not bound, or what the class raises.
         """
-        return self._call(target.__name__, overrides)
+        return self._call(target.__name__)
 
     def function(self, target: Callable, *given: Any) -> functools.partial:
         """A function with its bound arguments behind those that are given. Errors as in `build`."""
@@ -173,8 +169,8 @@ class Config:
             self.used.add(source)
         return values
 
-    def _call(self, key: str, overrides: dict[str, Any]) -> Any:
-        target, arguments = self._target(key), self.arguments(key) | overrides
+    def _call(self, key: str) -> Any:
+        target, arguments = self._target(key), self.arguments(key)
         if missing := self._missing(key, arguments):
             if not inspect.isclass(target) and not isinstance(target, functools.partial):
                 raise ValueError(f'@{key}() calls {key}, which takes {", ".join(missing)}; expected @{key}, or a class')
@@ -198,7 +194,7 @@ class Config:
         if isinstance(raw, Reference):
             key = self._full(raw.key)
             if raw.call:
-                return self._call(key, {})
+                return self._call(key)
             target, arguments = self._target(key), self.arguments(key)
             return functools.partial(target, **arguments) if arguments else target
         if isinstance(raw, dict):

@@ -1,5 +1,6 @@
 """Compiles the programs of an experiment for devices that are not there, and says what they need."""
 
+import dataclasses
 import math
 import time
 from collections.abc import Sequence
@@ -39,7 +40,7 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
       ValueError: an unknown topology, sizes that do not go together on its devices, or settings that are missing.
     """
     chip, devices = describe(topology)
-    compute = config.build(Compute, devices=devices)
+    compute = dataclasses.replace(config.build(Compute), devices=devices)
     experiment, sampling, method = (config.build(kind) for kind in (Experiment, Sampling, Method))
     check_together(sampling, method, compute, experiment.max_length)
     decoder, mesh = experiment.decoder_config(compute), compute.mesh
