@@ -24,6 +24,7 @@ from pairs import (
 from scipy.optimize import brentq, minimize
 
 import troll_jax
+from experiments.benchmarks.projection import HOSTILE, hostile_pairs
 from troll_jax.ops.projection import kl_divergence, project, project_sparse
 from troll_jax.types import SparseLogProbs
 
@@ -109,6 +110,51 @@ def test_few_evaluations_are_enough(cases):
     """Guards the speed of convergence: bisection would need dozens."""
     for name, bound, _, _, result in cases:
         assert 1 <= result.evaluations <= 16, (name, bound, result.evaluations)
+
+
+@pytest.mark.parametrize('family', HOSTILE)
+def test_hostile_pairs_need_few_evaluations(family):
+    """Guards against steps that creep or jump to and fro, which pairs that are far apart provoke; and zeros."""
+    seen = 0
+    for size in (2, 16, 512):
+        new, old, bounds = (
+            x.astype(np.float32) for x in hostile_pairs(family, np.random.default_rng(size), 1000, size)
+        )
+        result = jax.tree.map(np.asarray, project_pairs(new, old, bounds))
+        assert result.converged.all() and result.evaluations.max() <= 16
+        moved = result.violated & (result.weight < 1)
+        seen += moved.sum()
+        ratio = result.kl[moved] / bounds[moved]
+        assert ratio.min() >= 1 - 1e-3 and ratio.max() <= 1
+    assert seen > 300
+
+
+@jax.jit
+@jax.vmap
+def project_pairs(new, old, bound):
+    return project(new, old, bound=bound)
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
+def test_no_search_is_longer_than_proved(dtype):
+    """Guards theorem 3 of docs/projection.md: that the search ends by its own rules, however slow κ is made.
+
+    A single rare token makes κ a step that is as steep as π_old allows, far from where the search begins.
+    """
+    tolerance = 2e-4 if dtype == 'float32' else 2e-12
+    rare = -np.linspace(5, 100, 20)
+    old = np.stack([normalise([x, 0.0, -1.0]) for x in rare])
+    new = np.stack([normalise([0.0, -60.0, -50.0]) for _ in rare])
+    bounds = np.geomspace(1e-6, 5, 20)
+    with jax.enable_x64(dtype == 'float64'):
+        result = project_all(new.astype(dtype), old.astype(dtype), bounds.astype(dtype))
+    spread = np.ptp(new - old, axis=-1)[:, None]
+    kappa = np.array([kl(*pair) for pair in zip(new, old, strict=True)])[:, None]
+    widths = np.log(spread / np.sqrt(2 * bounds)) * (2 - old.min(-1)[:, None]) / tolerance
+    proved = 2 * np.ceil(np.log2(widths)) + 2 * np.ceil(np.log2(np.log(kappa / bounds) / tolerance))
+    outside = kappa > bounds
+    assert result.converged.all() and outside.sum() > 300
+    assert np.all(result.evaluations[outside] <= proved[outside])
 
 
 def test_too_few_evaluations_are_reported_and_harmless():
