@@ -14,7 +14,7 @@ from troll_jax.ops.categorical import entropy, sample
 from troll_jax.sharding import make_mesh
 
 INF = np.inf
-draw = jax.jit(jax.vmap(sample, (0, None)))
+draw = jax.jit(jax.vmap(lambda uniform, log_probs: sample(jnp.append(uniform, 0.0), log_probs), (0, None)))
 
 
 def test_entropy_by_hand():
@@ -85,11 +85,33 @@ def test_last_token_is_reached():
     assert abs(middle - 25_010) < 10 and last > 50_010
 
 
-def everything(uniform, logits, axis_name=None, k=5):
+@pytest.mark.parametrize('quarter', range(4))
+def test_rare_tokens_come_as_often_as_they_should(quarter):
+    """Guards tokens of 1e-8: with 23 bits for all of a vocabulary most are never drawn, and others far too often.
+
+    A stretch of 40 tokens with a hundred thousandth of the mass, through which the numbers go evenly.
+    """
+    logits = 3 * np.random.default_rng(0).normal(size=50_021).astype(np.float32)
+    probs = np.exp(logits.astype(np.float64))
+    edges = np.cumsum(probs / probs.sum())
+    starts = np.arange(12_000 * quarter + 1, 12_000 * (quarter + 1))
+    start = starts[np.argmin(np.abs(edges[starts + 40] - edges[starts] - 1e-5))]
+    numbers = edges[start] + (edges[start + 40] - edges[start]) * (np.arange(200_000) + 0.5) / 200_000
+    first = np.floor(numbers * 2**23) / 2**23
+    uniforms = np.stack([first, (numbers - first) * 2**23], axis=1).astype(np.float32)
+    tokens = np.asarray(jax.jit(jax.vmap(sample, (0, None)))(uniforms, logits))
+    inner = np.arange(start + 3, start + 38)  # sums are rounded, which shifts the stretch
+    got = np.bincount(tokens, minlength=len(probs))[inner] / 200_000
+    expected = (np.diff(edges, prepend=0) / (edges[start + 40] - edges[start]))[inner]
+    assert expected.min() < 2e-3
+    np.testing.assert_allclose(got, expected, atol=2e-4, rtol=0.05)
+
+
+def everything(uniforms, logits, axis_name=None, k=5):
     """All that the blocks of one row are good for."""
     blocks = categorical.summarise(logits, axis_name)
     return (
-        categorical.draw(uniform, blocks, axis_name),
+        categorical.draw(uniforms, blocks, axis_name),
         categorical.most_probable(blocks, axis_name),
         categorical.largest(blocks, k, axis_name),
         (blocks.largest + blocks.log_sum, blocks.entropy),
@@ -107,7 +129,7 @@ def logits_of(size: int) -> jax.Array:
 def test_blocks_tell_what_the_whole_row_tells(size):
     """Guards sizes below one block and no multiple of one, zeros, and the order of equal logits."""
     logits = logits_of(size)
-    uniforms = jax.random.uniform(jax.random.key(2), 7)
+    uniforms = jax.random.uniform(jax.random.key(2), (7, 2))
     drawn, best, (tokens, log_probs), (log_partition, entropies) = jax.vmap(everything)(uniforms, logits)
     expected = jax.nn.log_softmax(logits)
     np.testing.assert_allclose(log_partition, jax.nn.logsumexp(logits, axis=1), rtol=1e-6)
@@ -124,7 +146,7 @@ def test_an_offset_of_the_logits_changes_no_digit():
     """Guards log-probabilities, and with them supports, that are rounded at the size of the logits."""
     logits = jnp.round(64 * jax.random.normal(jax.random.key(3), (7, 1009))) / 16  # sums with 96 are exact
     run = jax.jit(jax.vmap(everything))
-    uniforms = jax.random.uniform(jax.random.key(2), 7)
+    uniforms = jax.random.uniform(jax.random.key(2), (7, 2))
     *plain, (_, entropies) = run(uniforms, logits)
     *shifted, (_, others) = run(uniforms, logits + 96)
     jax.tree.map(np.testing.assert_array_equal, (plain, entropies), (shifted, others))
@@ -135,7 +157,7 @@ def test_an_offset_of_the_logits_changes_no_digit():
 @pytest.mark.parametrize('k', [5, 16])
 def test_parts_of_a_vocabulary_tell_what_the_whole_row_tells(k):
     """Guards a vocabulary on several devices, whose parts are no multiple of a block: of 1,016 tokens, 254 on each."""
-    logits, uniforms = logits_of(1016), jax.random.uniform(jax.random.key(2), 7)
+    logits, uniforms = logits_of(1016), jax.random.uniform(jax.random.key(2), (7, 2))
     mesh = make_mesh(2, 1, 4)
     parts = jax.shard_map(
         jax.vmap(functools.partial(everything, axis_name='tensor', k=k)),

@@ -39,7 +39,7 @@ from troll_jax.models.hf_weights import load_pretrained
 from troll_jax.ops.losses import ppo_clip
 from troll_jax.ops.support import default_tail
 from troll_jax.packing import batch_shape, make_batch, make_layout
-from troll_jax.rollout import _uniform, make_sampler
+from troll_jax.rollout import _uniforms, make_sampler
 from troll_jax.scheduler import enqueue, idle_state
 from troll_jax.score import Scoring
 from troll_jax.sharding import make_mesh, named_sharding
@@ -389,11 +389,11 @@ def test_mesh_does_not_matter(shape, gather):
     assert gather or moved
 
 
-def test_every_token_is_drawn_with_a_number_of_its_own():
+def test_every_token_is_drawn_with_numbers_of_its_own():
     """Guards one random number for all positions of a response, or for all samples of a prompt."""
     keys = jax.random.split(jax.random.key(0), 3)
     request, t = np.repeat(np.arange(3), 5), np.tile(np.arange(5), 3)
-    assert len(set(np.asarray(_uniform(keys, request, t)).tolist())) == 15
+    assert len(set(np.asarray(_uniforms(keys, request, t)).reshape(-1).tolist())) == 30
 
 
 def test_wrong_numbers_of_keys_or_limits_are_refused():

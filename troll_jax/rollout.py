@@ -154,30 +154,30 @@ def make_sampler(
     stops = jnp.asarray(tuple(stop_tokens), jnp.int32)
     truncated = top_k is not None or top_p is not None
 
-    def choose(hidden, unembedding, uniform) -> Record:
+    def choose(hidden, unembedding, uniforms) -> Record:
         """Draws and records the next token of rows [N], on one device with its part of the vocabulary.
 
         Args:
-          hidden: [N, D], unembedding: [V', D], uniform: [N].
+          hidden: [N, D], unembedding: [V', D], uniforms: [N, 2].
         """
         scores = logits(hidden, unembedding, temperature=temperature or 1.0, dtype=config.compute_dtype)
         axis_name = None if truncated else RULES['vocab']
         if truncated:
             scores = jax.lax.all_gather(scores, RULES['vocab'], axis=1, tiled=True)
 
-        def one_row(scores, uniform):
+        def one_row(scores, uniforms):
             if truncated:
                 scores = categorical.truncate(scores, top_k=top_k, top_p=top_p)
             blocks = categorical.summarise(scores, axis_name)
             if temperature:
-                token, log_prob = categorical.draw(uniform, blocks, axis_name)
+                token, log_prob = categorical.draw(uniforms, blocks, axis_name)
             else:
                 token, log_prob = categorical.most_probable(blocks, axis_name)
             best, best_log_probs = categorical.largest(blocks, support_size, axis_name)
             support = select(best, best_log_probs, token, log_prob, support_mass=support_mass)
             return Record(token, log_prob, blocks.entropy, support)
 
-        record = jax.vmap(one_row)(scores, uniform)
+        record = jax.vmap(one_row)(scores, uniforms)
         # A policy of NaN draws anything: still a token of the vocabulary, and not of the padding of its last block.
         return record._replace(tokens=jnp.minimum(record.tokens, config.vocab_size - 1))
 
@@ -204,9 +204,9 @@ def make_sampler(
                 state = scheduler.refill(state)
             with jax.named_scope('draw'):
                 rows = lambda x: x.reshape(-1, *x.shape[2:])
-                uniform = jax.vmap(_uniform)(requests.keys, state.request, state.t)
+                uniforms = jax.vmap(_uniforms)(requests.keys, state.request, state.t)
                 over_devices = shard_map(choose, (('batch',), ('vocab', None), ('batch',)), ('batch',))
-                record = over_devices(rows(state.hidden), decoder.unembedding, rows(uniform))
+                record = over_devices(rows(state.hidden), decoder.unembedding, rows(uniforms))
                 record = jax.tree.map(lambda x: x.reshape(*state.t.shape, *x.shape[1:]), record)
             with jax.named_scope('record'):
                 state, ended = scheduler.record_tokens(state, record, requests, stops)
@@ -277,9 +277,9 @@ def _check_requests(
             )
 
 
-def _uniform(keys: jax.Array, request: jax.Array, t: jax.Array) -> jax.Array:
-    """The number in [0, 1) by which each slot [U] draws token t of its request; no other token uses it."""
-    draw = lambda key, t: jax.random.uniform(jax.random.fold_in(key, t))
+def _uniforms(keys: jax.Array, request: jax.Array, t: jax.Array) -> jax.Array:
+    """The numbers in [0, 1) by which each slot [U] draws token t of its request, [U, 2]; no other token uses them."""
+    draw = lambda key, t: jax.random.uniform(jax.random.fold_in(key, t), (categorical.UNIFORMS,))
     return jax.vmap(draw)(keys.at[request].get(mode='clip'), t)
 
 

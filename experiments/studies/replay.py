@@ -16,10 +16,11 @@ from experiments.plumbing.gin_files import Config
 from experiments.plumbing.gin_text import to_bindings
 from experiments.plumbing.run import restore_or_init
 from experiments.studies.replay_report import plot
+from experiments.studies.token_gradients import SILENCED, inspected, summarise
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.experiment import Experiment
 from troll_jax.learn import abstract_state, start_state
-from troll_jax.ops.losses import LossInputs, LossOutputs, importance_weighted
+from troll_jax.ops.losses import importance_weighted
 from troll_jax.ops.needs import needs
 from troll_jax.ops.regularisers import Regulariser, regularised
 from troll_jax.optimizer import apply_gradients
@@ -27,7 +28,7 @@ from troll_jax.saved_batches import load_batches
 from troll_jax.score import TailRule
 from troll_jax.settings import Compute, Method, Objective, Sampling, scoring
 from troll_jax.sharding import constrain_like, fetch, place
-from troll_jax.types import START, Batch, Progress, TrainState
+from troll_jax.types import Batch, Progress, TrainState
 from troll_jax.update import Gradient, make_gradient, make_update
 
 METHODS = Path(__file__).parents[2] / 'configs/objectives'
@@ -132,16 +133,20 @@ def replay(
         compared = batches[-1]
         before = plain(state.params, state.progress, compared)
 
-        gradients, rows = {BASELINE: before.params}, {}
-        for name, compared_method, same in candidates:
-            gradient = plain if name == BASELINE else gradient_of(compared_method)
-            got = gradient(state.params, state.progress, compared)
+        gradients, rows, outside = {}, {}, None
+        for candidate in sorted(candidates, key=lambda candidate: candidate is not own):  # its constrained tokens
+            name, got = candidate.name, before
+            if name != BASELINE:
+                got = gradient_of(candidate.method)(state.params, state.progress, compared)
             gradients[name] = got.params
             after = None
             if np.isfinite(optax.tree.norm(got.params)):
                 after = plain(step_along(got.params, state), state.progress, compared)
-            rows[name] = {'same': same} | describe(got, before, after, compared, model.tokenizer)
-        cosines = cosines_between(gradients)
+            outside = fetch(got.logs['constrained']) if outside is None else outside
+            described = describe(got, before, after, compared, outside, model.tokenizer)
+            rows[name] = {'same': candidate.same} | described
+        rows = {candidate.name: rows[candidate.name] for candidate in candidates}
+        cosines = cosines_between({name: gradients[name] for name in rows})
 
     result = {
         'rollout': path.stem,
@@ -222,32 +227,6 @@ def method_file(name: str) -> Path:
     return file
 
 
-def inspected(objective: Objective) -> Objective:
-    """An objective whose logs also say of each token what its loss is and what gradient it sends into the policy.
-
-    `token_gradient` [T] is the largest derivative of the row's losses by any log-probability of that token's
-    distribution, or by its entropy.
-    """
-
-    def with_logs(row: LossInputs, advantages: jax.Array, progress: Progress = START) -> LossOutputs:
-        fixed = jax.lax.stop_gradient(row)
-
-        def total(log_probs, listed, entropy):
-            new = fixed.new._replace(log_probs=listed)
-            changed = fixed._replace(new_log_probs=log_probs, new=new, entropy=entropy)
-            return jnp.sum(jnp.where(fixed.segments > 0, objective(changed, advantages, progress).loss, 0.0))
-
-        sampled, listed, entropy = jax.grad(total, argnums=(0, 1, 2))(
-            fixed.new_log_probs, fixed.new.log_probs, fixed.entropy
-        )
-        losses = objective(row, advantages, progress)
-        size = jnp.maximum(jnp.maximum(jnp.abs(sampled), jnp.abs(entropy)), jnp.max(jnp.abs(listed), axis=-1))
-        logs = {'token_loss': losses.loss, 'token_gradient': size, 'log_prob': row.new_log_probs}
-        return losses._replace(logs=losses.logs | jax.lax.stop_gradient(logs))
-
-    return with_logs
-
-
 def distances(gradient: Gradient, batch: Batch) -> dict[str, float | None]:
     """KL(π̃ ‖ π_old) in nats over the tokens of a batch, and the entropy of π̃."""
     mask = fetch(batch.loss_weights) > 0
@@ -257,7 +236,9 @@ def distances(gradient: Gradient, batch: Batch) -> dict[str, float | None]:
     return {name: _number(value) for name, value in values.items()}
 
 
-def describe(got: Gradient, before: Gradient, after: Gradient | None, batch: Batch, tokenizer) -> dict:
+def describe(
+    got: Gradient, before: Gradient, after: Gradient | None, batch: Batch, outside: np.ndarray, tokenizer
+) -> dict:
     """The figures of one objective on a batch.
 
     Args:
@@ -265,12 +246,13 @@ def describe(got: Gradient, before: Gradient, after: Gradient | None, batch: Bat
       before: plain policy gradient, from the same state.
       after: the same after one step along `got`; None if that is not finite.
       batch: batch of both.
+      outside: [M, Z, S] bool, the tokens that the run's objective constrains.
       tokenizer: gives the text of a token whose loss or gradient is not finite.
     """
     batch, logs = fetch(batch), fetch(got.logs)
     mask = batch.loss_weights > 0
     affected = logs['constrained']
-    silenced = (logs['token_gradient'] == 0) & (batch.advantages != 0)
+    silenced = (logs['kept'] < SILENCED) & (batch.advantages != 0)
     finite = np.logical_and.reduce([np.isfinite(logs[x]) for x in ('token_loss', 'token_gradient', 'log_prob')])
     broken = np.argwhere(mask & ~finite)
     norm, loss = (float(fetch(x)) for x in (optax.tree.norm(got.params), got.loss))
@@ -280,6 +262,7 @@ def describe(got: Gradient, before: Gradient, after: Gradient | None, batch: Bat
         'gradient_norm': _number(norm),
         'affected_share': float(affected[mask].mean()),
         'silenced_share': float(silenced[mask].mean()),
+        'outside': summarise(logs, mask & outside & (batch.advantages != 0), batch.old_log_probs),
         'broken_tokens': len(broken),
         'first_broken': _token(tuple(broken[0]), batch, logs, tokenizer) if len(broken) else None,
     }
@@ -311,10 +294,11 @@ def _token(where: tuple[int, int, int], batch: Batch, logs: dict[str, np.ndarray
 
 def cosines_between(gradients: dict[str, dict]) -> dict[str, dict[str, float | None]]:
     """The cosines of all pairs of gradients; None where one of them is zero or not finite."""
-    product = jax.jit(optax.tree.vdot)
-    unit = jax.jit(lambda x: optax.tree.scale(1 / optax.tree.norm(x), x))
-    names, units = list(gradients), [unit(gradient) for gradient in gradients.values()]
-    upper = {(i, j): _number(fetch(product(units[i], units[j]))) for i in range(len(names)) for j in range(i + 1)}
+    unit = lambda x: optax.tree.scale(1 / optax.tree.norm(x), x)
+    product = jax.jit(lambda one, other: optax.tree.vdot(unit(one), unit(other)))
+    names, all_of_them = list(gradients), list(gradients.values())
+    pairs = [(i, j) for i in range(len(names)) for j in range(i + 1)]
+    upper = {(i, j): _number(fetch(product(all_of_them[i], all_of_them[j]))) for i, j in pairs}
     return {one: {other: upper[max(i, j), min(i, j)] for j, other in enumerate(names)} for i, one in enumerate(names)}
 
 

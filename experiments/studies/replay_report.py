@@ -6,6 +6,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from experiments.studies.token_gradients import SILENCED
+
 
 def report(result: dict) -> str:
     """The tables of the terminal."""
@@ -45,6 +47,7 @@ def report(result: dict) -> str:
     for i, name in enumerate(names):
         cosines = ''.join(f'{show(result["cosines"][name][other], ".3f"):>7}' for other in names[: i + 1])
         lines.append(f'{i + 1:2} {name:{width - 3}}' + cosines)
+    lines += ['', *token_gradients(result, width)]
     lines += [
         '',
         "* the run's. Tokens have the run's advantages and weights for all: what differs is the objective, its",
@@ -66,6 +69,28 @@ def report(result: dict) -> str:
     return '\n'.join(lines)
 
 
+def token_gradients(result: dict, width: int) -> list[str]:
+    """What each objective leaves of the gradient of the tokens that the run's constrains, by class of token."""
+    rows = result['objectives']
+    lines = [
+        "tokens that the run's objective constrains: their gradients by logits over the plain ones, 10 / 50 / 90 %",
+        'quantiles. Kept: of the part with the advantage; pull: of the rest, such as a regression; silenced: kept less '
+        f'than {SILENCED:.0%}',
+    ]
+    for group, first in rows[next(iter(rows))]['outside'].items():
+        titles = ('kept', 'silenced', 'pull', 'both')
+        lines += ['', f'{group}, {first["tokens"]} tokens'.ljust(width) + ''.join(f'{text:>20}' for text in titles)]
+        for i, name in enumerate(rows if first['tokens'] else ()):
+            found, values = rows[name]['outside'][group], ['–'] * 4
+            if found['tokens']:
+                kept, pull, whole = (' / '.join(f'{x:.2f}' for x in found[key]) for key in ('kept', 'pull', 'whole'))
+                values = [kept, f'{found["silenced"]:.0%}', pull, whole]
+            lines.append(
+                f'{i + 1:2} {_starred(name, result):{width - 3}}' + ''.join(f'{value:>20}' for value in values)
+            )
+    return lines
+
+
 def _starred(name: str, result: dict) -> str:
     return f'{name} *' if name == result['run_objective'] else name
 
@@ -77,15 +102,15 @@ def plot(result: dict, output: str | Path) -> None:
 
 
 def draw(result: dict) -> Figure:
-    """The cosines of all pairs of gradients, the tokens that each objective affects, and the KL after its step."""
+    """The cosines of all pairs of gradients, affected tokens, what is kept of their gradients, the KL after a step."""
     names = list(result['objectives'])
     labels = [_starred(name, result) for name in names]
     rows = result['objectives'].values()
     number = lambda value: np.nan if value is None else value
     cosines = np.array([[number(result['cosines'][one][other]) for other in names] for one in names])
     height = 2 + 0.4 * len(names)
-    figure = Figure(figsize=(2.6 * height + 3, height), layout='constrained')
-    axes = figure.subplots(1, 3, width_ratios=(1.3, 0.8, 0.8))
+    figure = Figure(figsize=(3.2 * height + 3, height), layout='constrained')
+    axes = figure.subplots(1, 4, width_ratios=(1.3, 0.8, 0.8, 0.8))
     image = axes[0].imshow(cosines, vmin=-1, vmax=1, cmap='RdBu')
     axes[0].set(title='cosines of gradients', xticks=range(len(names)), yticks=range(len(names)), yticklabels=labels)
     axes[0].set_xticklabels(labels, rotation=45, ha='right', rotation_mode='anchor')
@@ -97,19 +122,26 @@ def draw(result: dict) -> Figure:
     places = np.arange(len(names))
     for offset, name, label in [
         (-0.2, 'affected_share', 'projected or clipped'),
-        (0.2, 'silenced_share', 'left without a gradient'),
+        (0.2, 'silenced_share', 'less than 1 % of the gradient kept'),
     ]:
         axes[1].barh(places + offset, [row[name] for row in rows], 0.4, label=label)
     axes[1].set(title='share of tokens')
+    for offset, colour, group, label in [(-0.15, 'C0', 'outward', 'leads out'), (0.15, 'C1', 'back', 'leads back')]:
+        kept = np.array([row['outside'][group].get('kept', [np.nan] * 3) for row in rows])
+        axes[2].hlines(places + offset, kept[:, 0], kept[:, 2], color=colour)
+        axes[2].plot(kept[:, 1], places + offset, 'o', color=colour, label=label)
+    axes[2].set(
+        title="kept of the gradient at tokens\nthat the run's objective constrains", xlabel='10, 50, 90 % of them'
+    )
     for colour, marker, name in zip(('C0', 'C1', 'C3'), 'oD>', ('mean', 'p99', 'max'), strict=True):
         values = [number(row[f'kl_{name}_after']) for row in rows]
-        axes[2].plot(values, places, marker, color=colour, label=name, alpha=0.7)
+        axes[3].plot(values, places, marker, color=colour, label=name, alpha=0.7)
         if value := result['before'][f'kl_{name}']:  # a logarithmic axis has no zero
-            axes[2].axvline(value, color=colour, linewidth=1, linestyle=':')
-    axes[2].set(title='KL to π_old after one step', xlabel='nats per token; dotted: before', xscale='log')
-    axes[2].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes[2].xaxis.set_major_formatter('{x:g}')
-    axes[2].xaxis.set_minor_formatter(NullFormatter())  # its labels would lie over each other
+            axes[3].axvline(value, color=colour, linewidth=1, linestyle=':')
+    axes[3].set(title='KL to π_old after one step', xlabel='nats per token; dotted: before', xscale='log')
+    axes[3].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[3].xaxis.set_major_formatter('{x:g}')
+    axes[3].xaxis.set_minor_formatter(NullFormatter())  # its labels would lie over each other
     for axis in axes[1:]:
         axis.set(yticks=places, yticklabels=[], ylim=(len(names) - 0.5, -0.5))  # in the order of the heat map
         axis.grid(alpha=0.3)

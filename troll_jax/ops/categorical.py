@@ -81,36 +81,44 @@ class Token(NamedTuple):
     log_prob: jax.Array  # []
 
 
-def draw(uniform: jax.Array, blocks: Blocks, axis_name: str | None = None) -> Token:
-    """Draws a token by inverting the cumulative distribution: of the blocks first, then within one of them.
+UNIFORMS = 2
+"""Random numbers of a draw: the second one continues the first, which has 23 bits."""
 
-    One random number per draw instead of one per entry, and no cumulative sum over the vocabulary.
+
+def draw(uniforms: jax.Array, blocks: Blocks, axis_name: str | None = None) -> Token:
+    """Draws a token by inverting the cumulative distribution: first of 64 blocks at a time, of these, of one's entries.
+
+    Two random numbers per draw instead of one per entry, and no cumulative sum over the vocabulary. Each stage goes on
+    with what is left of the number, whose digits are not lost in sums of one: every token is within reach.
 
     Args:
-      uniform: [] in [0, 1).
+      uniforms: [2] in [0, 1).
       blocks, axis_name: output and argument of `summarise`.
 
     Returns:
       Token, never one of probability zero.
     """
-    cumulative = jnp.cumsum(blocks.sums)
-    target = uniform * cumulative[-1]
-    block = _first_above(cumulative, blocks.sums > 0, target)
+    first, rest = uniforms[0], 2.0**-23 * uniforms[1]
+    groups = to_blocks(blocks.sums / jnp.sum(blocks.sums), fill=0.0)
+    group, first = _choose(first, rest, jnp.sum(groups, axis=1))
+    within, first = _choose(first, rest, groups[group])
+    block = group * BLOCK + within
     entries = _entries(blocks, block, axis_name)
-    weights = jnp.exp(entries - blocks.largest)
-    before = jnp.where(block > 0, cumulative[block - 1], 0.0)
-    return _token(blocks, block, entries, _first_above(jnp.cumsum(weights), weights > 0, target - before))
+    place, _ = _choose(first, rest, jnp.exp(_normalised(blocks, entries)))
+    return _token(blocks, block, entries, place)
 
 
-def _first_above(cumulative: jax.Array, possible: jax.Array, target: jax.Array) -> jax.Array:
-    """The first possible entry whose cumulative sum is above the target; the last possible one if none is.
+def _choose(first: jax.Array, rest: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The index [] of the entry of `weights` [n] at which their sum exceeds first + rest, and what `first` has left.
 
     The entries of a parallel sum are rounded apart from each other: it may rise a little where nothing is added, and
-    the target may be the sum itself.
+    the target may be the sum itself. So it is the first possible entry above the target, or the last possible one.
     """
-    above = possible & (cumulative > target)
+    cumulative, possible = jnp.cumsum(weights), weights > 0
+    above = possible & (cumulative > first + rest)
     last = possible.size - 1 - jnp.argmax(possible[::-1])
-    return jnp.where(jnp.any(above), jnp.argmax(above), last)
+    index = jnp.where(jnp.any(above), jnp.argmax(above), last)
+    return index, first - jnp.where(index > 0, cumulative[index - 1], 0.0)
 
 
 def _token(blocks: Blocks, block: jax.Array, entries: jax.Array, within: jax.Array) -> Token:
@@ -137,9 +145,9 @@ def largest(blocks: Blocks, k: int, axis_name: str | None = None) -> tuple[jax.A
     return jnp.where(logits > -jnp.inf, tokens, -1), _normalised(blocks, logits)
 
 
-def sample(uniform: jax.Array, log_probs: jax.Array) -> jax.Array:
-    """A token [] int32 drawn from the distribution `log_probs` [V] with a uniform number [] in [0, 1)."""
-    return draw(uniform, summarise(log_probs)).token
+def sample(uniforms: jax.Array, log_probs: jax.Array) -> jax.Array:
+    """A token [] int32 drawn from the distribution `log_probs` [V] with uniform numbers [2] in [0, 1)."""
+    return draw(uniforms, summarise(log_probs)).token
 
 
 def truncate(logits: jax.Array, *, top_k: int | None, top_p: float | None) -> jax.Array:

@@ -6,12 +6,12 @@ import jax.numpy as jnp
 BLOCK = 64
 
 
-def to_blocks(x: jax.Array) -> jax.Array:
-    """x [V] in blocks of neighbours [V / 64, 64]; the last one is filled up with −inf."""
+def to_blocks(x: jax.Array, *, fill: float = -jnp.inf) -> jax.Array:
+    """x [V] in blocks of neighbours [V / 64, 64]; the last one is filled up."""
     (size,) = x.shape
     count = -(-size // BLOCK)
     if size % BLOCK:
-        x = jnp.pad(x, (0, count * BLOCK - size), constant_values=-jnp.inf)
+        x = jnp.pad(x, (0, count * BLOCK - size), constant_values=fill)
     return x.reshape(count, BLOCK)
 
 
