@@ -15,6 +15,7 @@ import numpy as np
 from troll_jax.types import Batch, Rollout, SparseLogProbs
 
 _MICRO_BATCH_TOKENS = 8192  # on each device: enough to keep it busy
+_ROW_TOKENS = 1024  # rows up to this length hold two of the longest sequences; in longer ones attention costs more
 
 
 class BatchShape(NamedTuple):
@@ -38,21 +39,25 @@ def batch_shape(
     Args:
       sequences: number of sequences in a batch.
       max_length: tokens of the longest possible sequence, prompt and response.
-      row_tokens: S; by default `max_length`.
+      row_tokens: S. By default `max_length`; or twice that, up to 1,024, if there are several micro-batches: sequences
+        of a little more than half of `max_length` would each have a row of their own.
       micro_batch_tokens: the budget of a micro-batch on each device, in tokens; by default 8,192 or one row.
       devices: over which rows are spread, data × fsdp of the mesh.
 
     Raises:
       ValueError: a row does not hold the longest sequence, or a budget not one row.
     """
-    row_tokens = max_length if row_tokens is None else row_tokens
+    budget = micro_batch_tokens or _MICRO_BATCH_TOKENS
+    if row_tokens is None:
+        twice = sequences * max_length > budget * devices and 2 * max_length <= min(_ROW_TOKENS, budget)
+        row_tokens = 2 * max_length if twice else max_length
     if row_tokens < max_length:
         raise ValueError(
             f'row_tokens = {row_tokens} is less than the {max_length} tokens that a prompt and its response may have; '
             'raise it, or lower max_prompt_length or max_response_length'
         )
     if micro_batch_tokens is None:
-        micro_batch_tokens = max(_MICRO_BATCH_TOKENS, row_tokens)
+        micro_batch_tokens = max(budget, row_tokens)
     if micro_batch_tokens < row_tokens:
         raise ValueError(
             f'micro_batch_tokens = {micro_batch_tokens} tokens on each device is less than one row of {row_tokens}; '

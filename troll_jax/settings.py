@@ -183,7 +183,7 @@ class Compute:
         for every response of a rollout batch.
       gather_weights: gathers the weights for decoding once per rollout, see `make_sampler`.
       row_tokens: S, tokens of the rows into which responses are packed, at least as many as a prompt and its response
-        may have, which is the default.
+        may have. None: as many, or more where these are few, see `troll_jax.packing.batch_shape`.
       micro_batch_tokens: gradient accumulation: token budget of a micro-batch on each device, at least one row. None is
         8,192, or one row. The last micro-batch is padded (`update/padding_share`).
       head_chunk: tokens whose logits are in memory at a time in an update, on each device.
