@@ -10,6 +10,7 @@ from tiny import decoder_config
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.models import decoder as decoders
 from troll_jax.optimizer import adamw, apply_gradients, state_shapes
+from troll_jax.settings import Compute
 from troll_jax.sharding import make_mesh, named_sharding
 from troll_jax.types import START, TrainState
 
@@ -146,8 +147,9 @@ def memory_kinds(state) -> list[str]:
 def test_an_offloaded_state_gives_the_same_steps_and_stays_on_the_host(tmp_path):
     """Guards against a state that comes back to the device after the first update (which then compiles again), whose
     sharding is lost on the way, that a checkpoint puts elsewhere, or that a skipped step changes."""
+    wrapped = optax.chain(adamw(RATE, warmup_updates=2), optax.scale(0.5))
     (_, params, state, step), (shapes, host_params, host_state, host_step) = (
-        placed(adamw(RATE, warmup_updates=2, offload=offload)) for offload in (False, True)
+        placed(Compute(offload_optimizer=offload).place_optimizer(wrapped)) for offload in (False, True)
     )
     kinds = ['device', 'pinned_host', 'pinned_host', 'device']  # the counts stay
     assert memory_kinds(shapes) == memory_kinds(host_state) == kinds and 'pinned_host' not in memory_kinds(state)

@@ -91,12 +91,12 @@ class Learner:
         self._max_response_length, self._support_size = max_response_length, sampling.support_size
         self._minibatch = method.minibatch_prompts * sampling.samples_per_prompt
         self._shape = minibatch_shape(sampling, method, compute, max_prompt_length + max_response_length)
-        self._optimizer, policy = method.optimizer(), scoring(sampling, method, compute)
+        self._optimizer, policy = compute.place_optimizer(method.optimizer()), scoring(sampling, method, compute)
         self._update = make_update(config, self._optimizer, regularised(method.objective, method.regularisers), policy)
         self._recompute = make_recompute(config, policy, importance_limit=method.importance_limit)
         self._reference = make_reference(config, policy, penalty=method.reward_penalty)
         if method.critic is not None:
-            optimizer = method.critic.optimizer()
+            optimizer = compute.place_optimizer(method.critic.optimizer())
             self._critic_optimizer = optimizer
             self._values = make_values(config)
             self._update_critic = make_critic_update(config, optimizer, value_clip=method.critic.value_clip)

@@ -24,7 +24,6 @@ def adamw(
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
     mu_dtype: str | None = None,
-    offload: bool = False,
 ) -> optax.GradientTransformation:
     """AdamW with a constant learning rate after a linear warm-up, and gradients clipped by their global norm.
 
@@ -35,7 +34,6 @@ def adamw(
       weight_decay: decay per unit of learning rate, of weights and embeddings; norms and biases do not decay.
       clip_norm: largest global norm of a gradient.
       mu_dtype: dtype of the first moment, such as 'bfloat16' to save memory; that of the parameters if None.
-      offload: keeps both moments in the host's memory between updates.
 
     Raises:
       ValueError: a number out of its range, or another type.
@@ -53,7 +51,7 @@ def adamw(
     if mu_dtype not in (None, *MU_DTYPES):
         raise ValueError(f'mu_dtype of AdamW must be None or one of {MU_DTYPES}; got {mu_dtype!r}')
     schedule = lambda done: learning_rate * jnp.minimum(1.0, (done + 1) / warmup_updates)
-    optimizer = optax.chain(
+    return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.chain(  # AdamW, in which some parameters do not decay: a mask would change the state's tree
             optax.scale_by_adam(b1=b1, b2=b2, mu_dtype=mu_dtype),
@@ -61,7 +59,6 @@ def adamw(
             optax.scale_by_learning_rate(schedule if warmup_updates else learning_rate),
         ),
     )
-    return Offloaded(*optimizer) if offload else optimizer
 
 
 def _decay(changes: optax.Updates, params: optax.Params, *, rate: float) -> optax.Updates:
@@ -75,7 +72,10 @@ def _decay(changes: optax.Updates, params: optax.Params, *, rate: float) -> opta
 
 
 class Offloaded(optax.GradientTransformation):
-    """An optimizer whose moments are to live in the host's memory, see `state_shapes` and `apply_gradients`."""
+    """An optimizer whose moments are to live in the host's memory, see `state_shapes` and `apply_gradients`.
+
+    `Offloaded(*optimizer)` makes any one of optax such. It has to be the outermost: what wraps it does not know of it.
+    """
 
 
 def apply_gradients(

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Annotated, Literal
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from troll_jax.critic import Critic
@@ -19,7 +20,7 @@ from troll_jax.ops.losses import Objective
 from troll_jax.ops.needs import needs
 from troll_jax.ops.ranges import check_range
 from troll_jax.ops.regularisers import Regulariser
-from troll_jax.optimizer import Optimizer
+from troll_jax.optimizer import Offloaded, Optimizer
 from troll_jax.packing import BatchShape, batch_shape
 from troll_jax.rewards.terms import RewardTerm, check_names, task_reward
 from troll_jax.score import Scoring, TailRule
@@ -187,6 +188,7 @@ class Compute:
       micro_batch_tokens: gradient accumulation: token budget of a micro-batch on each device, at least one row. None is
         8,192, or one row. The last micro-batch is padded (`update/padding_share`).
       head_chunk: tokens whose logits are in memory at a time in an update, on each device.
+      offload_optimizer: keeps the moments of the optimizers in the host's memory between updates.
       devices: devices of the mesh; None is all of them.
 
     Raises:
@@ -204,6 +206,7 @@ class Compute:
     row_tokens: int | None = None
     micro_batch_tokens: int | None = None
     head_chunk: int = 1024
+    offload_optimizer: bool = False
     devices: Sequence[jax.Device] | None = None
 
     def __post_init__(self):
@@ -214,6 +217,10 @@ class Compute:
     def mesh(self) -> Mesh:
         """The device mesh. Raises a ValueError if the sizes do not fit the devices that there are."""
         return make_mesh(self.data, self.fsdp, self.tensor, self.devices)
+
+    def place_optimizer(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+        """The optimizer with its moments in the host's memory, if that is set."""
+        return Offloaded(*optimizer) if self.offload_optimizer else optimizer
 
     @property
     def batch_devices(self) -> int:

@@ -159,10 +159,13 @@ def summarise_tokens(logs: dict[str, jax.Array], mask: jax.Array) -> dict[str, j
     metrics = {}
     for name, value in logs.items():
         metrics[f'{name}_share' if value.dtype == bool else f'{name}_mean'] = jnp.sum(jnp.where(mask, value, 0)) / count
-        if name in _QUANTILES:
-            ranks = jnp.round(jnp.array([0.01, 0.5, 0.99]) * (count - 1)).astype(jnp.int32)
-            quantiles = order_statistics(jnp.where(mask, value, jnp.inf), ranks)
-            p01, p50, p99 = jnp.where(jnp.any(mask), quantiles, 0.0)
-            largest = jnp.max(jnp.where(mask, value, 0))
+    if with_quantiles := [name for name in logs if name in _QUANTILES]:
+        ranks = jnp.round(jnp.array([0.01, 0.5, 0.99]) * (count - 1)).astype(jnp.int32)
+        rows = jnp.stack([jnp.where(mask, logs[name], jnp.inf) for name in with_quantiles]).reshape(
+            len(with_quantiles), -1
+        )
+        quantiles = jnp.where(jnp.any(mask), order_statistics(rows, ranks), 0.0)
+        for name, (p01, p50, p99) in zip(with_quantiles, quantiles, strict=True):
+            largest = jnp.max(jnp.where(mask, logs[name], 0))
             metrics |= {f'{name}_p01': p01, f'{name}_p50': p50, f'{name}_p99': p99, f'{name}_max': largest}
     return metrics

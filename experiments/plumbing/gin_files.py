@@ -32,6 +32,8 @@ _RENAMED = {
     'train.max_tokens': 'Sampling.support_size',
     'train.mass': 'Sampling.support_mass',
     'Experiment.compute_dtype': 'Compute.dtype',
+    'adamw.offload': 'Compute.offload_optimizer',
+    'critic/adamw.offload': 'Compute.offload_optimizer',
     'Experiment.mesh': 'Compute.data, Compute.fsdp and Compute.tensor',
 }
 

@@ -102,7 +102,7 @@ def replay(
         )
     start, sampling, method, compute = (config.build(kind) for kind in (Experiment, Sampling, Method, Compute))
     model, mesh = start.of_run(run_dir / 'model').load_model(compute), compute.mesh
-    policy, optimizer = scoring(sampling, method, compute), method.optimizer()
+    policy, optimizer = scoring(sampling, method, compute), compute.place_optimizer(method.optimizer())
     candidates = find_methods(method, objectives, bindings, has_reference=saved.batches[0].reference is not None)
     own = next(candidate for candidate in candidates if 'run' in [candidate.name, *candidate.same])
 
