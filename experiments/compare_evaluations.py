@@ -1,4 +1,4 @@
-"""Compares two evaluations on the same problems by the paired bootstrap.
+"""Compares two evaluations on the same problems, as pairs.
 
     python -m experiments.compare_evaluations A B [--step-a N] [--step-b N] [--sets AMC_32 MATH500_1 …]
 
@@ -7,7 +7,8 @@ then every set that both have is compared, and the sets' mean. All sets are of o
 and sampled alike: each with one number of samples, and all with the same options (temperature, top_k, top_p, seed).
 
 The difference of two models on one problem does not vary with how hard the problem is, so the interval of the mean
-difference is narrower than what the intervals of the two models by themselves would suggest.
+difference is narrower than what the intervals of the two models by themselves would suggest. It is one over problems:
+how much two runs of one method with other seeds differ is not in it.
 """
 
 import argparse
@@ -15,18 +16,28 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from experiments.plumbing.command import run_command
-from troll_jax.evaluate import Estimate, estimate, is_correct
+from troll_jax.evaluate import Estimate, distinct, estimate, estimate_mean, is_correct, mean_by_problem
 
 # What experiments.evaluate names a set's files: options that are not as by default stand at the end.
 _NAME = re.compile(r'(?P<set>[\w-]+?)_(?P<samples>\d+)(?P<options>(_(temperature|top_k|top_p|seed)_[\d.e-]+)*)')
 
 
-def read_success(file: Path) -> tuple[list[str], np.ndarray]:
-    """The reference answers of the problems, and of each the share of correct samples [n].
+class Successes(NamedTuple):
+    """What a file of responses says of n prompts."""
+
+    prompts: list[str]
+    answers: list[str]
+    success: np.ndarray  # [n], the share of correct samples
+    samples: int  # of each
+
+
+def read_success(file: Path) -> Successes:
+    """The successes of a file of `experiments.evaluate`.
 
     Raises:
       ValueError: a file that experiments.evaluate did not write, or not to its end.
@@ -35,12 +46,13 @@ def read_success(file: Path) -> tuple[list[str], np.ndarray]:
         try:
             rows = [json.loads(line) for line in lines]
             success = [is_correct(np.array(row['rewards'])).mean() for row in rows]
-            answers = [row['answer'] for row in rows]
+            prompts, answers = [row['prompt'] for row in rows], [row['answer'] for row in rows]
+            samples = min(len(row['rewards']) for row in rows) if rows else 0
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f'{file} is damaged ({error!r}); expected what experiments.evaluate wrote') from error
     if not rows:
         raise ValueError(f'{file} is empty; expected what experiments.evaluate wrote')
-    return answers, np.array(success)
+    return Successes(prompts, answers, np.array(success), samples)
 
 
 def find_responses(path: Path, step: int | None = None) -> dict[str, Path]:
@@ -78,15 +90,16 @@ def check_alike(names: Sequence[str]) -> None:
         )
 
 
-def pair(a: Path, b: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The shares of correct samples of two files on the same problems.
+def pair(a: Path, b: Path) -> tuple[np.ndarray, np.ndarray, int]:
+    """The shares of correct samples of two files on the same distinct problems, and the samples of each.
 
     Prompts may differ, as two models have two templates, but not the reference answers and their order.
 
     Raises:
       ValueError: the problems are not the same.
     """
-    (answers_a, success_a), (answers_b, success_b) = read_success(a), read_success(b)
+    of_a, of_b = read_success(a), read_success(b)
+    answers_a, answers_b = of_a.answers, of_b.answers
     if answers_a != answers_b:
         row = next((i for i, (x, y) in enumerate(zip(answers_a, answers_b, strict=False)) if x != y), None)
         where = f'the answers of problem {row} differ' if row is not None else 'one has more of them'
@@ -94,7 +107,9 @@ def pair(a: Path, b: Path) -> tuple[np.ndarray, np.ndarray]:
             f'{a} and {b} are not of the same problems: {len(answers_a)} and {len(answers_b)}, {where}. Evaluate '
             'both on the same set, with a max_prompt_length that drops no prompt of either.'
         )
-    return success_a, success_b
+    problems = distinct(of_a.prompts, answers_a)
+    shares = [mean_by_problem(of.success, problems) for of in (of_a, of_b)]
+    return *shares, min(of_a.samples, of_b.samples)
 
 
 def compare(
@@ -126,14 +141,16 @@ def compare(
     return rows if len(rows) == 1 else rows | {'mean': _row(list(pairs.values()))}
 
 
-def _row(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Estimate | int]:
+def _row(pairs: list[tuple[np.ndarray, np.ndarray, int]]) -> dict[str, Estimate | int]:
+    of_a, of_b, samples = zip(*pairs, strict=True)
+    differences = [b - a for a, b in zip(of_a, of_b, strict=True)]
     return {
-        'problems': sum(len(a) for a, _ in pairs),
-        'a': estimate(*(a for a, _ in pairs)),
-        'b': estimate(*(b for _, b in pairs)),
-        'difference': estimate(*(b - a for a, b in pairs)),
-        'b_better': int(sum((b > a).sum() for a, b in pairs)),
-        'a_better': int(sum((a > b).sum() for a, b in pairs)),
+        'problems': sum(map(len, of_a)),
+        'a': estimate(*of_a, samples=min(samples)),
+        'b': estimate(*of_b, samples=min(samples)),
+        'difference': estimate_mean(*differences, samples=min(samples)),
+        'b_better': int(sum((x > 0).sum() for x in differences)),
+        'a_better': int(sum((x < 0).sum() for x in differences)),
     }
 
 

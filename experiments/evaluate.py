@@ -32,7 +32,15 @@ from experiments.plumbing.run import check_writable
 from experiments.plumbing.validation import make_validation
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet
-from troll_jax.evaluate import Evaluation, estimate, is_correct, pass_at_k, success
+from troll_jax.evaluate import (
+    Evaluation,
+    estimate,
+    estimate_mean,
+    is_correct,
+    mean_by_problem,
+    pass_at_k,
+    success,
+)
 from troll_jax.experiment import Experiment
 from troll_jax.hub import is_path, what_is_there
 from troll_jax.models import decoder as decoders
@@ -172,7 +180,8 @@ def evaluation(
 
         results = validate(params, jax.random.key(seed), done=done)
     if len(summaries) > 1:
-        mean = estimate(*(success(result) for result, _ in results.values()))
+        samples = min(result.rewards.shape[1] for result, _ in results.values())
+        mean = estimate(*(success(result) for result, _ in results.values()), samples=samples)
         common = {'split': split, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
         summaries['mean'] = {'step': step, 'sets': list(summaries), 'success': mean._asdict()} | common
         write(
@@ -204,17 +213,21 @@ def write(
 
 def summarise(result: Evaluation) -> dict:
     """Estimates with 95 % confidence intervals over problems."""
-    problems, samples = result.rewards.shape
-    correct = is_correct(result.rewards).sum(axis=1)
-    of_problems = estimate(success(result))._asdict()
+    samples, times = result.rewards.shape[1], np.bincount(result.problems)  # prompts that each problem has
+    correct = np.bincount(result.problems, is_correct(result.rewards).sum(axis=1)).astype(int)
+    pass_at = lambda k: np.array([pass_at_k(samples * n, c, k) for n, c in zip(times, correct, strict=True)])
+    of_problems = estimate(success(result), samples=samples)._asdict()
     ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     return {
-        'problems': problems,
+        'problems': len(times),
+        'prompts': len(result.problems),
         'samples_per_prompt': samples,
         'success': of_problems,
         f'mean@{samples}': of_problems,  # the field's name for it
-        **{f'pass@{k}': estimate(np.array([pass_at_k(samples, c, k) for c in correct]))._asdict() for k in ks},
-        'reward': estimate(result.rewards.mean(axis=1))._asdict(),
+        **{f'pass@{k}': estimate(pass_at(k), samples=samples)._asdict() for k in ks},
+        'reward': estimate_mean(
+            mean_by_problem(result.rewards.mean(axis=1), result.problems), samples=samples
+        )._asdict(),
         'response_length': float(result.lengths.mean()),
         'truncated_share': float(1 - result.stopped.mean()),
     }

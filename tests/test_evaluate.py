@@ -9,11 +9,12 @@ import pytest
 from jax.sharding import AxisType
 from tiny import decoder_config
 
+from experiments.evaluate import summarise
 from troll_jax.collect import decode_responses
 from troll_jax.data.prompts import encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
 from troll_jax.data.tokenizer import EOS, PAD, character_tokenizer
-from troll_jax.evaluate import estimate, evaluate, pass_at_k
+from troll_jax.evaluate import Evaluation, distinct, estimate, estimate_mean, evaluate, pass_at_k, success
 from troll_jax.models.decoder import abstract
 from troll_jax.rewards.pool import Grader
 from troll_jax.rollout import make_sampler
@@ -48,37 +49,70 @@ def test_pass_at_k_beyond_its_limits_is_an_error(samples, correct, k):
         pass_at_k(samples, correct, k)
 
 
-def test_the_interval_covers_the_truth():
-    """Guards against an interval over samples, or with the wrong quantiles: 95 % of them should hold the true mean."""
-    problems, truth = 60, 0.3
-    experiments = np.random.default_rng(0).random((300, problems)) < truth
-    estimates = [estimate(row.astype(np.float32), draws=400) for row in experiments]
-    assert all(e.low <= e.mean <= e.high for e in estimates)
-    covered = np.mean([e.low <= truth <= e.high for e in estimates])
-    assert 0.91 <= covered <= 0.985  # the share of 300 wanders by 0.013, and the bootstrap is a little narrow
-    widths = np.mean([e.high - e.low for e in estimates])
-    assert widths == pytest.approx(2 * 1.96 * np.sqrt(truth * (1 - truth) / problems), rel=0.05)
+def shares(problems: int, samples: int, chance: float, concentration: float | None, draws: int) -> np.ndarray:
+    """Simulated shares of correct samples [draws, n], of problems that are equally hard or spread by a beta law."""
+    generator = np.random.default_rng(problems + samples)
+    hard = np.full((draws, problems), chance)
+    if concentration is not None:
+        hard = generator.beta(chance * concentration, (1 - chance) * concentration, hard.shape)
+    return generator.binomial(samples, hard) / samples
 
 
-def test_an_estimate_is_deterministic_and_its_mean_exact():
-    values = np.random.default_rng(1).random(37)
-    first = estimate(values)
-    assert first == estimate(values) and first.mean == values.mean()
-    assert first != estimate(values, seed=1)  # the interval is drawn
-    assert estimate(values, draws=250).low == pytest.approx(first.low, abs=0.02)  # draws that no block divides
+@pytest.mark.parametrize('samples', [1, 8])
+@pytest.mark.parametrize('problems', [30, 100])
+def test_the_interval_covers_the_truth(problems, samples):
+    """Guards against intervals that are a point at 0 and 1, and that take samples of one problem for many problems."""
+    for chance in (0.05, 0.3, 0.9):
+        for concentration in (None, 5.0):
+            found = [estimate(x, samples=samples) for x in shares(problems, samples, chance, concentration, 400)]
+            assert all(0 <= e.low <= e.mean <= e.high <= 1 for e in found)
+            assert 0.9 <= np.mean([e.low <= chance <= e.high for e in found]), (chance, concentration)
+    even = [estimate(x, samples=samples) for x in shares(problems, samples, 0.3, None, 400)]
+    widths = np.mean([e.high - e.low for e in even])
+    assert widths == pytest.approx(2 * 1.96 * np.sqrt(0.3 * 0.7 / (problems * samples)), rel=0.12)
+
+
+def test_no_and_every_success():
+    """Guards an interval of [0, 0] for 0 of 30 problems; Wilson's, with Student's t in place of 1.96, by hand."""
+    t = 2.04523
+    for value, other in ((0.0, t * t / (30 + t * t)), (1.0, 30 / (30 + t * t))):
+        found = estimate(np.full(30, value))
+        np.testing.assert_allclose(found, sorted([value, value, other]) if value == 0 else (1, other, 1), atol=1e-5)
+    assert estimate(np.zeros(30), samples=32) == estimate(np.zeros(30)), 'the samples of a problem may be all alike'
+    one = estimate(np.array([1.0]))
+    assert one.mean == one.high == 1 and 0 <= one.low < 0.5
+
+
+def test_differences_are_paired():
+    """Guards signs, and an interval of no width for two models that differ nowhere."""
+    generator = np.random.default_rng(1)
+    a = generator.random(200)
+    found = estimate_mean(a + 0.1 - a)
+    assert found.mean == pytest.approx(0.1) and 0.08 < found.low < found.high < 0.12
+    none = estimate_mean(np.zeros(30))
+    assert none.mean == 0 and 0.05 < none.high == -none.low < 0.1
+    spread = estimate_mean(generator.normal(size=400))
+    assert spread.high - spread.low == pytest.approx(2 * 1.966 / 20, rel=0.1)
 
 
 def test_the_mean_of_sets():
     """Guards against sets that count by their size, and against problems that are drawn across sets."""
-    values = np.random.default_rng(1).random(37)
-    alone, both = estimate(values), estimate(values, np.full(5, 0.25))
-    assert both.mean == (alone.mean + 0.25) / 2
+    values, fixed = np.random.default_rng(1).random(37), np.full(2000, 0.25)
+    alone, both = estimate(values, samples=10**6), estimate(values, fixed, samples=10**6)
+    assert both.mean == (values.mean() + 0.25) / 2
     assert both.high - both.low == pytest.approx((alone.high - alone.low) / 2, rel=0.05)
 
 
-def test_equal_problems_leave_no_doubt():
-    assert estimate(np.full(7, 0.25)) == (0.25, 0.25, 0.25)
-    assert estimate(np.array([1.0])) == (1.0, 1.0, 1.0)
+def test_a_problem_that_is_there_twice_counts_once():
+    """Guards benchmarks that repeat every problem: 30 problems 32 times are no 960."""
+    texts, answers = ['a', 'b', 'a', 'c', 'a'], ['1', '2', '1', '3', '4']
+    np.testing.assert_array_equal(distinct(texts, answers), [0, 1, 0, 2, 3])
+    rewards = np.array([[1, 1], [0, 1], [0, 0], [0, 0], [1, 0]], np.float32)
+    result = Evaluation(rewards, rewards, rewards > 0, [], distinct(texts, answers))
+    np.testing.assert_allclose(success(result), [0.5, 0.5, 0, 0.5])
+    summary = summarise(result)
+    assert (summary['problems'], summary['prompts']) == (4, 5)
+    assert summary['pass@2']['mean'] == pytest.approx((1 - 1 / 6 + 1 + 0 + 1) / 4)
 
 
 @pytest.fixture(scope='module')

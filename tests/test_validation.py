@@ -19,7 +19,7 @@ from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.tasks.arithmetic import CHARACTERS
 from troll_jax.data.tasks.math_problems import MathProblems
 from troll_jax.data.tokenizer import character_tokenizer
-from troll_jax.evaluate import Evaluation, estimate
+from troll_jax.evaluate import Evaluation
 from troll_jax.experiment import Experiment
 from troll_jax.metrics import read_metrics
 from troll_jax.rewards.worker import CannotGrade
@@ -188,7 +188,7 @@ def test_a_set_is_written_when_it_is_done(run_dir, monkeypatch, tmp_path):
         if len(prompts) == PROBLEMS:
             raise RuntimeError('the service is down')
         ones = np.ones((len(prompts), 1), np.float32)
-        return Evaluation(ones, ones, ones, [['#']] * len(prompts))
+        return Evaluation(ones, ones, ones, [['#']] * len(prompts), np.arange(len(prompts)))
 
     monkeypatch.setattr(validation, 'evaluate', one_set)
     with pytest.raises(RuntimeError, match='the service is down'):
@@ -201,7 +201,7 @@ def test_the_log_and_the_files_count_the_same_as_success(run_dir, monkeypatch, t
 
     def one_set(sampler, params, prompts, grader, *_, **__):
         rewards = np.tile(np.float32([1.0, 0.5]), len(prompts))[: len(prompts), None]
-        return Evaluation(rewards, rewards, rewards, [['#']] * len(prompts))
+        return Evaluation(rewards, rewards, rewards, [['#']] * len(prompts), np.arange(len(prompts)))
 
     monkeypatch.setattr(validation, 'evaluate', one_set)
     evaluate(monkeypatch, run_dir, f"evaluation.folder = '{tmp_path}'")
@@ -212,7 +212,7 @@ def test_the_log_and_the_files_count_the_same_as_success(run_dir, monkeypatch, t
     )
     assert summary['reward']['mean'] == pytest.approx(correct + (1 - correct) / 2)
     assert f'sums: {correct:.4f}' in capsys.readouterr().err
-    assert read_success(tmp_path / 'responses_1_sums_1.jsonl')[1].mean() == pytest.approx(correct)
+    assert read_success(tmp_path / 'responses_1_sums_1.jsonl').success.mean() == pytest.approx(correct)
 
 
 def test_programs_need_a_sandbox_before_a_model_is_loaded(model, tmp_path, monkeypatch):
@@ -289,16 +289,16 @@ A2, B2 = [[1, 0], [0, 0], [1, 1]], [[1, 1], [0, 0], [0, 1]]
 
 
 def test_a_comparison_by_hand(tmp_path):
-    """Guards signs, pairs and shares; and the paired bootstrap, whose spread is that of the differences."""
+    """Guards signs, pairs and shares; and the paired interval, whose spread is that of the differences."""
     row = compare(write_responses(tmp_path, 'a.jsonl', A), write_responses(tmp_path, 'b.jsonl', B))['b']
     assert (row['problems'], row['a_better'], row['b_better']) == (8, 0, 2)
     assert (row['a'].mean, row['b'].mean, row['difference'].mean) == (0.5, 0.75, 0.25)
-    # Of eight draws of differences, each 1 with probability 1/4: the 2.5 and 97.5 % points of a binomial, by its table.
-    assert (row['difference'].low, row['difference'].high) == (0.0, 0.625)
+    half = 2.36462 * np.sqrt((8 / 7 * 0.25 * 0.75 + 1 / 8) / 8)  # Student's t with 7 degrees, and one answer more
+    np.testing.assert_allclose(row['difference'][1:], [0.25 - half, 0.25 + half], atol=1e-5)
     # If B were another model on other problems, the difference would have the spread of two independent means.
-    independent = estimate(np.array(B)[:, 0]), estimate(np.array(A)[:, 0])
-    unpaired = np.hypot(*(e.high - e.low for e in independent))
-    assert row['difference'].high - row['difference'].low < 0.75 * unpaired
+    many = compare(write_responses(tmp_path, 'c.jsonl', 10 * A), write_responses(tmp_path, 'd.jsonl', 10 * B))['d']
+    unpaired = np.hypot(*(many[model].high - many[model].low for model in 'ab'))
+    assert many['difference'].high - many['difference'].low < 0.75 * unpaired
 
 
 def test_folders_are_compared_set_by_set(tmp_path):
@@ -312,7 +312,8 @@ def test_folders_are_compared_set_by_set(tmp_path):
     assert [file.name for file in find_responses(a).values()] == ['responses_10_one_set_1.jsonl'], (
         'one step, the latest'
     )
-    assert compare(a, b)['one_set_1']['difference'] == (0, 0, 0)
+    none = compare(a, b)['one_set_1']['difference']
+    assert none.mean == 0 and none.high == -none.low < 0.4
     rows = compare(a, b, step_a=9)
     assert compare(a, b, step_a=9, sets=['other_2']) == {'other_2': rows['other_2']}
     assert list(rows) == ['one_set_1', 'other_2', 'mean']

@@ -1,10 +1,12 @@
 """Evaluation on a set of prompts: success, pass@k and confidence intervals."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
+import scipy.special
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +23,7 @@ class Evaluation(NamedTuple):
     lengths: np.ndarray  # [n, G] int32, tokens
     stopped: np.ndarray  # [n, G] bool: ended by itself
     responses: list[list[str]]  # n lists of G
+    problems: np.ndarray  # [n] int, the distinct problem of each prompt, see `distinct`
 
 
 class Estimate(NamedTuple):
@@ -53,7 +56,14 @@ def evaluate(
         lengths=by_prompt(rollout.response_lengths),
         stopped=by_prompt(rollout.stopped),
         responses=[responses[i : i + samples] for i in range(0, len(responses), samples)],
+        problems=distinct(prompts.texts, prompts.answers),
     )
+
+
+def distinct(texts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
+    """Numbers [n] of the distinct problems, from 0: benchmarks are published with every problem up to 32 times."""
+    numbers = {}
+    return np.array([numbers.setdefault(problem, len(numbers)) for problem in zip(texts, answers, strict=True)])
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -80,25 +90,58 @@ def is_correct(rewards: np.ndarray) -> np.ndarray:
 
 
 def success(result: Evaluation) -> np.ndarray:
-    """The share of correct samples of each problem [n]."""
-    return is_correct(result.rewards).mean(axis=1)
+    """The share of correct samples of each distinct problem."""
+    return mean_by_problem(is_correct(result.rewards).mean(axis=1), result.problems)
 
 
-def estimate(*per_problem: np.ndarray, draws: int = 10_000, seed: int = 0) -> Estimate:
-    """The mean of values over problems, with a 95 % interval by the percentile bootstrap over problems.
+def mean_by_problem(values: np.ndarray, problems: np.ndarray) -> np.ndarray:
+    """The means of values [n] over the prompts of each distinct problem."""
+    return np.bincount(problems, values) / np.bincount(problems)
+
+
+def estimate(*per_problem: np.ndarray, samples: int = 1) -> Estimate:
+    """The mean of shares over problems, with a 95 % interval that holds its coverage at 0 and at 1.
+
+    Wilson's score interval for n_eff independent answers with Student's t, n_eff = mean (1 − mean) / variance of the
+    mean over problems: n if the samples of a problem are all alike, n · samples if problems are equally hard. Several
+    sets are combined by the method of variance estimates recovery (Zou and Donner, 2008).
 
     Args:
-      per_problem: values [n]. Of several sets of problems it is the mean of the sets' means, in which every set counts
-        alike; problems are drawn within their set. With the differences of two models on the same problems it is the
-        paired bootstrap.
-      draws: number of bootstrap draws.
-      seed: seed of the draws.
+      per_problem: shares [n] in [0, 1]. Of several sets of problems it is the mean of the sets' means, in which every
+        set counts alike.
+      samples: responses of a problem that a share is of.
     """
-    generator = np.random.default_rng(seed)
-    means = np.empty(draws)
-    for start in range(0, draws, 100):
-        count = min(100, draws - start)
-        of_sets = [values[generator.integers(len(values), size=(count, len(values)))].mean(1) for values in per_problem]
-        means[start : start + count] = np.mean(of_sets, axis=0)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Estimate(float(np.mean([values.mean() for values in per_problem])), float(low), float(high))
+    found = [_of_shares(np.asarray(values, np.float64), samples) for values in per_problem]
+    mean, count = np.mean([one.mean for one in found]), len(found)
+    low = np.sqrt(sum((one.mean - one.low) ** 2 for one in found)) / count
+    high = np.sqrt(sum((one.high - one.mean) ** 2 for one in found)) / count
+    return Estimate(float(mean), float(max(mean - low, 0)), float(min(mean + high, 1)))
+
+
+def _of_shares(values: np.ndarray, samples: int) -> Estimate:
+    count, mean = len(values), values.mean()
+    variance = values.var(ddof=1) / count if count > 1 else 0.0
+    # Where nothing varies the samples of a problem may be all alike.
+    independent = count if variance == 0 and mean in (0, 1) else mean * (1 - mean) / max(variance, 1e-12)
+    independent, t = np.clip(independent, count, count * samples), _t(count)
+    middle = (mean + t * t / (2 * independent)) / (1 + t * t / independent)
+    half = t / (1 + t * t / independent) * np.sqrt(mean * (1 - mean) / independent + (t / (2 * independent)) ** 2)
+    return Estimate(mean, min(max(middle - half, 0.0), mean), max(min(middle + half, 1.0), mean))
+
+
+def estimate_mean(*per_problem: np.ndarray, samples: int = 1) -> Estimate:
+    """The mean of any values over problems, as of rewards or differences of shares, with Student's 95 % interval.
+
+    The variance of each set has one more answer of size 1 in it, so that an interval of equal values is not a point.
+    Of the differences of two models on the same problems it is the paired interval. Arguments as of `estimate`.
+    """
+    sets = [np.asarray(values, np.float64) for values in per_problem]
+    variances = [(x.var(ddof=min(1, len(x) - 1)) + 1 / (len(x) * samples)) / len(x) for x in sets]
+    mean = np.mean([x.mean() for x in sets])
+    half = _t(min(map(len, sets))) * np.sqrt(sum(variances)) / len(sets)
+    return Estimate(float(mean), float(mean - half), float(mean + half))
+
+
+def _t(count: int) -> float:
+    """The 97.5 % quantile of Student's distribution for the mean of so many values."""
+    return float(scipy.special.stdtrit(max(count - 1, 1), 0.975))
