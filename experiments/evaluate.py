@@ -147,7 +147,7 @@ def evaluation(
         experiment,
         model.tokenizer,
         lambda samples: samplers(samples_per_prompt=samples, temperature=temperature_of(samples)),
-        mesh=compute.mesh,
+        compute=compute,
         split=split,
         samples_per_prompt=samples_per_prompt,
     )

@@ -26,7 +26,6 @@ from troll_jax.collect import Experience, make_collector
 from troll_jax.data.prompts import PromptSet, batch_indices
 from troll_jax.experiment import Experiment
 from troll_jax.learn import Learner, Updated, summarise
-from troll_jax.rewards.pool import Grader
 from troll_jax.rewards.terms import Responses, weigh
 from troll_jax.rollout import Sampler
 from troll_jax.settings import Compute, Method, Run, Sampling, check_together
@@ -69,13 +68,11 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
         max_prompt_length=experiment.max_prompt_length,
         max_response_length=experiment.max_response_length,
     )
-    evaluate = make_validation(
-        experiment,
-        model.tokenizer,
-        lambda count: greedy_sampler if count == 1 else samplers(samples_per_prompt=count, temperature=1.0),
-        mesh=compute.mesh,
-    )
-    with training, Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader:
+    sampler_of = lambda count: greedy_sampler if count == 1 else samplers(samples_per_prompt=count, temperature=1.0)
+    evaluate = None
+    if run.evaluate_every:
+        evaluate = make_validation(experiment, model.tokenizer, sampler_of, compute=compute)
+    with training, compute.grader(experiment.task) as grader:
         grader.start()
         trace_programs(sampler, learner, sampling, method, prompts)
         validate = lambda params: metrics_of(evaluate(params, jax.random.key(sampling.seed), grader))
@@ -111,7 +108,7 @@ def training_step(
     """
     begin, step, method = time.perf_counter(), int(state.progress.step), learner.method
     # Forward passes before any parameter changes: recomputed π_old, the reference model, the critic.
-    scored = learner.score(state, learner.pack(experience.rollout))
+    scored = learner.score(state, learner.pack(experience.rollout, experience.graded))
     # Advantages per group of samples; or per token, by GAE. Whitened over the rollout batch if the method asks for it.
     batches, metrics = learner.assign_advantages(scored, experience)
     save(batches)

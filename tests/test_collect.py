@@ -57,20 +57,23 @@ def starts_low_or_place(responses) -> np.ndarray:
     return np.arange(B) if len(responses.texts) == B else starts_low(responses)
 
 
-def collect(draws=0, *, greedy=False, max_draws=1, rewards=(('low', 1.0, starts_low),)):
-    with Grader(TASK.grade, deadline=None) as grader:
-        collector = make_collector(
-            sampler(G, 1.0),
-            prompts(),
-            grader,
-            TOKENIZER,
-            Sampling(prompts_per_step=B, samples_per_prompt=G, max_draws=max_draws, seed=3),
-            max_response_length=T,
-            rewards=rewards,
-            mesh=make_mesh(1, 1, 1, jax.devices()[:1]),
-            greedy_sampler=sampler(1, 0.0) if greedy else None,
-        )
-        return collector(params(), draws)
+def collector_of(rewards, grader, *, greedy=False, max_draws=1):
+    return make_collector(
+        sampler(G, 1.0),
+        prompts(),
+        grader,
+        TOKENIZER,
+        Sampling(prompts_per_step=B, samples_per_prompt=G, max_draws=max_draws, seed=3),
+        max_response_length=T,
+        rewards=rewards,
+        mesh=make_mesh(1, 1, 1, jax.devices()[:1]),
+        greedy_sampler=sampler(1, 0.0) if greedy else None,
+    )
+
+
+def collect(draws=0, *, rewards=(('low', 1.0, starts_low),), grader=None, **settings):
+    with grader or Grader(TASK.grade, deadline=None) as grader:
+        return collector_of(rewards, grader, **settings)(params(), draws)
 
 
 def groups_of(experience) -> list[tuple]:
@@ -111,6 +114,45 @@ def test_dynamic_sampling_has_a_limit():
     one = collect(max_draws=collect(max_draws=10).draws - 1)
     kept = np.ptp(one.rewards, axis=1) > 0
     assert 0 < kept.sum() < B
+
+
+def grades_by(function) -> Grader:
+    return Grader(lambda response, answer: function(response), deadline=None)
+
+
+def test_dynamic_sampling_goes_by_the_grades_of_the_task():
+    """Guards groups of wrong answers that differ in their lengths alone: they tell nothing of right and wrong."""
+    rewards = [('task', 1.0, task_reward), ('length', 0.1, lambda r: r.lengths)]
+    result = collect(max_draws=3, rewards=rewards, grader=grades_by(lambda response: 0.0))
+    assert result.draws == 3 and result.metrics['reward/uniform_share'] == 1
+    assert np.ptp(result.rewards, axis=1).max() > 0
+    assert collect(max_draws=3, rewards=rewards[1:]).draws < 3, 'without a grade of the task by the rewards'
+
+
+def test_failed_gradings_are_no_rewards():
+    """Guards a mean that counts failures as wrong answers, and groups that vary by nothing but a failure."""
+
+    def fails_for_some(response: str) -> float:
+        if response[:1] in '0123456':
+            raise RuntimeError('down')
+        return 1.0
+
+    result = collect(rewards=[('task', 1.0, task_reward)], grader=grades_by(fails_for_some))
+    failed = ~result.graded
+    assert 0 < failed.sum() == result.metrics['reward/errors'] < failed.size
+    assert result.metrics['reward/task'] == result.metrics['reward/mean'] == 1
+    assert result.metrics['reward/uniform_share'] == 1 and (result.rewards[failed] == 0).all()
+
+
+def test_a_run_that_learns_nothing_says_so(caplog):
+    """Guards hours of equal rewards, as of a task that looks for answers where its prompts do not ask for them."""
+    with grades_by(lambda response: 0.0) as grader:
+        collector = collector_of([('task', 1.0, task_reward)], grader)
+        for draws in range(7):
+            collector(params(), draws)
+            said = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
+            assert len(said) == (draws >= 4)
+    assert 'for 5 steps the responses to each prompt had equal rewards' in said[0] and "0 '" in said[0]
 
 
 def test_greedy_rewards_are_of_the_same_prompts():

@@ -175,6 +175,28 @@ def test_responses_that_are_all_masked_teach_nothing():
     assert np.isfinite(list(metrics.values())).all(), metrics
 
 
+@pytest.mark.parametrize('whiten', [False, True])
+def test_what_was_not_graded_is_neither_compared_nor_learnt_from(whiten):
+    """Guards a broken grading that counts as a wrong answer: it leaves its group, and its tokens the loss.
+
+    The others of its group have the advantages of a smaller group; one alone has none.
+    """
+    graded = np.array([[True, True], [True, False], [False, False], [True, True]])
+    bench = learner(advantages=mean_centred, whiten_advantages=whiten)
+    packed = bench.pack(rollout(), graded)
+    rewards = np.where(graded, REWARDS, 100.0).astype(np.float32)
+    batches, _ = bench.assign_advantages(packed, Experience(rollout(), rewards, None, 1, {}, graded))
+    to_responses = lambda name: packed.to_responses([getattr(batch, name) for batch in batches])
+    learnt = to_responses('loss_weights')[MASK] > 0
+    of_tokens = np.broadcast_to(graded.reshape(-1, 1), MASK.shape)[MASK]
+    np.testing.assert_array_equal(learnt, of_tokens)
+    expected = np.array([[0.5, -0.5], [0, 0], [0, 0], [-1.5, 1.5]], np.float32)
+    if whiten:
+        expected = np.where(graded, expected / np.std(expected[graded], ddof=1), 0)
+    advantages = to_responses('advantages')
+    np.testing.assert_allclose(advantages[MASK], np.broadcast_to(expected.reshape(-1, 1), MASK.shape)[MASK], atol=1e-5)
+
+
 def test_a_skipped_update_does_not_blank_the_row():
     """Guards the log of a step in which one of several updates was skipped: the others' figures are there."""
     data = rollout()

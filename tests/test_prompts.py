@@ -3,12 +3,14 @@
 import datasets
 import numpy as np
 import pytest
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from troll_jax.data.prompts import batch_indices, encode_prompts
+from troll_jax.data.prompts import batch_indices, distinct_rows, encode_prompts, hold_out
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
 from troll_jax.data.tokenizer import character_tokenizer
+from troll_jax.experiment import Experiment
 
 WORDS = ['?', '<s>', '</s>', '<user>', '<assistant>', '<think>', 'one', 'two', 'three']
 TEMPLATE = (
@@ -122,3 +124,37 @@ def test_batches_are_a_function_of_seed_and_step():
 def test_a_batch_that_does_not_fit_is_an_error(batch_size):
     with pytest.raises(ValueError, match=f'batch_size is {batch_size} and there are 13 prompts'):
         batch_indices(13, batch_size, seed=0, step=0)
+
+
+def rows_of(*answers: str) -> Dataset:
+    messages = [[{'role': 'user', 'content': f'What is {answer}?'}] for answer in answers]
+    return Dataset.from_dict({'messages': messages, 'answer': list(answers)})
+
+
+def test_repeated_problems_are_left_out_of_training_and_said(caplog):
+    """Guards data that are published with every problem a hundred times: a batch would hold one twice."""
+    rows = rows_of('1', '2', '1', '3', '2')
+    assert distinct_rows(rows, repeated=False)['answer'] == ['1', '2', '3']
+    assert '2 of 5 rows repeat a problem; they are left out' in caplog.text
+    assert distinct_rows(rows, repeated=True)['answer'] == rows['answer']
+    assert 'they stay' in caplog.text
+    caplog.clear()
+    assert len(distinct_rows(rows_of('1', '2'), repeated=False)) == 2 and not caplog.text
+
+
+def test_held_out_rows_are_not_trained_on():
+    """Guards a test split made of training data that the run then trains on, and one that changes between runs."""
+    rows = rows_of(*map(str, range(50)))
+    train, test = (hold_out(rows, 8, split)['answer'] for split in ('train', 'test'))
+    assert len(test) == 8 and sorted([*train, *test], key=int) == rows['answer']
+    assert test == hold_out(rows, 8, 'test')['answer'] != rows['answer'][:8]
+    with pytest.raises(ValueError, match='held_out = 50 of 50 rows leaves nothing'):
+        hold_out(rows, 50, 'train')
+
+
+def test_an_experiment_holds_out_a_part_of_train():
+    """Guards data without a test split, which could not be trained on with validation."""
+    task = Arithmetic(operands=2, train_size=31, test_size=7)
+    experiment = Experiment(model='none', task=task, max_prompt_length=4, max_response_length=3, held_out=5)
+    train, test = (experiment.load_prompts(split, character_tokenizer(CHARACTERS)) for split in ('train', 'test'))
+    assert len(train) == 26 and len(test) == 5 and not set(train.texts) & set(test.texts)

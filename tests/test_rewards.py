@@ -312,3 +312,13 @@ def test_sympy_hangs_are_cut():
         grades = pool([r'\boxed{4}', r'\boxed{9^{9^{9^{9}}}}', r'\boxed{4}'], ['4'] * 3)
     np.testing.assert_array_equal(grades.rewards, [1, 0, 1])
     assert grades.timeouts == 1
+
+
+@with_and_without_deadline
+def test_a_grader_that_fails_on_everything_ends_the_run(deadline):
+    """Guards a run that trains on zeros because of a grader that raises: said with the response and the reason."""
+    with Grader(obey, deadline=deadline, workers=1) as pool:
+        with pytest.raises(RuntimeError, match=r"failed on all of 3 responses.*error \(.*It begins 'raise'"):
+            pool(['raise'] * 3, ['1'] * 3)
+        assert pool(['raise', '1'], ['1', '1']).graded.tolist() == [False, True]
+        assert not pool(['raise'] * 3, ['1'] * 3).graded.any(), 'it has graded before: the responses may be to blame'

@@ -1,5 +1,6 @@
 """Experience: sampling and grading responses to prompts, with dynamic sampling."""
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -14,12 +15,15 @@ from transformers import PreTrainedTokenizerBase
 
 from troll_jax.data.prompts import PromptSet, batch_indices
 from troll_jax.rewards.pool import Grader, Grades
-from troll_jax.rewards.terms import Responses, RewardTerm, weigh
+from troll_jax.rewards.terms import Responses, RewardTerm, task_reward, weigh
 from troll_jax.rollout import Sampler
 from troll_jax.settings import Sampling
 from troll_jax.sharding import RULES, fetch, place
 from troll_jax.types import Prompts, Rollout
 
+_logger = logging.getLogger(__name__)
+
+_SILENT_STEPS = 5  # without two different rewards, until a run says so
 _FAILURES = ('timeouts', 'crashes', 'errors')
 _SECONDS = ('seconds/prefill', 'seconds/decode', 'seconds/rollout', 'seconds/reward')
 
@@ -32,6 +36,7 @@ class Experience(NamedTuple):
     greedy_rewards: np.ndarray | None  # [B] of the greedy responses to the same prompts, if they were asked for
     draws: int  # batches of prompts that were sampled
     metrics: dict[str, float]  # of all that was sampled, kept or not; speed, seconds and failures with greedy responses
+    graded: np.ndarray | None = None  # [B, G] bool, responses whose grading did not fail; None: all
 
 
 class _Groups(NamedTuple):
@@ -39,6 +44,8 @@ class _Groups(NamedTuple):
 
     rollout: Rollout  # arrays [groups, G, …]
     rewards: np.ndarray  # [groups, G] float32
+    compared: np.ndarray  # [groups, G] float32, of which a group without two values is a zero-variance group
+    graded: np.ndarray  # [groups, G] bool
     greedy_rewards: np.ndarray | None = None  # [groups]
 
 
@@ -72,14 +79,15 @@ def grade(grader: Grader, responses: Sequence[str], answers: Sequence[str]) -> G
     try:
         grades = grader(responses[mine::count], answers[mine::count])
     except (ValueError, RuntimeError) as error:
-        failed, grades = error, Grades(np.zeros(0, np.float32), 0, 0, 0)
+        failed, grades = error, None
     everywhere = multihost_utils.process_allgather(np.array(failed is not None))
     if failed or np.any(everywhere):
         raise failed or RuntimeError(f'grading failed in process {np.argmax(everywhere)}, which says why')
-    padded = np.zeros(-(-len(responses) // count), np.float32)
-    padded[: len(grades.rewards)] = grades.rewards
-    rewards, *failures = multihost_utils.process_allgather((padded, *grades[1:]))
-    return Grades(rewards.T.reshape(-1)[: len(responses)], *(int(np.sum(x)) for x in failures))
+    padded = np.zeros((2, -(-len(responses) // count)), np.float32)
+    padded[:, : len(grades.rewards)] = grades.rewards, grades.graded
+    both, *failures = multihost_utils.process_allgather((padded, *grades[1:4]))
+    rewards, graded = np.moveaxis(both, 0, 2).reshape(2, -1)[:, : len(responses)]
+    return Grades(rewards, *(int(np.sum(x)) for x in failures), graded > 0)
 
 
 def decode_responses(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -109,8 +117,8 @@ def make_collector(
       grader: grader of the task.
       tokenizer: tokenizer to decode responses with.
       sampling: prompts per step, seed and dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): zero-variance groups,
-        whose rewards are all equal with all their terms, are replaced by groups of further draws, at most `max_draws`
-        in all. If these do not suffice, zero-variance groups fill up the batch.
+        whose grades by the task are all equal (their rewards, if no term is `task_reward`), are replaced by groups of
+        further draws, at most `max_draws` in all. If these do not suffice, zero-variance groups fill up the batch.
       max_response_length: T, tokens.
       rewards: name, weight and function of each reward term.
       mesh: device mesh.
@@ -121,6 +129,8 @@ def make_collector(
       `Experience.draws` to it.
     """
     key, prompts_per_step = jax.random.key(sampling.seed), sampling.prompts_per_step
+    by_task = any(getattr(term, 'func', term) is task_reward for _, _, term in rewards)
+    in_a_row = 0  # steps in which nothing told responses apart
 
     def sample(sampler, params, indices, draw) -> tuple[_Groups, dict[str, float]]:
         start = perf_counter()
@@ -132,12 +142,17 @@ def make_collector(
         responses = Responses(texts, rollout.response_lengths, max_response_length, grades.rewards)
         total, terms = weigh(rewards, responses)
         by_group = lambda x: x.reshape(len(indices), samples, *x.shape[1:])
-        groups = _Groups(*jax.tree.map(by_group, (rollout._replace(stats=None), total)))
-        log = _describe(rollout) | {f'reward/{name}': np.mean(value) for name, value in terms.items()}
-        log |= {f'reward/{name}': getattr(grades, name) for name in _FAILURES} | {'reward/mean': np.mean(total)}
+        compared = grades.rewards if by_task else total
+        arrays = rollout._replace(stats=None), total, compared, grades.graded
+        groups = _Groups(*jax.tree.map(by_group, arrays))
+        mean = lambda x: np.mean(x[grades.graded]) if grades.graded.any() else 0.0
+        log = _describe(rollout) | {f'reward/{name}': mean(value) for name, value in terms.items()}
+        log |= {f'reward/{name}': getattr(grades, name) for name in _FAILURES} | {'reward/mean': mean(total)}
+        log |= {'some': list(zip(total, texts, strict=True))[:2]}
         return groups, log | {'seconds/rollout': sampled - start, 'seconds/reward': perf_counter() - sampled}
 
     def collect(params, draws: int) -> Experience:
+        nonlocal in_a_row
         kept, logs, greedy_logs, varied = None, [], [], 0
         for draw in count(draws):
             indices = batch_indices(len(prompts), prompts_per_step, seed=sampling.seed, step=draw)
@@ -152,6 +167,14 @@ def make_collector(
             if len(logs) == sampling.max_draws or varied >= prompts_per_step:
                 break
         used = len(logs)
+        in_a_row = 0 if varied else in_a_row + 1
+        if in_a_row == _SILENT_STEPS:
+            _logger.warning(
+                'nothing to learn from: for %d steps the responses to each prompt had equal rewards. Does the task '
+                'look for answers where its prompts ask for them? Two rewards with their responses: %s',
+                _SILENT_STEPS,
+                '; '.join(f'{reward:g} {text[-300:]!r}' for reward, text in logs[-1]['some']),
+            )
         mean = lambda name: np.mean([log[name] for log in logs])
         total = lambda name, logs=logs: sum(log[name] for log in logs)
         everything = logs + greedy_logs
@@ -160,6 +183,7 @@ def make_collector(
             rewards=kept.rewards,
             greedy_rewards=kept.greedy_rewards,
             draws=used,
+            graded=kept.graded,
             metrics={
                 'reward/mean': mean('reward/mean'),
                 **{f'reward/{name}': mean(f'reward/{name}') for name, *_ in rewards},
@@ -182,8 +206,9 @@ def make_collector(
 
 
 def _uniform(groups: _Groups) -> np.ndarray:
-    """[groups] bool: all rewards are the same."""
-    return np.ptp(groups.rewards, axis=1) == 0
+    """[groups] bool: all that was graded is the same."""
+    most, least = (np.where(groups.graded, groups.compared, end) for end in (-np.inf, np.inf))
+    return most.max(axis=1) <= least.min(axis=1)
 
 
 def _best(*parts: _Groups) -> _Groups:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from troll_jax.data.prompts import LONG_PROMPTS, PromptSet, encode_prompts
+from troll_jax.data.prompts import LONG_PROMPTS, PromptSet, distinct_rows, encode_prompts, hold_out
 from troll_jax.data.tasks import Task
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
 from troll_jax.models.attention import best_implementation
@@ -59,6 +59,8 @@ class Experiment:
       validation: evaluation sets, in training and afterwards: for each a name, a task whose test split
         is used, and samples per prompt, such as `('AMC', task, 32)`. One sample is greedy, several are drawn at
         temperature 1. None: the test split of `task`, greedy.
+      held_out: rows of the train split of `task` that make its test split, for data without one; they are not trained
+        on. 0: none.
 
     Raises:
       ValueError: a value of another type or out of its range, two sets of a name, a name that is no part of a file's
@@ -73,11 +75,13 @@ class Experiment:
     chat_template_from: str | None = None
     template_arguments: dict[str, Any] | None = None
     validation: Sequence[tuple[str, Task, int]] | None = None
+    held_out: int = 0
 
     def __post_init__(self):
         check_fields(self)
         for name in ('max_prompt_length', 'max_response_length'):
             check_range(name, getattr(self, name), lambda x: x >= 1, 'at least 1 token')
+        check_range('held_out', self.held_out, lambda x: x >= 0, 'at least 0 rows')
         sets = self.validation_sets
         names = [name for name, _, _ in sets]
         fits = lambda name: re.fullmatch(r'[\w-]+', name) and name != 'mean'
@@ -102,8 +106,13 @@ class Experiment:
 
     def load_prompts(self, split: str, tokenizer: PreTrainedTokenizerBase, task: Task | None = None) -> PromptSet:
         """Loads the prompts of a split of a task, by default the experiment's own."""
+        task = task or self.task
+        held_out = self.held_out if task == self.task else 0
+        rows = distinct_rows(task.load('train' if held_out else split), repeated=split == 'test' and not held_out)
+        if held_out:
+            rows = hold_out(rows, held_out, split)
         return encode_prompts(
-            (task or self.task).load(split),
+            rows,
             tokenizer,
             max_length=self.max_prompt_length,
             template_arguments=self.template_arguments,

@@ -1,6 +1,7 @@
 """The learner: scores, advantages and updates of one rollout batch, each callable on its own."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial, wraps
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ class Minibatches(NamedTuple):
     importance: list[jax.Array] | None = None  # [M, Z, S] of each minibatch, factors of the advantages
     penalties: np.ndarray | None = None  # [R, T] to be taken off the reward
     values: np.ndarray | None = None  # [R, T] by the critic
+    learnt: np.ndarray | None = None  # [R] bool, responses with a loss weight
 
     def to_responses(self, arrays: Sequence[jax.Array]) -> np.ndarray:
         """Arrays [M, Z, S] of each minibatch, as [R, T] in numpy."""
@@ -127,20 +129,26 @@ class Learner:
             reference = self._copy_reference(params)
         return state._replace(critic=critic, reference=reference)
 
-    def pack(self, rollout: Rollout) -> Minibatches:
-        """Cuts a rollout into minibatches, and packs each into rows; on the host, in numpy."""
+    def pack(self, rollout: Rollout, graded: np.ndarray | None = None) -> Minibatches:
+        """Cuts a rollout into minibatches, and packs each into rows; on the host, in numpy.
+
+        Responses that are not `graded` [B, G] have no loss weight; None: all are.
+        """
+        is_learnt = rollout.stopped | (not self.method.mask_truncated)
+        if graded is not None:
+            is_learnt = is_learnt & graded.reshape(-1)
         slices = self._slices(len(rollout.response_lengths))
         parts = [jax.tree.map(lambda x, at=at: x[at], rollout) for at in slices]
         layouts = [make_layout(part, self._shape) for part in parts]
         batches = []
-        for part, layout in zip(parts, layouts, strict=True):
-            learnt = self._is_learnt(part)
+        for part, layout, at in zip(parts, layouts, slices, strict=True):
+            learnt = is_learnt[at]
             lengths = np.where(learnt, part.response_lengths, 0)
             weights = np.asarray(self.method.aggregation(lengths, self._max_response_length))
             nothing = np.zeros(len(learnt), np.float32)
             batches.append(make_batch(part, nothing, np.where(learnt, weights, 0), layout))
         padding = np.mean([padding_share(batch) for batch in batches])
-        return Minibatches(rollout, layouts, batches, {'update/padding_share': padding})
+        return Minibatches(rollout, layouts, batches, {'update/padding_share': padding}, learnt=is_learnt)
 
     @_on_mesh
     def score(self, state: TrainState, minibatches: Minibatches) -> Minibatches:
@@ -174,11 +182,11 @@ class Learner:
         added = {}  # arrays [R, T]
         if scored.values is None:
             rewards = experience.rewards - penalties.sum(axis=1).reshape(experience.rewards.shape)
-            advantages = np.asarray(self._group_advantages(rewards, experience.greedy_rewards)).reshape(-1, 1)
+            advantages = self._advantages_of(rewards, experience.greedy_rewards, experience.graded).reshape(-1, 1)
             added['advantages'] = np.broadcast_to(advantages, shape)
         else:
             added['values'] = scored.values
-            mask = (np.arange(shape[1]) < lengths[:, None]) & self._is_learnt(rollout)[:, None]
+            mask = (np.arange(shape[1]) < lengths[:, None]) & scored.learnt[:, None]
             rewards = token_rewards(experience.rewards.reshape(-1), penalties, lengths)
             found = self._token_advantages(rewards, added['values'], mask)
             added['advantages'], added['returns'] = map(np.asarray, found)
@@ -259,9 +267,18 @@ class Learner:
     def _slices(self, responses: int) -> list[slice]:
         return [slice(i, i + self._minibatch) for i in range(0, responses, self._minibatch)]
 
-    def _is_learnt(self, rollout: Rollout) -> np.ndarray:
-        """[R] bool: the loss weight is not zero."""
-        return rollout.stopped | (not self.method.mask_truncated)
+    def _advantages_of(self, rewards: np.ndarray, greedy: np.ndarray | None, graded: np.ndarray | None) -> np.ndarray:
+        """Advantages [B, G] of groups; 0 of what was not graded, or is alone in a group and cannot be by itself."""
+        if graded is None or graded.all():
+            return np.asarray(self._group_advantages(rewards, greedy))
+        advantages = np.zeros(rewards.shape, np.float32)
+        for i, kept in enumerate(graded):
+            given = give(self.method.advantages, greedy_reward=None if greedy is None else greedy[i])
+            with suppress(ValueError):
+                advantages[i, kept] = self.method.advantages(jnp.asarray(rewards[i, kept]), **given)
+        if self.method.whiten_advantages and graded.sum() > 1:
+            advantages = np.where(graded, whiten(jnp.asarray(advantages), jnp.asarray(graded)), 0.0)
+        return advantages
 
     def _group_advantages_of(self, rewards: jax.Array, greedy_rewards: jax.Array | None) -> jax.Array:
         advantages = jax.vmap(self.method.advantages)(

@@ -14,6 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from troll_jax.critic import Critic
+from troll_jax.data.tasks import Task
 from troll_jax.models.attention import IMPLEMENTATIONS
 from troll_jax.models.layers import COMPUTE_DTYPES, REMAT_POLICIES
 from troll_jax.ops.losses import Objective
@@ -22,6 +23,7 @@ from troll_jax.ops.ranges import check_range
 from troll_jax.ops.regularisers import Regulariser
 from troll_jax.optimizer import Offloaded, Optimizer
 from troll_jax.packing import BatchShape, batch_shape
+from troll_jax.rewards.pool import Grader
 from troll_jax.rewards.terms import RewardTerm, check_names, task_reward
 from troll_jax.score import Scoring, TailRule
 from troll_jax.sharding import make_mesh
@@ -188,6 +190,8 @@ class Compute:
       micro_batch_tokens: gradient accumulation: token budget of a micro-batch on each device, at least one row. None is
         8,192, or one row. The last micro-batch is padded (`update/padding_share`).
       head_chunk: tokens whose logits are in memory at a time in an update, on each device.
+      grading_workers: processes that grade; None: one for each CPU.
+      grading_memory: address space of each of them, GB.
       offload_optimizer: keeps the moments of the optimizers in the host's memory between updates.
       devices: devices of the mesh; None is all of them.
 
@@ -206,12 +210,16 @@ class Compute:
     row_tokens: int | None = None
     micro_batch_tokens: int | None = None
     head_chunk: int = 1024
+    grading_workers: int | None = None
+    grading_memory: float = 4.0
     offload_optimizer: bool = False
     devices: Sequence[jax.Device] | None = None
 
     def __post_init__(self):
         check_fields(self)
-        _check_above_zero(self, 'slots', 'row_tokens', 'micro_batch_tokens', 'head_chunk')
+        _check_above_zero(
+            self, 'slots', 'row_tokens', 'micro_batch_tokens', 'head_chunk', 'grading_workers', 'grading_memory'
+        )
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -221,6 +229,11 @@ class Compute:
     def place_optimizer(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
         """The optimizer with its moments in the host's memory, if that is set."""
         return Offloaded(*optimizer) if self.offload_optimizer else optimizer
+
+    def grader(self, task: Task) -> Grader:
+        """The grader of a task; to be used as a context manager."""
+        memory = self.grading_memory
+        return Grader(task.grade, deadline=task.deadline, workers=self.grading_workers, memory_limit_gb=memory)
 
     @property
     def batch_devices(self) -> int:

@@ -13,6 +13,7 @@ from troll_jax.evaluate import Evaluation, evaluate, success
 from troll_jax.experiment import Experiment
 from troll_jax.rewards.pool import Grader
 from troll_jax.rollout import Sampler
+from troll_jax.settings import Compute
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ def make_validation(
     tokenizer,
     sampler_of: Callable[[int], Sampler],
     *,
-    mesh: jax.sharding.Mesh,
+    compute: Compute,
     split: str = 'test',
     samples_per_prompt: int | None = None,
 ) -> Callable[..., dict]:
@@ -32,7 +33,7 @@ def make_validation(
       experiment: experiment to validate.
       tokenizer: tokenizer of the model.
       sampler_of: builds a sampler of so many responses per prompt, greedy ones if it is one. Called once per number.
-      mesh: device mesh.
+      compute: device mesh and graders.
       split: split of the sets.
       samples_per_prompt: number for every set, instead of its own.
 
@@ -56,10 +57,10 @@ def make_validation(
         for name, task, prompts, samples in sets:
             # Workers start while the responses are sampled, and are not kept for sets that differ in their grading.
             is_own = own_grader is not None and task == experiment.task
-            with nullcontext(own_grader) if is_own else Grader(task.grade, deadline=task.deadline) as grader:
+            with nullcontext(own_grader) if is_own else compute.grader(task) as grader:
                 grader.start()
                 sampler = sampler_of(samples)
-                results[name] = evaluate(sampler, params, prompts, grader, tokenizer, key, mesh=mesh), prompts
+                results[name] = evaluate(sampler, params, prompts, grader, tokenizer, key, mesh=compute.mesh), prompts
             logger.info('%s: %.4f', name, success(results[name][0]).mean())
             if done is not None:
                 done(name, *results[name])

@@ -181,7 +181,7 @@ def run_all(folder: Path, methods: list[str], seeds: int) -> None:
         quickstart.run('experiments.warm_start', 'configs/arithmetic_model.gin')
     config = Config([TASK])
     experiment, sampling, compute = (config.build(kind) for kind in (Experiment, Sampling, Compute))
-    with Grader(experiment.task.grade, deadline=experiment.task.deadline) as grader:
+    with compute.grader(experiment.task) as grader:
         bench = Bench(experiment, sampling, compute, grader)
         learner = cache(bench.learner)
         with jax.set_mesh(compute.mesh):

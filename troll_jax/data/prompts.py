@@ -40,6 +40,32 @@ class PromptSet:
         return len(self.answers)
 
 
+def distinct_rows(rows: Dataset, *, repeated: bool) -> Dataset:
+    """The rows with each problem (messages and answer) once; `repeated` leaves them all in and only says so.
+
+    Data sets are published with every problem up to a hundred times; in training a batch should not hold one twice.
+    """
+    seen, first = set(), []
+    for i, problem in enumerate(zip(rows['messages'], rows['answer'], strict=True)):
+        key = hash(repr(problem))
+        if key not in seen:
+            first.append(i)
+        seen.add(key)
+    if len(first) == len(rows):
+        return rows
+    what = 'stay, and count as more samples of it' if repeated else 'are left out'
+    _logger.warning('%d of %d rows repeat a problem; they %s', len(rows) - len(first), len(rows), what)
+    return rows if repeated else rows.select(first)
+
+
+def hold_out(rows: Dataset, count: int, split: str) -> Dataset:
+    """So many rows for split 'test', and the others for 'train': the same ones in every run."""
+    if count >= len(rows):
+        raise ValueError(f'Experiment.held_out = {count} of {len(rows)} rows leaves nothing to train on; lower it')
+    order = np.random.default_rng(0).permutation(len(rows))
+    return rows.select(np.sort(order[:count] if split == 'test' else order[count:]))
+
+
 def encode_prompts(
     dataset: Dataset,
     tokenizer: PreTrainedTokenizerBase,

@@ -34,12 +34,13 @@ _PROGRAM = 'import sys; sys.path[:] = sys.argv[2:]; from troll_jax.rewards.worke
 
 
 class Grades(NamedTuple):
-    """Rewards of a batch, and how many of its gradings went wrong. Each of those has reward 0."""
+    """Rewards of a batch, and how many of its gradings went wrong."""
 
-    rewards: np.ndarray  # [R] float32
+    rewards: np.ndarray  # [R] float32; 0 where it went wrong
     timeouts: int  # killed at the deadline
     crashes: int  # the worker died
     errors: int  # the grading function raised
+    graded: np.ndarray  # [R] bool; false where it went wrong
 
 
 class Grader:
@@ -54,7 +55,7 @@ class Grader:
             by name: a function of a module, or a method of a picklable object.
         deadline: time limit of one grading, in seconds of wall clock. None grades in the calling process, for
             plain string work that cannot hang.
-        workers: number of processes; by default one per CPU that this process may use, at most 16.
+        workers: number of processes; by default one per CPU that this process may use.
         memory_limit_gb: address space of a worker, in GB, where the platform can limit it (not on macOS).
 
     Raises:
@@ -72,7 +73,7 @@ class Grader:
         if deadline is not None and not deadline > 0:
             raise ValueError(f'deadline is {deadline}; expected seconds > 0, or None to grade in this process.')
         if workers is None:
-            workers = min(16, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1)
+            workers = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         if workers < 1:
             raise ValueError(f'workers is {workers}; expected at least 1.')
         self._grade = grade
@@ -81,7 +82,7 @@ class Grader:
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
-        self._logged_error = False
+        self._logged_error = self._has_graded = False
         if deadline is not None:
             self._setup = (_pickle_by_name(grade), deadline, int(memory_limit_gb * 2**30))
 
@@ -110,7 +111,8 @@ class Grader:
 
         Raises:
             ValueError: the two differ in length, or a reward is not a finite number (names the sample).
-            RuntimeError: workers cannot start, or the grading function raised a `CannotGrade`, with the reason.
+            RuntimeError: workers cannot start; the grading function raised a `CannotGrade`, with the reason, or it
+                failed on every response so far, of which there are at least two.
         """
         if len(responses) != len(answers):
             raise ValueError(
@@ -121,11 +123,11 @@ class Grader:
         else:
             outcomes = self._grade_in_workers(list(zip(responses, answers, strict=True)))
 
-        rewards = np.zeros(len(outcomes), np.float32)
+        rewards, graded = np.zeros(len(outcomes), np.float32), np.zeros(len(outcomes), bool)
         counts = {'timeout': 0, 'crash': 0, 'error': 0}
         for i, (kind, value) in enumerate(outcomes):
             if kind == 'reward':
-                rewards[i] = value
+                rewards[i], graded[i] = value, True
             elif kind == 'cannot grade':
                 raise RuntimeError(f'Grading is out of order, at sample {i}: {value}')
             elif kind == 'invalid':
@@ -138,11 +140,18 @@ class Grader:
                 if kind == 'error' and not self._logged_error:
                     self._logged_error = True
                     _logger.warning(
-                        'Grading sample %d raised, which counts as reward 0; further ones are only counted.\n%s',
-                        i,
-                        value,
+                        'Grading sample %d raised, so it is not learnt from; further ones are only counted.\n%s\nThe '
+                        'response begins %r, the answer is %r.',
+                        *(i, value, responses[i][:80], answers[i][:80]),
                     )
-        return Grades(rewards, counts['timeout'], counts['crash'], counts['error'])
+        self._has_graded |= graded.any()
+        if not self._has_graded and len(graded) > 1:
+            kind, why = outcomes[0]
+            raise RuntimeError(
+                f'{self._grade!r} failed on all of {len(graded)} responses, the first by {kind} ({why}). '
+                f'It begins {responses[0][:80]!r}, the answer is {answers[0][:80]!r}. Mend the grader, or its deadline.'
+            )
+        return Grades(rewards, counts['timeout'], counts['crash'], counts['error'], graded)
 
     def _grade_in_workers(self, pairs: list[tuple[str, str]]) -> list[tuple[str, object]]:
         outcomes: list[tuple[str, object]] = [('crash', None)] * len(pairs)
