@@ -172,14 +172,16 @@ def test_an_unknown_step_lists_those_there_are(saved, mesh, tmp_path):
 
 
 def test_a_checkpoint_of_another_model_or_optimizer_names_the_array(saved, mesh):
-    """Guards against arrays cut or padded to fit, which Orbax does if it is let, and against silently fresh moments."""
+    """Guards against arrays cut, padded or cast to fit, as Orbax does if it is let, and silently fresh moments."""
     wider, without_norm = shapes_on(mesh, mlp=48), shapes_on(mesh)
     del without_norm.params['norm']
+    halved = shapes_on(mesh, adamw(mu_dtype='bfloat16'))
     with Checkpoints(saved) as checkpoints:
         for restore, match in [
             (partial(checkpoints.restore, wider), r'params/layers/up is \(3, 24, 46\), expected \(3, 24, 48\)'),
             (partial(checkpoints.restore_params, without_norm.params), r'params/norm is \(5,\), expected None'),
             (partial(checkpoints.restore, shapes_on(mesh, optax.sgd(1.0))), r'opt_state/.* is .*, expected None'),
+            (partial(checkpoints.restore, halved), r'opt_state/.* is float32, expected bfloat16'),
         ]:
             with pytest.raises(ValueError, match=match) as error:
                 restore(2)

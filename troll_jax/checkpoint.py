@@ -2,10 +2,12 @@
 
 import logging
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
@@ -168,11 +170,12 @@ class Checkpoints:
                 if item in _OPTIONAL and not (self.path / str(step) / item).exists():
                     raise _Mismatch(f'it holds no {item}')
                 raise FileNotFoundError(f'no metadata of {item}')
-            got = _shapes_by_name(saved[item])
-            want = _shapes_by_name(expected)
-            for name in sorted(got.keys() | want.keys()):
-                if got.get(name) != want.get(name):
-                    raise _Mismatch(f'{item}/{name} is {got.get(name)}, expected {want.get(name)}')
+            # A restore would cut, pad or cast to fit.
+            for what in (lambda leaf: tuple(leaf.shape), lambda leaf: jnp.dtype(leaf.dtype).name):
+                got, want = _by_name(saved[item], what), _by_name(expected, what)
+                for name in sorted(got.keys() | want.keys()):
+                    if got.get(name) != want.get(name):
+                        raise _Mismatch(f'{item}/{name} is {got.get(name)}, expected {want.get(name)}')
 
 
 def _items(state: TrainState) -> dict[str, Any]:
@@ -188,6 +191,6 @@ class _Mismatch(Exception):
     """A checkpoint holds other arrays than were asked for."""
 
 
-def _shapes_by_name(tree: Any) -> dict[str, tuple[int, ...]]:
+def _by_name(tree: Any, what: Callable[[Any], Any]) -> dict[str, Any]:
     flat, _ = jax.tree.flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator='/'): tuple(leaf.shape) for path, leaf in flat}
+    return {jax.tree_util.keystr(path, simple=True, separator='/'): what(leaf) for path, leaf in flat}

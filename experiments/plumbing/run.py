@@ -36,7 +36,7 @@ from troll_jax.types import Batch, TrainState
 logger = logging.getLogger(__name__)
 
 SETUP = 'setup.json'  # beside the checkpoints
-PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'transformers')
+PACKAGES = 'jax', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'datasets', 'math-verify', 'sympy'
 
 
 class TrainingRun:
