@@ -185,7 +185,8 @@ def test_a_row_that_is_not_as_it_should_be_is_named(tmp_path, change, message):
 def test_other_types_are_errors(tmp_path):
     """Guards against numbers or text where verl has text and lists, which other preparations of the data have."""
     for change, message in [
-        ({'reward_model': {'style': 'rule', 'ground_truth': 7}}, 'is {.*: 7}; expected'),
+        ({'reward_model': {'style': 'rule', 'ground_truth': True}}, 'is {.*: True}; expected'),
+        ({'reward_model': {'style': 'rule', 'ground_truth': ['7', '8']}}, "is {.*'8']}; expected"),
         ({'reward_model': '7'}, "is '7'; expected"),
         ({'prompt': 'a?'}, "is 'a\\?'; expected a list"),
         ({'prompt': [{'role': 'user', 'content': 7}]}, "'content': 7}]; expected"),
@@ -193,6 +194,14 @@ def test_other_types_are_errors(tmp_path):
         write(tmp_path / 'data/train.jsonl', [{**GOOD, **change}])
         with pytest.raises(ValueError, match=message):
             MathProblems(source=str(tmp_path / 'data')).load('train')
+
+
+@pytest.mark.parametrize('truth, answer', [(7, '7'), (0.5, '0.5'), (['7'], '7'), ([7], '7')])
+def test_ground_truths_of_other_preparations(tmp_path, truth, answer):
+    """Guards numbers and lists of one, which other preparations of the same data have; and `Math` for `math`."""
+    row = {**GOOD, 'reward_model': {'style': 'rule', 'ground_truth': truth}, 'ability': 'Math'}
+    write(tmp_path / 'data/train.jsonl', [row])
+    assert MathProblems(source=str(tmp_path / 'data'), ability='math').load('train')['answer'] == [answer]
 
 
 def test_of_several_files_the_right_one_is_named(tmp_path):

@@ -1,13 +1,15 @@
 """Problems in verl's schema, in which the TROLL paper's data sets come prepared.
 
 A row has `data_source` (str), `prompt` (a list of {role, content}), `ability` (str), `reward_model` ({style,
-ground_truth: str}) and `extra_info`. Prompts are complete: instructions and system messages are part of them.
+ground_truth}, of which the latter is text, a number or a list of one of these) and `extra_info`. Prompts are complete: instructions and system messages are part of them.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def read_verl(
     Args:
         rows: a data set in verl's schema.
         locate: function of a row's number that names its place, for errors.
-        ability: only rows of this `ability`, such as 'math' or 'code'; None for all.
+        ability: only rows of this `ability`, such as 'math' or 'code', in any case; None for all.
         data_source: only rows in whose `data_source` this regular expression is found, in any case; None or '' for all.
         system_prompt: takes the place of the rows' system messages, or is put first; '' removes them; None keeps them.
 
@@ -44,7 +46,7 @@ def read_verl(
     """
     chosen = range(len(rows))
     for column, wanted, fits in (
-        ('ability', ability, lambda value: value == ability),
+        ('ability', ability, lambda value: str(value).lower() == ability.lower()),
         ('data_source', data_source, lambda value: re.search(data_source, str(value), re.IGNORECASE)),
     ):
         if not wanted:
@@ -89,10 +91,14 @@ def _messages(prompt: object, system_prompt: str | None, where: Callable[[], str
 
 def _ground_truth(reward_model: object, where: Callable[[], str]) -> str:
     truth = reward_model.get('ground_truth') if isinstance(reward_model, dict) else None
+    if isinstance(truth, list) and len(truth) == 1:
+        (truth,) = truth
+    if type(truth) in (int, float, Decimal) and math.isfinite(truth):
+        truth = str(truth)
     if not isinstance(truth, str) or not truth.strip():
         raise ValueError(
             f'The reward_model in {where()} is {_short(reward_model)}; expected {{style, ground_truth}} with a '
-            'ground_truth that is text and not empty. Fix or drop that row.'
+            'ground_truth that is text and not empty, a number, or a list of one. Fix or drop that row.'
         )
     return truth
 
