@@ -1,7 +1,8 @@
 """Problems in verl's schema, in which the TROLL paper's data sets come prepared.
 
 A row has `data_source` (str), `prompt` (a list of {role, content}), `ability` (str), `reward_model` ({style,
-ground_truth}, of which the latter is text, a number or a list of one of these) and `extra_info`. Prompts are complete: instructions and system messages are part of them.
+ground_truth}, of which the latter is text, a number or a list of one of these) and `extra_info`. Prompts are complete:
+instructions and system messages are part of them.
 """
 
 from __future__ import annotations
