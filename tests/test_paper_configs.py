@@ -141,6 +141,7 @@ def test_it_trains_up_to_the_weights(files, tmp_path, monkeypatch):
     tokens = np.zeros((n, experiment.max_prompt_length), np.int32)
     prompts = PromptSet(tokens, np.ones(n, np.int32), answers=[''] * n, texts=[''] * n)
     monkeypatch.setattr(type(task), 'load', lambda self, split: split)
+    monkeypatch.setattr(troll_jax.experiment, 'distinct_rows', lambda rows, **_: rows)
     monkeypatch.setattr(troll_jax.experiment, 'encode_prompts', lambda *_, **__: prompts)
     monkeypatch.setattr(troll_jax.experiment, 'load_tokenizer', lambda *_, **__: character_tokenizer('a'))
     monkeypatch.setattr(troll_jax.experiment, 'stop_token_ids', lambda *_: (0,))

@@ -10,6 +10,7 @@ import pytest
 
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic, demonstration, is_held_out, running_values
 from troll_jax.data.tasks.gsm8k import GSM8K, INSTRUCTION
+from troll_jax.data.tasks.interface import as_messages, check_asked_for
 
 ROWS = [
     {'question': 'Ann has 3 eggs and buys 4. How many?', 'answer': '3+4=<<3+4=7>>7\n#### 7'},
@@ -267,3 +268,13 @@ def test_arithmetic_refuses_what_it_cannot_draw(arguments, message):
     """Guards against a search for distinct problems that never ends."""
     with pytest.raises(ValueError, match=message):
         Arithmetic(**arguments)
+
+
+def test_prompts_that_ask_for_no_place_are_said(caplog):
+    """Guards data whose answers are looked for where no prompt asks for them: all rewards are 0, without a word."""
+    asked = as_messages('How many?', 'Write the answer in \\boxed{}.', None)
+    check_asked_for([as_messages('1?', None, None), asked], ('boxed', '####'), 'row 0')
+    check_asked_for([as_messages('1?', None, None)], ('boxed', 'last number'), 'row 0')
+    assert not caplog.text
+    check_asked_for([as_messages('1?', 'End with Answer: $Answer', None)] * 2, ('boxed', '####'), 'row 0 of data')
+    assert "no prompt asks for an answer in one of the places where it is looked for, 'boxed', '####'" in caplog.text

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from troll_jax.hub import is_path, what_is_there
@@ -12,6 +13,8 @@ from troll_jax.hub import is_path, what_is_there
 if TYPE_CHECKING:
     # `datasets` takes seconds to import, and grading workers import this module without ever loading data.
     from datasets import Dataset
+
+_logger = logging.getLogger(__name__)
 
 SPLITS = ('train', 'test')
 _BUILDERS = {'.parquet': 'parquet', '.jsonl': 'json'}
@@ -115,6 +118,19 @@ def check_questions(questions: Iterable[object], column: str, where: Callable[[i
                 f'The {column!r} in {where(row)} is {repr(question)[:120]}; expected text that is not empty. Fix or '
                 'drop that row.'
             )
+
+
+def check_asked_for(prompts: Sequence[list[dict[str, str]]], places: Sequence[str], where: str) -> None:
+    """Warns if no prompt mentions a place in which the answer is looked for: every reward could be 0."""
+    markers = [place.strip(':').lower() for place in places]
+    if 'last number' not in places and not any(
+        marker in message['content'].lower() for messages in prompts for message in messages for marker in markers
+    ):
+        _logger.warning(
+            'no prompt asks for an answer in one of the places where it is looked for, %s (first: %s); change '
+            '`places`, or add an instruction',
+            *(', '.join(map(repr, places)), where),
+        )
 
 
 def as_messages(question: str, instruction: str | None, system_prompt: str | None) -> list[dict[str, str]]:

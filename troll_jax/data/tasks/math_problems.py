@@ -10,7 +10,14 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import TYPE_CHECKING
 
-from troll_jax.data.tasks.interface import as_messages, check_columns, check_questions, load_rows, locate
+from troll_jax.data.tasks.interface import (
+    as_messages,
+    check_asked_for,
+    check_columns,
+    check_questions,
+    load_rows,
+    locate,
+)
 from troll_jax.data.tasks.verl import is_verl, read_verl
 from troll_jax.rewards.answers import check_places
 from troll_jax.rewards.math import grade_math
@@ -60,7 +67,7 @@ class MathProblems:
     system_prompt: str | None = None
     ability: str | None = None
     data_source: str | None = None
-    places: tuple[str, ...] = ('boxed',)
+    places: tuple[str, ...] = ('boxed', '####', 'Answer:')
     deadline: float | None = 5.0
 
     def __post_init__(self) -> None:
@@ -99,6 +106,7 @@ class MathProblems:
                         'or drop that row.'
                     )
                 answers.append(str(answer).strip())
+        check_asked_for(messages, self.places, where(0))
         return Dataset.from_dict({'messages': messages, 'answer': answers})
 
     def grade(self, response: str, answer: str) -> float:
