@@ -33,6 +33,8 @@ _START_LIMIT = 30.0  # seconds until a sandbox that has not started is an error,
 _GRACE = 3.0  # seconds past the time limit that the inside of a sandbox has to say so
 _SERVICE_GRACE = 10.0  # the same for a service: queues and networks
 _LARGEST_REPLY = 2**28  # bytes of a service's reply
+# Bytes of standard output from which on SandboxFusion may have cut it, or let the program wait for the rest to be read.
+_SERVICE_BUFFER = 2**17
 # Ids from here on are nobody's. Each sandbox that root starts gets its own, as the kernel counts processes by user, and
 # those of a sandbox that has just been killed for some milliseconds more.
 _FIRST_USER = 2**31
@@ -48,7 +50,7 @@ _SERVICE_ADVICE = (
 class Run(NamedTuple):
     """The result of one program on one input."""
 
-    status: str  # 'finished', or why not: 'failed', 'timeout', 'memory', 'output'
+    status: str  # 'finished', or why not: 'failed', 'timeout', 'memory', 'output'; 'cut' if the sandbox cut its output
     output: str  # what it printed
     detail: str = ''  # for people
 
@@ -290,9 +292,12 @@ def _read_reply(reply: bytes) -> Run:
         output, detail = result.get('stdout') or '', _last_line(result.get('stderr') or '')
         if result['status'] == 'Error':  # of what runs programs, not of a program
             return Run('sandbox error', '', f'error of the sandbox: {detail}')
+        finished = result['status'] == 'Finished' and result['return_code'] == 0 and body['status'] == 'Success'
+        if (finished or result['status'] == 'TimeLimitExceeded') and len(output.encode()) >= _SERVICE_BUFFER:
+            return Run('cut', output, f'the service may have cut its output after {len(output)} characters')
         if result['status'] == 'TimeLimitExceeded':
             return Run('timeout', output, detail)
-        if result['status'] == 'Finished' and result['return_code'] == 0 and body['status'] == 'Success':
+        if finished:
             return Run('finished', output)
         return Run('memory' if detail.startswith('MemoryError') else 'failed', output, detail)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
