@@ -335,7 +335,7 @@ def test_rows_of_code(source, caplog):
     rows = task.load('train')
     assert rows['answer'][:] == [STDIN, CALL] and rows.column_names == ['messages', 'answer']
     assert rows[1]['messages'] == ROWS[2]['prompt']
-    assert '1 of 3 rows of code' in caplog.text
+    assert '1 of 3 rows of code' in caplog.text and 'No prompt in' in caplog.text
     assert len(task.load('test')) == 1
     for ability, match in (('math', "No row has ability 'code'"), ('code', r'1 of 1 rows[\s\S]*keys \[\]')):
         row = ROWS[1] | {'ability': ability, 'reward_model': {'ground_truth': '{}', 'style': ''}}
