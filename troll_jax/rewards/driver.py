@@ -64,6 +64,7 @@ def serve(seconds: float, memory: int, processes: int, output: int, user: int) -
         limit(resource.RLIMIT_AS, memory)
     if processes:
         limit(resource.RLIMIT_NPROC, processes + 1)
+    sys.path.append('/packages')  # which bubblewrap's has
     for name in MODULES:
         importlib.import_module(name)
     gc.freeze()  # or the end of each program would look through all of these

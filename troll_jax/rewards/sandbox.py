@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPException
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from signal import Signals
@@ -103,7 +104,7 @@ class _Limits:
 class Bubblewrap(_Limits):
     """Namespaces of Linux by `bwrap` (Debian and Ubuntu: `apt install bubblewrap`, 0.8 or later).
 
-    A program sees /usr and the Python installation, both read-only, and an empty /tmp. It has no network, no other
+    A program sees /usr, the Python installation and NumPy, all read-only, and an empty /tmp. It has no network, no other
     process in sight, no privileges and its own limits.
 
     Args:
@@ -153,6 +154,10 @@ class Bubblewrap(_Limits):
             for parent in reversed(Path(python).parents[:-1]):
                 shown += ['--dir', str(parent)]  # or only its owner could pass through it
             shown += ['--ro-bind', python, python]
+        numpy = find_spec('numpy').submodule_search_locations[0]
+        shown += ['--dir', '/packages']
+        for path in (numpy, f'{numpy}.libs'):
+            shown += ['--ro-bind-try', path, f'/packages/{os.path.basename(path)}']
         return [
             *('--die-with-parent', '--new-session', '--as-pid-1', '--clearenv', '--hostname', 'sandbox'),
             *apart,
