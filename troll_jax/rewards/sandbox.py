@@ -104,8 +104,8 @@ class _Limits:
 class Bubblewrap(_Limits):
     """Namespaces of Linux by `bwrap` (Debian and Ubuntu: `apt install bubblewrap`, 0.8 or later).
 
-    A program sees /usr, the Python installation and NumPy, all read-only, and an empty /tmp. It has no network, no other
-    process in sight, no privileges and its own limits.
+    A program sees /usr, the Python installation and NumPy, all read-only, and an empty /tmp. It has no network, no
+    other process in sight, no privileges and its own limits.
 
     Args:
         case_seconds: time limit of one case, of wall clock and of CPU.
