@@ -69,6 +69,8 @@ def grade():
         ('1. So:\n   ```python\n   if a:\n     b\n\n   ```', 'if a:\n  b\n\n'),
         ('<think>\n```python\na\n```\n</think>\n```\nb\n```', 'b\n'),
         ('<think>\n```python\na\n```\n</think>\nprint(1)', '\nprint(1)'),
+        ('So: ```python\na\n```', 'a\n'),
+        ('Use ```python blocks.\n```py\na\n```', 'a\n'),
         ('```python\na', None),
         ('a', 'a'),
         (' \n', None),

@@ -87,6 +87,7 @@ print('\\n' + {mark!r}, file=_sys.__stdout__)
 """
 _MARK = '>>> '
 _FENCE = re.compile(r'(`{3,}|~{3,})([^`\n]*)')
+_LATE_FENCE = re.compile(r'[^`]+(`{3,})((?:python|py)\d*)\s*', re.IGNORECASE)
 _PYTHON = re.compile(r'\{?\.?(python|py)[\d.]*(?![\w+#-])', re.IGNORECASE)
 _DECIMAL = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?')
 _RELATIVE, _ABSOLUTE = 1e-5, 1e-6  # the data's own grader allows the first, most judges the second
@@ -254,15 +255,15 @@ def last_program(response: str) -> str | None:
     """The program in a response, of what follows the last `</think>` if there is one; None if there is none.
 
     It is the last closed block of Markdown (``` or ~~~) whose first word is python or py, in any case, with or without
-    a version (```python, ```py3, ``` Python title="a.py"); without such a block, the last closed one that names no
-    language; without any fence, all of the text. Blocks of other languages are left out.
+    a version (```python, ```py3, ``` Python title="a.py", Code:```python); without such a block, the last closed one
+    that names no language; without any fence, all of the text. Blocks of other languages are left out.
     """
     text = response.rpartition('</think>')[2]
     programs: dict[bool | None, str] = {}  # by `python`
     lines, fence, python, indent = [], '', None, 0  # python: None in blocks of other languages
     for line in text.split('\n'):
         line = line[min(indent, len(line) - len(line.lstrip())) :]
-        found = _FENCE.fullmatch(line.strip())
+        found = _FENCE.fullmatch(line.strip()) or not fence and _LATE_FENCE.fullmatch(line)
         named = bool(found and _PYTHON.match(found[2].strip()))
         if found and (not fence or named and found[1].startswith(fence)):
             fence, lines, indent = found[1], [], len(line) - len(line.lstrip())
