@@ -1,8 +1,10 @@
 """Rewards of programs: what is taken for the program, what for right, and the task."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import datasets
 import pytest
@@ -56,9 +58,22 @@ def grade():
         ('```python3  \r\na\n```', 'a\n'),
         ('```python\na\n```\n```text\nb\n```', 'a\n'),
         ('```python\na\n```\n```python\nb, but cut', 'a\n'),
-        ('```\na\n```', None),
+        ('```python\na, but cut\n```python\nb\n```', 'b\n'),
+        *((f'So:\n{fence}\na\n{fence[:3]}\n', 'a\n') for fence in ('```', '~~~', '~~~python', '``` python', '```py3')),
+        *((f'```{info}\na\n```', 'a\n') for info in ('Python', 'python title="a.py"', 'python3.11', '{.python}')),
+        *((f'```{info}\na\n```', None) for info in ('cpp', 'pycon', 'pythonic', 'text', 'py-x')),
+        ('````python\nx = """\n```\n"""\n````', 'x = """\n```\n"""\n'),
+        ('~~~python\na\n```\nb\n~~~', 'a\n```\nb\n'),
+        ('```python\na\n```\nOutput:\n```\nb\n```', 'a\n'),
+        ('```cpp\na\n```\n```\nb\n```', 'b\n'),
+        ('1. So:\n   ```python\n   if a:\n     b\n\n   ```', 'if a:\n  b\n\n'),
+        ('<think>\n```python\na\n```\n</think>\n```\nb\n```', 'b\n'),
+        ('<think>\n```python\na\n```\n</think>\nprint(1)', '\nprint(1)'),
+        ('So: ```python\na\n```', 'a\n'),
+        ('Use ```python blocks.\n```py\na\n```', 'a\n'),
         ('```python\na', None),
-        ('a', None),
+        ('a', 'a'),
+        (' \n', None),
         ('', None),
         ('```python\n' * 100_000, None),
     ],
@@ -75,13 +90,18 @@ def test_the_last_closed_block_is_the_program(response, program):
         ('1  2 \n3\n\n', '1 2\n3', True),
         ('  x\r\ny', 'x\ny', True),
         ('1\n2', '1 2', False),
-        ('1\n\n2', '1\n2', False),
+        ('1\n\n2', '1\n2', True),
+        ('1\n2', '1\n\n3', False),
+        ('0.33333', '0.333333333', True),
+        ('2.0', '2', True),
+        ('1.5', '2', False),
+        ('2.0 3', '2 3', False),
+        ('1000000000001', '1000000000000', False),
         ('0.3333333', '0.33333333', True),
         ('0.3334', '0.3333', False),
         ('1e-7', '0.0', True),
         ('2', '2.000000', True),
         ('1.23456789e9', '1234567890.0', True),
-        ('2.0', '2', False),
         ('1000000000000000001', '1000000000000000000', False),
         ('nan', '0.0', False),
         ('inf', '1e400', False),
@@ -103,7 +123,8 @@ def test_outputs_compare_by_tokens(output, expected, same):
         (0.1 + 0.2, 0.3, True),
         (2, 2.0, True),
         (10**18 + 1, 10**18, False),
-        (True, 1, False),
+        (True, 1, True),
+        (True, 0, False),
         (True, True, True),
         ({'a': 1.0}, {'a': 1}, True),
         ([1], [1, 2], False),
@@ -178,6 +199,24 @@ def test_right_programs_pass(grade, answer, program):
     assert result.reward == 1.0 and result.passed == result.tests and result.reason == '', result
 
 
+def listed_programs():
+    """(title, program, tests, is right) of each program in programs.txt, under `#### input -> output`, in JSON, or
+    `#### function arguments -> value`; with `wrong` in front if it has to fail."""
+    for entry in Path(__file__).with_name('programs.txt').read_text().split('#### ')[1:]:
+        title, _, program = entry.partition('\n')
+        wrong, name, given, expected = re.fullmatch(r'(wrong )?(?:(\w+) )?(.*) -> (.*)', title).groups()
+        tests = {'inputs': [json.loads(given)], 'outputs': [json.loads(expected)], 'fn_name': name}
+        yield f'#### {title}\n{program}', program, json.dumps(tests), not wrong
+
+
+def test_ordinary_features_of_the_language_work(grade):
+    """Guards against right programs that fail for what a module, its names, the input, the stack or an exit is here."""
+    programs = list(listed_programs())
+    assert len(programs) >= 150
+    results = [(title, grade(block(program), tests), right) for title, program, tests, right in programs]
+    assert not [(title, result) for title, result, right in results if result.reward != right]
+
+
 # Looks through the texts in all code and namespaces of its process for what an assert expects of `add`.
 PEEK = """
 import gc, re, sys, types
@@ -219,6 +258,8 @@ EQUAL = 'class Equal:\n    def __eq__(self, other): return True\n'
         (ASSERT, 'add = lambda a, b: (1, 2) if a == [1] else 5', 'wrong output'),
         (ASSERT, 'print(">>> " + "[" * 10**5)\nquit()', 'wrong output'),
         (ASSERT, PEEK, 'NameError: nothing found'),
+        (ASSERT, 'def plus(a, b): return a + b', "NameError: name 'add'"),
+        (INSIDE, 'def plus(a, b): return a + b', "NameError: name 'add'"),
         (INSIDE, 'def add(a, b): return a - b', 'failed: AssertionError'),
         (INSIDE, 'import sys\nsys.exit(0)', 'wrong output'),
         (INSIDE, 'import os\nos._exit(0)', 'wrong output'),
@@ -242,7 +283,7 @@ def test_a_program_that_hangs_is_wrong(grade):
 
 
 def test_no_program_is_not_run(grade):
-    assert grade('no idea', STDIN).reason == 'no closed ```python block'
+    assert grade('```python\nno idea', STDIN).reason == 'no program'
 
 
 def test_the_share_of_tests(grade):
@@ -296,7 +337,7 @@ def test_rows_of_code(source, caplog):
     rows = task.load('train')
     assert rows['answer'][:] == [STDIN, CALL] and rows.column_names == ['messages', 'answer']
     assert rows[1]['messages'] == ROWS[2]['prompt']
-    assert '1 of 3 rows of code' in caplog.text
+    assert '1 of 3 rows of code' in caplog.text and 'No prompt in' in caplog.text
     assert len(task.load('test')) == 1
     for ability, match in (('math', "No row has ability 'code'"), ('code', r'1 of 1 rows[\s\S]*keys \[\]')):
         row = ROWS[1] | {'ability': ability, 'reward_model': {'ground_truth': '{}', 'style': ''}}

@@ -325,6 +325,7 @@ class Service(BaseHTTPRequestHandler):
 
     def run(self, body: dict) -> dict:
         (result,) = Unisolated(case_seconds=body['run_timeout']).run([(body['code'], body['stdin'])])
+        result = result._replace(output=result.output[: self.server.cut])
         status = 'TimeLimitExceeded' if result.status == 'timeout' else 'Finished'
         code = None if result.status == 'timeout' else int(result.status != 'finished')
         command = {'status': status, 'execution_time': 0.1, 'return_code': code, 'stdout': result.output}
@@ -348,7 +349,7 @@ def service(monkeypatch):
     monkeypatch.setattr('troll_jax.rewards.sandbox._SERVICE_GRACE', 20.0)
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     with ThreadingHTTPServer(('127.0.0.1', 0), Service) as server:
-        server.requests, server.answers, server.usual = [], [], 200
+        server.requests, server.answers, server.usual, server.cut = [], [], 200, None
         server.url = f'http://127.0.0.1:{server.server_port}'
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -433,6 +434,26 @@ def test_a_program_cannot_end_the_run(service, monkeypatch, answers, status):
     service.answers = list(answers)
     result, after = SandboxFusion(service.url, attempts=2).run([('print(3)', ''), ('print(4)', '')])
     assert result.status == status and result.detail and after.output == '4\n'
+
+
+def test_output_that_a_service_cuts_is_no_fault_of_a_program(service):
+    """Guards against zeros for right programs with much output, of which a service keeps 160,910 characters and says
+    that they finished, or lets them wait for a full pipe; and against programs that get out of a 0 by printing much."""
+    box = SandboxFusion(service.url, case_seconds=1.0 + SHORT)
+    tests = json.dumps({'inputs': [''], 'outputs': ['\n'.join(map(str, range(40_000)))]})
+    short = json.dumps({'inputs': [''], 'outputs': ['0\n1']})
+    call = json.dumps({'inputs': [[]], 'outputs': [5], 'fn_name': 'f'})
+    grade = lambda program, tests=tests: grade_code(program, tests, sandbox=box, program_seconds=60.0).reward
+    right = 'print(*range(40_000), sep="\\n", flush=True)\n'
+    assert grade(right) == 1.0
+    service.cut = 160_910
+    for program in (right, right + 'import time\ntime.sleep(99)'):
+        with pytest.raises(RuntimeError, match='may have cut its output after 160910 characters'):
+            grade(program)
+    with pytest.raises(RuntimeError, match='may have cut'):
+        grade('print("x" * 200_000, flush=True)\ndef f(): return 5', call)
+    assert grade(right, short) == grade(right.replace('range(', 'range(1, ')) == 0.0
+    assert grade('print("x" * 200_000)') == grade('print()') == 0.0
 
 
 def test_a_url_is_a_url():

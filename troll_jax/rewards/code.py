@@ -9,31 +9,61 @@ import json
 import math
 import re
 import secrets
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple, Protocol
 
-from troll_jax.rewards.sandbox import Sandbox
+from troll_jax.rewards.sandbox import Run, Sandbox
 
-# A function is called in the surroundings that LeetCode gives to solutions.
+# The names that the data's own grader (verl's prime_code) gives to programs. Here they are beside the builtins and not
+# among a program's own, which they would hide, or stand in for: `operator` has an `add`.
 _SURROUNDINGS = ''.join(
     f'from {module} import *\nimport {module}\n'
-    for module in 'typing collections string re math heapq bisect itertools functools'.split()
+    for module in (
+        'typing string re datetime collections heapq bisect copy math random statistics itertools functools operator '
+        'io sys json'
+    ).split()
 )
-# Not run as __main__: what a program would do by itself, such as read its input, is not asked for here.
+# A program is a module of its own, and what others know as __main__.
 _DEFINE = """
-import json as _json, sys as _sys
-_space = {{'__name__': 'program'}}
-exec({surroundings!r}, _space)
-exec(compile({program!r}, 'program.py', 'exec'), _space)
+import atexit as _atexit, builtins as _builtins, json as _json, linecache as _linecache, sys as _sys, types as _types
+_atexit.register(_sys.__stdout__.flush)  # which `stdout` below would keep open
+_sys.setrecursionlimit(600000)
+if hasattr(_sys, 'set_int_max_str_digits'):
+    _sys.set_int_max_str_digits(0)
+_module = _sys.modules[{name!r}] = _sys.modules['__main__'] = _types.ModuleType({name!r})
+_module.__file__, _space, _names = 'program.py', _module.__dict__, {{}}
+exec({surroundings!r}, _names)
+for _name, _value in _names.items():
+    if _name[0] != '_' and _name != {tested!r}:
+        vars(_builtins).setdefault(_name, _value)
+_source = {program!r}
+_linecache.cache['program.py'] = (len(_source), None, _source.splitlines(True), 'program.py')
 """
+# The data's own grader does not look at what a program exits with.
+_RUN = """
+try:
+    exec(compile(_source, 'program.py', 'exec'), _space)
+except SystemExit:
+    pass
+"""
+# Its name is not __main__: what a program would do by itself, such as read its input, is not asked for here.
+_IMPORT = "exec(compile(_source, 'program.py', 'exec'), _space)\n"
+# JSON has no keys but texts. The data's own grader makes integers of those of the first argument, where they are some.
 _CALL = """
+_arguments = _json.loads({arguments!r})
+if _arguments and isinstance(_arguments[0], dict):
+    try:
+        _arguments[0] = {{int(_key): _item for _key, _item in _arguments[0].items()}}
+    except ValueError:
+        pass
 _owner = _space.get('Solution')
 _function = getattr(_owner(), {name!r}) if hasattr(_owner, {name!r}) else _space[{name!r}]
-_value = _function(*_json.loads({arguments!r}))
+_value = _function(*_arguments)
 print('\\n' + {mark!r} + _json.dumps(_value), file=_sys.__stdout__)
 """
 # What is printed is a literal again, equal to the value: of a dictionary with defaults the dictionary, of a fraction
@@ -56,9 +86,27 @@ exec(compile({code!r}, 'test.py', 'exec'), _space)
 print('\\n' + {mark!r}, file=_sys.__stdout__)
 """
 _MARK = '>>> '
-_FENCE = re.compile(r'```(python3?|py)', re.IGNORECASE)
+_FENCE = re.compile(r'(`{3,}|~{3,})([^`\n]*)')
+_LATE_FENCE = re.compile(r'[^`]+(`{3,})((?:python|py)\d*)\s*', re.IGNORECASE)
+_PYTHON = re.compile(r'\{?\.?(python|py)[\d.]*(?![\w+#-])', re.IGNORECASE)
 _DECIMAL = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?')
-_TOLERANCE = 1e-6  # relative, and absolute below 1: what most judges of such problems allow
+_RELATIVE, _ABSOLUTE = 1e-5, 1e-6  # the data's own grader allows the first, most judges the second
+
+
+@contextmanager
+def _numbers_of_any_length() -> Iterator[None]:
+    """Lifts Python's limit of 4,300 digits."""
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        yield
+    finally:
+        sys.set_int_max_str_digits(limit)
+
+
+def _define(program: str, name: str, test: str = '') -> str:
+    tested = re.search(r'(\w+)\(', test)  # an assert's function, which the program has to bring
+    return _DEFINE.format(program=program, name=name, surroundings=_SURROUNDINGS, tested=tested and tested[1])
 
 
 class CodeGrade(NamedTuple):
@@ -85,7 +133,7 @@ class StdinTest(NamedTuple):
     expected: str
 
     def case(self, program: str) -> tuple[str, str]:
-        return program, self.given
+        return _define(program, '__main__') + _RUN, self.given
 
     def accepts(self, output: str) -> bool:
         return same_output(output, self.expected)
@@ -100,10 +148,12 @@ class CallTest(NamedTuple):
 
     def case(self, program: str) -> tuple[str, str]:
         call = _CALL.format(name=self.name, arguments=json.dumps(self.arguments), mark=_MARK)
-        return _DEFINE.format(surroundings=_SURROUNDINGS, program=program) + call, ''
+        return _define(program, 'program') + _IMPORT + call, ''
 
     def accepts(self, output: str) -> bool:
-        value = json.loads(output.rpartition('\n' + _MARK)[2])
+        longest = 4300 + len(json.dumps(self.expected))  # no integer as long as this is equal, or worth the time
+        read = lambda digits: int(digits) if len(digits) < longest else math.nan
+        value = json.loads(output.rpartition('\n' + _MARK)[2], parse_int=read)
         # Data of this kind may wrap an expected value into a list of one.
         wrapped = isinstance(self.expected, list) and len(self.expected) == 1
         return same_value(value, self.expected) or wrapped and same_value(value, self.expected[0])
@@ -121,7 +171,7 @@ class ValueTest(NamedTuple):
 
     def case(self, program: str) -> tuple[str, str]:
         code = _EVALUATE.format(expression=self.expression, mark=_MARK)
-        return _DEFINE.format(surroundings=_SURROUNDINGS, program=program) + code, ''
+        return _define(program, 'program', self.expression) + _IMPORT + code, ''
 
     def accepts(self, output: str) -> bool:
         value = output.rpartition('\n' + _MARK)[2].strip()
@@ -148,12 +198,13 @@ class AssertTest:
 
     def case(self, program: str) -> tuple[str, str]:
         code = _ASSERT.format(code=self.code, mark=self.mark)
-        return _DEFINE.format(surroundings=_SURROUNDINGS, program=program) + code, ''
+        return _define(program, 'program', self.code) + _IMPORT + code, ''
 
     def accepts(self, output: str) -> bool:
         return output.rstrip().endswith('\n' + self.mark)
 
 
+@_numbers_of_any_length()
 def parse_tests(text: str) -> list[Test]:
     """The tests in a ground truth, which is JSON of one of
 
@@ -201,18 +252,29 @@ def _assert_test(code: str) -> Test:
 
 
 def last_program(response: str) -> str | None:
-    """The content of the last closed ```python block; None if there is none."""
-    program, opened = None, None
-    for line in response.split('\n'):
-        text = line.strip()
-        if _FENCE.fullmatch(text):
-            opened = []
-        elif opened is not None:
-            if text.endswith('```'):
-                program, opened = '\n'.join([*opened, line.rstrip()[:-3]]), None
-            else:
-                opened.append(line)
-    return program
+    """The program in a response, of what follows the last `</think>` if there is one; None if there is none.
+
+    It is the last closed block of Markdown (``` or ~~~) whose first word is python or py, in any case, with or without
+    a version (```python, ```py3, ``` Python title="a.py", Code:```python); without such a block, the last closed one
+    that names no language; without any fence, all of the text. Blocks of other languages are left out.
+    """
+    text = response.rpartition('</think>')[2]
+    programs: dict[bool | None, str] = {}  # by `python`
+    lines, fence, python, indent = [], '', None, 0  # python: None in blocks of other languages
+    for line in text.split('\n'):
+        line = line[min(indent, len(line) - len(line.lstrip())) :]
+        found = _FENCE.fullmatch(line.strip()) or not fence and _LATE_FENCE.fullmatch(line)
+        named = bool(found and _PYTHON.match(found[2].strip()))
+        if found and (not fence or named and found[1].startswith(fence)):
+            fence, lines, indent = found[1], [], len(line) - len(line.lstrip())
+            python = named if named or not found[2].strip() else None
+        elif fence and line.rstrip().endswith(fence):
+            programs[python] = '\n'.join([*lines, line.rstrip().rstrip(fence[0])])
+            fence, indent = '', 0
+        elif fence:
+            lines.append(line)
+    programs.setdefault(False, None if _FENCE.search(text) else text.strip() and text or None)
+    return programs.get(True, programs[False])
 
 
 def grade_code(
@@ -224,7 +286,11 @@ def grade_code(
     max_tests: int | None = None,
     partial: bool = False,
 ) -> CodeGrade:
-    """Runs the last ```python block of a response on the tests of `answer`.
+    """Runs the program in a response (see `last_program`) on the tests of `answer`.
+
+    It is run as by the data's own grader, verl's prime_code: its names are imported, calls of functions may be nested
+    600,000 deep, and integers may have any number of digits. Its rules decide what is right; see `same_output` and
+    `same_value` for where these are more tolerant.
 
     Args:
         response: the policy's text.
@@ -237,12 +303,13 @@ def grade_code(
 
     Raises:
         ValueError: the tests cannot be read.
+        RuntimeError: the sandbox cut the output, which was right up to there; no program is to blame for it.
         CannotGrade: the sandbox is out of order.
     """
     tests = parse_tests(answer)[:max_tests]
     program = last_program(response)
     if program is None:
-        return CodeGrade(0.0, 0, len(tests), 'no closed ```python block')
+        return CodeGrade(0.0, 0, len(tests), 'no program')
     try:
         program.encode()
     except UnicodeEncodeError:
@@ -274,23 +341,24 @@ def grade_code(
 
 
 def same_output(output: str, expected: str) -> bool:
-    """Equal lines, of equal tokens between white space; white space at the ends and blank lines at the end are free.
+    """Equal lines, of equal tokens between white space; white space at the ends of lines and blank lines are free.
 
-    Where a decimal fraction is expected (a number with a point or an exponent), any number within 1e-6 of it will do,
-    relative or absolute. Whole numbers and words are compared as texts.
+    `Yes` is not `YES`, and a line break is no space. A number is within 1e-5 of the expected one, relative, or 1e-6,
+    absolute, if a decimal fraction is expected (a number with a point or an exponent), or if it is one and fills its
+    line: 2.0 for 2. Other whole numbers and words are compared as texts.
+
+    The rules are those of the data's own grader, which however does not allow more than one space within a line,
+    fractions beside other tokens that are close and not equal, or 1e-6 next to zero.
     """
-    lines, expected_lines = ([line.split() for line in text.strip().split('\n')] for text in (output, expected))
-    return len(lines) == len(expected_lines) and all(
-        len(tokens) == len(others) and all(map(_same_token, tokens, others))
-        for tokens, others in zip(lines, expected_lines, strict=True)
-    )
+    return _same_lines(_tokens(output), _tokens(expected))
 
 
 def same_value(value: object, expected: object) -> bool:
-    """Equal JSON values; numbers to within 1e-6 where either is a fraction, and `true` is not 1."""
+    """Equal JSON values, where tuples are lists, keys are texts, and `true` is 1, as for the data's own grader.
+
+    Unlike there, tuples may be nested, and numbers are compared as in `same_output` where either is a fraction.
+    """
     match value, expected:
-        case (bool(), _) | (_, bool()):
-            return value is expected
         case int() | float(), int() | float():
             exact = isinstance(value, int) and isinstance(expected, int)
             return value == expected if exact else _near(value, expected)
@@ -301,27 +369,56 @@ def same_value(value: object, expected: object) -> bool:
     return value == expected
 
 
-def _why_not(test: Test, run) -> str:
-    """The reason that a test failed, or ''."""
-    if run.status != 'finished':
+@_numbers_of_any_length()
+def _why_not(test: Test, run: Run) -> str:
+    """The reason that a test failed, or ''. Raises a RuntimeError if that may be the sandbox."""
+    if run.status not in ('finished', 'cut'):
         return f'{run.status}: {run.detail}'
     try:
-        return '' if test.accepts(run.output) else f'wrong output: {run.output[:200]!r}'
+        reason = '' if test.accepts(run.output) else f'wrong output: {run.output[:200]!r}'
     except (ValueError, RecursionError, OverflowError) as error:
-        return f'output that cannot be read ({type(error).__name__}): {run.output[:200]!r}'
+        reason = f'output that cannot be read ({type(error).__name__}): {run.output[:200]!r}'
+    if reason and run.status == 'cut' and (not isinstance(test, StdinTest) or _begins(test.expected, run.output)):
+        raise RuntimeError(f'a program could not be graded: {run.detail}')
+    return reason
 
 
-def _same_token(token: str, expected: str) -> bool:
+def _begins(expected: str, start: str) -> bool:
+    """True if `start`, whose last token may have been cut, is the same as the beginning of `expected`."""
+    lines, others = _tokens(start), _tokens(expected)
+    if not 0 < len(lines) <= len(others):
+        return not lines
+    *line, cut = lines.pop()
+    same, (token, *_) = others[len(lines)][: len(line)], [*others[len(lines)][len(line) :], '']
+    number = len(cut) <= 400  # which may be close when it is whole
+    return (number or token.startswith(cut)) and _same_lines([*lines, line], [*others[: len(lines)], same])
+
+
+def _tokens(text: str) -> list[list[str]]:
+    """Those of each line that has some."""
+    return [tokens for line in text.splitlines() if (tokens := line.split())]
+
+
+def _same_lines(lines: list[list[str]], expected: list[list[str]]) -> bool:
+    return len(lines) == len(expected) and all(
+        len(tokens) == len(others)
+        and all(_same_token(a, b, alone=len(tokens) == 1) for a, b in zip(tokens, others, strict=True))
+        for tokens, others in zip(lines, expected, strict=True)
+    )
+
+
+def _same_token(token: str, expected: str, *, alone: bool) -> bool:
     if token == expected:
         return True
-    if len(token) > 400 or expected.lstrip('+-').isdecimal():
+    whole = expected.lstrip('+-').isdecimal()
+    if len(token) > 400 or whole and (not alone or token.lstrip('+-').isdecimal()):
         return False
     numbers = _DECIMAL.fullmatch(token) and _DECIMAL.fullmatch(expected)
     return bool(numbers) and _near(float(token), float(expected))
 
 
 def _near(value: float, expected: float) -> bool:
-    return math.isclose(value, expected, rel_tol=_TOLERANCE, abs_tol=_TOLERANCE)
+    return math.isclose(value, expected, rel_tol=_RELATIVE, abs_tol=_ABSOLUTE)
 
 
 def _lines(value: object) -> str:

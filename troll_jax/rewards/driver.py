@@ -16,6 +16,8 @@ Over stdin and stdout, with lengths of 4 bytes:
 import _sitebuiltins
 import builtins
 import ctypes
+import gc
+import importlib
 import math
 import os
 import resource
@@ -29,6 +31,12 @@ import types
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4  # linux/prctl.h
 libc = ctypes.CDLL(None)
 CLONE_NEWUSER, CAPABILITY_VERSION_3 = 0x10000000, 0x20080522  # linux/sched.h, linux/capability.h
+# What programs are given (`rewards.code`), so that not each of them has to load it.
+MODULES = (
+    'typing string re datetime collections heapq bisect copy math random statistics itertools functools operator io '
+    'json linecache'
+).split()
+STACK = 2**27  # bytes; the kernel keeps as much address space free, whatever the limit was at the start
 TAIL = 2000  # bytes of standard error that are kept
 
 
@@ -51,10 +59,15 @@ def serve(seconds: float, memory: int, processes: int, output: int, user: int) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit(resource.RLIMIT_CORE, 0)
     limit(resource.RLIMIT_NOFILE, 64)  # also bounds what files without a name can hold
+    limit(resource.RLIMIT_STACK, STACK)  # of programs; what an interpreter starts with ends deep recursion
     if sys.platform == 'linux':
         limit(resource.RLIMIT_AS, memory)
     if processes:
         limit(resource.RLIMIT_NPROC, processes + 1)
+    sys.path.append('/packages')  # which bubblewrap's has
+    for name in MODULES:
+        importlib.import_module(name)
+    gc.freeze()  # or the end of each program would look through all of these
     write(b'ready')
     while True:
         source, given = read_block(), read_block()

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from http.client import HTTPException
+from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
 from signal import Signals
@@ -33,6 +34,8 @@ _START_LIMIT = 30.0  # seconds until a sandbox that has not started is an error,
 _GRACE = 3.0  # seconds past the time limit that the inside of a sandbox has to say so
 _SERVICE_GRACE = 10.0  # the same for a service: queues and networks
 _LARGEST_REPLY = 2**28  # bytes of a service's reply
+# Bytes of standard output from which on SandboxFusion may have cut it, or let the program wait for the rest to be read.
+_SERVICE_BUFFER = 2**17
 # Ids from here on are nobody's. Each sandbox that root starts gets its own, as the kernel counts processes by user, and
 # those of a sandbox that has just been killed for some milliseconds more.
 _FIRST_USER = 2**31
@@ -48,7 +51,7 @@ _SERVICE_ADVICE = (
 class Run(NamedTuple):
     """The result of one program on one input."""
 
-    status: str  # 'finished', or why not: 'failed', 'timeout', 'memory', 'output'
+    status: str  # 'finished', or why not: 'failed', 'timeout', 'memory', 'output'; 'cut' if the sandbox cut its output
     output: str  # what it printed
     detail: str = ''  # for people
 
@@ -101,8 +104,8 @@ class _Limits:
 class Bubblewrap(_Limits):
     """Namespaces of Linux by `bwrap` (Debian and Ubuntu: `apt install bubblewrap`, 0.8 or later).
 
-    A program sees /usr and the Python installation, both read-only, and an empty /tmp. It has no network, no other
-    process in sight, no privileges and its own limits.
+    A program sees /usr, the Python installation and NumPy, all read-only, and an empty /tmp. It has no network, no
+    other process in sight, no privileges and its own limits.
 
     Args:
         case_seconds: time limit of one case, of wall clock and of CPU.
@@ -151,6 +154,10 @@ class Bubblewrap(_Limits):
             for parent in reversed(Path(python).parents[:-1]):
                 shown += ['--dir', str(parent)]  # or only its owner could pass through it
             shown += ['--ro-bind', python, python]
+        numpy = find_spec('numpy').submodule_search_locations[0]
+        shown += ['--dir', '/packages']
+        for path in (numpy, f'{numpy}.libs'):
+            shown += ['--ro-bind-try', path, f'/packages/{os.path.basename(path)}']
         return [
             *('--die-with-parent', '--new-session', '--as-pid-1', '--clearenv', '--hostname', 'sandbox'),
             *apart,
@@ -290,9 +297,12 @@ def _read_reply(reply: bytes) -> Run:
         output, detail = result.get('stdout') or '', _last_line(result.get('stderr') or '')
         if result['status'] == 'Error':  # of what runs programs, not of a program
             return Run('sandbox error', '', f'error of the sandbox: {detail}')
+        finished = result['status'] == 'Finished' and result['return_code'] == 0 and body['status'] == 'Success'
+        if (finished or result['status'] == 'TimeLimitExceeded') and len(output.encode()) >= _SERVICE_BUFFER:
+            return Run('cut', output, f'the service may have cut its output after {len(output)} characters')
         if result['status'] == 'TimeLimitExceeded':
             return Run('timeout', output, detail)
-        if result['status'] == 'Finished' and result['return_code'] == 0 and body['status'] == 'Success':
+        if finished:
             return Run('finished', output)
         return Run('memory' if detail.startswith('MemoryError') else 'failed', output, detail)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:

@@ -20,7 +20,10 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EurusCode:
-    """Programming problems; a response's last ```python block is run on the problem's tests.
+    """Programming problems; the program in a response, its last ```python block, is run on the problem's tests.
+
+    See `rewards.code.last_program` for what else is taken for the program, and `rewards.code.grade_code` for the rules.
+    The data's prompts ask for a ```python block at the end; there is a warning if none does.
 
     Loading its rows runs a program in the sandbox first, so that a run without one ends before weights are loaded.
 
@@ -58,7 +61,8 @@ class EurusCode:
     def load(self, split: str) -> Dataset:
         """Rows of 'train' or 'test' with `messages` and `answer`, the tests as JSON.
 
-        Rows whose tests cannot be read are left out, with a warning that counts them.
+        Rows whose tests cannot be read are left out, with a warning that counts them; so is there one if no prompt
+        mentions a block of code.
 
         Raises:
             ValueError: missing files or columns, an empty split, no row of code, or none with tests that can be read.
@@ -80,6 +84,10 @@ class EurusCode:
             if not readable:
                 raise ValueError(f'{message}. {why}')
             _logger.warning('%s and are left out. %s', message, why)
+        if not any('```' in m['content'] for row in readable for m in messages[row]):
+            _logger.warning(
+                'No prompt in %r asks for a ```python block, in which programs are looked for.', self.source
+            )
         choose = lambda values: [values[row] for row in readable]
         return Dataset.from_dict({'messages': choose(messages), 'answer': choose(answers)})
 
