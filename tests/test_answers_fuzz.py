@@ -10,21 +10,21 @@ import pytest
 from troll_jax.rewards.math import grade_math
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / 'math_answers.jsonl').read_text().splitlines()]
-# What equals itself, is no list with 'and' in it, and of which no part has no meaning (as |x| + C has).
-ANSWERS = sorted({case['answer'] for case in GOLDEN if case['grade'] == 1 and not re.search(r'C$', case['answer'])})
+# Not a box in a box, of which the inner one counts, nor a constant of integration.
+ANSWERS = sorted(
+    {case['answer'] for case in GOLDEN if case['grade'] == 1 and not re.search(r'boxed|\+C$', case['answer'])}
+)
 NUMBER = re.compile(r'(?<![\d_.{])\d+(?![\d.])')
 
 
 def another_number(answer: str, draw: random.Random) -> str | None:
     """One more or one less; not where this is the same: behind a base, in a remainder, to the power of zero."""
-    if re.search(r'mod|:|0\^|/\d+!|log|_|\\l|gcd|max|\||cos|\\frac\{0', answer) or not (found := list(NUMBER.finditer(answer))):
+    if re.search(r'mod|:|0\^|/\d+!|log|_|\\l|gcd|max|\||cos|\\frac\{0', answer) or not (
+        found := list(NUMBER.finditer(answer))
+    ):
         return None
     match = draw.choice(found)
     return f'{answer[: match.start()]}{int(match[0]) + draw.choice((2, 3, 10))}{answer[match.end() :]}'
-
-
-def appended(text: str):
-    return lambda answer, draw: answer + text
 
 
 def plain(answer: str) -> bool:
@@ -34,17 +34,27 @@ def plain(answer: str) -> bool:
 OTHER = {
     'another number': another_number,
     'a digit more': lambda answer, draw: answer + str(draw.randint(1, 9)) if re.fullmatch(r'-?\d+', answer) else None,
-    'a million': lambda answer, draw: answer + draw.choice((' million', r'\text{ million}')) if plain(answer) and float(answer) else None,
+    'a million': lambda answer, draw: (
+        answer + draw.choice((' million', r'\text{ million}')) if plain(answer) and float(answer) else None
+    ),
     'the opposite': lambda answer, draw: f'-{answer}' if plain(answer) and float(answer) > 0 else None,
     'another word': lambda answer, draw: draw.choice(('green', 'never', 'x + apple')),
     'a denial': lambda answer, draw: rf'\text{{not }} {answer}',
-    'a word behind': lambda answer, draw: f'{answer} {draw.choice(("minus two", "not", "or so", "plus one", "times"))}',
+    'a word behind': lambda answer, draw: (
+        None
+        if re.search(r'\([A-E]\)', answer)
+        else f'{answer} {draw.choice(("minus two", "not", "or so", "plus one", "times"))}'
+    ),
     'an item more': lambda answer, draw: f'{answer}, 987' if 'set' not in answer else None,
     'an alternative': lambda answer, draw: rf'{answer} \text{{ or }} 987',
     'all items twice': lambda answer, draw: f'{answer}, {answer}',
     'a summand': lambda answer, draw: f'{answer} + 1' if plain(answer) else None,
-    'an item dropped': lambda answer, draw: answer.rpartition(',')[0] if re.fullmatch(r'\d+(, ?\d+)+', answer) else None,
-    'another unit': lambda answer, draw: f'{answer.split()[0]} furlongs' if re.fullmatch(r'\d+ [a-z]+', answer) else None,
+    'an item dropped': lambda answer, draw: (
+        answer.rpartition(',')[0] if re.fullmatch(r'\d+(, ?\d+)+', answer) else None
+    ),
+    'another unit': lambda answer, draw: (
+        f'{answer.split()[0]} furlongs' if 'base' not in answer and re.fullmatch(r'\d+ [a-z]+', answer) else None
+    ),
     'nothing': lambda answer, draw: '',
     'a box cut off': lambda answer, draw: answer + '} and \\boxed{' + answer[:-1] + r'\frac{',
     'a tenth': lambda answer, draw: f'{answer}/10' if plain(answer) and float(answer) else None,
@@ -58,16 +68,22 @@ SAME = {
     'a tie': lambda answer, draw: f'{answer}~',
     'a large fraction': lambda answer, draw: answer.replace(r'\frac', r'\dfrac'),
     'a minus of Unicode': lambda answer, draw: answer.replace('-', draw.choice('−–')) if 'e-' not in answer else None,
-    'a unit': lambda answer, draw: answer + draw.choice((' cm', r'\text{ cm}', r'~\mathrm{kg}', ' apples', r'\,m/s')) if plain(answer) else None,
+    'a unit': lambda answer, draw: (
+        answer + draw.choice((' cm', r'\text{ cm}', r'~\mathrm{kg}', ' apples', r'\,m/s')) if plain(answer) else None
+    ),
     'a name': lambda answer, draw: f'x = {answer}' if plain(answer) else None,
     'bold': lambda answer, draw: rf'\mathbf{{{answer}}}' if re.fullmatch(r'[\w ]+', answer) else None,
-    'another order': lambda answer, draw: _shuffled(answer, draw) if re.fullmatch(r'[\d-]+(, ?[\d-]+)+', answer) else None,
+    'another order': lambda answer, draw: (
+        _shuffled(answer, draw) if re.fullmatch(r'[\d-]+(, ?[\d-]+)+', answer) else None
+    ),
     'another order of a set': lambda answer, draw: (
         rf'\{{{_shuffled(answer[2:-2], draw)}\}}' if re.fullmatch(r'\\\{[\d., -]+\\\}', answer) else None
     ),
     'a decimal zero': lambda answer, draw: f'{answer}.0' if re.fullmatch(r'-?\d+', answer) else None,
     'groups of digits': lambda answer, draw: f'{int(answer):,}' if re.fullmatch(r'-?\d{4,15}', answer) else None,
-    'brackets of text': lambda answer, draw: rf'\left({answer[1:-1]}\right)' if re.fullmatch(r'\([^()]*\)', answer) else None,
+    'brackets of text': lambda answer, draw: (
+        rf'\left({answer[1:-1]}\right)' if re.fullmatch(r'\([^()]*\)', answer) else None
+    ),
 }
 
 

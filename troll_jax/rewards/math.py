@@ -17,7 +17,7 @@ from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Expr, Float, I, Integer, Rational
 
-from troll_jax.rewards.answers import NUMBER, PLACES, SCALES, find_answer
+from troll_jax.rewards.answers import PLACES, SCALES, find_answer
 
 ENOUGH_DIGITS = 6  # significant digits of a decimal number that may stand for a longer one
 
@@ -55,13 +55,15 @@ def same_answer(found: str, answer: str) -> bool:
 
 
 def normalised(text: str) -> str:
-    """Rewrites what looks different and is the same, or is read otherwise than a mathematician reads it; not idempotent,
-    and not for display."""
-    text = text.translate(_SYMBOLS)
+    """An answer without what only looks different, and without what is read otherwise than a mathematician reads it.
+
+    Not idempotent, and not for display.
+    """
+    text = _STOP.sub('', ' '.join(text.translate(_SYMBOLS).split()))
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = text.strip().removesuffix('\\\\').strip(' *')
-    text = re.sub(r'(?<![.])[.,;:]$', '', text).strip()
+    text = _STOP.sub('', text).strip()
     for name, opening in (('sqrt', r'\sqrt{'), ('exp', 'e^{')):
         text = _call(text, name, opening)
     if _TRIGONOMETRIC.search(text):  # elsewhere degrees are a unit like others
@@ -81,8 +83,6 @@ def _same(found: str, answer: str) -> bool:
     congruences = [_CONGRUENCE.fullmatch(text) for text in (found, answer)]
     if any(congruences):
         return all(congruences) and _same_congruence(*congruences)
-    if '\\begin' in found or '\\begin' in answer:
-        return _same_expression(found, answer)
     (kind, items), (other_kind, other_items) = _items(found), _items(answer)
     if 'list' in (kind, other_kind) or 'set' in (kind, other_kind):
         if kind == other_kind == 'set' or {kind, other_kind} <= {'list', 'set', 'one'}:
@@ -133,12 +133,12 @@ def _same_option(options: list[re.Match | None], texts: tuple[str, str]) -> bool
 
 
 def _same_congruence(found: re.Match, answer: re.Match) -> bool:
-    if not _same(found['modulus'].strip(' {}()'), answer['modulus'].strip(' {}()')):
+    if not _same(found['modulus'], answer['modulus']):
         return False
     left = [(match['left'] or '').strip() for match in (found, answer)]
     if all(left) and left[0] != left[1]:
         return False
-    rests, modulus = [match['rest'].strip() for match in (found, answer)], answer['modulus'].strip(' {}()')
+    rests, modulus = [match['rest'].strip() for match in (found, answer)], answer['modulus']
     if all(_INTEGER.fullmatch(text) for text in (*rests, modulus)) and int(modulus):
         return (int(rests[0]) - int(rests[1])) % int(modulus) == 0
     return _same(*rests)
@@ -153,6 +153,8 @@ def _same_one(found: str, answer: str) -> bool:
         sides, other_sides = ([side.strip() for side in parts] for parts in (sides, other_sides))
         for parts in (sides, other_sides):
             if len(parts) > 1 and _UNSOLVED.search(_ARGUMENT.sub('', parts[-2])) and re.search('[A-Za-z]', parts[-2]):
+                return False
+            if _NOT.search(''.join(parts[:-1])):
                 return False
             if not re.search('[A-Za-z]', ''.join(parts)) and not all(map(_same, parts, parts[1:])):
                 return False
@@ -259,8 +261,8 @@ def _spelling(text: str) -> str:
 
 
 def _items(text: str) -> tuple[str, list[str]]:
-    r"""The kind of an answer and its items: 'list' for 1, 2; 'set' for \{1, 2\}; the brackets of a tuple or an interval,
-    such as '()'; 'one' for all others."""
+    r"""The kind of an answer and its items: 'list' for 1, 2; 'set' for \{1, 2\}; the brackets of a tuple or an
+    interval, such as '()'; 'one' for all others."""
     if text.startswith('\\{') and text.endswith('\\}') and _closes(text):
         distinct: list[str] = []
         for item in _split(text[2:-2].strip()):
@@ -270,7 +272,7 @@ def _items(text: str) -> tuple[str, list[str]]:
     items = _split(text)
     if len(items) > 1:
         return 'list', items
-    behind = re.sub(r'^[^=<>]*=\s*', '', text)
+    behind = _NAMED.sub('', text)
     if behind[:1] in ('(', '[') and behind[-1:] in (')', ']') and _closes(behind):
         inner = _split(behind[1:-1])
         if len(inner) > 1:
@@ -299,9 +301,9 @@ def _cut(text: str, separator: re.Pattern) -> list[str]:
     """A text cut at the separators outside of all brackets."""
     pieces, start, depth = [], 0, 0
     for match in separator.finditer(text):
-        if match[0] in '([{':
+        if match[0] in '([{' or match[0].startswith('\\begin'):
             depth += 1
-        elif match[0] in ')]}':
+        elif match[0] in ')]}' or match[0].startswith('\\end'):
             depth -= 1
         elif depth == 0:
             pieces.append(text[start : match.start()])
@@ -379,7 +381,8 @@ def _scaled(match: re.Match) -> str:
 
 def _ratio(match: re.Match) -> str:
     parts = [int(part) for part in match[0].split(':')]
-    return f'({", ".join(str(part // max(1, math.gcd(*parts))) for part in parts)})'
+    divisor = max(1, math.gcd(*parts))
+    return f'({", ".join(str(part // divisor) for part in parts)})'
 
 
 _SYMBOLS = str.maketrans(
@@ -405,11 +408,6 @@ _SYMBOLS = str.maketrans(
         'π': r'\pi ',
         '€': '',
         '£': '',
-        '\n': ' ',
-        '\t': ' ',
-        '\u00a0': ' ',
-        '\u2009': ' ',
-        '\u202f': ' ',
     }
 )
 _D = r'\d{1,18}'  # of what is computed with here: Python refuses to read numbers of many thousand digits
@@ -462,6 +460,7 @@ _REWRITES = [
 ]
 _INTEGER = re.compile(rf'-?{_D}')
 _MARKS = re.compile(r'\'|"|\.\.|…|\\[lcv]?dots|\?')
+_STOP = re.compile(r'(?<![.\s\\])[.,;:]\s*$')
 _PERCENT = re.compile(r'\\?%')
 # The sine of 30^\circ was that of 30 radians.
 _TRIGONOMETRIC = re.compile(r'\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])')
@@ -472,16 +471,18 @@ _DECIMAL = re.compile(
     r'(?:\s*(?:\\times|\\cdot)\s*10\s*\^\s*\{?\s*(?P<power>[-+]?\d{1,3})\s*\}?)?'
 )
 _THOUSANDS = re.compile(r'[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![,\d])(?:\s*[A-Za-z\\^].*)?$')
-_SEPARATOR = re.compile(r'[()\[\]{}]|;|,\s*(?:and|or)\b|,(?=\s)|(?<![A-Za-z])(?:and|or)(?![A-Za-z])')
-_COMMA = re.compile(r'[()\[\]{}]|,')
+_BRACKETS = r'\\(?:begin|end)\s*\{\w+\}|[()\[\]{}]'
+_SEPARATOR = re.compile(_BRACKETS + r'|;|,\s*(?:and|or)\b|,(?=\s)|(?<![A-Za-z])(?:and|or)(?![A-Za-z])')
+_COMMA = re.compile(_BRACKETS + '|,')
 _RANGE = re.compile(r'<|>|\\(?:le|ge|cup|cap|setminus|mathbb|ne|neq|lt|gt)(?![A-Za-z])')
-_NAMED = re.compile(r'^\s*(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?|[A-Za-z]+\s*\([^()=]*\)|\([^()=]*\))\s*=(?!=)\s*')
-_EQUAL = re.compile(r'[()\[\]{}]|(?<![<>!=])=')
+_NAMED = re.compile(r'^\s*(?!(?:not|never|no)\b)(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?|[A-Za-z]+\s*\([^()=]*\)|\([^()=]*\))\s*=(?!=)\s*')
+_EQUAL = re.compile(_BRACKETS + r'|(?<![<>!=])=')
 # 2x = 18 and x + 3 = 18 say something else than 18.
 _UNSOLVED = re.compile(r'\d\s*\\?[A-Za-z(]|[-+*/]\s*\d|\d\s*[-+*/]|\^')
 _ARGUMENT = re.compile(r'\([^()]*\)|_\{?\w+\}?|\{[^{}]*\}')
 _CONGRUENCE = re.compile(
-    r'(?:(?P<left>.*?)(?:\\equiv|=))?(?P<rest>[^=]*?)[\s({]*\\?[pb]?mod(?:ulo)?(?![a-z])(?P<modulus>.*)'
+    r'(?:(?P<left>.*?)(?:\\equiv|=))?(?P<rest>[^=]*?)[\s({]*\\?[pb]?mod(?:ulo)?(?![a-z])'
+    r'[\s({]*(?P<modulus>\d+|\\?[A-Za-z]+)[\s)}]*'
 )
 # One of several choices, with or without its content.
 _OPTION = re.compile(
@@ -489,12 +490,14 @@ _OPTION = re.compile(
 )
 _NOT_CONTENT = re.compile(r'(?i:\b(?:not|wrong|incorrect|or|and|nor)\b)|(?<![A-Za-z\\])\(?[A-HJ](?![A-Za-z_(])')
 # Words and units.
+_NOT = re.compile(r'(?i)\b(?:not|never|no|none|nor|wrong)\b')
 _DENIED = (
     'one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|sixty|seventy|eighty|'
     'ninety|half|halves|thirds?|fourths?|fifths?|quarters?|tenths?|hundredths?|thousandths?|minus|plus|times|over|'
     'divided|less|more|fewer|greater|least|most|not|never|none|nor|without|except|but|mod|modulo|base|squared|cubed|'
     'root|choose|factorial|and|or|to|between|versus|than|percent|double|twice|triple|pairs?|score|gross|negative|'
-    f'positive|point|about|nearly|almost|if|when|where|wrong|false|incorrect|is|are|infinity|{_SCALES}|{_FUNCTIONS.replace("|min|", "|")}'
+    f'positive|point|about|nearly|almost|if|when|where|wrong|false|incorrect|is|are|infinity|{_SCALES}|'
+    'arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|gcd|lcm'
 )
 _UNITS = {
     alias: name
@@ -549,7 +552,7 @@ _UNITS = {
     for alias in {word, word + 's'}
 }
 _POWERS = {'square': 2, 'sq': 2, 'cubic': 3, 'cu': 3}
-_FILLERS = {'per', 'of', 'the', 'a', 'an', 'unit', 'units', 'each', 'in'}
+_FILLERS = {'per', 'of', 'the', 'a', 'an', 'unit', 'units', 'each'}
 _SHORT = '|'.join(sorted((word for word in _UNITS if len(word) < 3), key=len, reverse=True))
 _UNIT_WORD = rf'(?!(?:{_DENIED})(?![A-Za-z]))(?:[A-Za-z]{{3,}}|{_SHORT}|of|a|an|sq|cu)(?![A-Za-z])\.?'
 _UNIT_POWER = r'(?:\s*\^\s*\{?-?\d\}?)?'
@@ -560,6 +563,6 @@ _QUANTITY = re.compile(
 )
 _UNIT = re.compile(r'(/)?\s*([A-Za-z]+)(?:\.?\s*\^\s*\{?(-?\d)\}?)?')
 _WORDS = re.compile(
-    rf'(?<![\\A-Za-z])(?!(?:{_FUNCTIONS}|pmatrix|bmatrix)(?![A-Za-z]))'
+    rf'(?<![\\A-Za-z])(?<!\\begin\{{)(?<!\\end\{{)(?!(?:{_FUNCTIONS})(?![A-Za-z]))'
     r'(?:[A-Za-z]{4,}|(?=[A-Za-z]*[eiouEIOU])[A-Za-z]{3}|(?i:not|and|or|to|no|mod))(?![A-Za-z])'
 )
