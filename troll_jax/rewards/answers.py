@@ -37,16 +37,20 @@ _MARKERS = {
     '####': re.compile('####'),
     'Answer:': re.compile(r'\banswer\b[*_]*[^\S\n]*(?:[:：]|is\b:?)', re.IGNORECASE),
 }
-_NEXT_PROBLEM = re.compile(r'^[#*\s]{0,9}(?:Question|Problem|Q|Human|User|Exercise)\b[ \t]*\d*[ \t]*[*_]*[:：]', re.M)
+_NEXT_PROBLEM = re.compile(
+    r'^[#*\s]{0,9}(?:Question|Problem|Q|Human|User|Exercise)\b[ \t]*\d*[ \t]*[*_]*[:：]|<\|\w+\|>|</s>', re.M
+)
 _PART = (
     rf'(?:{NUMBER}(?:[eE][-+]?\d+)?|\\[dtc]?frac\s*(?:\{{[^{{}}]{{0,99}}\}}\s*\{{[^{{}}]{{0,99}}\}}|\d\d)|'
     r'\\sqrt\s*(?:\[\d+\])?\s*(?:\{[^{}]{0,99}\}|\d)|√\d+|\\pi(?![A-Za-z])|π)'
 )
-_JOIN = r'(?:\s*(?:/|×|·|\*|\\times|\\cdot)\s*|(?=[\\√π]))'
+_JOIN = r'(?:\s*(?:/|⁄|×|·|\*|\\times|\\cdot)\s*|(?=[\\√π]))'
 _POWER = r'(?:[\^_](?:\{[^{}]{0,99}\}|-?\d+)|!)?'
+# Glued to something it is no number of its own: x^2, x_2, 3:45, 5x.
 _LAST_NUMBER = re.compile(
-    rf'(?<![\d.])((?:(?<![\w)}}])[-−–]\s?)?(?:\d+\s+(?=\d+/\d))?{_PART}{_POWER}(?:{_JOIN}{_PART}{_POWER})*'
-    rf'(?:\s*\\?%|(?:\s+(?:{"|".join(SCALES)})\b)*))(?!\d)'
+    r'(?<![\d.])(?P<glued>[\^_⁄{]|\d:)?(?P<number>(?:(?<![\w)}])[-−–]\s?)?(?:\d+\s+(?=\d+/\d))?'
+    rf'(?:\d{{1,3}}(?: \d{{3}})+(?!\d)|{_PART}){_POWER}(?:{_JOIN}{_PART}{_POWER})*'
+    rf'(?:\s*\\?%|(?:\s+(?:{"|".join(SCALES)})\b)*))(?!\d)(?P<after>[²³⁄]|[A-Za-z]\b)?'
 )
 _LINE = {'####': re.compile(r'\s*####(.*)'), 'Answer:': re.compile(r'[\s*_]*answer[*_]*\s*:(.*)', re.IGNORECASE)}
 
@@ -74,9 +78,9 @@ def find_answer(text: str, places: Sequence[str] = PLACES) -> str | None:
                 continue
         elif place in _MARKERS and (end := max((m.end() for m in _MARKERS[place].finditer(text)), default=0)):
             line, _, rest = text[end:].partition('\n')
-            found = line if line.strip(' \t*_$\r') else rest.lstrip().partition('\n')[0]
-        elif place == 'last number' and not shown and (numbers := _LAST_NUMBER.findall(text)):
-            found = numbers[-1]
+            found = next((line for line in (line, *rest.splitlines()) if line.strip(' \t*_$\r\\[]')), '')
+        elif place == 'last number' and not shown and (numbers := [*_LAST_NUMBER.finditer(text)]):
+            found = '' if numbers[-1]['glued'] or numbers[-1]['after'] else numbers[-1]['number']
         else:
             continue
         return found.strip(' \t*_') or None

@@ -170,7 +170,9 @@ def _same_one(found: str, answer: str) -> bool:
     if ('%' in value) != ('%' in other):  # 12.5% is an eighth, and also 12.5 where a percentage was asked for
         plain, percent = (value, other) if '%' in other else (other, value)
         bare = _PERCENT.sub('', percent).strip()
-        return _same(plain, bare) or _same_number(plain, rf'\frac{{{bare}}}{{100}}')
+        return _same(plain, bare) or _same_number(
+            plain, bare + r' \times 10^{-2}' if _DECIMAL.fullmatch(bare) else rf'\frac{{{bare}}}{{100}}'
+        )
     if '%' in value:
         return _same(_PERCENT.sub('', value).strip(), _PERCENT.sub('', other).strip())
     return _same_number(value, other)
@@ -272,6 +274,8 @@ def _items(text: str) -> tuple[str, list[str]]:
     items = _split(text)
     if len(items) > 1:
         return 'list', items
+    if text.startswith('{') and _closes(text):
+        return _items(text[1:-1].strip())
     behind = _NAMED.sub('', text)
     if behind[:1] in ('(', '[') and behind[-1:] in (')', ']') and _closes(behind):
         inner = _split(behind[1:-1])
@@ -391,6 +395,7 @@ _SYMBOLS = str.maketrans(
         '–': '-',
         '×': r'\times ',
         '·': r'\cdot ',
+        '⁄': '/',
         '÷': r'\div ',
         '±': r'\pm ',
         '°': r'^\circ ',
@@ -432,6 +437,10 @@ _REWRITES = [
         (r'\\(leq|geq)(?:slant)?(?![A-Za-z])', lambda match: '\\' + match[1][:2]),
         (r'√\s*(\d+|[A-Za-z])', r'\\sqrt{\1}'),
         (r'√\s*(?=\()', r'\\sqrt'),
+        (rf'\\operatorname\s*\{{({_FUNCTIONS})\}}', r'\\\1'),
+        (r'\\imath(?![A-Za-z])', 'i'),
+        (r'(?<![A-Za-z\\])oo(?![A-Za-z])', r'\\infty'),
+        (r'(?<![A-Za-z\\])abs\(([^()]*)\)', r'|\1|'),
         (r'\*\*(?=[\s\d({A-Za-z-])(?!$)', '^'),
         (r'\^\s*(-?\d+)', r'^{\1}'),
         (rf'(?<![A-Za-z\\])({_FUNCTIONS})(?=\s*\(|\s+[A-Za-z\d])', r'\\\1'),
@@ -455,7 +464,7 @@ _REWRITES = [
         # 1:2:3 was the number 1/6.
         (rf'^\s*{_D}(?:\s*:\s*{_D}){{2,}}\s*$', _ratio),
         # 2 hours 30 minutes are two quantities.
-        (r'(?<=\d)(\s+[A-Za-z]{2,})\s+(?=\d)', r'\1, '),
+        (r'(?<=\d)(\s+[A-Za-z]+)\s+(?=\d)', r'\1, '),
     ]
 ]
 _INTEGER = re.compile(rf'-?{_D}')
@@ -475,7 +484,9 @@ _BRACKETS = r'\\(?:begin|end)\s*\{\w+\}|[()\[\]{}]'
 _SEPARATOR = re.compile(_BRACKETS + r'|;|,\s*(?:and|or)\b|,(?=\s)|(?<![A-Za-z])(?:and|or)(?![A-Za-z])')
 _COMMA = re.compile(_BRACKETS + '|,')
 _RANGE = re.compile(r'<|>|\\(?:le|ge|cup|cap|setminus|mathbb|ne|neq|lt|gt)(?![A-Za-z])')
-_NAMED = re.compile(r'^\s*(?!(?:not|never|no)\b)(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?|[A-Za-z]+\s*\([^()=]*\)|\([^()=]*\))\s*=(?!=)\s*')
+_NAMED = re.compile(
+    r'^\s*(?!(?:not|never|no)\b)(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?|[A-Za-z]+\s*\([^()=]*\)|\([^()=]*\))\s*=(?!=)\s*'
+)
 _EQUAL = re.compile(_BRACKETS + r'|(?<![<>!=])=')
 # 2x = 18 and x + 3 = 18 say something else than 18.
 _UNSOLVED = re.compile(r'\d\s*\\?[A-Za-z(]|[-+*/]\s*\d|\d\s*[-+*/]|\^')
@@ -558,7 +569,7 @@ _UNIT_WORD = rf'(?!(?:{_DENIED})(?![A-Za-z]))(?:[A-Za-z]{{3,}}|{_SHORT}|of|a|an|
 _UNIT_POWER = r'(?:\s*\^\s*\{?-?\d\}?)?'
 _DEGREE = r'\^\s*\{?\s*\\circ\s*\}?'
 _QUANTITY = re.compile(
-    rf'(?P<value>.{{0,500}}?(?:[\d}})!]|\\pi|%))(?P<unit>\s*{_DEGREE}\s*[CF]?|(?:\s+|(?<=\d)(?=[A-Za-z]{{2,}}))'
+    rf'(?P<value>.{{0,500}}?(?:[\d}})!]|\\pi|%))(?P<unit>\s*{_DEGREE}\s*[CF]?|(?:\s+|(?<=\d)(?=[A-Za-z]{{2,}})|\s*/\s*(?=[A-Za-z]{{3}}))'
     rf'{_UNIT_WORD}{_UNIT_POWER}(?:(?:\s*(?:/|\\cdot|-)\s*|\s+){_UNIT_WORD}{_UNIT_POWER}){{0,9}}\s*)'
 )
 _UNIT = re.compile(r'(/)?\s*([A-Za-z]+)(?:\.?\s*\^\s*\{?(-?\d)\}?)?')
