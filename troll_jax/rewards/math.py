@@ -85,17 +85,14 @@ def _same(found: str, answer: str) -> bool:
         return all(congruences) and _same_congruence(*congruences)
     (kind, items), (other_kind, other_items) = _items(found), _items(answer)
     if 'list' in (kind, other_kind) or 'set' in (kind, other_kind):
-        if kind == other_kind == 'set' or {kind, other_kind} <= {'list', 'set', 'one'}:
+        if {kind, other_kind} <= {'list', 'set', 'one'}:
             return _same_items(items, other_items) or kind == other_kind == 'set' and _same_expression(found, answer)
-        if 'set' in (kind, other_kind):
-            sets, rest = (items, answer) if kind == 'set' else (other_items, found)
-            return len(sets) == 1 and _same(sets[0], rest)
-        named, (values_kind, values) = (
-            (items, (other_kind, other_items)) if kind == 'list' else (other_items, (kind, items))
-        )
-        if values_kind[0] == '(' and all(_NAMED.match(item) for item in named):  # x = 1, y = 2 is the pair (1, 2)
-            return _same_in_order([_NAMED.sub('', item) for item in sorted(named)], values)
-        return False
+        if kind in ('list', 'set'):  # from here on one of the two is a tuple
+            (kind, items, found), (other_items, answer) = (other_kind, other_items, answer), (items, found)
+        if len(other_items) == 1:  # the set of one pair
+            return _same(found, other_items[0])
+        named = kind[0] == '(' and all(map(_NAMED.match, other_items))  # x = 1, y = 2 is the pair (1, 2)
+        return named and _same_in_order(items, [_NAMED.sub('', item) for item in sorted(other_items)])
     if 'one' not in (kind, other_kind):
         return (kind == other_kind or len(items) != 2) and _same_in_order(items, other_items)
     if kind != other_kind and not _RANGE.search(found + answer):
