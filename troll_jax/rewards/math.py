@@ -16,6 +16,7 @@ from fractions import Fraction
 from latex2sympy2_extended import NormalizationConfig
 from math_verify import LatexExtractionConfig, parse, verify
 from sympy import Expr, Float, I, Integer, Rational
+from sympy.core.relational import Relational
 
 from troll_jax.rewards.answers import PLACES, SCALES, find_answer
 
@@ -143,6 +144,10 @@ def _same_congruence(found: re.Match, answer: re.Match) -> bool:
 
 def _same_one(found: str, answer: str) -> bool:
     """Whether two answers that are no lists, sets or tuples are the same: numbers, quantities, words, expressions."""
+    for text, other in ((found, answer), (answer, found)):
+        exact, mark, rounded = (part.strip() for part in text.partition('\\approx'))
+        if mark:
+            return _is_close(exact.rpartition('=')[2], rounded) and _same(exact, other)
     sides, other_sides = _cut(found, _EQUAL), _cut(answer, _EQUAL)
     if len(sides) > 1 or len(other_sides) > 1:
         if len(sides) == len(other_sides) == 2:
@@ -153,10 +158,9 @@ def _same_one(found: str, answer: str) -> bool:
                 return False
             if _NOT.search(''.join(parts[:-1])):
                 return False
-            if not re.search('[A-Za-z]', ''.join(parts)) and not all(map(_same, parts, parts[1:])):
+            if not all(_same(part, parts[-1]) for part in parts[:-1] if not _LETTER.search(part)):
                 return False
         return (len(other_sides) != 2 or bool(_NAMED.match(answer))) and _same(sides[-1], other_sides[-1])
-    found, answer = (text.partition('\\approx')[0].strip() or text for text in (found, answer))
     (value, unit), (other, other_unit) = _quantity(found), _quantity(answer)
     if unit and other_unit and unit != other_unit:
         return False
@@ -164,6 +168,8 @@ def _same_one(found: str, answer: str) -> bool:
         return _same(value, other)
     if any(_WORDS.search(text) for text in (value, other)):
         return _spelling(value) == _spelling(other)
+    if max(value.count('%'), other.count('%')) > 1:
+        return False
     if ('%' in value) != ('%' in other):  # 12.5% is an eighth, and also 12.5 where a percentage was asked for
         plain, percent = (value, other) if '%' in other else (other, value)
         bare = _PERCENT.sub('', percent).strip()
@@ -178,6 +184,8 @@ def _same_one(found: str, answer: str) -> bool:
 def _same_number(found: str, answer: str) -> bool:
     """Whether two numbers or expressions are the same. A decimal number of `ENOUGH_DIGITS` significant digits or more
     is also the same as a number that it is rounded or cut off from."""
+    if _INFINITY.fullmatch(found) or _INFINITY.fullmatch(answer):
+        return found.strip('+ ').replace(' ', '') == answer.strip('+ ').replace(' ', '')
     numbers = [_number(text) for text in (found, answer)]
     if None not in numbers and numbers[0][0] == numbers[1][0]:
         return True
@@ -191,6 +199,12 @@ def _same_number(found: str, answer: str) -> bool:
         within = isinstance(exact, Float) and Float('1e-400') < abs(exact) < Float('1e400')
         return within and _is_rounded(value, unit, Fraction(str(exact)))
     return False if None not in numbers else _same_expression(found, answer)
+
+
+def _is_close(exact: str, rounded: str) -> bool:
+    """Whether two texts are numbers within a twentieth."""
+    one, other = (_evaluated(_parse(text)) for text in (exact, rounded))
+    return one is not None and other is not None and bool(abs(one - other) <= abs(one) / 20)
 
 
 def _is_rounded(value: Fraction, unit: Fraction, exact: Fraction) -> bool:
@@ -354,8 +368,10 @@ def _parse(text: str) -> list:
     """A text as math-verify reads it: an expression and its string. i is the imaginary unit, if it is alone."""
     if _INTEGER.fullmatch(text):  # the most common answer; a parse takes milliseconds
         return [Integer(text)]
-    parsed = parse(rf'\boxed{{{text}}}', [_LATEX], parsing_timeout=None)
+    parsed = parse(rf'\boxed{{{text}}}', [_LATEX], extraction_mode='first_match', parsing_timeout=None)
     for n, expression in enumerate(parsed):
+        if isinstance(expression, Relational):
+            continue
         letters = getattr(expression, 'free_symbols', None)
         if letters and {letter.name for letter in letters} == {'i'}:
             parsed[n] = expression = expression.subs({letter: I for letter in letters})
@@ -457,6 +473,7 @@ _REWRITES = [
         ),
         # 312 (base 8), 312_{\text{eight}}.
         (r'(?<=\d)\s*_\s*\{?\s*\(?(?:base\s+)?(\d{1,2})\)?\s*\}?', r'_{\1}'),
+        (r'(?<=\d)\s*_\s*\{\s*\\(?:text|mathrm)\s*\{\s*\(?(?:base\s+)?(\d{1,2})\)?\s*\}\s*\}', r'_{\1}'),
         (r'(?<=\d)\s*\(?\bbase\s+(\d{1,2})\b\)?', r'_{\1}'),
         # 1:2:3 was the number 1/6.
         (rf'^\s*{_D}(?:\s*:\s*{_D}){{2,}}\s*$', _ratio),
@@ -465,7 +482,8 @@ _REWRITES = [
     ]
 ]
 _INTEGER = re.compile(rf'-?{_D}')
-_MARKS = re.compile(r'\'|"|\.\.|…|\\[lcv]?dots|\?')
+_INFINITY = re.compile(r'[-+]?\s*\\infty')
+_MARKS = re.compile(r'(?<![A-Za-z_{\d])\d+_\{|\}\s*_|\'|"|\.\.|…|\\[lcv]?dots|\?')
 _STOP = re.compile(r'(?<![.\s\\])[.,;:]\s*$')
 _PERCENT = re.compile(r'\\?%')
 # The sine of 30^\circ was that of 30 radians.
@@ -485,6 +503,7 @@ _NAMED = re.compile(
     r'^\s*(?!(?:not|never|no)\b)(?:\\?[A-Za-z]+(?:_\{?\w+\}?)?|[A-Za-z]+\s*\([^()=]*\)|\([^()=]*\))\s*=(?!=)\s*'
 )
 _EQUAL = re.compile(_BRACKETS + r'|(?<![<>!=])=')
+_LETTER = re.compile(r'(?<![\\A-Za-z])[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|angle|triangle)')
 # 2x = 18 and x + 3 = 18 say something else than 18.
 _UNSOLVED = re.compile(r'\d\s*\\?[A-Za-z(]|[-+*/]\s*\d|\d\s*[-+*/]|\^')
 _ARGUMENT = re.compile(r'\([^()]*\)|_\{?\w+\}?|\{[^{}]*\}')
@@ -496,7 +515,11 @@ _CONGRUENCE = re.compile(
 _OPTION = re.compile(
     r'(?:\(\s*(?P<letter>[A-J])\s*\)|(?P<only>[A-J])[.:)])\s*[.:]?\s*(?!,|;|(?:and|or)\b)(?P<content>.*)', re.DOTALL
 )
-_NOT_CONTENT = re.compile(r'(?i:\b(?:not|wrong|incorrect|or|and|nor)\b)|(?<![A-Za-z\\])\(?[A-HJ](?![A-Za-z_(])')
+_NOT_CONTENT = re.compile(
+    r'^(?:[?!.…&|/+=<>^_:;]|-\s|\\(?![dt]?frac|sqrt|pi|left|infty|sin|cos|tan|log|ln|\{)|(?:but|maybe|if|to|versus|th|squared|mod)\b)|'
+    rf'^(?:{_SCALES})\b|'
+    r'(?i:\b(?:not|wrong|incorrect|or|and|nor)\b)|(?<![A-Za-z\\])\(?[A-HJ](?![A-Za-z_(])'
+)
 # Words and units.
 _NOT = re.compile(r'(?i)\b(?:not|never|no|none|nor|wrong)\b')
 _DENIED = (
