@@ -101,3 +101,98 @@ def test_rewritten_answers(rewrite, grade):
     assert len(pairs) > 3
     wrong = [pair for pair in pairs if grade_math(rf'\boxed{{{pair[0]}}}', pair[1]) != grade]
     assert not wrong, wrong
+
+
+# Around an answer, these say something else or nothing; none is read past.
+AROUND = r"""
+@ \text{ or something}
+@?
+@...
+\neg @
+\neq @
+\ne @
+> @
+\sim @
+@ \pm 1
+@ \to \infty
+\text{never } @
+@ \text{ is wrong}
+@, x
+x, @
+@; 99
+@ \land 99
+@ \lor 99
+@ \vee 99
+@ | 99
+@ / 99
+@ \text{ but maybe } 99
+@ \quad 99
+@ \\ 99
+@ & 99
+@ = 99
+99 = @
+@ \approx 99
+99 \approx @
+@ \neq 99
+99 \neq @
+@ \Rightarrow 99
+99 \Rightarrow @
+@ \to 99
+99 \to @
+@, @
+@ @
+(@, @)
+\{@, 99\}
+[@, 99]
+@ \cup 99
+@ \text{ if } x > 0
+@^2 + 99
+@ + 99
+@ - 99
+@ \cdot 99
+\sqrt{@} + 99
+f(@) + 99
+@_{99}
+@^{99}
+@ \text{ and } 99
+@ \text{ versus } 99
+@ 99
+99 @
+@x
+x@
+\overline{@}
+@\text{ million}
+@ dozen
+@ \text{ thousand}
+@ \% \%
+@ \mid 99
+\text{@ or 99}
+\text{between @ and 99}
+\text{not} @
+\lnot @
+-@ \text{ or } @
+\pm @, 99
+@<99
+@ \le 99
+99 > @
+\binom{@}{99}
+@ \mod 99
+@ \pmod{99}
+@\text{th}
+@ \text{ half}
+@ squared
+@ :: 99
+@ : 99
+@\ldots 99
+@ \ldots
+x \in \{@, 99\}
+@ \text{ to } 99
+\text{A: @} , 99
+(A) @ (B) 99
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize('answer', ['7', r'\frac{1}{2}', r'2\sqrt{3}', '(1,2)', r'\text{Monday}', 'x+3'])
+def test_what_stands_around_an_answer_is_part_of_it(answer):
+    passed = [text for text in AROUND if grade_math(rf'\boxed{{{text.replace("@", answer)}}}', answer)]
+    assert not passed, passed
