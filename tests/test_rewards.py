@@ -75,7 +75,6 @@ RIGHT = [
     (r'\boxed{\text{Evelyn}}', r'\text{Evelyn}'),
     (r'\boxed{\begin{pmatrix} 1 \\ 2 \end{pmatrix}}', r'\begin{pmatrix} 1 \\ 2 \end{pmatrix}'),
     (r'first \boxed{3}, no: \boxed{4}', '4'),
-    (r'\boxed{4} and then the text was cut: \boxed{5', '4'),
     (r'\boxed{4}', r'\boxed{4}'),
     ('The final answer is $\\frac{3}{4}$.', '0.75'),
 ]
@@ -90,6 +89,7 @@ WRONG = [
     (r'\boxed{2\sqrt{3}}', r'2\sqrt{2}'),
     (r'the answer is \boxed{12', '12'),
     (r'\boxed{}', '0'),
+    (r'\boxed{4} and then the text was cut: \boxed{5', '4'),
     (r'\boxed{\frac{1}{}', '1'),
     (r'\boxed{\undefined\garbage{', '1'),
     ('', '4'),
