@@ -7,10 +7,8 @@ Importing this costs what sympy costs, under a second, and no array library. It 
 would charge it to the deadline of the first grading.
 """
 
-import math
 import re
 from collections.abc import Sequence
-from decimal import Decimal
 from fractions import Fraction
 
 from latex2sympy2_extended import NormalizationConfig
@@ -19,6 +17,8 @@ from sympy import Expr, Float, I, Integer, Rational
 from sympy.core.relational import Relational
 
 from troll_jax.rewards.answers import PLACES, SCALES, find_answer
+from troll_jax.rewards.notation import DIGITS, FUNCTIONS, normalised
+from troll_jax.rewards.units import THOUSANDS, quantity
 
 ENOUGH_DIGITS = 6  # significant digits of a decimal number that may stand for a longer one
 
@@ -53,23 +53,6 @@ def grade_math(response: str, answer: str, places: Sequence[str] = PLACES) -> fl
 def same_answer(found: str, answer: str) -> bool:
     """True if two mathematical answers are the same in value and kind; `answer` is the reference."""
     return _same(normalised(found), normalised(answer))
-
-
-def normalised(text: str) -> str:
-    """An answer without what only looks different, and without what is read otherwise than a mathematician reads it.
-
-    Not idempotent, and not for display.
-    """
-    text = _STOP.sub('', ' '.join(text.translate(_SYMBOLS).split()))
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    text = text.strip().removesuffix('\\\\').strip(' *')
-    text = _STOP.sub('', text).strip()
-    for name, opening in (('sqrt', r'\sqrt{'), ('exp', 'e^{')):
-        text = _call(text, name, opening)
-    if _TRIGONOMETRIC.search(text):  # elsewhere degrees are a unit like others
-        text = _DEGREES.sub(r'(\\frac{\1\\pi}{180})', text)
-    return text
 
 
 def _same(found: str, answer: str) -> bool:
@@ -161,7 +144,7 @@ def _same_one(found: str, answer: str) -> bool:
             if not all(_same(part, parts[-1]) for part in parts[:-1] if not _LETTER.search(part)):
                 return False
         return (len(other_sides) != 2 or bool(_NAMED.match(answer))) and _same(sides[-1], other_sides[-1])
-    (value, unit), (other, other_unit) = _quantity(found), _quantity(answer)
+    (value, unit), (other, other_unit) = quantity(found), quantity(answer)
     if unit and other_unit and unit != other_unit:
         return False
     if value != found or other != answer:
@@ -249,26 +232,6 @@ def _number(text: str) -> tuple[Fraction, int, Fraction] | None:
     return -value if match['sign'] == '-' else value, significant, Fraction(10) ** power
 
 
-def _quantity(text: str) -> tuple[str, tuple]:
-    """A value and its unit: pairs of a word and a power, as 'm/s' is m and s^-1; the empty tuple if there is none."""
-    text = text.strip()
-    match = _QUANTITY.fullmatch(text)
-    if match is None or not (words := _UNIT.findall(match['unit'])):
-        return re.sub(r'(?<=\d),(?=\d{3})', '', text) if _THOUSANDS.fullmatch(text) else text, ()
-    powers: dict[str, int] = {}
-    sign, square = 1, 1
-    for mark, word, power in words:
-        if mark == '/' or word.lower() == 'per':
-            sign = -1
-        if word in _POWERS:
-            square = _POWERS[word]
-        elif word and word.lower() not in _FILLERS:
-            name = _UNITS.get(word) or _UNITS.get(word.lower()) or word.lower()
-            powers[name] = powers.get(name, 0) + sign * square * int(power or 1)
-            square = 1
-    return match['value'].strip(), tuple(sorted(powers.items()))
-
-
 def _spelling(text: str) -> str:
     return ' '.join(re.sub(r'[-{}]', ' ', text).casefold().split())
 
@@ -309,7 +272,7 @@ def _split(text: str) -> list[str]:
 
 
 def _cut_commas(text: str) -> list[str]:
-    return [text] if _THOUSANDS.match(text) else [piece.strip() for piece in _cut(text, _COMMA)]
+    return [text] if THOUSANDS.match(text) else [piece.strip() for piece in _cut(text, _COMMA)]
 
 
 def _cut(text: str, separator: re.Pattern) -> list[str]:
@@ -334,23 +297,6 @@ def _closes(text: str) -> bool:
         if depth == 0:
             return match.end() == len(text)
     return False
-
-
-def _call(text: str, name: str, opening: str) -> str:
-    r"""sqrt(2) and \sqrt(2) as \sqrt{2}."""
-    pattern = re.compile(rf'\\?(?<![A-Za-z]){name}\s*(?:\\cdot\s*)?\(')
-    pieces, end = [], 0
-    for match in list(pattern.finditer(text))[:20]:
-        depth = 1
-        for bracket in re.finditer(r'[()]', text[match.end() :]):
-            depth += 1 if bracket[0] == '(' else -1
-            if depth == 0:
-                close = match.end() + bracket.start()
-                if match.start() >= end:
-                    pieces += [text[end : match.start()], opening, text[match.end() : close], '}']
-                    end = close + 1
-                break
-    return ''.join(pieces) + text[end:]
 
 
 def _same_expression(found: str, answer: str) -> bool:
@@ -380,121 +326,16 @@ def _parse(text: str) -> list:
     return parsed
 
 
-def _mixed(match: re.Match) -> str:
-    whole, numerator, denominator = (int(group) for group in match.groups() if group is not None)
-    return rf'\frac{{{whole * denominator + numerator}}}{{{denominator}}}'
-
-
-def _repeating(match: re.Match) -> str:
-    whole, once, period = match.groups()
-    numerator = int(whole + once + period) - int(whole + once or 0) if whole + once else int(period)
-    return rf'\frac{{{numerator}}}{{{"9" * len(period)}{"0" * len(once)}}}'
-
-
-def _scaled(match: re.Match) -> str:
-    scale = math.prod(SCALES[word.lower()] for word in match['scales'].split())
-    return f'{Decimal(match["number"].replace(",", "")) * scale:f}'.removesuffix('.0')
-
-
-def _ratio(match: re.Match) -> str:
-    parts = [int(part) for part in match[0].split(':')]
-    divisor = max(1, math.gcd(*parts))
-    return f'({", ".join(str(part // divisor) for part in parts)})'
-
-
-_SYMBOLS = str.maketrans(
-    {
-        '−': '-',
-        '–': '-',
-        '×': r'\times ',
-        '·': r'\cdot ',
-        '⁄': '/',
-        '÷': r'\div ',
-        '±': r'\pm ',
-        '°': r'^\circ ',
-        '≈': r'\approx ',
-        '∞': r'\infty ',
-        '≤': r'\le ',
-        '≥': r'\ge ',
-        '≡': r'\equiv ',
-        '∪': r'\cup ',
-        '∈': r'\in ',
-        '∅': r'\emptyset ',
-        '²': '^2',
-        '³': '^3',
-        '½': r'\frac{1}{2}',
-        'π': r'\pi ',
-        '€': '',
-        '£': '',
-    }
-)
-_D = r'\d{1,18}'  # of what is computed with here: Python refuses to read numbers of many thousand digits
-_FUNCTIONS = 'arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|gcd|lcm|max|min|det'
-_SCALES = '|'.join(SCALES)
-_REWRITES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in [
-        # Looks.
-        (r'\\?\$|(?<!\\)\\[()\[\]]', ''),
-        (r'\\(?:text)?color\s*\{\w+\}|\\(?:bf|rm|it|displaystyle|[bB]igg?[lrm]?|left|right)(?![A-Za-z])\.?|\\!', ''),
-        (r'^\s*\\f?box(?:ed)?\s*\{(.*)\}\s*$', r'\1'),
-        # 1\,234, 1{,}234, 1~234 and 1 234 group digits; read as sums and products.
-        (r'(?<=\d)(?:\\[,;: ]|\{,\}|~| )(?=\d{3}(?!\d))', ''),
-        (r'(?<!\\)\\[,;: ]|~|\\q?quad(?![A-Za-z])', ' '),
-        (r'(?<!_\{)\\(?:text|math|m)(?:bf|it|rm|sf|normal|box)?\s*\{([^{}]*)\}', r' \1'),
-        (r'^\s*[A-Za-z]?\s*\\approx|^\s*[A-Za-z]\s*\\in(?![A-Za-z])', ''),
-        (r'(?<![A-Za-z\\])pi(?![A-Za-z])', r'\\pi '),
-        (r'\\langle(?![A-Za-z])', '('),
-        (r'\\rangle(?![A-Za-z])', ')'),
-        (r'\\(?:varnothing|emptyset)(?![A-Za-z])', r'\\{\\}'),
-        (r'\\(leq|geq)(?:slant)?(?![A-Za-z])', lambda match: '\\' + match[1][:2]),
-        (r'√\s*(\d+|[A-Za-z])', r'\\sqrt{\1}'),
-        (r'√\s*(?=\()', r'\\sqrt'),
-        (rf'\\operatorname\s*\{{({_FUNCTIONS})\}}', r'\\\1'),
-        (r'\\imath(?![A-Za-z])', 'i'),
-        (r'(?<![A-Za-z\\])oo(?![A-Za-z])', r'\\infty'),
-        (r'(?<![A-Za-z\\])abs\(([^()]*)\)', r'|\1|'),
-        (r'\*\*(?=[\s\d({A-Za-z-])(?!$)', '^'),
-        (r'\^\s*(-?\d+)', r'^{\1}'),
-        (rf'(?<![A-Za-z\\])({_FUNCTIONS})(?=\s*\(|\s+[A-Za-z\d])', r'\\\1'),
-        (r'(?<=[\w)}])\s*\*\s*(?=[\w(\\])', r' \\cdot '),
-        (r'\s*(?:\\?%|\b(?:percentage|percent|per cent|pct)\b)', r'\\%'),
-        # 0.1\overline{6} is 15/90.
-        (r'(?<!\d)(\d{0,18})\.(\d{0,18})\s*\\(?:overline|bar|dot)\s*\{(\d{1,18})\}', _repeating),
-        # 1\frac{1}{2} and 1 1/2 are three halves; the first was read so unless a percent sign follows.
-        (rf'(?<![\d.}}])({_D})\s*\\[dtc]?frac\s*(?:\{{\s*({_D})\s*\}}\s*\{{\s*({_D})\s*\}}|(\d)\s*(\d))', _mixed),
-        (rf'(?<![\d.}}])({_D})\s+({_D})/({_D})(?!\d)', _mixed),
-        # 2.5e-4; e was Euler's number.
-        (r'(?<![A-Za-z\d.])(\d+(?:\.\d+)?|\.\d+)[eE]([-+]?\d+)(?![\d.])', r'\1 \\times 10^{\2}'),
-        # 5 million is 5000000, 2 dozen eggs are 24 eggs.
-        (
-            rf'(?i)(?<![\d.,])(?P<number>\d{{1,18}}(?:,\d{{3}}){{0,5}}(?:\.\d{{1,18}})?)(?P<scales>(?:\s+(?:{_SCALES})\b)+)',
-            _scaled,
-        ),
-        # 312 (base 8), 312_{\text{eight}}.
-        (r'(?<=\d)\s*_\s*\{?\s*\(?(?:base\s+)?(\d{1,2})\)?\s*\}?', r'_{\1}'),
-        (r'(?<=\d)\s*_\s*\{\s*\\(?:text|mathrm)\s*\{\s*\(?(?:base\s+)?(\d{1,2})\)?\s*\}\s*\}', r'_{\1}'),
-        (r'(?<=\d)\s*\(?\bbase\s+(\d{1,2})\b\)?', r'_{\1}'),
-        # 1:2:3 was the number 1/6.
-        (rf'^\s*{_D}(?:\s*:\s*{_D}){{2,}}\s*$', _ratio),
-        # 2 hours 30 minutes are two quantities.
-        (r'(?<=\d)(\s+[A-Za-z]+)\s+(?=\d)', r'\1, '),
-    ]
-]
-_INTEGER = re.compile(rf'-?{_D}')
+_SCALE_WORDS = '|'.join(SCALES)
+_INTEGER = re.compile(rf'-?{DIGITS}')
 _INFINITY = re.compile(r'[-+]?\s*\\infty')
 _MARKS = re.compile(r'(?<![A-Za-z_{\d])\d+_\{|\}\s*_|\'|"|\.\.|…|\\[lcv]?dots|\?')
-_STOP = re.compile(r'(?<![.\s\\])[.,;:]\s*$')
 _PERCENT = re.compile(r'\\?%')
-# The sine of 30^\circ was that of 30 radians.
-_TRIGONOMETRIC = re.compile(r'\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])')
-_DEGREES = re.compile(r'(?<![\d.])(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})')
 _NUMERAL = re.compile(r'(\d[\dA-Z]{0,99})_\{(\d+)\}')
 _DECIMAL = re.compile(
     r'(?P<sign>[-+]?)\s*(?P<digits>\d{1,3}(?:,\d{3}){1,9}|\d{0,400})(?:\.(?P<places>\d{0,400}))?(?<=[\d.])'
     r'(?:\s*(?:\\times|\\cdot)\s*10\s*\^\s*\{?\s*(?P<power>[-+]?\d{1,3})\s*\}?)?'
 )
-_THOUSANDS = re.compile(r'[-+]?\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![,\d])(?:\s*[A-Za-z\\^].*)?$')
 _BRACKETS = r'\\(?:begin|end)\s*\{\w+\}|[()\[\]{}]'
 _SEPARATOR = re.compile(_BRACKETS + r'|;|,\s*(?:and|or)\b|,(?=\s)|(?<![A-Za-z])(?:and|or)(?![A-Za-z])')
 _COMMA = re.compile(_BRACKETS + '|,')
@@ -517,83 +358,12 @@ _OPTION = re.compile(
 )
 _NOT_CONTENT = re.compile(
     r'^(?:[?!.…&|/+=<>^_:;]|-\s|\\(?![dt]?frac|sqrt|pi|left|infty|sin|cos|tan|log|ln|\{)|(?:but|maybe|if|to|versus|th|squared|mod)\b)|'
-    rf'^(?:{_SCALES})\b|'
+    rf'^(?:{_SCALE_WORDS})\b|'
     r'(?i:\b(?:not|wrong|incorrect|or|and|nor)\b)|(?<![A-Za-z\\])\(?[A-HJ](?![A-Za-z_(])'
 )
 # Words and units.
 _NOT = re.compile(r'(?i)\b(?:not|never|no|none|nor|wrong)\b')
-_DENIED = (
-    'one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|twenty|thirty|forty|fifty|sixty|seventy|eighty|'
-    'ninety|half|halves|thirds?|fourths?|fifths?|quarters?|tenths?|hundredths?|thousandths?|minus|plus|times|over|'
-    'divided|less|more|fewer|greater|least|most|not|never|none|nor|without|except|but|mod|modulo|base|squared|cubed|'
-    'root|choose|factorial|and|or|to|between|versus|than|percent|double|twice|triple|pairs?|score|gross|negative|'
-    f'positive|point|about|nearly|almost|if|when|where|wrong|false|incorrect|is|are|infinity|{_SCALES}|'
-    'arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|gcd|lcm'
-)
-_UNITS = {
-    alias: name
-    for name, aliases in {
-        'm': 'm meter metre',
-        'cm': 'cm centimeter centimetre',
-        'mm': 'mm millimeter millimetre',
-        'km': 'km kilometer kilometre',
-        'nm': 'nm nanometer nanometre',
-        'in': 'in inch inche',
-        'ft': 'ft foot feet',
-        'yd': 'yd yard',
-        'mi': 'mi mile',
-        's': 's sec second',
-        'ms': 'ms millisecond',
-        'min': 'min minute',
-        'h': 'h hr hour',
-        'day': 'day',
-        'g': 'g gram',
-        'kg': 'kg kilogram',
-        'mg': 'mg milligram',
-        'lb': 'lb pound',
-        'oz': 'oz ounce',
-        'L': 'L l liter litre',
-        'mL': 'mL ml milliliter millilitre',
-        'N': 'N newton',
-        'J': 'J joule',
-        'kJ': 'kJ kilojoule',
-        'W': 'W watt',
-        'kW': 'kW kilowatt',
-        'V': 'V volt',
-        'A': 'A amp ampere',
-        'K': 'K kelvin',
-        'Pa': 'Pa pascal',
-        'Hz': 'Hz hertz',
-        'C': 'C celsius',
-        'F': 'F fahrenheit',
-        'T': 'T tesla',
-        'mol': 'mol mole',
-        'eV': 'eV electronvolt',
-        'rad': 'rad radian',
-        'degree': 'deg degree circ',
-        'dollar': 'dollar usd',
-        'cent': 'cent',
-        'mph': 'mph',
-        'kph': 'kph',
-        'erg': 'erg',
-        'au': 'AU au',
-        'pc': 'pc parsec',
-    }.items()
-    for word in aliases.split()
-    for alias in {word, word + 's'}
-}
-_POWERS = {'square': 2, 'sq': 2, 'cubic': 3, 'cu': 3}
-_FILLERS = {'per', 'of', 'the', 'a', 'an', 'unit', 'units', 'each'}
-_SHORT = '|'.join(sorted((word for word in _UNITS if len(word) < 3), key=len, reverse=True))
-_UNIT_WORD = rf'(?!(?:{_DENIED})(?![A-Za-z]))(?:[A-Za-z]{{3,}}|{_SHORT}|of|a|an|sq|cu)(?![A-Za-z])\.?'
-_UNIT_POWER = r'(?:\s*\^\s*\{?-?\d\}?)?'
-_DEGREE = r'\^\s*\{?\s*\\circ\s*\}?'
-_QUANTITY = re.compile(
-    rf'(?P<value>.{{0,500}}?(?:[\d}})!]|\\pi|%))(?P<unit>\s*{_DEGREE}\s*[CF]?|(?:\s+|(?<=\d)(?=[A-Za-z]{{2,}})|\s*/\s*(?=[A-Za-z]{{3}}))'
-    rf'{_UNIT_WORD}{_UNIT_POWER}(?:(?:\s*(?:/|\\cdot|-)\s*|\s+){_UNIT_WORD}{_UNIT_POWER}){{0,9}}\s*)'
-)
-_UNIT = re.compile(r'(/)?\s*([A-Za-z]+)(?:\.?\s*\^\s*\{?(-?\d)\}?)?')
 _WORDS = re.compile(
-    rf'(?<![\\A-Za-z])(?<!\\begin\{{)(?<!\\end\{{)(?!(?:{_FUNCTIONS})(?![A-Za-z]))'
+    rf'(?<![\\A-Za-z])(?<!\\begin\{{)(?<!\\end\{{)(?!(?:{FUNCTIONS})(?![A-Za-z]))'
     r'(?:[A-Za-z]{4,}|(?=[A-Za-z]*[eiouEIOU])[A-Za-z]{3}|(?i:not|and|or|to|no|mod))(?![A-Za-z])'
 )
