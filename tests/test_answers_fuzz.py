@@ -9,6 +9,8 @@ import pytest
 
 from troll_jax.rewards.math import grade_math
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / 'math_answers.jsonl').read_text().splitlines()]
 # Not a box in a box, of which the inner one counts, nor a constant of integration.
 ANSWERS = sorted(

@@ -160,14 +160,16 @@ def make_collector(
             logs.append(log)
             if greedy_sampler is not None:
                 greedy, log = sample(greedy_sampler, params, indices, draw)
-                groups = groups._replace(greedy_rewards=greedy.rewards[:, 0])
+                # Without its baseline a group is not graded either.
+                graded = groups.graded & greedy.graded
+                groups = groups._replace(greedy_rewards=greedy.rewards[:, 0], graded=graded)
                 greedy_logs.append(log)
             varied += np.sum(~_uniform(groups))
             kept = groups if kept is None else _best(kept, groups)
             if len(logs) == sampling.max_draws or varied >= prompts_per_step:
                 break
         used = len(logs)
-        in_a_row = 0 if varied else in_a_row + 1
+        in_a_row = 0 if varied or kept.rewards.shape[1] == 1 else in_a_row + 1
         if in_a_row == _SILENT_STEPS:
             _logger.warning(
                 'nothing to learn from: for %d steps the responses to each prompt had equal rewards. Does the task '
