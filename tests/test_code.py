@@ -209,6 +209,7 @@ def listed_programs():
         yield f'#### {title}\n{program}', program, json.dumps(tests), not wrong
 
 
+@pytest.mark.slow
 def test_ordinary_features_of_the_language_work(grade):
     """Guards against right programs that fail for what a module, its names, the input, the stack or an exit is here."""
     programs = list(listed_programs())

@@ -33,6 +33,8 @@ from troll_jax.ops.support import bucket_tail
 from troll_jax.ops.values import value_loss
 from troll_jax.types import SparseLogProbs
 
+pytestmark = pytest.mark.slow
+
 INF = np.inf
 GOLDEN = {name: dict(np.load(Path(__file__).parent / f'parity/{name}.npz')) for name in ('trl', 'verl')}
 GIVEN = GOLDEN['verl']  # both files hold the same inputs
