@@ -432,3 +432,13 @@ def test_the_pieces_need_no_mesh_in_context(devices):
     batches, _ = bench.assign_advantages(bench.score(state, bench.pack(rollout())), experience())
     state, updated = bench.update(state, batches[0])
     assert np.isfinite(updated.policy.metrics['loss']) and int(bench.end_step(state, 1).progress.step) == 1
+
+
+def test_moments_of_policy_and_critic_live_on_the_host_if_asked_for():
+    """Guards a setting that nothing reads."""
+    compute = Compute(row_tokens=13, devices=jax.devices()[:1], offload_optimizer=True)
+    momentum = lambda: optax.sgd(0.1, momentum=0.9)
+    shapes = learner(compute, advantages=gae, critic=Critic(optimizer=momentum), optimizer=momentum).shapes
+    for state in (shapes.opt_state, shapes.critic.opt_state):
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state) if leaf.ndim}
+        assert kinds == {'pinned_host'}

@@ -147,11 +147,16 @@ def test_no_search_is_longer_than_proved(dtype):
     new = np.stack([normalise([0.0, -60.0, -50.0]) for _ in rare])
     bounds = np.geomspace(1e-6, 5, 20)
     with jax.enable_x64(dtype == 'float64'):
-        result = project_all(new.astype(dtype), old.astype(dtype), bounds.astype(dtype))
+        result = project_all(new.astype(dtype), old.astype(dtype), bounds.astype(dtype), max_evaluations=None)
+        flat = project(*(jnp.asarray(x, dtype) for x in ([-49.063, 0.0], [-10.278, -3.4377e-5])), bound=3.43766e-5)
+        broken = project(jnp.log(jnp.full(3, 1 / 3, dtype)), jnp.full(3, np.nan, dtype), bound=0.05)
+    assert flat.converged and flat.evaluations <= 20, 'κ is flat at the target'
+    assert not broken.converged and broken.evaluations <= 2, 'a NaN must not hold up the others'
     spread = np.ptp(new - old, axis=-1)[:, None]
     kappa = np.array([kl(*pair) for pair in zip(new, old, strict=True)])[:, None]
-    widths = np.log(spread / np.sqrt(2 * bounds)) * (2 - old.min(-1)[:, None]) / tolerance
-    proved = 2 * np.ceil(np.log2(widths)) + 2 * np.ceil(np.log2(np.log(kappa / bounds) / tolerance))
+    target = bounds * (1 - 2.5 * tolerance)
+    widths = np.log(spread / np.sqrt(2 * target)) * (2 - old.min(-1)[:, None]) / tolerance
+    proved = 2 * np.ceil(np.log2(widths)) + 2 * np.ceil(np.log2(np.log(kappa / target) / tolerance))
     outside = kappa > bounds
     assert result.converged.all() and outside.sum() > 300
     assert np.all(result.evaluations[outside] <= proved[outside])

@@ -74,7 +74,7 @@ def _decay(changes: optax.Updates, params: optax.Params, *, rate: float) -> opta
 class Offloaded(optax.GradientTransformation):
     """An optimizer whose moments are to live in the host's memory, see `state_shapes` and `apply_gradients`.
 
-    `Offloaded(*optimizer)` makes any one of optax such. It has to be the outermost: what wraps it does not know of it.
+    `Offloaded(*optimizer)` wraps any optimizer of optax. It has to be the outermost: what wraps it does not know of it.
     """
 
 

@@ -31,7 +31,7 @@ _ZERO_PROBABILITY = -1e6
 _SERIES = {
     dtype: [1 / math.factorial(n) for n in range(last, 1, -1)] for dtype, last in [(np.float32, 7), (np.float64, 12)]
 }
-# No search takes longer, for log π_old ≥ −100 and ε ≥ 1e-6: docs/projection.md, theorem 3. It is what ends the others.
+# No search takes longer, for log π_old ≥ −100 and ε ≥ 1e-6 (docs/projection.md, theorem 3). Others are stopped there.
 _MOST_EVALUATIONS = {np.float32: 84, np.float64: 190}
 # Powers of w that the solver's model of κ may have.
 _POWERS = -0.5, 40.0
@@ -89,7 +89,7 @@ def project(log_probs: jax.Array, old_log_probs: jax.Array, *, bound, max_evalua
       old_log_probs: [V] log π_old, normalised, of the same dtype; −inf is allowed, and no mass of π is put there.
       bound: ε > 0 in nats, a float or a scalar array. For an array that is not positive the result is π_old.
       max_evaluations: after so many evaluations of κ the best feasible point is returned, with `converged` false. None:
-        as many as it can take by theorem 3 of docs/projection.md; of 9 million hostile pairs none needed more than 16.
+        as many as it can take by theorem 3 of docs/projection.md, whose stress took at most 16 in float32.
 
     Returns:
       A Projection. If π̃ and π_old share no support, π is π_old.
@@ -281,19 +281,19 @@ def _solve(log_probs, old_log_probs, segments, bound, max_evaluations):
         return jnp.abs(kl - target) <= tolerance * bound
 
     def unfinished(search):
-        # A bound or a distribution that is none makes a bracket of NaN.
-        return ~search.done & jnp.isfinite(search.low) & (search.evaluations < max_evaluations)
+        # A bound that is none makes a bracket of NaN, a distribution that is none a κ of NaN.
+        return ~search.done & jnp.isfinite(search.low + search.kl) & (search.evaluations < max_evaluations)
 
     def step(search):
         x, variance = search.x, search.variance
         w, kl = jnp.exp(x), jnp.maximum(search.kl, tiny)
         gap = jnp.log(kl) - log_target
         low, high = jnp.where(gap <= 0, x, search.low), jnp.where(gap <= 0, search.high, x)
-        slope = jnp.maximum(w * w * variance / kl, 1e-3)
+        slope = jnp.maximum(w * w * variance / kl, 1e-6)
         power = 2 + w * search.skew / jnp.maximum(variance, tiny) - slope
         power = jnp.clip(jnp.where(jnp.isfinite(power), power, 0.0), *_POWERS)
         power = jnp.where(jnp.abs(power) < 1e-3, 1e-3, power)
-        # (w_next / w)ᵠ = 1 − q gap / s; where that has no solution, log gives −inf or NaN, which no bracket holds.
+        # (w_next / w)ᵠ = 1 − q gap / s; where that has no solution, the step is to infinity, which no bracket holds.
         root = 1 - power * gap / slope
         newton = x + jnp.where(root > tiny, jnp.log(jnp.maximum(root, tiny)) / power, jnp.inf)
         halved = (high - low <= 0.5 * search.width) | (jnp.abs(gap) <= 0.5 * search.gap)
@@ -309,7 +309,7 @@ def _solve(log_probs, old_log_probs, segments, bound, max_evaluations):
     escapes = jnp.any((old_log_probs == -jnp.inf) & (jnp.exp(log_probs) > 0), axis=-1)
     outside = ~(means[0] <= bound)
     # κ ≤ (w · spread)²/8. Half of the w at which that is the target: the root lies inside the bracket, not at its end.
-    spread = regions.largest(jnp.max(d, axis=-1, initial=0.0)) + regions.largest(-jnp.min(d, axis=-1, initial=0.0))
+    spread = regions.largest(jnp.ptp(d, axis=-1))
     low = jnp.minimum(0.5 * jnp.log(2 * target) - jnp.log(jnp.maximum(spread, tiny)), 0.0)
     one = jnp.ones_like(zero, jnp.int32)
     # What is inside its region is done after this one evaluation.
