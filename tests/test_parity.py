@@ -217,8 +217,6 @@ def test_advantages(name, precision):
 def test_equal_rewards_are_no_signal():
     """Guards seven rewards of 0.2: theirs make advantages of a mean's rounding in float32, of 0.015 in verl."""
     np.testing.assert_array_equal(group_normalised(jnp.asarray(GIVEN['equal'])), 0)
-    assert np.abs(GOLDEN['verl']['advantages/equal']).max() > 0.01
-    assert np.abs(GOLDEN['trl']['advantages/equal']).max() > 1e-4
 
 
 @pytest.mark.parametrize('baseline', [False, True])

@@ -146,7 +146,7 @@ def replay(
             described = describe(got, before, after, compared, outside, model.tokenizer)
             rows[name] = {'same': candidate.same} | described
         rows = {candidate.name: rows[candidate.name] for candidate in candidates}
-        cosines = cosines_between({name: gradients[name] for name in rows})
+        cosines = cosines_between(gradients)
 
     result = {
         'rollout': path.stem,
@@ -296,9 +296,9 @@ def cosines_between(gradients: dict[str, dict]) -> dict[str, dict[str, float | N
     """The cosines of all pairs of gradients; None where one of them is zero or not finite."""
     unit = lambda x: optax.tree.scale(1 / optax.tree.norm(x), x)
     product = jax.jit(lambda one, other: optax.tree.vdot(unit(one), unit(other)))
-    names, all_of_them = list(gradients), list(gradients.values())
+    names = list(gradients)
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1)]
-    upper = {(i, j): _number(fetch(product(all_of_them[i], all_of_them[j]))) for i, j in pairs}
+    upper = {(i, j): _number(fetch(product(gradients[names[i]], gradients[names[j]]))) for i, j in pairs}
     return {one: {other: upper[max(i, j), min(i, j)] for j, other in enumerate(names)} for i, one in enumerate(names)}
 
 

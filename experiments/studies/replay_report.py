@@ -122,7 +122,7 @@ def draw(result: dict) -> Figure:
     places = np.arange(len(names))
     for offset, name, label in [
         (-0.2, 'affected_share', 'projected or clipped'),
-        (0.2, 'silenced_share', 'less than 1 % of the gradient kept'),
+        (0.2, 'silenced_share', f'less than {SILENCED:.0%} of the gradient kept'),
     ]:
         axes[1].barh(places + offset, [row[name] for row in rows], 0.4, label=label)
     axes[1].set(title='share of tokens')

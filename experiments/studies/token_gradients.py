@@ -26,7 +26,8 @@ def with_logits(row: LossInputs, change: jax.Array) -> LossInputs:
 
     Args:
       row: T tokens.
-      change: [T, K + 1] of the logits of the tokens that `row.new` lists, and of all others, which change alike.
+      change: [T, K + 1] of the logits of the tokens that `row.new` lists, and of all others, which change alike. Where
+        a tail rule has renormalised these, the others count as impossible.
     """
     return jax.vmap(_one_with_logits)(row, change)
 
