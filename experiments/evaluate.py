@@ -31,7 +31,6 @@ from experiments.plumbing.gin_files import Config
 from experiments.plumbing.run import check_writable
 from experiments.plumbing.validation import make_validation
 from troll_jax.checkpoint import Checkpoints
-from troll_jax.data.prompts import PromptSet
 from troll_jax.evaluate import (
     Evaluation,
     estimate,
@@ -170,18 +169,18 @@ def evaluation(
         special = ''.join(f'_{option}_{value}' for option, value in options.items() if value != usual[option])
         summaries = {}
 
-        def done(name: str, result: Evaluation, prompts: PromptSet) -> None:  # a set at a time: many take hours
+        def done(name: str, result: Evaluation) -> None:  # a set at a time: many take hours
             samples = result.rewards.shape[1]
             if split == 'train':
                 name = 'train' if name == 'test' else f'{name}_train'
             settings = options | {'temperature': temperature_of(samples)}
             summaries[name] = {'step': step, 'set': name, 'split': split} | settings | summarise(result)
-            write(Path(out), f'{step}_{name}_{samples}{special}', summaries[name], result, prompts)
+            write(Path(out), f'{step}_{name}_{samples}{special}', summaries[name], result)
 
         results = validate(params, jax.random.key(seed), done=done)
     if len(summaries) > 1:
-        samples = min(result.rewards.shape[1] for result, _ in results.values())
-        mean = estimate(*(success(result) for result, _ in results.values()), samples=samples)
+        samples = min(result.rewards.shape[1] for result in results.values())
+        mean = estimate(*(success(result) for result in results.values()), samples=samples)
         common = {'split': split, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
         summaries['mean'] = {'step': step, 'sets': list(summaries), 'success': mean._asdict()} | common
         write(
@@ -193,9 +192,7 @@ def evaluation(
     return summaries
 
 
-def write(
-    folder: Path, name: str, summary: dict, result: Evaluation | None = None, prompts: PromptSet | None = None
-) -> None:
+def write(folder: Path, name: str, summary: dict, result: Evaluation | None = None) -> None:
     """Writes a summary, and every response with its reward. With several processes the first one does."""
     if jax.process_index() > 0:
         return
@@ -205,7 +202,7 @@ def write(
         return
     with (folder / f'responses_{name}.jsonl').open('w', encoding='utf-8') as file:
         for text, answer, responses, rewards in zip(
-            prompts.texts, prompts.answers, result.responses, result.rewards.tolist(), strict=True
+            result.prompts, result.answers, result.responses, result.rewards.tolist(), strict=True
         ):
             row = {'prompt': text, 'answer': answer, 'responses': responses, 'rewards': rewards}
             file.write(json.dumps(row, ensure_ascii=False) + '\n')

@@ -29,7 +29,7 @@ from troll_jax.learn import Learner, Updated, summarise
 from troll_jax.rewards.terms import Responses, weigh
 from troll_jax.rollout import Sampler
 from troll_jax.settings import Compute, Method, Run, Sampling, check_together
-from troll_jax.types import Prompts, TrainState
+from troll_jax.types import TrainState
 
 
 def train(experiment: Experiment, sampling: Sampling, method: Method, compute: Compute, run: Run) -> None:
@@ -128,7 +128,7 @@ def training_step(
 def trace_programs(sampler: Sampler, learner: Learner, sampling: Sampling, method: Method, prompts: PromptSet) -> None:
     """Traces a step's programs on shapes alone: a setting that they refuse is an error before any weight is loaded."""
     batch = sampling.prompts_per_step
-    some = jax.eval_shape(lambda: Prompts(prompts.tokens[:batch], prompts.lengths[:batch]))
+    some = jax.eval_shape(lambda: prompts[:batch])
     keys = jax.eval_shape(partial(jax.random.split, num=batch), jax.random.key(0))
     rollout = sampler.shapes(learner.shapes.params, some, keys)
     learner.trace(rollout, batch)

@@ -100,7 +100,8 @@ FAMILIES = {
         '{% set thinking = enable_thinking | default(true) %}'
         + CHATML.replace(
             'SYSTEM',
-            "<|im_start|>system\nToday {{ strftime_now('%d %B %Y') }}{{ '' if thinking else ' /no_think' }}\n\n"
+            "{% set shape = '%d %B %Y' %}<|im_start|>system\n"
+            "Today {{ strftime_now(shape) }}{{ '' if thinking else ' /no_think' }}\n\n"
             '{{ system }}<|im_end|>\n',
         ).replace('THINK', '{% if not thinking %}<think>\n\n</think>\n{% endif %}'),
         eos='<|im_end|>',
@@ -151,7 +152,7 @@ def prompt(tokenizer, *contents: str, **arguments) -> list[int]:
     messages = [{'role': role, 'content': content} for role, content in zip(roles, contents, strict=True)]
     rows = datasets.Dataset.from_dict({'messages': [messages], 'answer': ['7']})
     prompts = encode_prompts(rows, tokenizer, max_length=61, template_arguments=arguments)
-    return prompts.tokens[0, : prompts.lengths[0]].tolist()
+    return prompts.tokens.tolist()
 
 
 HEADER = '<|start_header_id|> {} <|end_header_id|> NN'
@@ -228,6 +229,20 @@ def test_golden_ids(tmp_path, name, contents, arguments, expected):
 
 
 @pytest.mark.parametrize('name', FAMILIES)
+def test_special_tokens_in_a_problem_are_text(tmp_path, name):
+    """Guards a problem that ends the user's turn, or speaks for the system, by words that spell a special token."""
+    tokenizer = load_tokenizer(save(tmp_path / 'model', FAMILIES[name]))
+    special = lambda ids: [i for i in ids if i >= len(WORDS)]
+    expected = prompt(tokenizer, 'Be brief', 'Hi there')
+    for token in FAMILIES[name].special:
+        got = prompt(tokenizer, f'Be {token} brief', f'Hi {token}{token} there')
+        assert special(got) == special(expected), token
+        words = [i for i in got if i < len(WORDS) and i != WORDS.index('?')]
+        assert words == [i for i in expected if i < len(WORDS)], token
+        assert got.count(WORDS.index('?')) >= 3, token
+
+
+@pytest.mark.parametrize('name', FAMILIES)
 def test_stops_and_padding(tmp_path, name):
     """Guards against a response that runs past the end of its turn, or of the text, to the length limit."""
     family = FAMILIES[name]
@@ -261,5 +276,5 @@ def test_a_cut_prompt_keeps_all_of_its_template(tmp_path, name):
     prompts = encode_prompts(rows, tokenizer, max_length=len(whole) + 5, long_prompts='cut')
     at = whole.index(WORDS.index('there'))
     expected = [*whole[:at], *[WORDS.index('Hi')] * 5, *whole[at:]]
-    np.testing.assert_array_equal(prompts.tokens[0], expected)
+    np.testing.assert_array_equal(prompts.tokens, expected)
     assert (prompts.cut, prompts.dropped) == (1, 0)

@@ -385,7 +385,7 @@ def test_long_prompts_are_cut_if_asked(experiment):
     )
     tokenizer = build.load_model(Compute()).tokenizer
     prompts = dataclasses.replace(build, long_prompts='cut').load_prompts('train', tokenizer)
-    assert (prompts.cut, prompts.dropped, prompts.tokens.shape) == (3, 0, (3, 5))
+    assert (prompts.cut, prompts.dropped, prompts[:].tokens.shape) == (3, 0, (3, 5))
     with pytest.raises(ValueError, match='No prompt is left'):
         build.load_prompts('train', tokenizer)
     with pytest.raises(ValueError, match="long_prompts is 'shorten'; expected one of"):

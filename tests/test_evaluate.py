@@ -108,7 +108,7 @@ def test_a_problem_that_is_there_twice_counts_once():
     texts, answers = ['a', 'b', 'a', 'c', 'a'], ['1', '2', '1', '3', '4']
     np.testing.assert_array_equal(distinct(texts, answers), [0, 1, 0, 2, 3])
     rewards = np.array([[1, 1], [0, 1], [0, 0], [0, 0], [1, 0]], np.float32)
-    result = Evaluation(rewards, rewards, rewards > 0, [], distinct(texts, answers))
+    result = Evaluation(texts, answers, rewards, rewards, rewards > 0, [])
     np.testing.assert_allclose(success(result), [0.5, 0.5, 0, 0.5])
     summary = summarise(result)
     assert (summary['problems'], summary['prompts']) == (4, 5)
@@ -215,18 +215,18 @@ def echo(params, prompts, keys) -> Rollout:
 def test_responses_meet_their_own_prompt_and_answer(prompts, tokenizer, one_device):
     """Guards the order of prompts, samples and answers, which random responses would not show."""
     result = run(echo, None, prompts, tokenizer, one_device)
-    assert result.responses == [[f'{text}{g}' for g in range(SAMPLES)] for text in prompts.texts]
+    assert result.responses == [[f'{text}{g}' for g in range(SAMPLES)] for text in result.prompts]
     expected = [
         [10.0 * (len(text) + 1) + int(answer)] * SAMPLES
-        for text, answer in zip(prompts.texts, prompts.answers, strict=True)
+        for text, answer in zip(result.prompts, result.answers, strict=True)
     ]
     np.testing.assert_array_equal(result.rewards, expected)
-    assert len(set(prompts.texts)) == PROMPTS and len(set(prompts.answers)) > 1
+    assert len(set(result.prompts)) == PROMPTS and len(set(prompts.answers)) > 1
 
 
-def test_responses_decode_without_special_tokens(tokenizer):
+def test_responses_decode_up_to_the_stop_token(tokenizer):
     """Guards against an end-of-sequence text that the grader takes for part of the answer, against tokens of the
-    prompt or past the response's end, and against spaces between tokens."""
+    prompt or past the response's end, and against special tokens that a response wrote and nobody sees."""
     ids = lambda text: tokenizer(text)['input_ids']
     rows = [ids('1+1=#2' + EOS + '999'), ids('1+1=' + PAD + '7#3' + '99')]
     nothing = np.zeros((2, 1))
@@ -239,4 +239,4 @@ def test_responses_decode_without_special_tokens(tokenizer):
         entropy=nothing,
         support=SparseLogProbs(nothing[..., None], nothing[..., None]),
     )
-    assert decode_responses(rollout, tokenizer) == ['#2', '7#3']
+    assert decode_responses(rollout, tokenizer) == ['#2', PAD + '7#3']

@@ -153,6 +153,25 @@ def test_only_candidates_travel_between_shards():
     assert max(widths) <= 8 * KEPT < VOCAB // 8
 
 
+@pytest.mark.parametrize('mesh', [(1, 1, 1), (1, 1, 8)])
+def test_ids_past_the_tokenizer_have_no_probability(mesh):
+    """Guards embeddings that are padded for speed, whose rows no text has trained: no mass, no gradient, no NaN, also
+    where a shard of the vocabulary has some of them, or nothing else."""
+    size = VOCAB - 100
+    settings = dict(temperature=TEMPERATURE, support_size=KEPT, support_mass=MASS, dtype='float32', chunk=5)
+    tokens, old = SAMPLED % size, jnp.where(OLD >= size, OLD - size, OLD)
+
+    def head(hidden, unembedding, **changes):
+        return tuple(sparse_head(hidden, unembedding, tokens, old, EVERY, **settings | changes))
+
+    expected = with_gradients(head)(HIDDEN, UNEMBEDDING[:size])
+    with jax.set_mesh(make_mesh(*mesh, jax.devices()[: np.prod(mesh)])):
+        masked = functools.partial(head, tokenizer_size=size)
+        gradients, outputs = jax.device_get(with_gradients(masked)(HIDDEN, UNEMBEDDING))
+    assert_same(((gradients[0], gradients[1][:size]), outputs), expected)
+    assert np.all(gradients[1][size:] == 0)
+
+
 def test_without_an_own_support():
     """Guards the cheaper head of the bucket rule: no top-K in the program, the rest as before."""
     outputs = jax.jit(functools.partial(ours, support_size=None))(HIDDEN, UNEMBEDDING)

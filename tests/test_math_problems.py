@@ -12,7 +12,7 @@ from troll_jax.data.tasks.arithmetic import Arithmetic, demonstration
 from troll_jax.data.tasks.gsm8k import GSM8K
 from troll_jax.data.tasks.interface import load_rows, locate
 from troll_jax.data.tasks.math_problems import BENCHMARKS, INSTRUCTION, DAPOMath, EurusMath, MathEval, MathProblems
-from troll_jax.data.tasks.verl import read_verl
+from troll_jax.data.tasks.verl import VERL, read_verl
 from troll_jax.data.tokenizer import character_tokenizer
 
 ASKED = 'Present the answer in LaTeX: \\boxed{your answer}'
@@ -98,7 +98,7 @@ def test_every_task_takes_its_own_reference_for_right(tasks):
             prompts = encode_prompts(rows, tokenizer, max_length=211)
             sizes[name, split] = len(prompts)
             assert prompts.dropped == prompts.cut == 0
-            for row, text, answer in zip(rows, prompts.texts, prompts.answers, strict=True):
+            for row, text, answer in zip(rows, prompts.decode(tokenizer), prompts.answers, strict=True):
                 if name == 'arithmetic':
                     right, wrong = demonstration(row['messages'][-1]['content'], worked=True), '#'
                 else:
@@ -152,9 +152,9 @@ def test_a_system_prompt_takes_the_place_of_the_datas(tasks, system_prompt, syst
 
 def test_code_is_read_by_the_same_reader(tasks):
     source = tasks['eurus'].source
-    rows = load_rows(source, 'test', test_split='validation')
-    prompts, truths = read_verl(rows, lambda row: locate(source, 'test', row), ability='code')
-    assert json.loads(truths[0]) == {'inputs': ['1 2'], 'outputs': ['3']} and prompts[0][1]['role'] == 'user'
+    rows = load_rows(source, 'test', VERL, test_split='validation')
+    ((messages, truth),) = read_verl(rows, lambda row: locate(source, 'test', row), ability='code')
+    assert json.loads(truth) == {'inputs': ['1 2'], 'outputs': ['3']} and messages[1]['role'] == 'user'
 
 
 GOOD = verl_row('math_dapo', 'a?', '7')
@@ -246,9 +246,9 @@ def test_a_folder_of_the_hub_is_asked_for(monkeypatch):
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
     DAPOMath().load('train')
     EurusMath().load('test')
-    load_rows('openai/gsm8k', 'test', config='main')
+    load_rows('openai/gsm8k', 'test', VERL, config='main')
     assert asked == [
-        ('philippbecker/troll_data', None, 'dapo', 'train'),
+        ('philippbecker/troll_data', None, None, 'train'),
         ('PRIME-RL/Eurus-2-RL-Data', None, None, 'validation'),
         ('openai/gsm8k', 'main', None, 'test'),
     ]
@@ -295,5 +295,6 @@ def test_long_prompts_of_a_data_set(tmp_path):
     assert (len(dropped), dropped.dropped, dropped.cut) == (2, 1, 0)
     cut = encode_prompts(rows, tokenizer, max_length=79, long_prompts='cut')
     assert (len(cut), cut.dropped, cut.cut) == (3, 0, 1)
-    assert cut.texts[1].startswith('Think first.') and cut.texts[1].endswith(f'So b?\n\n{ASKED}')
+    shorter = cut.decode(tokenizer)[1]
+    assert shorter.startswith('Think first.') and shorter.endswith(f'So b?\n\n{ASKED}')
     np.testing.assert_array_equal(cut.lengths, [len('Think first.') + len(f'a?\n\n{ASKED}'), 79, cut.lengths[0]])

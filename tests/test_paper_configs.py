@@ -138,12 +138,13 @@ def test_it_trains_up_to_the_weights(files, tmp_path, monkeypatch):
     _, (experiment, *others) = read(files, tmp_path)
     task = dataclasses.replace(experiment.task, deadline=None)  # no grading workers
     n = 2048
-    tokens = np.zeros((n, experiment.max_prompt_length), np.int32)
-    prompts = PromptSet(tokens, np.ones(n, np.int32), answers=[''] * n, texts=[''] * n)
+    prompts = PromptSet(np.zeros(n, np.int32), np.ones(n, np.int32), [''] * n, experiment.max_prompt_length)
     monkeypatch.setattr(type(task), 'load', lambda self, split: split)
     monkeypatch.setattr(troll_jax.experiment, 'distinct_rows', lambda rows, **_: rows)
     monkeypatch.setattr(troll_jax.experiment, 'encode_prompts', lambda *_, **__: prompts)
-    monkeypatch.setattr(troll_jax.experiment, 'load_tokenizer', lambda *_, **__: character_tokenizer('a'))
+    monkeypatch.setattr(
+        troll_jax.experiment, 'load_tokenizer', lambda *_, **__: character_tokenizer(''.join(map(chr, range(300))))
+    )
     monkeypatch.setattr(troll_jax.experiment, 'stop_token_ids', lambda *_: (0,))
     monkeypatch.setattr(experiments.plumbing.run, 'restore_or_init', stop)
     with pytest.raises(ReachedWeights):

@@ -45,17 +45,19 @@ def dataset(*contents):
 def test_golden_ids(tokenizer):
     """Guards against a second BOS, a missing generation prompt, and padding counted into lengths when pad is EOS."""
     prompts = encode_prompts(dataset('one', 'two three'), tokenizer, max_length=7)
-    np.testing.assert_array_equal(prompts.tokens, [[1, 3, 6, 4, 2, 2, 2], [1, 3, 7, 8, 4, 2, 2]])
-    np.testing.assert_array_equal(prompts.lengths, [4, 5])
-    assert prompts.tokens.dtype == prompts.lengths.dtype == np.int32
+    tokens, lengths = prompts[:]
+    np.testing.assert_array_equal(tokens, [[1, 3, 6, 4, 0, 0, 0], [1, 3, 7, 8, 4, 0, 0]])
+    np.testing.assert_array_equal(lengths, [4, 5])
+    np.testing.assert_array_equal(prompts[np.array([1, 0, 1])].tokens, tokens[[1, 0, 1]])
+    assert tokens.dtype == lengths.dtype == np.int32
     assert prompts.answers == ['answer 0', 'answer 1'] and len(prompts) == 2
-    assert prompts.texts == ['<s> <user> one <assistant>', '<s> <user> two three <assistant>']
+    assert prompts.decode(tokenizer) == ['<s> <user> one <assistant>', '<s> <user> two three <assistant>']
 
 
 def test_template_arguments_reach_the_template(tokenizer):
     """Guards against `enable_thinking` and the like that are misspelt and change nothing."""
     prompts = encode_prompts(dataset('one'), tokenizer, max_length=5, template_arguments={'thinking': True})
-    np.testing.assert_array_equal(prompts.tokens, [[1, 3, 6, 4, 5]])
+    np.testing.assert_array_equal(prompts.tokens, [1, 3, 6, 4, 5])
     with pytest.raises(ValueError, match=r"does not mention \['enable_thinking'\]"):
         encode_prompts(dataset('one'), tokenizer, max_length=5, template_arguments={'enable_thinking': True})
 
@@ -64,7 +66,7 @@ def test_long_prompts_are_dropped_with_one_warning(tokenizer, caplog):
     """Guards against prompts cut in the middle, dropped in silence, or paired with their neighbour's answer."""
     rows = dataset('one two', 'one', 'one two three', 'two')
     prompts = encode_prompts(rows, tokenizer, max_length=4)
-    np.testing.assert_array_equal(prompts.tokens, [[1, 3, 6, 4], [1, 3, 7, 4]])
+    np.testing.assert_array_equal(prompts.tokens, [1, 3, 6, 4, 1, 3, 7, 4])
     assert prompts.answers == ['answer 1', 'answer 3']
     (record,) = caplog.records
     assert record.message.startswith('2 of 4 prompts are longer than max_length = 4 tokens; the longest has 6')
@@ -95,7 +97,7 @@ def test_an_empty_prompt_is_an_error():
 
 def test_arithmetic_prompts_are_twelve_characters():
     prompts = encode_prompts(Arithmetic(train_size=13).load('train'), character_tokenizer(CHARACTERS), max_length=12)
-    assert prompts.tokens.shape == (13, 12)
+    assert prompts[:].tokens.shape == (13, 12)
     np.testing.assert_array_equal(prompts.lengths, np.full(13, 12))
 
 
@@ -156,5 +158,6 @@ def test_an_experiment_holds_out_a_part_of_train():
     """Guards data without a test split, which could not be trained on with validation."""
     task = Arithmetic(operands=2, train_size=31, test_size=7)
     experiment = Experiment(model='none', task=task, max_prompt_length=4, max_response_length=3, held_out=5)
-    train, test = (experiment.load_prompts(split, character_tokenizer(CHARACTERS)) for split in ('train', 'test'))
-    assert len(train) == 26 and len(test) == 5 and not set(train.texts) & set(test.texts)
+    tokenizer = character_tokenizer(CHARACTERS)
+    train, test = (experiment.load_prompts(split, tokenizer).decode(tokenizer) for split in ('train', 'test'))
+    assert len(train) == 26 and len(test) == 5 and not set(train) & set(test)

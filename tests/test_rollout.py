@@ -65,6 +65,31 @@ def test_record_equals_the_forward_pass_of_training(temperature):
             np.testing.assert_allclose(np.sort(values[real])[::-1][: real.sum() - 1], most_probable, atol=1e-4)
 
 
+@pytest.mark.parametrize('settings', [{}, {'temperature': 0.0}, {'top_p': 0.999}])
+def test_ids_past_the_tokenizer_are_never_drawn(settings):
+    """Guards ids of padded embeddings, which decode to nothing and which a random model draws as often as others."""
+    size = 20
+    run = make_sampler(
+        dataclasses.replace(CONFIG, tokenizer_size=size),
+        samples_per_prompt=GROUP,
+        max_response_length=RESPONSE,
+        stop_tokens=(NEVER,),
+        support_size=KEPT,
+        support_mass=MASS,
+        **{'temperature': 1.0, **settings},
+    )
+    result = jax.tree.map(np.asarray, run(policy_params(), some_prompts(), keys_of()))
+    tokens = np.concatenate(responses(result))
+    assert tokens.max() == size - 1 and result.support.tokens.max() == size - 1
+    assert np.concatenate(responses(rollout(settings.get('temperature', 1.0)))).max() >= size
+    if not settings:
+        whole = np.asarray(forward()(result.tokens))
+        for row, t in np.ndindex(result.log_probs.shape):
+            at = whole[row, result.prompt_lengths[row] + t - 1]
+            expected = at[result.tokens[row, result.prompt_lengths[row] + t]] - np.log(np.sum(np.exp(at[:size])))
+            np.testing.assert_allclose(result.log_probs[row, t], expected, atol=1e-4)
+
+
 def test_update_finds_the_policy_unchanged():
     """Guards the whole way from sampler to update: divergence and log-ratio of a policy from itself."""
     result = rollout()

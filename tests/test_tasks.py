@@ -68,7 +68,7 @@ def test_gsm8k_reads_a_url(folder):
     write(folder / 'my_train.jsonl', ROWS[:1])
     assert len(GSM8K(source=f'file://{folder}/my_{{split}}.jsonl').load('train')) == 1
     for url in (f'file://{folder}', f'file://{folder}/my_train.jsonl', 'gs://bucket/{split}.csv'):
-        with pytest.raises(ValueError, match='must have {split} in it'):
+        with pytest.raises(ValueError, match='must have {split} in it|must end in .parquet'):
             GSM8K(source=url).load('train')
 
 
@@ -127,11 +127,20 @@ def test_gsm8k_says_which_files_are_missing(folder):
         GSM8K(source=str(folder)).load('train')
 
 
+@pytest.mark.parametrize('ending', ['parquet', 'jsonl'])
+def test_columns_that_are_not_used_are_not_read(folder, ending):
+    """Guards files that agree in what is used and differ in the rest, as those of published collections do."""
+    write(folder / f'train-1.{ending}', [{**row, 'extra': 1} for row in ROWS])
+    write(folder / f'train-2.{ending}', [{**row, 'extra': {'index': 'a'}} for row in ROWS])
+    assert len(GSM8K(source=str(folder)).load('train')) == 2 * len(ROWS)
+
+
 def test_gsm8k_one_file_for_both_splits_is_an_error(folder):
-    """Guards against evaluating on the training set."""
+    """Guards against evaluating on the training set; a benchmark is one file, which is not trained on."""
     write(folder / 'all.jsonl', ROWS)
     with pytest.raises(ValueError, match='same files for training and testing'):
-        GSM8K(source=str(folder / 'all.jsonl')).load('test')
+        GSM8K(source=str(folder / 'all.jsonl')).load('train')
+    assert len(GSM8K(source=str(folder / 'all.jsonl')).load('test')) == len(ROWS)
 
 
 def test_gsm8k_an_unreachable_hub_is_explained():

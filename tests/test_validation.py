@@ -33,7 +33,7 @@ class OddLength(MathProblems):
     """Rewards what random weights do half of the time."""
 
     def grade(self, response: str, answer: str) -> float:
-        return float(len(response) % 2)
+        return float(sum(map(ord, response)) % 2)
 
 
 @pytest.fixture(scope='module')
@@ -184,11 +184,11 @@ def test_what_cannot_be_evaluated_is_said(source, settings, message, tmp_path, m
 def test_a_set_is_written_when_it_is_done(run_dir, monkeypatch, tmp_path):
     """Guards hours of work on the first sets that are lost with what goes wrong in a later one."""
 
-    def one_set(sampler, params, prompts, grader, *_, **__):
+    def one_set(sampler, params, prompts, grader, tokenizer, *_, **__):
         if len(prompts) == PROBLEMS:
             raise RuntimeError('the service is down')
         ones = np.ones((len(prompts), 1), np.float32)
-        return Evaluation(ones, ones, ones, [['#']] * len(prompts), np.arange(len(prompts)))
+        return Evaluation(prompts.decode(tokenizer), prompts.answers, ones, ones, ones, [['#']] * len(prompts))
 
     monkeypatch.setattr(validation, 'evaluate', one_set)
     with pytest.raises(RuntimeError, match='the service is down'):
@@ -199,9 +199,9 @@ def test_a_set_is_written_when_it_is_done(run_dir, monkeypatch, tmp_path):
 def test_the_log_and_the_files_count_the_same_as_success(run_dir, monkeypatch, tmp_path, capsys):
     """Guards rewards that are shares, of which a mean in the log was called success and files said otherwise."""
 
-    def one_set(sampler, params, prompts, grader, *_, **__):
+    def one_set(sampler, params, prompts, grader, tokenizer, *_, **__):
         rewards = np.tile(np.float32([1.0, 0.5]), len(prompts))[: len(prompts), None]
-        return Evaluation(rewards, rewards, rewards, [['#']] * len(prompts), np.arange(len(prompts)))
+        return Evaluation(prompts.decode(tokenizer), prompts.answers, rewards, rewards, rewards, [['#']] * len(prompts))
 
     monkeypatch.setattr(validation, 'evaluate', one_set)
     evaluate(monkeypatch, run_dir, f"evaluation.folder = '{tmp_path}'")

@@ -19,7 +19,7 @@ from troll_jax.rewards.terms import Responses, RewardTerm, task_reward, weigh
 from troll_jax.rollout import Sampler
 from troll_jax.settings import Sampling
 from troll_jax.sharding import RULES, fetch, place
-from troll_jax.types import Prompts, Rollout
+from troll_jax.types import Rollout
 
 _logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def sample_responses(
     shards = math.prod(mesh.shape[axis] for axis in RULES['batch'])
     places = np.arange(len(indices) + -len(indices) % shards)
     rows = indices[places % len(indices)]
-    on_device, places = place((Prompts(prompts.tokens[rows], prompts.lengths[rows]), places), mesh, ('batch',))
+    on_device, places = place((prompts[rows], places), mesh, ('batch',))
     with jax.set_mesh(mesh):
         rollout = fetch(sampler(params, on_device, _fold_in_each(key, places)))
     count = len(indices) * (len(rollout.response_lengths) // len(places))
@@ -91,10 +91,10 @@ def grade(grader: Grader, responses: Sequence[str], answers: Sequence[str]) -> G
 
 
 def decode_responses(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each response [R] of a rollout in numpy, without special tokens."""
-    tokens, starts, lengths = rollout.tokens, rollout.prompt_lengths, rollout.response_lengths
-    rows = [row[start : start + length] for row, start, length in zip(tokens, starts, lengths, strict=True)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+    """The text of each response [R] of a rollout in numpy, up to the stop token, with its other special tokens."""
+    starts, ends = rollout.prompt_lengths, rollout.prompt_lengths + rollout.response_lengths - rollout.stopped
+    rows = [row[start:end] for row, start, end in zip(rollout.tokens, starts, ends, strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=False)
 
 
 def make_collector(

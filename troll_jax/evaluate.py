@@ -19,11 +19,17 @@ from troll_jax.rollout import Sampler
 class Evaluation(NamedTuple):
     """Graded responses, n prompts with G samples each."""
 
+    prompts: list[str]  # n, as the model reads them
+    answers: list[str]  # n
     rewards: np.ndarray  # [n, G] float32
     lengths: np.ndarray  # [n, G] int32, tokens
     stopped: np.ndarray  # [n, G] bool: ended by itself
     responses: list[list[str]]  # n lists of G
-    problems: np.ndarray  # [n] int, the distinct problem of each prompt, see `distinct`
+
+    @property
+    def problems(self) -> np.ndarray:
+        """[n] int, the distinct problem of each prompt, see `distinct`."""
+        return distinct(self.prompts, self.answers)
 
 
 class Estimate(NamedTuple):
@@ -52,11 +58,12 @@ def evaluate(
     grades = grade(grader, responses, [answer for answer in prompts.answers for _ in range(samples)])
     by_prompt = lambda x: x.reshape(count, samples)
     return Evaluation(
+        prompts=prompts.decode(tokenizer),
+        answers=prompts.answers,
         rewards=by_prompt(grades.rewards),
         lengths=by_prompt(rollout.response_lengths),
         stopped=by_prompt(rollout.stopped),
         responses=[responses[i : i + samples] for i in range(0, len(responses), samples)],
-        problems=distinct(prompts.texts, prompts.answers),
     )
 
 

@@ -127,11 +127,14 @@ class Experiment:
         """
         tokenizer = load_tokenizer(self.model, chat_template_from=self.chat_template_from)
         config = self.decoder_config(compute)
-        if config.vocab_size < len(tokenizer):
+        size = max(tokenizer.get_vocab().values()) + 1
+        if config.vocab_size < size:
             raise ValueError(
-                f'the tokenizer of {self.model!r} has {len(tokenizer)} tokens, its model {config.vocab_size}; expected '
-                'at least as many in the model. Use the tokenizer that belongs to it, or resize the embeddings.'
+                f'the tokenizer of {self.model!r} has {size} tokens, its model {config.vocab_size}; expected at least '
+                'as many in the model. Use the tokenizer that belongs to it, or resize the embeddings.'
             )
+        if config.vocab_size > size:  # embeddings are padded, for speed
+            config = dataclasses.replace(config, tokenizer_size=size)
         return Model(tokenizer, config, stop_token_ids(tokenizer, self.model), self.max_response_length)
 
     def decoder_config(self, compute: Compute) -> DecoderConfig:

@@ -133,10 +133,11 @@ def make_sampler(
             'samples_per_prompt and max_response_length must be at least 1; got '
             f'{samples_per_prompt} and {max_response_length}'
         )
-    if not 1 <= support_size <= config.vocab_size:
+    vocab_size = config.tokenizer_size or config.vocab_size
+    if not 1 <= support_size <= vocab_size:
         raise ValueError(
-            f'support_size (kept tokens per position) must be between 1 and the vocabulary size {config.vocab_size}; '
-            f'got {support_size}'
+            f'support_size (kept tokens per position) must be between 1 and the vocabulary size {vocab_size}; got '
+            f'{support_size}'
         )
     if not 0 < support_mass <= 1:
         raise ValueError(f'support_mass is the probability to keep, in (0, 1]; got {support_mass}')
@@ -144,10 +145,8 @@ def make_sampler(
         raise ValueError(f'slots (responses decoded at a time) must be at least 1, or None for all; got {slots}')
     if prefill_chunk < 1:
         raise ValueError(f'prefill_chunk must be at least 1 token; got {prefill_chunk}')
-    if top_k is not None and not 1 <= top_k <= config.vocab_size:
-        raise ValueError(
-            f'top_k must be between 1 and the vocabulary size {config.vocab_size}, or None for all; got {top_k}'
-        )
+    if top_k is not None and not 1 <= top_k <= vocab_size:
+        raise ValueError(f'top_k must be between 1 and the vocabulary size {vocab_size}, or None for all; got {top_k}')
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f'top_p must be in (0, 1], or None for all; got {top_p}')
     graphdef, _ = decoders.abstract(config)
@@ -160,7 +159,14 @@ def make_sampler(
         Args:
           hidden: [N, D], unembedding: [V', D], uniforms: [N, 2].
         """
-        scores = logits(hidden, unembedding, temperature=temperature or 1.0, dtype=config.compute_dtype)
+        scores = logits(
+            hidden,
+            unembedding,
+            temperature=temperature or 1.0,
+            dtype=config.compute_dtype,
+            tokenizer_size=config.tokenizer_size,
+            first=jax.lax.axis_index(RULES['vocab']) * unembedding.shape[0],
+        )
         axis_name = None if truncated else RULES['vocab']
         if truncated:
             scores = jax.lax.all_gather(scores, RULES['vocab'], axis=1, tiled=True)
@@ -179,7 +185,7 @@ def make_sampler(
 
         record = jax.vmap(one_row)(scores, uniforms)
         # A policy of NaN draws anything: still a token of the vocabulary, and not of the padding of its last block.
-        return record._replace(tokens=jnp.minimum(record.tokens, config.vocab_size - 1))
+        return record._replace(tokens=jnp.minimum(record.tokens, vocab_size - 1))
 
     @jax.jit
     def begin(params: dict, prompts: Prompts, keys: jax.Array, limits: jax.Array | None):

@@ -152,6 +152,7 @@ def run_head(decoder, part: Batch, scoring: Scoring, *, own_support: bool) -> He
         support_mass=scoring.support_mass,
         chunk=scoring.head_chunk,
         dtype=decoder.config.compute_dtype,
+        tokenizer_size=decoder.config.tokenizer_size,
     )
     head = jax.tree.map(lambda x: x.reshape(rows, length, *x.shape[1:]), head)
     on_old_support = one_hot_where_masked(mask, SparseLogProbs(part.old.tokens, head.on_old_support)).log_probs

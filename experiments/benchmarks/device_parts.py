@@ -346,8 +346,11 @@ def step(bench: Bench) -> None:
 
     def measure(prompts: int) -> None:
         responses = prompts * sizes.samples
-        rows = random_prompts(4 * prompts, *sizes.prompt, sizes.prompt_room, config.vocab_size)
-        data = PromptSet(*map(np.asarray, rows), ['1'] * 4 * prompts, [''] * 4 * prompts)
+        tokens, lengths = map(
+            np.asarray, random_prompts(4 * prompts, *sizes.prompt, sizes.prompt_room, config.vocab_size)
+        )
+        is_token = np.arange(sizes.prompt_room) < lengths[:, None]
+        data = PromptSet(tokens[is_token], lengths, ['1'] * 4 * prompts, sizes.prompt_room)
         sampling = Sampling(
             prompts_per_step=prompts, samples_per_prompt=sizes.samples, support_size=KEPT, support_mass=MASS
         )

@@ -222,12 +222,7 @@ def describe_setup(settings: Sequence[Any], tokenizer, splits: dict[str, PromptS
     return {
         'bindings': to_bindings(*settings),
         'tokenizer': {'tokenizer': fingerprint(sorted(tokenizer.get_vocab().items()), special)},
-        'data': {
-            f'{name} data': fingerprint(
-                [row[:length].tolist() for row, length in zip(data.tokens, data.lengths, strict=True)], data.answers
-            )
-            for name, data in splits.items()
-        },
+        'data': {f'{name} data': fingerprint(data.tokens, data.lengths, data.answers) for name, data in splits.items()},
         'versions': {name: importlib.metadata.version(name) for name in PACKAGES}
         | {'troll_jax': _commit()}
         | {f'code of {name}': fingerprint(source) for name, source in own_code(*settings).items()},
@@ -235,8 +230,15 @@ def describe_setup(settings: Sequence[Any], tokenizer, splits: dict[str, PromptS
 
 
 def fingerprint(*values: Any) -> str:
-    """A hash of values that can be written as JSON: the same on any machine and in any version of Python."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """A hash of arrays and of values that can be written as JSON: the same on any machine and in any Python."""
+
+    def other(value: Any) -> str:
+        if isinstance(value, np.ndarray):
+            little_endian = value.astype(value.dtype.newbyteorder('<'), copy=False)
+            return hashlib.sha256(np.ascontiguousarray(little_endian)).hexdigest()
+        return str(value)
+
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=other).encode()).hexdigest()[:16]
 
 
 def _commit() -> str | None:

@@ -4,7 +4,6 @@ import logging
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
-from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +41,7 @@ def make_validation(
 
     Returns:
       A function of parameters and a random key, and if one runs already the grader of the experiment's own task, to an
-      `Evaluation` with its `PromptSet` for each name of a set. `done` is called with these three after every set.
+      `Evaluation` for each name of a set. `done` is called with both after every set.
     """
     if samples_per_prompt is not None and samples_per_prompt < 1:
         raise ValueError(f'samples_per_prompt must be at least 1; got {samples_per_prompt}')
@@ -60,20 +59,20 @@ def make_validation(
             with nullcontext(own_grader) if is_own else compute.grader(task) as grader:
                 grader.start()
                 sampler = sampler_of(samples)
-                results[name] = evaluate(sampler, params, prompts, grader, tokenizer, key, mesh=compute.mesh), prompts
-            logger.info('%s: %.4f', name, success(results[name][0]).mean())
+                results[name] = evaluate(sampler, params, prompts, grader, tokenizer, key, mesh=compute.mesh)
+            logger.info('%s: %.4f', name, success(results[name]).mean())
             if done is not None:
-                done(name, *results[name])
+                done(name, results[name])
         return results
 
     return validate
 
 
-def metrics_of(results: dict[str, tuple[Evaluation, Any]]) -> dict[str, float]:
+def metrics_of(results: dict[str, Evaluation]) -> dict[str, float]:
     """Metrics: the mean over the sets, in which every set counts alike, and of several sets each of them."""
     of_sets = {
         name: {'success': float(success(result).mean()), 'response_length': float(result.lengths.mean())}
-        for name, (result, _) in results.items()
+        for name, result in results.items()
     }
     means = {
         f'eval/{key}': float(np.mean([row[key] for row in of_sets.values()])) for key in next(iter(of_sets.values()))

@@ -5,39 +5,66 @@ from __future__ import annotations
 import datetime
 import logging
 import re
-from collections.abc import Callable, Mapping
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import chain, compress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from troll_jax.data.tasks.interface import ROWS_AT_A_TIME
+from troll_jax.types import Prompts
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+    Messages = Sequence[Mapping[str, str]]
 
 _logger = logging.getLogger(__name__)
 
 LONG_PROMPTS = ('drop', 'cut')
 
 # Today's date for templates (Llama 3.2, SmolLM3), or a run that resumes tomorrow would see other prompts. It is the
-# one that Llama's template writes where it cannot ask.
-_DATE = datetime.date(2024, 7, 26)
-_TODAY = re.compile(r'strftime_now\(\s*(?P<quote>["\'])(?P<format>.*?)(?P=quote)\s*\)')
+# one that Llama's template writes where it cannot ask. A macro, because templates may call nothing else of ours.
+_DATE = datetime.datetime(2024, 7, 26)
+_FIXED_DATE = (
+    '{%- macro strftime_now(format) -%}{{ format'
+    + ''.join(f" | replace('%{code}', '{_DATE.strftime(f'%{code}')}')" for code in ('-d', '-m', *'aAbBdHIjmMpSuUwWyYZ'))
+    + ' }}{%- endmacro -%}'
+)
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Tokenized prompts with their reference answers, padded on the right."""
+    """Tokenized prompts with their reference answers. `prompts[rows]` are some of them, padded."""
 
-    tokens: np.ndarray  # [n, P] int32
+    tokens: np.ndarray  # [tokens of all prompts] int32, one prompt behind the other
     lengths: np.ndarray  # [n] int32, between 1 and P
     answers: list[str]  # n
-    texts: list[str]  # n, the prompts as the chat template rendered them
+    max_length: int  # P
     dropped: int = 0  # prompts that were too long and left out
     cut: int = 0  # prompts that were too long and shortened
 
     def __len__(self) -> int:
         return len(self.answers)
+
+    def __getitem__(self, rows: np.ndarray | slice) -> Prompts:
+        """Prompts in numpy, with zeros on the right."""
+        positions, lengths = np.arange(self.max_length), self.lengths[rows]
+        is_token = positions < lengths[:, None]
+        places = np.where(is_token, self._starts[rows, None] + positions, 0)
+        return Prompts(np.where(is_token, self.tokens[places], 0), lengths)
+
+    def decode(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        """The text of every prompt as the model reads it, with special tokens."""
+        return tokenizer.batch_decode(np.split(self.tokens, self._starts[1:]), skip_special_tokens=False)
+
+    @cached_property
+    def _starts(self) -> np.ndarray:
+        return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
 
 
 def distinct_rows(rows: Dataset, *, repeated: bool) -> Dataset:
@@ -46,7 +73,8 @@ def distinct_rows(rows: Dataset, *, repeated: bool) -> Dataset:
     Data sets are published with every problem up to a hundred times; in training a batch should not hold one twice.
     """
     seen, first = set(), []
-    for i, problem in enumerate(zip(rows['messages'], rows['answer'], strict=True)):
+    problems = chain.from_iterable(zip(x['messages'], x['answer'], strict=True) for x in rows.iter(ROWS_AT_A_TIME))
+    for i, problem in enumerate(problems):
         key = hash(repr(problem))
         if key not in seen:
             first.append(i)
@@ -76,8 +104,9 @@ def encode_prompts(
 ) -> PromptSet:
     """Renders every row's messages with the chat template, ready for the response to begin, and tokenizes them.
 
-    The template alone decides on special tokens: the tokenizer adds none, so there is one BOS at most. Templates that
-    ask for today's date are told the same one on every day.
+    The template alone decides on special tokens. The tokenizer adds none, so there is one BOS at most, and what looks
+    like one in a message is text, so no problem can end the user's turn. Templates that ask for today's date are told
+    the same one on every day.
 
     Prompts longer than `max_length` are dropped or cut, with one warning for all of them. The beginning of the last
     user's words is cut off: a template's end must remain, or the model would not know that it is to answer, and a
@@ -103,64 +132,79 @@ def encode_prompts(
     if long_prompts not in LONG_PROMPTS:
         raise ValueError(f'long_prompts is {long_prompts!r}; expected one of {LONG_PROMPTS}.')
 
-    def render(conversations):
+    render = _renderer(tokenizer, template_arguments)
+    bos = tokenizer.bos_token_id
+    tokens, lengths, answers = array('i'), [], []
+    too_long = longest = cut = 0
+    for start in range(0, len(dataset), ROWS_AT_A_TIME):
+        batch = dataset[start : start + ROWS_AT_A_TIME]
+        for i, (text, ids) in enumerate(render(batch['messages'])):
+            row, messages = start + i, batch['messages'][i]
+            if not ids:
+                raise ValueError(f'The prompt of row {row} has no tokens: {messages!r}. Drop that row.')
+            if bos is not None and ids[:2] == [bos, bos]:
+                raise ValueError(
+                    f'The prompt of row {row} begins with two BOS tokens: {text[:80]!r}; expected one. The chat '
+                    'template and the message both write it; take it out of one.'
+                )
+            longest = max(longest, len(ids))
+            if len(ids) > max_length:
+                too_long += 1
+                shorter = _cut(messages, render, max_length) if long_prompts == 'cut' else None
+                if shorter is None:
+                    continue
+                ids = shorter
+                cut += 1
+            tokens.extend(ids)
+            lengths.append(len(ids))
+            answers.append(batch['answer'][i])
+    if too_long:
+        summary = (
+            f'{too_long} of {len(dataset)} prompts are longer than max_length = {max_length} tokens; the longest has '
+            f'{longest}'
+        )
+        if not lengths:
+            raise ValueError(f'{summary}. No prompt is left; raise max_length.')
+        _logger.warning('%s. %d of them are dropped, %d are cut.', summary, too_long - cut, cut)
+    tokens, lengths = np.frombuffer(tokens, np.int32), np.array(lengths, np.int32)
+    return PromptSet(tokens, lengths, answers, max_length, too_long - cut, cut)
+
+
+def _renderer(
+    tokenizer: PreTrainedTokenizerBase, template_arguments: Mapping[str, Any]
+) -> Callable[[Sequence[Messages]], list[tuple[str, list[int]]]]:
+    """A function of conversations that gives the text and the tokens of each, ready for the response to begin."""
+    apply = partial(
+        tokenizer.apply_chat_template,
+        chat_template=_FIXED_DATE + tokenizer.get_chat_template(),
+        add_generation_prompt=True,
+        return_dict=False,
+        **template_arguments,
+    )
+    control = re.compile('|'.join(map(re.escape, tokenizer.added_tokens_encoder)) or '(?!)')  # which is nowhere
+
+    def render(conversations: Sequence[Messages]) -> list[tuple[str, list[int]]]:
+        # Slower, and so for those alone that need it.
+        quoting = [any(control.search(m['content']) for m in messages) for messages in conversations]
         try:
-            template = _TODAY.sub(lambda call: repr(_DATE.strftime(call['format'])), tokenizer.get_chat_template())
-            texts = tokenizer.apply_chat_template(
-                conversations, chat_template=template, tokenize=False, add_generation_prompt=True, **template_arguments
+            texts = apply(conversations, tokenize=False)
+            quoted = iter(
+                apply(list(compress(conversations, quoting)), sanitize_control_tokens=True) if any(quoting) else ()
             )
         except Exception as error:  # whatever a template does
             raise ValueError(
                 f'The chat template fails on the prompts ({type(error).__name__}: {error}). Correct it, or set '
                 'chat_template_from to a model whose template fits.'
             ) from error
-        return texts, _tokenize(texts, tokenizer)
+        plain = iter(_tokenize([text for text, quotes in zip(texts, quoting, strict=True) if not quotes], tokenizer))
+        return [(text, next(quoted if quotes else plain)) for text, quotes in zip(texts, quoting, strict=True)]
 
-    texts, encoded = render(list(dataset['messages']))
-    lengths = np.array([len(ids) for ids in encoded], np.int32)
-    bos = tokenizer.bos_token_id
-    for row, ids in enumerate(encoded):
-        if not ids:
-            raise ValueError(f'The prompt of row {row} has no tokens: {dataset[row]["messages"]!r}. Drop that row.')
-        if bos is not None and ids[:2] == [bos, bos]:
-            raise ValueError(
-                f'The prompt of row {row} begins with two BOS tokens: {texts[row][:80]!r}; expected one. The chat '
-                'template and the message both write it; take it out of one.'
-            )
-
-    too_long = np.flatnonzero(lengths > max_length)
-    if len(too_long):
-        summary = (
-            f'{len(too_long)} of {len(encoded)} prompts are longer than max_length = {max_length} tokens; the longest '
-            f'has {lengths.max()}'
-        )
-        if long_prompts == 'cut':
-            for row in too_long:
-                if (shorter := _cut(dataset[int(row)]['messages'], render, max_length)) is not None:
-                    texts[row], encoded[row] = shorter
-                    lengths[row] = len(encoded[row])
-    kept = np.flatnonzero(lengths <= max_length)
-    dropped = len(encoded) - len(kept)
-    cut = len(too_long) - dropped
-    if len(kept) == 0:
-        raise ValueError(f'{summary}. No prompt is left; raise max_length.')
-    if len(too_long):
-        _logger.warning('%s. %d of them are dropped, %d are cut.', summary, dropped, cut)
-    tokens = np.full((len(kept), max_length), tokenizer.pad_token_id, np.int32)
-    for i, row in enumerate(kept):
-        tokens[i, : lengths[row]] = encoded[row]
-    answers = list(dataset['answer'])
-    return PromptSet(
-        tokens=tokens,
-        lengths=lengths[kept],
-        answers=[answers[row] for row in kept],
-        texts=[texts[row] for row in kept],
-        dropped=dropped,
-        cut=cut,
-    )
+    return render
 
 
 def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    if not texts:
+        return []
     try:
         return tokenizer(texts, add_special_tokens=False)['input_ids']
     except Exception as error:  # of many kinds, such as a character that the vocabulary cannot spell
@@ -173,8 +217,8 @@ def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list
         ) from error
 
 
-def _cut(messages: list[dict[str, str]], render: Callable, max_length: int) -> tuple[str, list[int]] | None:
-    """Text and tokens of a prompt with as much of the end of the last user's words as fits; None if nothing does."""
+def _cut(messages: Messages, render: Callable, max_length: int) -> list[int] | None:
+    """Tokens of a prompt with as much of the end of the last user's words as fits; None if nothing does."""
     turn = max((i for i, message in enumerate(messages) if message['role'] == 'user'), default=None)
     if turn is None:
         return None
@@ -184,9 +228,9 @@ def _cut(messages: list[dict[str, str]], render: Callable, max_length: int) -> t
     while fits - too_early > 1:
         start = (too_early + fits) // 2
         conversation = [*messages[:turn], {**messages[turn], 'content': words[start:]}, *messages[turn + 1 :]]
-        (text,), (tokens,) = render([conversation])
-        if len(tokens) <= max_length:
-            fits, best = start, (text, tokens)
+        ((_, ids),) = render([conversation])
+        if len(ids) <= max_length:
+            fits, best = start, ids
         else:
             too_early = start
     return best

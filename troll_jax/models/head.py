@@ -22,6 +22,7 @@ from troll_jax.sharding import RULES, shard_map
 from troll_jax.types import SparseLogProbs
 
 _BATCH, _VOCAB, _EMBED = RULES['batch'], RULES['vocab'], RULES['embed']
+_NOTHING = -1e30  # a logit
 
 
 class HeadOutput(NamedTuple):
@@ -34,6 +35,7 @@ class HeadOutput(NamedTuple):
 
 
 class _Settings(NamedTuple):
+    tokenizer_size: int | None
     temperature: float
     support_size: int | None
     support_mass: float
@@ -41,13 +43,34 @@ class _Settings(NamedTuple):
     dtype: str
 
 
-def logits(hidden: jax.Array, unembedding: jax.Array, *, temperature: float, dtype) -> jax.Array:
-    """[..., V] float32 logits of hidden states [..., D] at a temperature. The product is taken in `dtype`."""
+def logits(
+    hidden: jax.Array,
+    unembedding: jax.Array,
+    *,
+    temperature: float,
+    dtype,
+    tokenizer_size: int | None = None,
+    first: jax.Array | int = 0,
+) -> jax.Array:
+    """[..., V'] float32 logits of hidden states [..., D] at a temperature. The product is taken in `dtype`.
+
+    Args:
+      hidden: [..., D]
+      unembedding: [V', D] of the tokens from `first` on.
+      temperature: sampling temperature.
+      dtype: dtype of the matrix product.
+      tokenizer_size: ids from here on belong to no token; they get no probability and no gradient. None: all do.
+      first: the first token of this part of the vocabulary.
+    """
     with exact_products(dtype):
         product = jnp.einsum(
             '...d,vd->...v', hidden.astype(dtype), unembedding.astype(dtype), preferred_element_type=jnp.float32
         )
-    return product / temperature
+    scores = product / temperature
+    if tokenizer_size is None:
+        return scores
+    # Not −inf: probabilities are multiplied by their logarithms, and 0 · −inf is NaN.
+    return jnp.where(first + jnp.arange(unembedding.shape[0]) < tokenizer_size, scores, _NOTHING)
 
 
 def sparse_head(
@@ -62,6 +85,7 @@ def sparse_head(
     support_mass: float,
     chunk: int,
     dtype,
+    tokenizer_size: int | None = None,
 ) -> HeadOutput:
     """Log-probabilities of N tokens, and of those that the current policy and the old one list.
 
@@ -76,11 +100,12 @@ def sparse_head(
         that the old one was made with. None: the current policy's own support is not needed.
       chunk: tokens whose logits are in memory at a time, on each device that holds tokens.
       dtype: dtype of the matrix product.
+      tokenizer_size: ids from here on belong to no token, see `logits`.
 
     Returns:
       HeadOutput, differentiable in `hidden` and `unembedding`.
     """
-    settings = _Settings(temperature, support_size, support_mass, chunk, str(jnp.dtype(dtype)))
+    settings = _Settings(tokenizer_size, temperature, support_size, support_mass, chunk, str(jnp.dtype(dtype)))
     with jax.named_scope('head'):
         return _head(settings, hidden, unembedding, tokens, old_tokens, mask)
 
@@ -130,7 +155,7 @@ def _forward(settings: _Settings, hidden, unembedding, tokens, old_tokens, mask)
 
     def one_chunk(inputs):
         hidden, tokens, old_tokens = inputs
-        scores = logits(hidden, part, temperature=settings.temperature, dtype=settings.dtype)
+        scores = _logits(settings, hidden, part, first)
         largest = jax.lax.pmax(jnp.max(scores, axis=1), _VOCAB)
         centred = scores - largest[:, None]
         log_sum = jnp.log(jax.lax.psum(jnp.sum(jnp.exp(centred), axis=1), _VOCAB))
@@ -170,7 +195,7 @@ def _backward(settings: _Settings, hidden, unembedding, mask, normaliser, entrop
 
     def one_chunk(d_part, inputs):
         hidden, normaliser, entropy, d_entropy, at, d_at = inputs
-        scores = logits(hidden, part, temperature=settings.temperature, dtype=settings.dtype)
+        scores = _logits(settings, hidden, part, first)
         log_probs = (scores - normaliser[:, :1]) - normaliser[:, 1:]
         probs = jnp.exp(log_probs)
         # Of log p(i) the gradient by logit j is [i = j] − p(j), of the entropy −p(j) (log p(j) + H).
@@ -198,6 +223,17 @@ def _backward(settings: _Settings, hidden, unembedding, mask, normaliser, entrop
     d_part = jax.lax.psum_scatter(d_part, _EMBED, scatter_dimension=1, tiled=True)
     d_part = jax.lax.psum(d_part, tuple(axis for axis in _BATCH if axis != _EMBED))
     return d_hidden.astype(hidden.dtype), d_part.astype(unembedding.dtype)
+
+
+def _logits(settings: _Settings, hidden: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:
+    return logits(
+        hidden,
+        part,
+        temperature=settings.temperature,
+        dtype=settings.dtype,
+        tokenizer_size=settings.tokenizer_size,
+        first=first,
+    )
 
 
 _gather = partial(jax.lax.all_gather, axis=1, tiled=True)  # along the second axis, over a mesh axis

@@ -44,6 +44,7 @@ class DecoderConfig:
     mlp: str = 'swiglu'
     rope_scaling: RopeScaling | None = None
     rope_layers: tuple[bool, ...] | None = None  # layers that apply RoPE; None: all
+    tokenizer_size: int | None = None  # ids from here on belong to no token and have no probability; None: vocab_size
     compute_dtype: str = 'bfloat16'
     remat: str | None = None
     attention: str = 'xla'  # of whole sequences; a KV cache is always read by XLA's

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from troll_jax.data.tasks.interface import check_columns, load_rows, locate
+from troll_jax.data.tasks.interface import as_dataset, check_columns, load_rows, locate
 from troll_jax.data.tasks.verl import read_verl
 from troll_jax.rewards.code import grade_code, parse_tests
 from troll_jax.rewards.sandbox import Bubblewrap, Sandbox
@@ -68,28 +68,32 @@ class EurusCode:
             ValueError: missing files or columns, an empty split, no row of code, or none with tests that can be read.
             CannotGrade: programs cannot be run in the sandbox, with what to do.
         """
-        from datasets import Dataset
-
         self.sandbox.check()
-        rows = load_rows(self.source, split, test_split=self.test_split)
+        columns = ('prompt', 'ability', 'reward_model')
+        rows = load_rows(self.source, split, columns, test_split=self.test_split)
         where = lambda row: locate(self.source, split, row, test_split=self.test_split)
-        check_columns(rows, ('prompt', 'ability', 'reward_model'), where(0))
-        messages, answers = read_verl(rows, where, ability='code')
-        faults = [_fault(answer) for answer in answers]
-        readable = [row for row, fault in enumerate(faults) if not fault]
-        if len(readable) < len(answers):
-            left_out = f'{len(answers) - len(readable)} of {len(answers)} rows of code'
+        check_columns(rows, columns, where(0))
+        faults = []
+
+        def readable():
+            for messages, tests in read_verl(rows, where, ability='code'):
+                if fault := _fault(tests):
+                    faults.append(fault)
+                else:
+                    yield messages, tests
+
+        problems = as_dataset(readable())
+        if faults:
+            left_out = f'{len(faults)} of {len(problems) + len(faults)} rows of code'
             message = f'{left_out} in {self.source!r} have unreadable tests'
-            why = next(filter(None, faults))
-            if not readable:
-                raise ValueError(f'{message}. {why}')
-            _logger.warning('%s and are left out. %s', message, why)
-        if not any('```' in m['content'] for row in readable for m in messages[row]):
+            if not problems:
+                raise ValueError(f'{message}. {faults[0]}')
+            _logger.warning('%s and are left out. %s', message, faults[0])
+        if not any('```' in m['content'] for messages in problems['messages'] for m in messages):
             _logger.warning(
                 'No prompt in %r asks for a ```python block, in which programs are looked for.', self.source
             )
-        choose = lambda values: [values[row] for row in readable]
-        return Dataset.from_dict({'messages': choose(messages), 'answer': choose(answers)})
+        return problems
 
     def grade(self, response: str, answer: str) -> float:
         """1.0 if the response's program passes all tests, else 0.0; with `partial` the share that it passes."""

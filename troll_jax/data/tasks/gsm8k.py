@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-from troll_jax.data.tasks.interface import as_messages, check_columns, check_questions, load_rows, locate
+from troll_jax.data.tasks.interface import as_dataset, as_messages, check_columns, check_questions, load_rows, locate
 from troll_jax.data.tasks.verl import is_verl, read_verl
 from troll_jax.rewards.answers import NUMBER, check_places
 from troll_jax.rewards.math import grade_math
@@ -51,20 +52,21 @@ class GSM8K:
             ValueError: missing files or columns, an empty split, a question that is not text, or an answer without
                 `#### number`.
         """
-        from datasets import Dataset
-
-        rows = load_rows(self.source, split, config=self.config)
+        columns = ('question', 'answer')
+        rows = load_rows(self.source, split, columns, config=self.config)
         where = lambda row: locate(self.source, split, row)
-        bare = is_verl(rows)
+        bare = is_verl(rows.column_names)
         if bare:
-            messages, answers = read_verl(rows, where, system_prompt=self.system_prompt)
+            problems = read_verl(rows, where, system_prompt=self.system_prompt)
         else:
-            check_columns(rows, ('question', 'answer'), where(0))
+            check_columns(rows, columns, where(0))
             check_questions(rows['question'], 'question', where)
-            messages = [as_messages(question, self.instruction, self.system_prompt) for question in rows['question']]
-            answers = rows['answer']
-        answers = [_final_number(str(answer), bare, lambda row=row: where(row)) for row, answer in enumerate(answers)]
-        return Dataset.from_dict({'messages': messages, 'answer': answers})
+            messages = (as_messages(question, self.instruction, self.system_prompt) for question in rows['question'])
+            problems = zip(messages, rows['answer'], strict=True)
+        return as_dataset(
+            (messages, _final_number(str(answer), bare, partial(where, row)))
+            for row, (messages, answer) in enumerate(problems)
+        )
 
     def grade(self, response: str, answer: str) -> float:
         """1.0 if the final answer is the reference, else 0.0: of the last box, else behind `####`, else a number."""

@@ -5,9 +5,12 @@ from __future__ import annotations
 import glob
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
+from troll_jax.data.tasks.verl import VERL, is_verl
 from troll_jax.hub import is_path, what_is_there
 
 if TYPE_CHECKING:
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 SPLITS = ('train', 'test')
+ROWS_AT_A_TIME = 4096  # as Python's lists and dictionaries, which take ten times the memory
 _BUILDERS = {'.parquet': 'parquet', '.jsonl': 'json'}
 _OTHER_FILES = ('.json', '.csv', '.tsv', '.txt', '.arrow', '.gz', '.zst')  # no hub ids end so
 
@@ -40,16 +44,19 @@ def check_split(split: str) -> None:
         raise ValueError(f'split is {split!r}; expected one of {SPLITS}.')
 
 
-def load_rows(source: str, split: str, *, config: str | None = None, test_split: str = 'test') -> Dataset:
+def load_rows(
+    source: str, split: str, columns: Sequence[str], *, config: str | None = None, test_split: str = 'test'
+) -> Dataset:
     """Reads one split of a data set.
 
     Args:
         source: one of
             - a folder that holds `train*` and `test*` files, each `.parquet` or `.jsonl`;
-            - a path with `{split}` in it, and `*` if there are several files: `data/gsm8k_{split}.jsonl`; also the URL
-              of a bucket, gs://…, which fsspec reads;
+            - a path with `{split}` in it, and `*` if there are several files: `data/gsm8k_{split}.jsonl`; without
+              `{split}` it is a test split and no more. Also a URL that fsspec reads, gs://… or hf://…;
             - an id on the Hugging Face hub, `openai/gsm8k`, or a folder of it, `owner/name/folder`.
         split: 'train' or 'test'.
+        columns: the only ones that are read, or those of verl's schema if it has that; all if one is missing.
         config: name of the configuration on the hub.
         test_split: the source's name of 'test', such as 'validation'.
 
@@ -59,24 +66,26 @@ def load_rows(source: str, split: str, *, config: str | None = None, test_split:
     check_split(split)
     name = test_split if split == 'test' else split
     source = os.path.expanduser(source)
-    files = _local_files(source, name)
+    files = _local_files(source, name, for_test=split == 'test')
     owner_and_name = '/'.join(source.split('/')[:2])
     import datasets
 
     try:
         if files:
-            builder = _BUILDERS[os.path.splitext(files[0])[1]]
-            rows = datasets.load_dataset(builder, data_files={name: files}, split=name)
+            # One by one: what is not used may be of another type in each.
+            rows = datasets.concatenate_datasets([_read_file(file, name, columns) for file in files])
         else:
             folder = '/'.join(source.split('/')[2:])
             rows = datasets.load_dataset(owner_and_name, config, data_dir=folder or None, split=name)
+            rows = rows.select_columns(_used(rows.column_names, columns))
         rows.data.validate(full=True)  # or text that is not UTF-8 is an error wherever it is read first
         return rows
     except Exception as error:  # of many kinds: no network, no such id, damaged, no rows
         while files and error.__cause__ is not None:  # of a file the first cause tells what is wrong with it
             error = error.__cause__
         where = f'the files {files}' if files else f'{source!r}, which is no folder here (looked in {os.getcwd()}),'
-        where += '' if files else _files_on_hub(owner_and_name)
+        hub = re.fullmatch(r'hf://datasets/([^/]+/[^/]+)/.*', source)
+        where += _files_on_hub(hub[1] if hub else owner_and_name) if hub or not files else ''
         raise ValueError(
             f'Split {name!r} of {where} cannot be read or is empty ({type(error).__name__}: {error}). Expected a '
             f'folder with {name}*.parquet or {name}*.jsonl files that have rows, in UTF-8, a path with {{split}} in '
@@ -87,7 +96,7 @@ def load_rows(source: str, split: str, *, config: str | None = None, test_split:
 def locate(source: str, split: str, row: int, *, test_split: str = 'test') -> str:
     """The place of a row of `load_rows`, for an error: 'row 3 of data/train-1.parquet', counted from 0 in its file."""
     name = test_split if split == 'test' else split
-    files = _local_files(os.path.expanduser(source), name)
+    files = _local_files(os.path.expanduser(source), name, for_test=split == 'test')
     if len(files) > 1:
         import datasets
 
@@ -98,6 +107,17 @@ def locate(source: str, split: str, row: int, *, test_split: str = 'test') -> st
                 return f'row {row} of {file!r}'
             row -= length
     return f'row {row} of {files[0]!r}' if files else f'row {row} of {name!r} in {source!r}'
+
+
+def as_dataset(problems: Iterable[tuple[list[dict[str, str]], str]]) -> Dataset:
+    """Rows with the columns `messages` and `answer`, of an iterator of both."""
+    from datasets import Dataset, concatenate_datasets
+
+    problems, parts = iter(problems), []
+    while some := list(islice(problems, ROWS_AT_A_TIME)):
+        messages, answers = map(list, zip(*some, strict=True))
+        parts.append(Dataset.from_dict({'messages': messages, 'answer': answers}))
+    return concatenate_datasets(parts) if parts else Dataset.from_dict({'messages': [], 'answer': []})
 
 
 def check_columns(rows: Dataset, columns: tuple[str, ...], where: str) -> None:
@@ -140,6 +160,25 @@ def as_messages(question: str, instruction: str | None, system_prompt: str | Non
     return [*system, {'role': 'user', 'content': content}]
 
 
+def _used(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+    """The columns to read of those that there are."""
+    columns = VERL if is_verl(names) else columns if set(columns) <= set(names) else names
+    return [name for name in names if name in columns]
+
+
+def _read_file(file: str, split: str, columns: Sequence[str]) -> Dataset:
+    import datasets
+    import fsspec
+    import pyarrow.parquet
+
+    builder, options = _BUILDERS[os.path.splitext(file)[1]], {}
+    if builder == 'parquet':
+        with fsspec.open(file) as opened:
+            options['columns'] = _used(pyarrow.parquet.read_schema(opened).names, columns)
+    rows = datasets.load_dataset(builder, data_files={split: file}, split=split, **options)
+    return rows.select_columns(_used(rows.column_names, columns))
+
+
 def _files_on_hub(dataset: str) -> str:
     """For an error: the files of a data set on the hub, whose layout may be another one than was taken for granted."""
     import huggingface_hub
@@ -151,16 +190,18 @@ def _files_on_hub(dataset: str) -> str:
     return f' and has the files {sorted(files)[:50]} on the hub,'
 
 
-def _local_files(source: str, split: str) -> list[str]:
-    """The split's files or URLs; an empty list if `source` does not look like a path, and so is an id on the hub."""
+def _local_files(source: str, split: str, *, for_test: bool) -> list[str]:
+    """The files or URLs of a split, by the source's name of it; none if `source` looks like an id on the hub."""
     suffixes = ' or '.join(_BUILDERS)
     if '://' in source:
-        if '{split}' not in source or not source.endswith(tuple(_BUILDERS)):
-            raise ValueError(f'The URL {source!r} must have {{split}} in it and end in {suffixes}.')
+        if not source.endswith(tuple(_BUILDERS)):
+            raise ValueError(f'The URL {source!r} must end in {suffixes}.')
+        if '{split}' not in source and not for_test:
+            raise ValueError(f'The URL {source!r} must have {{split}} in it, or it is a test split alone.')
         return [source.replace('{split}', split)]
     if os.path.isdir(source):
         pattern = os.path.join(glob.escape(source), f'{split}*')
-    elif '{split}' in source:
+    elif '{split}' in source or (for_test and (source.endswith(tuple(_BUILDERS)) or '*' in source)):
         pattern = source.replace('{split}', split)
     elif source.endswith(tuple(_BUILDERS)) or '*' in source:
         raise ValueError(

@@ -6,11 +6,14 @@ They differ in where they come from, and are one class: problems in verl's schem
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING
 
 from troll_jax.data.tasks.interface import (
+    as_dataset,
     as_messages,
     check_asked_for,
     check_columns,
@@ -79,12 +82,11 @@ class MathProblems:
         Raises:
             ValueError: missing files or columns, nothing left of a split, or a row without a prompt or an answer.
         """
-        from datasets import Dataset
-
-        rows = load_rows(self.source, split, config=self.config, test_split=self.test_split)
+        columns = (self.question, self.answer)
+        rows = load_rows(self.source, split, columns, config=self.config, test_split=self.test_split)
         where = lambda row: locate(self.source, split, row, test_split=self.test_split)
-        if is_verl(rows):
-            messages, answers = read_verl(
+        if is_verl(rows.column_names):
+            problems = read_verl(
                 rows, where, ability=self.ability, data_source=self.data_source, system_prompt=self.system_prompt
             )
         else:
@@ -94,20 +96,24 @@ class MathProblems:
                     'reward_model, ability, data_source) to choose by ability or data_source. Set both to None, or '
                     'change the source.'
                 )
-            check_columns(rows, (self.question, self.answer), where(0))
+            check_columns(rows, columns, where(0))
             check_questions(rows[self.question], self.question, where)
-            messages = [as_messages(text, self.instruction, self.system_prompt) for text in rows[self.question]]
-            answers = []
-            for row, answer in enumerate(rows[self.answer]):
-                number = type(answer) in (int, float, Decimal) and math.isfinite(answer)
-                if not number and not (isinstance(answer, str) and answer.strip()):
-                    raise ValueError(
-                        f'The {self.answer!r} in {where(row)} is {repr(answer)[:120]}; expected LaTeX or a number. Fix '
-                        'or drop that row.'
-                    )
-                answers.append(str(answer).strip())
-        check_asked_for(messages, self.places, where(0))
-        return Dataset.from_dict({'messages': messages, 'answer': answers})
+            problems = (
+                (as_messages(text, self.instruction, self.system_prompt), self._truth(answer, partial(where, row)))
+                for row, (text, answer) in enumerate(zip(rows[self.question], rows[self.answer], strict=True))
+            )
+        loaded = as_dataset(problems)
+        check_asked_for(loaded['messages'], self.places, where(0))
+        return loaded
+
+    def _truth(self, answer: object, where: Callable[[], str]) -> str:
+        number = type(answer) in (int, float, Decimal) and math.isfinite(answer)
+        if not number and not (isinstance(answer, str) and answer.strip()):
+            raise ValueError(
+                f'The {self.answer!r} in {where()} is {repr(answer)[:120]}; expected LaTeX or a number. Fix or drop '
+                'that row.'
+            )
+        return str(answer).strip()
 
     def grade(self, response: str, answer: str) -> float:
         """1.0 if the response's final answer is the same as the reference, else 0.0."""
@@ -118,11 +124,11 @@ class MathProblems:
 class DAPOMath(MathProblems):
     """DAPO-Math (Yu et al. 2025, arXiv 2503.14476) as the TROLL paper prepared it: 16,893 train, 1,024 held out.
 
-    Assumed, as the repository could not be looked at: its folder `dapo` has the splits train and test, as parquet in
-    verl's schema. If it has not, the error lists what is there; then bind `source` and `test_split`.
+    Assumed, as the repository could not be looked at: at its root it has the splits train and test in verl's schema. If
+    it has not, the error lists what is there; then bind `source` and `test_split`.
     """
 
-    source: str = 'philippbecker/troll_data/dapo'
+    source: str = 'philippbecker/troll_data'
 
 
 @dataclass(frozen=True)
@@ -139,22 +145,26 @@ class MathEval(MathProblems):
     """One benchmark of MATH-Eval, for evaluation. The TROLL paper takes the mean of 32 samples for AMC, AIME24 and
     AIME25, and one sample for the rest.
 
-    Assumed, as the repository could not be looked at: its folder `math_eval` has one split, test, as parquet in verl's
-    schema, with the rows of all benchmarks, which `data_source` tells apart. If it is laid out otherwise, the errors
-    list files, columns or values of `data_source`; then these can be bound of single benchmarks, as in
-    `AMC.source = 'owner/name/amc'` and `AMC.data_source = ''`.
+    Assumed, as the repository could not be looked at: OMNI-MATH is a parquet file of its own, the others are another,
+    in which `data_source` tells them apart, both in verl's schema. If it is laid out otherwise, the errors list files,
+    columns or values of `data_source`; then these can be bound of single benchmarks, as in `AMC.source =
+    'owner/name/amc'` and `AMC.data_source = ''`.
 
     Args:
+        source: see `MathProblems`; None for the benchmark's file in `philippbecker/troll_data`.
         benchmark: a name in `BENCHMARKS`.
         data_source: None for what `BENCHMARKS` has for the benchmark, '' for all rows.
     """
 
-    source: str = 'philippbecker/troll_data/math_eval'
+    source: str | None = None
     benchmark: str = 'MATH500'
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.benchmark not in BENCHMARKS:
             raise ValueError(f'benchmark is {self.benchmark!r}; expected one of {list(BENCHMARKS)}.')
+        if self.source is None:
+            file = 'omni-math-aligned-deduplicated' if self.benchmark == 'OMNI-MATH' else 'others-aligned'
+            object.__setattr__(self, 'source', f'hf://datasets/philippbecker/troll_data/{file}.parquet')
         if self.data_source is None:
             object.__setattr__(self, 'data_source', BENCHMARKS[self.benchmark])

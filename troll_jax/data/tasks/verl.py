@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from decimal import Decimal
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
 
     Messages = list[dict[str, str]]
 
+VERL = ('data_source', 'prompt', 'ability', 'reward_model')
 _ROLES = ('system', 'user', 'assistant')
 
 
-def is_verl(rows: Dataset) -> bool:
-    return {'prompt', 'reward_model'} <= set(rows.column_names)
+def is_verl(columns: Sequence[str]) -> bool:
+    return {'prompt', 'reward_model'} <= set(columns)
 
 
 def read_verl(
@@ -32,8 +34,8 @@ def read_verl(
     ability: str | None = None,
     data_source: str | None = None,
     system_prompt: str | None = None,
-) -> tuple[list[Messages], list[str]]:
-    """The messages and the ground truths of the rows that were asked for, in their order.
+) -> Iterator[tuple[Messages, str]]:
+    """The messages and the ground truth of each row that was asked for, in their order.
 
     Args:
         rows: a data set in verl's schema.
@@ -66,11 +68,9 @@ def read_verl(
             )
     if len(chosen) < len(rows):
         rows = rows.select(chosen)
-    prompts, answers = [], []
     for row, prompt, reward_model in zip(chosen, rows['prompt'], rows['reward_model'], strict=True):
-        prompts.append(_messages(prompt, system_prompt, lambda row=row: locate(row)))
-        answers.append(_ground_truth(reward_model, lambda row=row: locate(row)))
-    return prompts, answers
+        where = partial(locate, row)
+        yield _messages(prompt, system_prompt, where), _ground_truth(reward_model, where)
 
 
 def _messages(prompt: object, system_prompt: str | None, where: Callable[[], str]) -> Messages:
