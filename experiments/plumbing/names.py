@@ -8,6 +8,7 @@ from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tasks.eurus_code import EurusCode
 from troll_jax.data.tasks.gsm8k import GSM8K
 from troll_jax.data.tasks.math_problems import BENCHMARKS, DAPOMath, EurusMath, MathEval, MathProblems
+from troll_jax.data.tasks.reasoning_gym import ReasoningGym
 from troll_jax.experiment import Experiment
 from troll_jax.ops import advantages, aggregation, categorical, losses, projection, regularisers, schedules, support
 from troll_jax.optimizer import adamw
@@ -29,7 +30,7 @@ NAMES: dict[str, Callable] = {
         *(regularisers.entropy_bonus, regularisers.kl_to_old, regularisers.kl_to_reference),
         *(regularisers.k1, regularisers.k2, regularisers.k3),
         *(terms.task_reward, terms.soft_overlong, terms.answer_format),
-        *(adamw, Critic, Arithmetic, EurusCode, GSM8K, MathProblems, DAPOMath, EurusMath, MathEval),
+        *(adamw, Critic, Arithmetic, EurusCode, GSM8K, MathProblems, DAPOMath, EurusMath, MathEval, ReasoningGym),
         *(sandbox.Bubblewrap, sandbox.SandboxFusion, sandbox.Unisolated),
     )
 }
