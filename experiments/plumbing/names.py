@@ -24,6 +24,7 @@ NAMES: dict[str, Callable] = {
         *(losses.token_region, losses.sequence_region, losses.token_ratio, losses.sequence_ratio),
         *(categorical.total_variation, projection.kl_divergence),
         *(support.default_tail, support.bucket_tail, schedules.linear_bound, schedules.adaptive_bound),
+        schedules.linear_level,
         *(advantages.group_normalised, advantages.mean_centred, advantages.leave_one_out, advantages.no_baseline),
         *(advantages.greedy_baseline, advantages.gae),
         *(aggregation.token_mean, aggregation.sequence_mean, aggregation.sequence_sum, aggregation.constant_length),

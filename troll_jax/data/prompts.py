@@ -35,6 +35,7 @@ class PromptSet:
     texts: list[str]  # n, the prompts as the chat template rendered them
     dropped: int = 0  # prompts that were too long and left out
     cut: int = 0  # prompts that were too long and shortened
+    levels: np.ndarray | None = None  # [n] int, of difficulty
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -84,7 +85,7 @@ def encode_prompts(
     question and the form asked of the answer mostly come last.
 
     Args:
-        dataset: columns `messages` and `answer`.
+        dataset: columns `messages`, `answer` and, for a curriculum, `level`.
         tokenizer: one with a chat template and a padding token.
         max_length: P, tokens.
         template_arguments: passed to the chat template, e.g. {'enable_thinking': False}.
@@ -157,6 +158,7 @@ def encode_prompts(
         texts=[texts[row] for row in kept],
         dropped=dropped,
         cut=cut,
+        levels=np.array(list(dataset['level']))[kept] if 'level' in dataset.column_names else None,
     )
 
 
@@ -211,3 +213,26 @@ def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> np.ndarra
         [np.random.default_rng([seed, epoch]).permutation(n) for epoch in (first_epoch, first_epoch + 1)]
     )
     return order[start : start + batch_size]
+
+
+def draw_indices(
+    prompts: PromptSet, batch_size: int, *, seed: int, draw: int, level: Callable[[int], float] | None
+) -> np.ndarray:
+    """Indices of the prompts of a draw, see `batch_indices`: of all, or of those up to `level(draw)`.
+
+    Raises:
+        ValueError: the prompts have no levels, or there are fewer than batch_size.
+    """
+    if level is None:
+        return batch_indices(len(prompts), batch_size, seed=seed, step=draw)
+    if prompts.levels is None:
+        raise ValueError(
+            'Sampling.level is set, but the prompts have no levels; set it to None, or the levels of a task.'
+        )
+    known = np.flatnonzero(prompts.levels <= level(draw))
+    if len(known) < batch_size:
+        raise ValueError(
+            f'Sampling.level is {level(draw)} at draw {draw}, which {len(known)} prompts do not exceed, and batch_size '
+            f'is {batch_size}; expected as many prompts. Lower it, or begin at a higher level.'
+        )
+    return known[batch_indices(len(known), batch_size, seed=seed, step=draw)]
