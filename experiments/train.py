@@ -23,7 +23,7 @@ from experiments.plumbing.names import SETTINGS
 from experiments.plumbing.run import TrainingRun
 from experiments.plumbing.validation import make_validation, metrics_of
 from troll_jax.collect import Experience, make_collector
-from troll_jax.data.prompts import PromptSet, batch_indices
+from troll_jax.data.prompts import PromptSet, draw_indices
 from troll_jax.experiment import Experiment
 from troll_jax.learn import Learner, Updated, summarise
 from troll_jax.rewards.terms import Responses, weigh
@@ -49,7 +49,8 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
     training = TrainingRun(experiment, sampling, method, compute, run)
     model = experiment.load_model(compute)  # tokenizer and sizes; no weights yet
     prompts = experiment.load_prompts('train', model.tokenizer)
-    batch_indices(len(prompts), sampling.prompts_per_step, seed=sampling.seed, step=0)  # an error if there are too few
+    # An error if there are too few.
+    draw_indices(prompts, sampling.prompts_per_step, seed=sampling.seed, draw=0, level=sampling.level)
 
     slots = compute.slots or sampling.prompts_per_step * sampling.samples_per_prompt
     samplers = partial(model.sampler, compute, slots=slots)

@@ -43,6 +43,5 @@ def pytest_terminal_summary(terminalreporter):
         str(report.longrepr[2]).removeprefix('Skipped: ') for report in terminalreporter.stats.get('skipped', [])
     ]
     if untested := [' '.join(reason.split()) for reason in reasons if UNTESTED in reason]:
-        terminalreporter.write_line(
-            f'NOT TESTED (tests that were skipped: {len(untested)}): {untested[0]}', yellow=True
-        )
+        kinds = '; '.join({reason.split(':')[0]: reason for reason in untested}.values())
+        terminalreporter.write_line(f'NOT TESTED (tests that were skipped: {len(untested)}): {kinds}', yellow=True)

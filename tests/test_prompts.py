@@ -1,5 +1,7 @@
 """Prompts: exact token ids, one BOS, long ones dropped aloud; batches visit every prompt once per epoch."""
 
+import functools
+
 import datasets
 import numpy as np
 import pytest
@@ -7,10 +9,11 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from troll_jax.data.prompts import batch_indices, distinct_rows, encode_prompts, hold_out
+from troll_jax.data.prompts import batch_indices, distinct_rows, draw_indices, encode_prompts, hold_out
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
 from troll_jax.data.tokenizer import character_tokenizer
 from troll_jax.experiment import Experiment
+from troll_jax.ops.schedules import linear_level
 
 WORDS = ['?', '<s>', '</s>', '<user>', '<assistant>', '<think>', 'one', 'two', 'three']
 TEMPLATE = (
@@ -126,6 +129,30 @@ def test_batches_are_a_function_of_seed_and_step():
 def test_a_batch_that_does_not_fit_is_an_error(batch_size):
     with pytest.raises(ValueError, match=f'batch_size is {batch_size} and there are 13 prompts'):
         batch_indices(13, batch_size, seed=0, step=0)
+
+
+def test_a_curriculum_draws_from_the_levels_that_are_open(tokenizer):
+    """Guards against levels that open late or never, prompts left out of a level, levels of other prompts behind one
+    that was dropped, and order that depends on what was drawn before."""
+    rows = dataset('one two three one', *['one'] * 5, *['two'] * 5, *['three'] * 5)
+    rows = rows.add_column('level', [9, *[0] * 5, *[1] * 5, *[2] * 5])
+    prompts = encode_prompts(rows, tokenizer, max_length=4, template_arguments={'thinking': False})
+    level = functools.partial(linear_level, end=2, draws=20)
+    draw = lambda n, level=level, prompts=prompts: draw_indices(prompts, 3, seed=1, draw=n, level=level)
+    drawn = [
+        set(prompts.levels[np.concatenate([draw(n) for n in range(*span)])]) for span in ((10,), (10, 20), (20, 30))
+    ]
+    assert drawn == [{0}, {0, 1}, {0, 1, 2}]
+    assert set(np.concatenate([draw(n) for n in range(20, 30)])) == set(range(15))
+    np.testing.assert_array_equal(draw(15), draw(15))
+    np.testing.assert_array_equal(draw(7, None), batch_indices(15, 3, seed=1, step=7))
+    with pytest.raises(ValueError, match='0 prompts do not exceed.* begin at a higher level'):
+        draw(0, lambda draw: -1)
+    with pytest.raises(ValueError, match='the prompts have no levels'):
+        draw(0, prompts=encode_prompts(dataset('one'), tokenizer, max_length=9))
+    for wrong in ({'end': 2, 'draws': 0}, {'start': 2, 'end': 1, 'draws': 3}):
+        with pytest.raises(ValueError, match='schedule|no fall'):
+            linear_level(0, **wrong)
 
 
 def rows_of(*answers: str) -> Dataset:

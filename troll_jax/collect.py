@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from troll_jax.data.prompts import PromptSet, batch_indices
+from troll_jax.data.prompts import PromptSet, draw_indices
 from troll_jax.rewards.pool import Grader, Grades
 from troll_jax.rewards.terms import Responses, RewardTerm, task_reward, weigh
 from troll_jax.rollout import Sampler
@@ -155,7 +155,7 @@ def make_collector(
         nonlocal in_a_row
         kept, logs, greedy_logs, varied = None, [], [], 0
         for draw in count(draws):
-            indices = batch_indices(len(prompts), prompts_per_step, seed=sampling.seed, step=draw)
+            indices = draw_indices(prompts, prompts_per_step, seed=sampling.seed, draw=draw, level=sampling.level)
             groups, log = sample(sampler, params, indices, draw)
             logs.append(log)
             if greedy_sampler is not None:

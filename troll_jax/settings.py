@@ -46,6 +46,9 @@ class Sampling:
       max_draws: dynamic sampling, if more than 1: zero-variance groups are replaced by those of up to so many batches
         of prompts in all (DAPO), see `troll_jax.collect`.
       seed: seed of data order and sampling.
+      level: curriculum: function of the number of batches of prompts before (as many as steps, unless `max_draws` is
+        above 1) to the highest level of the next one, such as `ops.schedules.linear_level`. The task's rows have a
+        column `level`. None: prompts of all levels.
 
     Raises:
       ValueError: a value of another type or out of its range.
@@ -58,6 +61,7 @@ class Sampling:
     support_mass: float = 1 - 1e-5
     max_draws: int = 1
     seed: int = 0
+    level: Callable[[int], float] | None = None
 
     def __post_init__(self):
         check_fields(self)

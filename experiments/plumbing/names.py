@@ -8,6 +8,7 @@ from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tasks.eurus_code import EurusCode
 from troll_jax.data.tasks.gsm8k import GSM8K
 from troll_jax.data.tasks.math_problems import BENCHMARKS, DAPOMath, EurusMath, MathEval, MathProblems
+from troll_jax.data.tasks.reasoning_gym import ReasoningGym
 from troll_jax.experiment import Experiment
 from troll_jax.ops import advantages, aggregation, categorical, losses, projection, regularisers, schedules, support
 from troll_jax.optimizer import adamw
@@ -23,13 +24,14 @@ NAMES: dict[str, Callable] = {
         *(losses.token_region, losses.sequence_region, losses.token_ratio, losses.sequence_ratio),
         *(categorical.total_variation, projection.kl_divergence),
         *(support.default_tail, support.bucket_tail, schedules.linear_bound, schedules.adaptive_bound),
+        schedules.linear_level,
         *(advantages.group_normalised, advantages.mean_centred, advantages.leave_one_out, advantages.no_baseline),
         *(advantages.greedy_baseline, advantages.gae),
         *(aggregation.token_mean, aggregation.sequence_mean, aggregation.sequence_sum, aggregation.constant_length),
         *(regularisers.entropy_bonus, regularisers.kl_to_old, regularisers.kl_to_reference),
         *(regularisers.k1, regularisers.k2, regularisers.k3),
         *(terms.task_reward, terms.soft_overlong, terms.answer_format),
-        *(adamw, Critic, Arithmetic, EurusCode, GSM8K, MathProblems, DAPOMath, EurusMath, MathEval),
+        *(adamw, Critic, Arithmetic, EurusCode, GSM8K, MathProblems, DAPOMath, EurusMath, MathEval, ReasoningGym),
         *(sandbox.Bubblewrap, sandbox.SandboxFusion, sandbox.Unisolated),
     )
 }

@@ -7,6 +7,7 @@ import json
 import logging
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -36,7 +37,7 @@ from troll_jax.types import Batch, TrainState
 logger = logging.getLogger(__name__)
 
 SETUP = 'setup.json'  # beside the checkpoints
-PACKAGES = 'jax', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'datasets', 'math-verify', 'sympy'
+PACKAGES = ['jax', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'datasets', 'math-verify', 'sympy']
 
 
 class TrainingRun:
@@ -219,11 +220,12 @@ def describe_setup(settings: Sequence[Any], tokenizer, splits: dict[str, PromptS
       splits: prompts by the names of the data's splits.
     """
     special = [tokenizer.special_tokens_map, tokenizer.chat_template]
+    packages = PACKAGES + ['reasoning-gym'] * ('reasoning_gym' in sys.modules)  # optional; recorded where it is used
     return {
         'bindings': to_bindings(*settings),
         'tokenizer': {'tokenizer': fingerprint(sorted(tokenizer.get_vocab().items()), special)},
         'data': {f'{name} data': fingerprint(data.tokens, data.lengths, data.answers) for name, data in splits.items()},
-        'versions': {name: importlib.metadata.version(name) for name in PACKAGES}
+        'versions': {name: importlib.metadata.version(name) for name in packages}
         | {'troll_jax': _commit()}
         | {f'code of {name}': fingerprint(source) for name, source in own_code(*settings).items()},
     }

@@ -47,6 +47,7 @@ class PromptSet:
     max_length: int  # P
     dropped: int = 0  # prompts that were too long and left out
     cut: int = 0  # prompts that were too long and shortened
+    levels: np.ndarray | None = None  # [n] int, of difficulty
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -113,7 +114,7 @@ def encode_prompts(
     question and the form asked of the answer mostly come last.
 
     Args:
-        dataset: columns `messages` and `answer`.
+        dataset: columns `messages`, `answer` and, for a curriculum, `level`.
         tokenizer: one with a chat template and a padding token.
         max_length: P, tokens.
         template_arguments: passed to the chat template, e.g. {'enable_thinking': False}.
@@ -134,7 +135,7 @@ def encode_prompts(
 
     render = _renderer(tokenizer, template_arguments)
     bos = tokenizer.bos_token_id
-    tokens, lengths, answers = array('i'), [], []
+    tokens, lengths, answers, levels = array('i'), [], [], []
     too_long = longest = cut = 0
     for start in range(0, len(dataset), ROWS_AT_A_TIME):
         batch = dataset[start : start + ROWS_AT_A_TIME]
@@ -158,6 +159,8 @@ def encode_prompts(
             tokens.extend(ids)
             lengths.append(len(ids))
             answers.append(batch['answer'][i])
+            if 'level' in batch:
+                levels.append(batch['level'][i])
     if too_long:
         summary = (
             f'{too_long} of {len(dataset)} prompts are longer than max_length = {max_length} tokens; the longest has '
@@ -167,7 +170,8 @@ def encode_prompts(
             raise ValueError(f'{summary}. No prompt is left; raise max_length.')
         _logger.warning('%s. %d of them are dropped, %d are cut.', summary, too_long - cut, cut)
     tokens, lengths = np.frombuffer(tokens, np.int32), np.array(lengths, np.int32)
-    return PromptSet(tokens, lengths, answers, max_length, too_long - cut, cut)
+    levels = np.array(levels) if levels else None
+    return PromptSet(tokens, lengths, answers, max_length, too_long - cut, cut, levels)
 
 
 def _renderer(
@@ -255,3 +259,26 @@ def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> np.ndarra
         [np.random.default_rng([seed, epoch]).permutation(n) for epoch in (first_epoch, first_epoch + 1)]
     )
     return order[start : start + batch_size]
+
+
+def draw_indices(
+    prompts: PromptSet, batch_size: int, *, seed: int, draw: int, level: Callable[[int], float] | None
+) -> np.ndarray:
+    """Indices of the prompts of a draw, see `batch_indices`: of all, or of those up to `level(draw)`.
+
+    Raises:
+        ValueError: the prompts have no levels, or there are fewer than batch_size.
+    """
+    if level is None:
+        return batch_indices(len(prompts), batch_size, seed=seed, step=draw)
+    if prompts.levels is None:
+        raise ValueError(
+            'Sampling.level is set, but the prompts have no levels; set it to None, or the levels of a task.'
+        )
+    known = np.flatnonzero(prompts.levels <= level(draw))
+    if len(known) < batch_size:
+        raise ValueError(
+            f'Sampling.level is {level(draw)} at draw {draw}, which {len(known)} prompts do not exceed, and batch_size '
+            f'is {batch_size}; expected as many prompts. Lower it, or begin at a higher level.'
+        )
+    return known[batch_indices(len(known), batch_size, seed=seed, step=draw)]

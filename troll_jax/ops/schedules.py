@@ -1,6 +1,6 @@
-"""Schedules of the trust region: functions from the progress of a run to the bound ε, in nats.
+"""Schedules: of the trust region, functions from the progress of a run to the bound ε in nats; and of a curriculum.
 
-They keep no state of their own, so a run that is resumed has the bound that it would have had.
+They keep no state of their own, so a run that is resumed has the bound and level that it would have had.
 """
 
 from collections.abc import Callable
@@ -56,6 +56,18 @@ def adaptive_bound(
     return start * jnp.exp(jnp.clip(gain * excess, -limit, limit))
 
 
+def linear_level(draw: int, *, end: float, draws: int, start: float = 0.0) -> float:
+    """The highest level of prompts, for `Sampling.level`: linear from `start` to `end` over `draws`, then constant.
+
+    Raises:
+      ValueError: `draws` is not positive, or the level falls.
+    """
+    _check_positive(draws=draws)
+    if end < start:
+        raise ValueError(f'linear_level goes from {start} to {end}; expected no fall, or prompts may run out')
+    return start + (end - start) * min(draw / draws, 1.0)
+
+
 def _check_positive(**values: float) -> None:
     for name, value in values.items():
-        check_range(f'{name} of a schedule of the bound', value, is_positive, 'positive')
+        check_range(f'{name} of a schedule', value, is_positive, 'positive')

@@ -33,7 +33,8 @@ class Task(Protocol):
     graded in the calling process."""
 
     def load(self, split: str) -> Dataset:
-        """Rows of split 'train' or 'test' with the columns `messages` (list of {role, content}) and `answer` (str)."""
+        """Rows of split 'train' or 'test' with the columns `messages` (list of {role, content}) and `answer` (str).
+        For a curriculum also `level` (int), see `Sampling.level`."""
 
     def grade(self, response: str, answer: str) -> float:
         """Reward of one decoded response, without special tokens; 1.0 is correct."""
