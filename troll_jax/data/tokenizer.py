@@ -6,13 +6,26 @@ Masks are made from lengths, never from token ids, so the padding token may be t
 import os
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from gguf import TokenType
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from troll_jax.hub import model_of_folder_or_hub, read_json
+from troll_jax.hub import gguf_file, model_of_folder_or_hub, read_json
+from troll_jax.models.gguf import Gguf, end_tokens, read_gguf
 
 PAD, EOS = '<pad>', '<eos>'  # of the character tokenizer
+# How text is split before byte pairs are merged, as tokenizer.json of the models says it, by tokenizer.ggml.pre. The
+# two regular expressions differ in the digits that are kept together.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+PRE_TOKENIZERS = {
+    'smollm': lambda: pre_tokenizers.Digits(individual_digits=True),
+    'qwen2': lambda: pre_tokenizers.Split(Regex(_SPLIT % ''), 'isolated'),
+    'llama-bpe': lambda: pre_tokenizers.Split(Regex(_SPLIT % '{1,3}'), 'isolated'),
+}
 
 
 def load_tokenizer(model: str, *, chat_template_from: str | None = None) -> PreTrainedTokenizerBase:
@@ -104,6 +117,8 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 
 def _read_file_of(model: str, name: str) -> dict:
     """A file of a model as a dictionary; an empty one if the model lacks it."""
+    if file := gguf_file(model):
+        return {'eos_token_id': end_tokens(read_gguf(file))}
     if os.path.isdir(model):
         path = os.path.join(model, name)
         path = path if os.path.exists(path) else None
@@ -113,6 +128,8 @@ def _read_file_of(model: str, name: str) -> dict:
 
 
 def _from_pretrained(model: str) -> PreTrainedTokenizerBase:
+    if file := gguf_file(model):
+        return _of_gguf(read_gguf(file))
     with model_of_folder_or_hub(model):
         try:
             return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
@@ -123,3 +140,48 @@ def _from_pretrained(model: str) -> PreTrainedTokenizerBase:
                 f'The tokenizer of {model!r} cannot be read ({type(error).__name__}: {error}); expected tokenizer.json '
                 'and tokenizer_config.json in Hugging Face format. Copy or download them again.'
             ) from error
+
+
+def _of_gguf(model: Gguf) -> PreTrainedTokenizerFast:
+    """Byte-level BPE from the metadata of a GGUF file."""
+    prefix = 'tokenizer.ggml.'
+    found = {key.removeprefix(prefix): x for key, x in model.metadata.items() if key.startswith(prefix)}
+    kind, pre = found.get('model'), found.get('pre')
+    if kind != 'gpt2' or pre not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"{model.file}: the tokenizer is {kind!r} with the pre-tokenizer {pre!r}; expected 'gpt2' with one of "
+            f'{sorted(PRE_TOKENIZERS)}'
+        )
+    tokens, kinds = found['tokens'], found['token_type']
+    vocabulary = {token: i for i, token in enumerate(tokens) if kinds[i] != TokenType.UNUSED}
+    merges = [tuple(merge.split(' ')) for merge in found['merges']]
+    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == 'llama-bpe'))
+    if pre == 'qwen2':
+        backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [PRE_TOKENIZERS[pre](), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre == 'smollm')]
+    )
+    backend.decoder = decoders.ByteLevel()
+    added = (TokenType.CONTROL, TokenType.USER_DEFINED)
+    backend.add_tokens(
+        [
+            AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in added
+        ]
+    )
+    names = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
+    special = {
+        f'{name}_token': tokens[found[f'{key}_token_id']] for name, key in names.items() if f'{key}_token_id' in found
+    }
+    if found.get('add_bos_token', pre == 'llama-bpe'):
+        bos = special['bos_token']
+        backend.post_processor = processors.TemplateProcessing(
+            single=f'{bos} $A', pair=f'{bos} $A {bos}:1 $B:1', special_tokens=[(bos, found['bos_token_id'])]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        chat_template=model.metadata.get('tokenizer.chat_template'),
+        **special,
+    )

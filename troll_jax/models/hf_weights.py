@@ -22,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import AutoConfig, PretrainedConfig
 
-from troll_jax.hub import model_of_folder_or_hub, read_json
+from troll_jax.hub import gguf_file, model_of_folder_or_hub, read_json
 from troll_jax.models.decoder import DecoderConfig, abstract
 from troll_jax.models.families import Constant, Tensor, decoder_config, family, tensors
+from troll_jax.models.gguf import GgufTensor, gguf_config, gguf_tensors, read_gguf
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 TOKENIZER_FILES = ('tokenizer.model', '*.txt', '*.jinja')  # besides the *.json ones
@@ -48,6 +49,8 @@ def load_config(model: str | Path) -> PretrainedConfig:
       FileNotFoundError: no such folder or model, or no config.json in it.
       ValueError: config.json is damaged, or its architecture not supported.
     """
+    if file := gguf_file(model):
+        return gguf_config(read_gguf(file))
     return _read_config(_local_folder(model, ['*.json']))
 
 
@@ -67,11 +70,15 @@ def load_pretrained(
       ValueError: the architecture is not supported, a file is damaged, tensors are missing, unknown or of a wrong
         shape, or the mesh does not divide the model.
     """
-    folder = _local_folder(model, ['*.safetensors', '*.json', *TOKENIZER_FILES])
-    hf_config = _read_config(folder)
+    if file := gguf_file(model):
+        folder, hf_config = file, load_config(model)
+        stored = gguf_tensors(read_gguf(file), hf_config)
+    else:
+        folder = _local_folder(model, ['*.safetensors', '*.json', *TOKENIZER_FILES])
+        hf_config = _read_config(folder)
+        stored = _stored_tensors(folder)
     config = decoder_config(hf_config, compute_dtype=compute_dtype, remat=remat)
     shapes = flatten_dict(abstract(config, mesh)[1])
-    stored = _stored_tensors(folder)
     table = tensors(hf_config)
     _check_constants(folder, stored, family(hf_config.architectures).constants, config.layers)
     _check_stored(folder, stored, table, shapes, config)
