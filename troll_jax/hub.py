@@ -1,4 +1,4 @@
-"""A name may be that of a local folder or an id on the Hugging Face hub: errors that say what was looked for."""
+"""A name may be that of a local folder, a GGUF file or an id on the hub: errors that say what was looked for."""
 
 import importlib.util
 import json
@@ -64,8 +64,9 @@ def model_of_folder_or_hub(model: str) -> Iterator[None]:
         return
     if is_path(model) or model.count('/') > 1 or Path(model).exists():
         raise FileNotFoundError(
-            f'{model!r} is not a folder: {what_is_there(model)}. Expected the folder of a model with config.json, or '
-            "an id on the Hugging Face hub such as 'Qwen/Qwen3-0.6B'. Correct the path; ~ has to be written out."
+            f'{model!r} is not a folder: {what_is_there(model)}. Expected the folder of a model with config.json, a '
+            ".gguf file, or an id on the Hugging Face hub such as 'Qwen/Qwen3-0.6B'. Correct the path; ~ has to be "
+            'written out.'
         )
     try:
         yield

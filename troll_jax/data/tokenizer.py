@@ -32,7 +32,8 @@ def load_tokenizer(model: str, *, chat_template_from: str | None = None) -> PreT
     """The tokenizer of a model, with a chat template, an end-of-sequence token and a padding token.
 
     Args:
-        model: a folder in Hugging Face format or an id on the hub. Code that comes with a model is never run.
+        model: a folder in Hugging Face format, an id on the hub, or a GGUF file by its path or as 'package:' and a
+            Python package. Code that comes with a model is never run.
         chat_template_from: another model, whose chat template to use, for a base model that has none. The token that
             ends a turn comes with it and becomes the tokenizer's end-of-sequence token; `stop_token_ids` still finds
             the base model's own in its configuration files.
@@ -116,7 +117,7 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 
 
 def _read_file_of(model: str, name: str) -> dict:
-    """A file of a model as a dictionary; an empty one if the model lacks it."""
+    """A file of a model as a dictionary; an empty one if the model lacks it. One of GGUF has what both files say."""
     if file := gguf_file(model):
         return {'eos_token_id': end_tokens(read_gguf(file))}
     if os.path.isdir(model):
@@ -152,36 +153,33 @@ def _of_gguf(model: Gguf) -> PreTrainedTokenizerFast:
             f"{model.file}: the tokenizer is {kind!r} with the pre-tokenizer {pre!r}; expected 'gpt2' with one of "
             f'{sorted(PRE_TOKENIZERS)}'
         )
-    tokens, kinds = found['tokens'], found['token_type']
-    vocabulary = {token: i for i, token in enumerate(tokens) if kinds[i] != TokenType.UNUSED}
-    merges = [tuple(merge.split(' ')) for merge in found['merges']]
-    backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == 'llama-bpe'))
-    if pre == 'qwen2':
-        backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [PRE_TOKENIZERS[pre](), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre == 'smollm')]
-    )
-    backend.decoder = decoders.ByteLevel()
-    added = (TokenType.CONTROL, TokenType.USER_DEFINED)
-    backend.add_tokens(
-        [
-            AddedToken(token, special=kind == TokenType.CONTROL, normalized=False)
-            for token, kind in zip(tokens, kinds, strict=True)
-            if kind in added
-        ]
-    )
-    names = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
-    special = {
-        f'{name}_token': tokens[found[f'{key}_token_id']] for name, key in names.items() if f'{key}_token_id' in found
-    }
-    if found.get('add_bos_token', pre == 'llama-bpe'):
-        bos = special['bos_token']
-        backend.post_processor = processors.TemplateProcessing(
-            single=f'{bos} $A', pair=f'{bos} $A {bos}:1 $B:1', special_tokens=[(bos, found['bos_token_id'])]
+    try:
+        tokens = list(zip(found['tokens'], found['token_type'], strict=True))
+        vocabulary = {token: i for i, (token, kind) in enumerate(tokens) if kind != TokenType.UNUSED}
+        merges = [tuple(merge.split(' ')) for merge in found['merges']]
+        backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == 'llama-bpe'))
+        if pre == 'qwen2':
+            backend.normalizer = normalizers.NFC()
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre == 'smollm')
+        backend.pre_tokenizer = pre_tokenizers.Sequence([PRE_TOKENIZERS[pre](), to_bytes])
+        backend.decoder = decoders.ByteLevel()
+        whole = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
+        backend.add_tokens(
+            [AddedToken(token, special=whole[kind], normalized=False) for token, kind in tokens if kind in whole]
         )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        clean_up_tokenization_spaces=False,
-        chat_template=model.metadata.get('tokenizer.chat_template'),
-        **special,
-    )
+        names = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
+        ids = {f'{name}_token': found.get(f'{key}_token_id') for name, key in names.items()}
+        special = {name: tokens[i][0] for name, i in ids.items() if i is not None}
+        if found.get('add_bos_token', pre == 'llama-bpe'):
+            bos = special['bos_token']
+            backend.post_processor = processors.TemplateProcessing(
+                single=f'{bos} $A', pair=f'{bos} $A {bos}:1 $B:1', special_tokens=[(bos, ids['bos_token'])]
+            )
+        template = model.metadata.get('tokenizer.chat_template')
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, clean_up_tokenization_spaces=False, chat_template=template, **special
+        )
+    except Exception as error:  # of many kinds, as no field has been checked
+        raise ValueError(
+            f'{model.file}: the tokenizer cannot be read ({type(error).__name__}: {error}); convert the model again'
+        ) from error

@@ -11,14 +11,14 @@ from transformers import AutoConfig, PretrainedConfig
 from troll_jax.models.families import family
 from troll_jax.models.rotary import RopeScaling, rotary_frequencies
 
-# By general.architecture: the architecture of the Hugging Face config, and whether the rows of Q and K stand in another
-# order, because RoPE's planes are spanned by neighbouring components there.
+# By general.architecture: the architecture in Hugging Face's configs, and whether RoPE's planes are spanned by
+# neighbouring components, for which the rows of Q and K stand in another order.
 ARCHITECTURES = {
     'llama': ('LlamaForCausalLM', True),
     'qwen2': ('Qwen2ForCausalLM', False),
     'qwen3': ('Qwen3ForCausalLM', False),
 }
-FIELDS = {
+FIELDS = {  # the names of Hugging Face's configs for them
     'context_length': 'max_position_embeddings',
     'embedding_length': 'hidden_size',
     'block_count': 'num_hidden_layers',
@@ -28,10 +28,10 @@ FIELDS = {
     'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
     'rope.freq_base': 'rope_theta',
 }
-OF_A_HEAD = ('attention.key_length', 'attention.value_length', 'rope.dimension_count')  # widths, and all the same
+WIDTHS = ('attention.key_length', 'attention.value_length', 'rope.dimension_count')  # of a head, and all the same
 # Tokens that end a turn or a text of these families. The metadata need not name them all.
 ENDS = ('<|im_end|>', '<|endoftext|>', '<|eot_id|>', '<|eom_id|>', '<|end_of_text|>')
-ROPE_FREQUENCIES = 'rope_freqs.weight'
+EMBEDDING, ROPE_FREQUENCIES = 'token_embd.weight', 'rope_freqs.weight'
 
 
 class GgufTensor(NamedTuple):
@@ -41,7 +41,7 @@ class GgufTensor(NamedTuple):
     offset: int  # bytes
     kind: gguf.GGMLQuantizationType
     shape: tuple[int, ...]
-    heads: int | None = None  # if their rows, now 0, F/2, 1, F/2 + 1, …, are to be put in order
+    heads: int | None = None  # if the file has the F rows of a head in the order 0, F/2, 1, F/2 + 1, …
     dtype: str = 'F32'  # of what is read, as safetensors names it
 
     def __getitem__(self, index: Any) -> np.ndarray:
@@ -80,69 +80,77 @@ def read_gguf(file: Path) -> Gguf:
             for x in reader.tensors
         }
     except Exception as error:  # of many kinds: bytes are taken as they come
-        raise ValueError(f'{file} is damaged ({type(error).__name__}: {error}); copy or download it again') from error
+        raise ValueError(
+            f'{file} is damaged, or newer than the package gguf ({type(error).__name__}: {error}); copy or download it '
+            'again, or update gguf'
+        ) from error
+    if reader.endianess == gguf.GGUFEndian.BIG:
+        raise ValueError(f'{file} is big-endian; expected little-endian. Run gguf-convert-endian FILE little')
+    if (parts := metadata.get('split.count', 1)) not in (0, 1):
+        raise ValueError(f'{file} is one of {parts} parts; expected one file. Run llama-gguf-split --merge')
     if (name := metadata.get('general.architecture')) not in ARCHITECTURES:
         raise ValueError(f'{file}: general.architecture is {name!r}; expected one of {sorted(ARCHITECTURES)}')
-    if (parts := metadata.get('split.count', 1)) > 1:
-        raise ValueError(f'{file} is one of {parts} parts; expected one file. Run llama-gguf-split --merge')
+    keys = [*(f'{name}.{field}' for field in FIELDS), 'tokenizer.ggml.tokens', 'tokenizer.ggml.token_type']
+    if missing := [key for key in keys if key not in metadata] + [key for key in [EMBEDDING] if key not in found]:
+        raise ValueError(f'{file} does not have {missing}; convert the model again')
     for kind in {tensor.kind for tensor in found.values()}:
         try:
             gguf.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError as error:
-            raise ValueError(f'{file} has tensors of type {kind.name}: {error}. Use another one, such as Q8_0') from error
+            raise ValueError(
+                f'{file} has tensors of type {kind.name}: {error}. Use another one, such as Q8_0'
+            ) from error
     return Gguf(file, metadata, found)
 
 
 def end_tokens(model: Gguf) -> list[int]:
     """Every token that ends a response, by its id."""
     ids = {model.metadata.get(f'tokenizer.ggml.{name}_token_id') for name in ('eos', 'eot', 'eom')} - {None}
-    tokens = zip(model.metadata['tokenizer.ggml.tokens'], model.metadata['tokenizer.ggml.token_type'], strict=True)
+    tokens = zip(model.metadata['tokenizer.ggml.tokens'], model.metadata['tokenizer.ggml.token_type'], strict=False)
     control = gguf.TokenType.CONTROL
     return sorted(ids | {i for i, (token, kind) in enumerate(tokens) if kind == control and token in ENDS})
 
 
 def gguf_config(model: Gguf) -> PretrainedConfig:
-    """The Hugging Face config that the metadata describe.
-
-    Raises:
-      ValueError: some of them are missing, or the model is of a variant that is not supported.
-    """
+    """The Hugging Face config that the metadata describe. Raises a ValueError for variants that are not supported."""
     name = model.metadata['general.architecture']
     found = {key.removeprefix(f'{name}.'): x for key, x in model.metadata.items() if key.startswith(f'{name}.')}
-    if missing := [key for key in FIELDS if key not in found]:
-        raise ValueError(f'{model.file} does not say {missing} of the model {name!r}; convert the model again')
-    if other := {key: x for key, x in found.items() if key not in (*FIELDS, *OF_A_HEAD, 'vocab_size') and x}:
-        raise ValueError(f'{model.file}: unsupported variant of {name!r}: {other}')
-    fields = {FIELDS[key]: found[key] for key in FIELDS}
-    head_dims = {found[key] for key in OF_A_HEAD if key in found} or {fields['hidden_size'] // fields['num_attention_heads']}
-    if len(head_dims) > 1:
-        raise ValueError(f'{model.file}: {OF_A_HEAD} are {sorted(head_dims)}; expected them to be the same')
-    (head_dim,) = head_dims
+    known = (*FIELDS, *WIDTHS, 'vocab_size')
+    if other := {key: x for key, x in found.items() if isinstance(x, list) or (x and key not in known)}:
+        raise ValueError(f'{model.file} is a variant of {name!r} that is not supported: {other}')
+    widths = {key: found[key] for key in WIDTHS if key in found}
+    if ROPE_FREQUENCIES in model.tensors:
+        widths[ROPE_FREQUENCIES] = 2 * model.tensors[ROPE_FREQUENCIES].shape[0]
+    if len(set(widths.values())) > 1:
+        raise ValueError(f'{model.file}: {widths}; expected one width of a head')
+    fields = {theirs: found[key] for key, theirs in FIELDS.items()}
     rope = {'rope_type': 'default', 'rope_theta': fields.pop('rope_theta')}
     if ROPE_FREQUENCIES in model.tensors:
-        rope |= _llama_3_1(model, head_dim, rope['rope_theta'])
+        rope |= _llama_3_1(model, rope['rope_theta'])
     architecture = ARCHITECTURES[name][0]
-    return AutoConfig.for_model(
-        architecture.removesuffix('ForCausalLM').lower(),
+    fields |= dict(
         architectures=[architecture],
-        vocab_size=model.tensors['token_embd.weight'].shape[0],
-        head_dim=head_dim,
+        vocab_size=model.tensors[EMBEDDING].shape[0],
+        head_dim=next(iter(widths.values()), None),
         rope_parameters=rope,
         tie_word_embeddings='output.weight' not in model.tensors,
         bos_token_id=model.metadata.get('tokenizer.ggml.bos_token_id'),
         eos_token_id=end_tokens(model),
         pad_token_id=model.metadata.get('tokenizer.ggml.padding_token_id'),
-        **fields,
     )
+    try:
+        return AutoConfig.for_model(architecture.removesuffix('ForCausalLM').lower(), **fields)
+    except Exception as error:  # of many kinds: each field has checks of its own
+        raise ValueError(f'{model.file} does not describe a {name} model: {error}') from error
 
 
-def _llama_3_1(model: Gguf, head_dim: int, theta: float) -> dict[str, Any]:
+def _llama_3_1(model: Gguf, theta: float) -> dict[str, Any]:
     """Llama 3.1's RoPE, of which a file has nothing but how much slower each plane rotates."""
     slower = model.tensors[ROPE_FREQUENCIES][:]
     rule = RopeScaling(factor=float(slower.max()), low_freq_factor=1.0, high_freq_factor=4.0, original_length=8192)
-    plain, scaled = (rotary_frequencies(head_dim, theta, scaling) for scaling in (None, rule))
-    if slower.shape != plain.shape or not np.allclose(plain / slower, scaled, rtol=1e-5, atol=0):
-        raise ValueError(f'{model.file}: {ROPE_FREQUENCIES} is {slower}; expected frequencies by {rule}')
+    plain, scaled = (rotary_frequencies(2 * slower.size, theta, scaling) for scaling in (None, rule))
+    if not np.allclose(plain / slower, scaled, rtol=1e-5, atol=0):
+        raise ValueError(f'{model.file}: {ROPE_FREQUENCIES} slows RoPE by another rule than {rule}')
     fields = rule._asdict()
     return {'rope_type': 'llama3', 'original_max_position_embeddings': fields.pop('original_length'), **fields}
 
