@@ -117,7 +117,7 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 
 
 def _read_file_of(model: str, name: str) -> dict:
-    """A file of a model as a dictionary; an empty one if the model lacks it. One of GGUF has what both files say."""
+    """A file of a model as a dictionary, empty if the model lacks it; of a GGUF file, what stands for these files."""
     if file := gguf_file(model):
         return {'eos_token_id': end_tokens(read_gguf(file))}
     if os.path.isdir(model):
