@@ -240,18 +240,17 @@ def test_token_ids_equal_those_of_the_published_tokenizer(pre, tmp_path):
     file = write_gguf(tmp_path / 'model.gguf', tiny(), pre=pre)
     tokenizer, expected = load_tokenizer(str(file)), published(pre)
     tokenizer.save_pretrained(tmp_path / 'saved')
+    others = [AutoTokenizer.from_pretrained(tmp_path / 'saved')]
+    if pre == 'qwen2':
+        vocabulary = {token: i for i, token in enumerate(TOKENS)}
+        others.append(Qwen2Tokenizer(vocab=vocabulary, merges=[tuple(pair) for pair in MERGES]))
+        others[1].add_tokens([THINK])
+        others[1].add_tokens(CONTROL, special_tokens=True)
     for text in TEXTS:
         ids = expected.encode(text, add_special_tokens=False).ids
-        assert tokenizer(text)['input_ids'] == ids, text
-        for found in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / 'saved')):
+        for found in (tokenizer, *others):
             assert found(text)['input_ids'] == ids, text
             assert found.decode(ids, skip_special_tokens=True) == expected.decode(ids, skip_special_tokens=True)
-        if pre == 'qwen2':
-            vocabulary = {token: i for i, token in enumerate(TOKENS)}
-            theirs = Qwen2Tokenizer(vocab=vocabulary, merges=[tuple(pair) for pair in MERGES])
-            theirs.add_tokens([THINK])
-            theirs.add_tokens(CONTROL, special_tokens=True)
-            assert theirs(text)['input_ids'] == ids, text
     assert len(tokenizer) == len(TOKENS)
     different = {name: [published(name).encode(text).ids for text in TEXTS] for name in PUBLISHED}
     assert sum(ids == different[pre] for ids in different.values()) == 1  # the texts tell them apart
@@ -263,7 +262,9 @@ def test_special_tokens_and_templates_are_read(tmp_path):
     tokenizer = load_tokenizer(file)
     assert stop_token_ids(tokenizer, file) == (0, 2)  # <|endoftext|> too, which the metadata do not name
     assert (tokenizer.eos_token, tokenizer.bos_token, tokenizer.pad_token) == ('<|im_end|>', '<|im_start|>', CONTROL[0])
-    assert tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False) == TEMPLATE_OF_HI
+    assert (
+        tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}], tokenize=False) == '<|im_start|>hi<|im_end|>'
+    )
     changes = {'tokenizer.ggml.add_bos_token': None, 'tokenizer.chat_template': None}
     base = str(write_gguf(tmp_path / 'base.gguf', tiny(), pre='llama-bpe', changes=changes))
     with pytest.raises(ValueError, match='has no chat template'):
@@ -271,9 +272,6 @@ def test_special_tokens_and_templates_are_read(tmp_path):
     borrowed = load_tokenizer(base, chat_template_from=file)
     assert borrowed.chat_template == TEMPLATE
     assert borrowed('hi')['input_ids'] == [1, *borrowed('hi', add_special_tokens=False)['input_ids']]
-
-
-TEMPLATE_OF_HI = '<|im_start|>hi<|im_end|>'
 
 
 @pytest.mark.parametrize(
@@ -310,10 +308,19 @@ def test_unreadable_files_and_tensors_are_named(tmp_path):
     with pytest.raises(ValueError, match='rope_freqs.weight slows RoPE by another rule than RopeScaling'):
         load_config(other)
     whole = other.read_bytes()
-    for name, content in {'empty': b'', 'short': whole[:-1000], 'no': b'GGML' + whole[4:]}.items():
+    name = b'output_norm.weight'
+    before = whole[: whole.index(name) + len(name) + 4 + 8]  # what stands before its type: up to how many sizes, which
+    of_kind = lambda number: before + bytes([number]) + whole[len(before) + 1 :]
+    for name, content, message in [
+        ('empty', b'', 'is damaged, or newer than the package gguf'),
+        ('short', whole[:-1000], 'is damaged'),
+        ('magic', b'GGML' + whole[4:], 'is damaged'),
+        ('new', of_kind(99), '99.* is not a valid GGMLQuantizationType'),
+        ('rare', of_kind(Kind.Q8_1), 'has tensors of type Q8_1'),
+    ]:
         (tmp_path / f'{name}.gguf').write_bytes(content)
-        with pytest.raises(ValueError, match=f'{name}.gguf is damaged'):
-            load_pretrained(tmp_path / f'{name}.gguf')
+        with pytest.raises(ValueError, match=rf'{name}.gguf {message}' if name != 'new' else message):
+            load_config(tmp_path / f'{name}.gguf')
     for load in (load_tokenizer, load_config, load_pretrained):
         with pytest.raises(FileNotFoundError, match=r"none.gguf' is not a file: .* has \['.*other.gguf"):
             load(str(tmp_path / 'none.gguf'))
