@@ -5,8 +5,9 @@
     python -m experiments.evaluate MODEL configs/data/gsm8k.gin ['binding = value' …]
 
 The first argument is the folder of a run, which needs nothing else; or a folder `…/checkpoints/<step>` of one; or a
-folder or bucket with such checkpoints and no configuration, or a model's folder or id on the hub, which need gin files
-that say on what: a checkpoint also of which `Experiment.model`. Step 0 is the model that a run started from.
+folder or bucket with such checkpoints and no configuration, or a model's folder, .gguf file or id on the hub, which
+need gin files that say on what: a checkpoint also of which `Experiment.model`. Step 0 is the model that a run started
+from.
 
 What is evaluated is `Experiment.validation`, by default the test split of `Experiment.task`. Prints a table and writes,
 for every set, `evaluation_<step>_<set>_<samples>.json` and `responses_….jsonl` of that name, and the mean of several
@@ -41,7 +42,7 @@ from troll_jax.evaluate import (
     success,
 )
 from troll_jax.experiment import Experiment
-from troll_jax.hub import is_path, what_is_there
+from troll_jax.hub import gguf_file, is_path, what_is_there
 from troll_jax.models import decoder as decoders
 from troll_jax.settings import Compute
 
@@ -76,11 +77,11 @@ def check_source(source: str, found: Source, settings: Sequence[str]) -> None:
     """Raises a ValueError for what is neither a run nor a model, and for a model without a word of what to ask it."""
     path = epath.Path(source)
     if found.checkpoints is None and '://' not in source:
-        is_model = (path / 'config.json').exists()
+        is_model = gguf_file(source) or (path / 'config.json').exists()
         if not is_model and (path.exists() or is_path(source) or source.count('/') > 1):
             raise ValueError(
-                f'{source!r} is neither a run (with config.gin), nor checkpoints, nor a model (with config.json): '
-                f'{what_is_there(source)}'
+                f'{source!r} is neither a run (with config.gin), nor checkpoints, nor a model (with config.json, or a '
+                f'.gguf file): {what_is_there(source)}'
             )
     if not settings:
         where = '' if path.exists() else f' {source!r} is no folder here, so it would be the id of a model on the hub.'

