@@ -61,6 +61,7 @@ def draw_runs(groups: Mapping[str, Runs], panels: Sequence[tuple] = tuple(PANELS
 
 def _name_lines(axis) -> None:
     """Writes the name of each run at the right, as high as its first line ends, and the names clear of each other."""
+    axis.autoscale_view()
     first = {line.get_label(): line for line in reversed(axis.lines)}
     height = lambda line: axis.transAxes.inverted().transform(axis.transData.transform(line.get_xydata()[-1]))[1]
     lowest = -1.0

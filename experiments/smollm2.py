@@ -75,10 +75,11 @@ def samples(folder: Path, step: int) -> str:
 
     columns = {'before': responses(METHODS[0], 0)} | {method: responses(method, step) for method in METHODS}
     shown = lambda text: '`' + ' '.join(text.split()).replace('`', "'").replace('|', '\\|') + '`'
+    words = lambda prompt: prompt.split('<|im_start|>user')[-1].split('<|im_end|>')[0]
     lines = ['| prompt | ' + ' | '.join(columns) + ' |', '| --- ' * (len(columns) + 1) + '|']
     for problem in zip(*columns.values(), strict=True):
         cells = [f'{shown(row["responses"][0])} {row["rewards"][0]:g}' for row in problem]
-        lines.append(f'| {shown(problem[0]["prompt"])} | ' + ' | '.join(cells) + ' |')
+        lines.append(f'| {shown(words(problem[0]["prompt"]))} | ' + ' | '.join(cells) + ' |')
     return "The first of each problem's responses, and its reward.\n\n" + '\n'.join(lines) + '\n'
 
 

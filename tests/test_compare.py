@@ -12,7 +12,7 @@ def row(method='GRPO/Clip', learning_rate=2e-4, staleness=2, seed=0, success=0.5
     return dict(zip(names, (method, learning_rate, staleness, seed, success), strict=True))
 
 
-def test_runs_differ_in_their_setting_alone(tmp_path, model, monkeypatch):
+def test_runs_differ_in_their_setting_alone(tmp_path, model):
     """Guards a learning rate that is compiled in and stays that of the first run, a state that one run leaves to the
     next, and runs that are made twice."""
     task = tmp_path / 'task.gin'
@@ -32,18 +32,15 @@ def test_runs_differ_in_their_setting_alone(tmp_path, model, monkeypatch):
         Compute.head_chunk = 40
         """
     )
-    for name, value in {'MODEL': tmp_path, 'TASK': str(task), 'UPDATES': 4, 'STALENESS': (2,)}.items():
-        monkeypatch.setattr(compare, name, value)
-    monkeypatch.setattr(compare, 'LEARNING_RATES', (0.0, 0.1))
-    compare.run_all(tmp_path / 'results', ['PPO/TROLL'], seeds=1)
+    suite = compare.Suite(str(task), ['PPO/TROLL'], 4, learning_rates=(0.0, 0.1), staleness=(2,), samples=4)
+    compare.run_all(suite, tmp_path / 'results', suite.methods, seeds=1)
     still, hot = compare.read_results(tmp_path / 'results/results.jsonl')
     assert (still['learning_rate'], hot['learning_rate']) == (0.0, 0.1)
     assert still['rewards'][0] == hot['rewards'][0] and len(hot['rewards']) == 2
     assert still['kl_mean'] < 1e-9 < 1e-4 < hot['kl_mean']
     assert {'success', 'entropy', 'constrained_share', 'explained_variance'} <= set(hot)
     written = (tmp_path / 'results/results.jsonl').read_text()
-    monkeypatch.setattr(compare, 'LEARNING_RATES', (0.1, 0.0))
-    compare.run_all(tmp_path / 'results', ['PPO/TROLL'], seeds=1)
+    compare.run_all(suite._replace(learning_rates=(0.1, 0.0)), tmp_path / 'results', suite.methods, seeds=1)
     assert (tmp_path / 'results/results.jsonl').read_text() == written
 
 
@@ -63,7 +60,8 @@ def test_intervals_are_over_seeds():
 
 def test_every_method_has_the_settings_of_its_name():
     """Guards a row of the table that is another method: what is bound last must win over the objective's file."""
-    bound = {method: to_bindings(compare.read(method).build(Method)) for method in compare.METHODS}
+    suite = compare.SUITES['quickstart']
+    bound = {method: to_bindings(compare.read(suite.task, method).build(Method)) for method in suite.methods}
     assert len(bound) == 16
     assert {m for m, b in bound.items() if b['Method.advantages'] == '@gae'} == {
         m for m in bound if m.startswith('PPO')

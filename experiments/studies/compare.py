@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
@@ -18,21 +18,15 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from experiments import quickstart
+from experiments.evaluate import summarise
 from experiments.plumbing.gin_files import Config
 from experiments.train import training_step
 from troll_jax.collect import make_collector
-from troll_jax.evaluate import evaluate, success
+from troll_jax.evaluate import evaluate
 from troll_jax.experiment import Experiment
 from troll_jax.learn import Learner
 from troll_jax.rewards.pool import Grader
 from troll_jax.settings import Compute, Method, Sampling
-
-MODEL = Path('runs/quickstart/model')  # of the task
-TASK = 'configs/quickstart.gin'
-UPDATES = 192  # of every run, each of minibatch_prompts × samples_per_prompt responses
-LEARNING_RATES = (2e-4, 5e-4, 1e-3)
-STALENESS = (2, 8, 32)  # updates per rollout batch
-EVALUATION_SAMPLES = 4  # per held-out problem, at temperature 1
 
 # What an estimator brings with it besides the advantages: ratio and mean over tokens, as its paper has them.
 ESTIMATORS = {
@@ -59,38 +53,70 @@ OBJECTIVES = {
     'TROLL': ('configs/objectives/troll.gin', []),
     'Clip + KL': ('configs/objectives/clip_kl.gin', []),
     'TROLL, α = 0': ('configs/objectives/troll.gin', ['troll.alpha = 0.0']),
+    'unbounded': ('configs/objectives/importance_weighted.gin', []),
+    'DPPO': ('configs/objectives/dppo.gin', []),
 }
-METHODS = [f'{estimator}/{objective}' for estimator, objective in product(ESTIMATORS, OBJECTIVES)]
+
+
+class Suite(NamedTuple):
+    """Runs that are compared: methods × levels of staleness × learning rates × seeds."""
+
+    task: str  # a gin file
+    methods: Sequence[str]  # estimator/objective
+    updates: int  # of every run, each of minibatch_prompts × samples_per_prompt responses
+    learning_rates: Sequence[float]
+    staleness: Sequence[int]  # updates per rollout batch
+    samples: int  # per held-out problem, at temperature 1
+
+    def settings(self, methods: Sequence[str], seeds: int) -> Iterator['Setting']:
+        """All runs, seed by seed, so that the results are balanced whenever the command is stopped."""
+        for seed in range(seeds):
+            for method, staleness, rate in product(methods, self.staleness, self.learning_rates):
+                yield Setting(method, rate, staleness, seed)
+
+
+SUITES = {
+    'quickstart': Suite(
+        'configs/quickstart.gin',
+        [f'{estimator}/{objective}' for estimator, objective in product(ESTIMATORS, list(OBJECTIVES)[:4])],
+        updates=192,
+        learning_rates=(2e-4, 5e-4, 1e-3),
+        staleness=(2, 8, 32),
+        samples=4,
+    ),
+    'smollm2': Suite(
+        'configs/smollm2.gin',
+        [f'GRPO/{objective}' for objective in OBJECTIVES],
+        updates=48,
+        learning_rates=(1e-5,),
+        staleness=(4, 16),
+        samples=8,
+    ),
+}
 
 
 class Setting(NamedTuple):
     """One run."""
 
-    method: str  # of METHODS
+    method: str  # of a suite
     learning_rate: float
     staleness: int
     seed: int
 
 
-def settings(methods: list[str], seeds: int) -> Iterator[Setting]:
-    """All runs, seed by seed, so that the results are balanced whenever the command is stopped."""
-    for seed in range(seeds):
-        for method, staleness, rate in product(methods, STALENESS, LEARNING_RATES):
-            yield Setting(method, rate, staleness, seed)
-
-
-def read(method: str) -> Config:
-    """The configuration of a method on the task."""
+def read(task: str, method: str) -> Config:
+    """The configuration of a method on a task."""
     estimator, objective = method.split('/')
     file, bindings = OBJECTIVES[objective]
-    return Config([TASK, file, *FILES.get(estimator, ())], [*ESTIMATORS[estimator], *bindings])
+    return Config([task, file, *FILES.get(estimator, ())], [*ESTIMATORS[estimator], *bindings])
 
 
 class Bench:
     """The start model, the data and the compiled programs, which all runs share."""
 
-    def __init__(self, experiment: Experiment, sampling: Sampling, compute: Compute, grader: Grader):
-        self.experiment, self.sampling, self.compute, self.grader = experiment, sampling, compute, grader
+    def __init__(self, suite: Suite, experiment: Experiment, sampling: Sampling, compute: Compute, grader: Grader):
+        self.suite, self.experiment, self.sampling, self.compute = suite, experiment, sampling, compute
+        self.grader = grader
         self.model = experiment.load_model(compute)
         self.prompts, self.held_out = (
             experiment.load_prompts(split, self.model.tokenizer) for split in ('train', 'test')
@@ -102,11 +128,11 @@ class Bench:
             support_size=sampling.support_size,
             support_mass=sampling.support_mass,
         )
-        self.evaluator = sampler(samples_per_prompt=EVALUATION_SAMPLES)
+        self.evaluator = sampler(samples_per_prompt=suite.samples)
 
     def learner(self, method: str) -> Learner:
         """The learner of a method. The learning rate is part of its optimizer's state: one program for all."""
-        settings = read(method).build(Method)
+        settings = read(self.suite.task, method).build(Method)
         adamw = settings.optimizer
         optimizer = lambda: optax.inject_hyperparams(lambda learning_rate: adamw(learning_rate=learning_rate))(0.0)
         return Learner(
@@ -136,7 +162,7 @@ class Bench:
         state = learner.init(jax.tree.map(jnp.copy, self.start))
         state.opt_state.hyperparams['learning_rate'] = jnp.float32(setting.learning_rate)
         rows = []
-        for _ in range(UPDATES // setting.staleness):
+        for _ in range(self.suite.updates // setting.staleness):
             experience = collect(state.params, int(state.progress.draws))
             state, row, _ = training_step(learner, state, experience)
             rows.append(row)
@@ -149,6 +175,7 @@ class Bench:
             jax.random.key(setting.seed),
             mesh=self.compute.mesh,
         )
+        found = summarise(result)
         mean = lambda name: float(np.mean([row[f'update/{name}'] for row in rows]))
         last = rows[-1].get('critic/explained_variance')
         critic = {} if last is None or not np.isfinite(last) else {'explained_variance': float(last)}
@@ -156,7 +183,11 @@ class Bench:
         return (
             setting._asdict()
             | {
-                'success': float(success(result).mean()),
+                'success': found['success']['mean'],
+                'low': found['success']['low'],
+                'high': found['success']['high'],
+                f'pass@{self.suite.samples}': found[f'pass@{self.suite.samples}']['mean'],
+                'response_length': found['response_length'],
                 'rewards': [round(float(row['reward/mean']), 4) for row in rows],
                 'entropy': float(rows[-1]['rollout/entropy']),
                 'kl_mean': mean('kl_mean'),
@@ -169,20 +200,20 @@ class Bench:
         )
 
 
-def run_all(folder: Path, methods: list[str], seeds: int) -> None:
-    """Makes the runs that `results.jsonl` lacks."""
+def run_all(suite: Suite, folder: Path, methods: Sequence[str], seeds: int) -> None:
+    """Makes the runs of a suite that `results.jsonl` lacks."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / 'results.jsonl'
     done = {Setting(*(row[name] for name in Setting._fields)) for row in read_results(path)}
-    todo = [setting for setting in settings(methods, seeds) if setting not in done]
+    todo = [setting for setting in suite.settings(methods, seeds) if setting not in done]
     if not todo:
         return
-    if not MODEL.exists():
-        quickstart.run('experiments.warm_start', 'configs/arithmetic_model.gin')
-    config = Config([TASK])
+    config = Config([suite.task])
     experiment, sampling, compute = (config.build(kind) for kind in (Experiment, Sampling, Compute))
+    if experiment.model == 'runs/quickstart/model' and not Path(experiment.model).exists():
+        quickstart.run('experiments.warm_start', 'configs/arithmetic_model.gin')
     with compute.grader(experiment.task) as grader:
-        bench = Bench(experiment, sampling, compute, grader)
+        bench = Bench(suite, experiment, sampling, compute, grader)
         learner = cache(bench.learner)
         with jax.set_mesh(compute.mesh):
             for i, setting in enumerate(todo):
@@ -224,12 +255,14 @@ def success_of(rows: list[dict], **fixed) -> Interval | None:
 
 def draw(rows: list[dict]) -> Figure:
     """Success against learning rate, over all levels of staleness, and the other way round; a column per estimator."""
-    figure = Figure(figsize=(16, 7), layout='constrained')
-    axes = figure.subplots(2, len(ESTIMATORS), sharey=True)
-    for column, estimator in enumerate(ESTIMATORS):
-        for axis, name, values in zip(
-            axes[:, column], ('learning_rate', 'staleness'), (LEARNING_RATES, STALENESS), strict=True
-        ):
+    estimators = [
+        estimator for estimator in ESTIMATORS if any(row['method'].startswith(f'{estimator}/') for row in rows)
+    ]
+    kinds = {name: sorted({row[name] for row in rows}) for name in ('learning_rate', 'staleness')}
+    figure = Figure(figsize=(4 * len(estimators), 7), layout='constrained')
+    axes = figure.subplots(2, len(estimators), sharey=True, squeeze=False)
+    for column, estimator in enumerate(estimators):
+        for axis, (name, values) in zip(axes[:, column], kinds.items(), strict=True):
             for offset, objective in enumerate(OBJECTIVES):
                 found = [success_of(rows, method=f'{estimator}/{objective}', **{name: value}) for value in values]
                 points = [(x, interval) for x, interval in enumerate(found) if interval is not None]
@@ -255,13 +288,14 @@ def draw(rows: list[dict]) -> Figure:
 
 def table(rows: list[dict]) -> str:
     """Success of every method at every setting, in Markdown."""
-    cells = list(product(STALENESS, LEARNING_RATES))
+    methods = dict.fromkeys(row['method'] for row in rows)
+    cells = list(product(*(sorted({row[name] for row in rows}) for name in ('staleness', 'learning_rate'))))
     lines = [
         '| updates per rollout batch | ' + ' | '.join(str(staleness) for staleness, _ in cells) + ' | all |',
         '| --- ' * (len(cells) + 2) + '|',
         '| learning rate | ' + ' | '.join(f'{rate:g}' for _, rate in cells) + ' | |',
     ]
-    for method in METHODS:
+    for method in methods:
         found = [success_of(rows, method=method, staleness=s, learning_rate=rate) for s, rate in cells]
         found.append(success_of(rows, method=method))
         shown = [f'{x.mean:.3f} ± {x.half:.3f}' if x is not None else '' for x in found]
