@@ -6,6 +6,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from bad_input import REPOSITORY, cases, damaged, fresh, save_model
 from hypothesis import example, given
@@ -15,6 +16,7 @@ from experiments.plumbing.command import run_command
 from troll_jax.data.prompts import encode_prompts
 from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
+from troll_jax.hub import hub_revision
 from troll_jax.models.hf_weights import load_pretrained
 
 
@@ -157,3 +159,15 @@ def test_nothing_unpickles_or_trusts():
     }
     # A grading worker gets its function from the process that started it.
     assert found == {'troll_jax/rewards/worker.py: grade = pickle.loads(pickled)'}
+
+
+def test_the_revision_of_the_hub_is_found(tmp_path, monkeypatch):
+    """Guards a record of a run that does not say which of a model's versions on the hub it started from."""
+    snapshot = tmp_path / 'models--someone--something/snapshots' / ('ab' * 20)
+    snapshot.mkdir(parents=True)
+    (snapshot / 'config.json').write_text('{}')
+    (tmp_path / 'models--someone--something/refs').mkdir()
+    (tmp_path / 'models--someone--something/refs/main').write_text(snapshot.name)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
+    assert hub_revision('someone/something') == snapshot.name
+    assert hub_revision('someone/else') is None and hub_revision(str(snapshot)) is None

@@ -77,6 +77,16 @@ def model_of_folder_or_hub(model: str) -> Iterator[None]:
         ) from error
 
 
+def hub_revision(model: str) -> str | None:
+    """The commit of a model of the hub, in the copy that is loaded; None of any other."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(model).is_dir() or gguf_file(model) or is_path(model):
+        return None
+    found = try_to_load_from_cache(model, 'config.json')
+    return Path(found).parent.name if isinstance(found, str) else None
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """An object in a file of a model. Raises a ValueError, which names the file, if it holds anything else."""
     try:

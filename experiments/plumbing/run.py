@@ -26,6 +26,7 @@ from experiments.plumbing.gin_text import own_code, to_bindings, to_gin
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.data.prompts import PromptSet
 from troll_jax.experiment import Experiment, Model
+from troll_jax.hub import hub_revision
 from troll_jax.learn import Learner, Updated
 from troll_jax.metrics import MetricsWriter
 from troll_jax.models.hf_weights import load_config
@@ -226,7 +227,7 @@ def describe_setup(settings: Sequence[Any], tokenizer, splits: dict[str, PromptS
         'tokenizer': {'tokenizer': fingerprint(sorted(tokenizer.get_vocab().items()), special)},
         'data': {f'{name} data': fingerprint(data.tokens, data.lengths, data.answers) for name, data in splits.items()},
         'versions': {name: importlib.metadata.version(name) for name in packages}
-        | {'troll_jax': _commit()}
+        | {'troll_jax': _commit(), 'model on the hub': hub_revision(settings[0].model)}
         | {f'code of {name}': fingerprint(source) for name, source in own_code(*settings).items()},
     }
 
