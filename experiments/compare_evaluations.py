@@ -1,6 +1,7 @@
 """Compares two evaluations on the same problems, as pairs.
 
     python -m experiments.compare_evaluations A B [--step-a N] [--step-b N] [--sets AMC_32 MATH500_1 …]
+    python -m experiments.compare_evaluations 'runs/clip_{seed}' 'runs/troll_{seed}' --seeds 0 1 2
 
 A and B are two files `responses_<step>_<set>_<samples>.jsonl` of `experiments.evaluate`, or the folders that it wrote:
 then every set that both have is compared, and the sets' mean. All sets are of one step, by default a folder's latest,
@@ -8,7 +9,8 @@ and sampled alike: each with one number of samples, and all with the same option
 
 The difference of two models on one problem does not vary with how hard the problem is, so the interval of the mean
 difference is narrower than what the intervals of the two models by themselves would suggest. It is one over problems:
-how much two runs of one method with other seeds differ is not in it.
+how much two runs of one method with other seeds differ is not in it, unless there are runs with several seeds. Then the
+interval is one over seeds and problems.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.plumbing.command import run_command
-from troll_jax.evaluate import Estimate, distinct, estimate, estimate_mean, is_correct, mean_by_problem
+from troll_jax.evaluate import Estimate, distinct, estimate, estimate_mean, is_correct, mean_by_problem, over_seeds
 
 # What experiments.evaluate names a set's files: options that are not as by default stand at the end.
 _NAME = re.compile(r'(?P<set>[\w-]+?)_(?P<samples>\d+)(?P<options>(_(temperature|top_k|top_p|seed)_[\d.e-]+)*)')
@@ -154,15 +156,41 @@ def _row(pairs: list[tuple[np.ndarray, np.ndarray, int]]) -> dict[str, Estimate 
     }
 
 
+def compare_seeds(comparisons: Sequence[dict[str, dict]]) -> dict[str, dict]:
+    """The comparisons of runs with several seeds as one: means over seeds.
+
+    Raises:
+      ValueError: not all are of the same sets.
+    """
+    if len({frozenset(rows) for rows in comparisons}) > 1:
+        raise ValueError(f'the seeds have other sets: {[list(rows) for rows in comparisons]}; choose some with --sets')
+    merged = {}
+    for name in comparisons[0]:
+        rows = [of_seed[name] for of_seed in comparisons]
+        merged[name] = {
+            key: over_seeds([row[key] for row in rows])
+            if isinstance(value, Estimate)
+            else sum(row[key] for row in rows)
+            for key, value in rows[0].items()
+        }
+    return merged
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('a', type=Path)
-    parser.add_argument('b', type=Path)
+    parser.add_argument('a')
+    parser.add_argument('b')
+    parser.add_argument('--seeds', nargs='+', default=[''], help='what {seed} in A and B stands for; several runs')
     parser.add_argument('--step-a', type=int, help='of a folder; the latest by default')
     parser.add_argument('--step-b', type=int)
     parser.add_argument('--sets', nargs='+', help='such as AMC_32; all that both have by default')
     arguments = parser.parse_args()
-    rows = compare(arguments.a, arguments.b, arguments.step_a, arguments.step_b, arguments.sets)
+    if len(arguments.seeds) > 1 and not ('{seed}' in arguments.a and '{seed}' in arguments.b):
+        raise ValueError(
+            f'A and B are {arguments.a!r} and {arguments.b!r}; with --seeds both must have {{seed}} in them'
+        )
+    pairs = [[Path(x.replace('{seed}', seed)) for x in (arguments.a, arguments.b)] for seed in arguments.seeds]
+    rows = compare_seeds([compare(*pair, arguments.step_a, arguments.step_b, arguments.sets) for pair in pairs])
     width = max(map(len, ['set', *rows]))
     print(f'{"set":{width}} | problems | A     | B     | B less A, 95 % interval | B better at | A better at')
     for name, row in rows.items():

@@ -49,7 +49,10 @@ def test_intervals_are_over_seeds():
     rows = [row(seed=s, staleness=n, success=x) for s, n, x in [(0, 2, 0.1), (0, 8, 0.3), (1, 2, 0.5), (1, 8, 0.7)]]
     interval = compare.success_of(rows, method='GRPO/Clip')
     np.testing.assert_allclose(interval.mean, 0.4, rtol=1e-6)
-    np.testing.assert_allclose(interval.half, 12.706 * np.std([0.2, 0.6], ddof=1) / 2**0.5, rtol=1e-4)
+    np.testing.assert_allclose(interval.high - 0.4, 12.706 * np.std([0.2, 0.6], ddof=1) / 2**0.5, rtol=1e-4)
+    wide = [x | {'low': x['success'] - 3.0, 'high': x['success'] + 4.0} for x in rows]
+    both = compare.success_of(wide, method='GRPO/Clip')
+    np.testing.assert_allclose([0.4 - both.low, both.high - 0.4], np.hypot(interval.high - 0.4, [3.0, 4.0]), rtol=1e-6)
     assert compare.success_of(rows, method='GRPO/Clip', staleness=8, seed=1) is not None
     assert compare.success_of(rows, method='PPO/Clip') is None
     interrupted = [*rows, row(seed=2, staleness=2, success=0.9)]

@@ -9,8 +9,9 @@ import pytest
 from loop import settings
 from tiny import save_qwen3
 
+import experiments.compare_evaluations
 import experiments.evaluate
-from experiments.compare_evaluations import compare, find_responses, read_success
+from experiments.compare_evaluations import compare, compare_seeds, find_responses, read_success
 from experiments.export import export
 from experiments.plumbing import validation
 from experiments.plumbing.gin_files import Config
@@ -345,3 +346,24 @@ def test_other_problems_are_an_error(tmp_path):
         compare(a, swapped)
     with pytest.raises(ValueError, match='8 and 7, one has more'):
         compare(a, write_responses(tmp_path, 'c.jsonl', B[:7]))
+
+
+def test_runs_with_several_seeds_are_one_comparison(tmp_path, monkeypatch, capsys):
+    """Guards an interval over problems alone where runs of a method differ by more than methods do."""
+    for seed, of_b in enumerate([B, A]):
+        write_responses(tmp_path / f'a_{seed}', 'responses_9_one_set_1.jsonl', A)
+        write_responses(tmp_path / f'b_{seed}', 'responses_9_one_set_1.jsonl', of_b)
+    rows = [compare(tmp_path / f'a_{seed}', tmp_path / f'b_{seed}') for seed in range(2)]
+    merged = compare_seeds(rows)['one_set_1']
+    assert (merged['problems'], merged['b_better'], merged['difference'].mean) == (16, 2, 0.125)
+    of_problems = np.mean([row['one_set_1']['difference'].high - row['one_set_1']['difference'].mean for row in rows])
+    seeds = 12.7062 * 0.125  # Student's t with one degree, times half of the difference of the two
+    np.testing.assert_allclose(merged['difference'].high, 0.125 + np.hypot(of_problems, seeds), rtol=1e-5)
+    assert compare_seeds(rows[:1]) == rows[0]
+    sides = [str(tmp_path / f'{side}_{{seed}}') for side in 'ab']
+    monkeypatch.setattr('sys.argv', ['compare_evaluations', *sides, '--seeds', '0', '1'])
+    experiments.compare_evaluations.main()
+    assert '+0.125 [-1.' in capsys.readouterr().out
+    monkeypatch.setattr('sys.argv', ['compare_evaluations', 'a', 'b', '--seeds', '0', '1'])
+    with pytest.raises(ValueError, match=r'both must have \{seed\} in them'):
+        experiments.compare_evaluations.main()

@@ -149,6 +149,19 @@ def estimate_mean(*per_problem: np.ndarray, samples: int = 1) -> Estimate:
     return Estimate(float(mean), float(mean - half), float(mean + half))
 
 
+def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean over training seeds of estimates on the same problems; the interval is for other seeds and problems too.
+
+    Its half is √(a² + b²): a is that of the mean over seeds by Student's t, b the mean of those over problems, which
+    further seeds do not narrow.
+    """
+    means, count = np.array([one.mean for one in estimates]), len(estimates)
+    seeds = _t(count) * means.std(ddof=1) / np.sqrt(count) if count > 1 else 0.0
+    sides = [np.mean([one.mean - one.low for one in estimates]), np.mean([one.high - one.mean for one in estimates])]
+    below, above = np.hypot(seeds, sides)
+    return Estimate(float(means.mean()), float(means.mean() - below), float(means.mean() + above))
+
+
 def _t(count: int) -> float:
     """The 97.5 % quantile of Student's distribution for the mean of so many values."""
     return float(scipy.special.stdtrit(max(count - 1, 1), 0.975))

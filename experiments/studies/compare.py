@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from matplotlib.figure import Figure
-from scipy import stats
 
 from experiments import quickstart
 from experiments.evaluate import summarise
 from experiments.plumbing.gin_files import Config
 from experiments.train import training_step
 from troll_jax.collect import make_collector
-from troll_jax.evaluate import evaluate
+from troll_jax.evaluate import Estimate, evaluate, over_seeds
 from troll_jax.experiment import Experiment
 from troll_jax.learn import Learner
 from troll_jax.rewards.pool import Grader
@@ -229,15 +228,10 @@ def read_results(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-class Interval(NamedTuple):
-    """A mean over seeds, and half of its 95 % interval by Student's t."""
-
-    mean: float
-    half: float
-
-
-def success_of(rows: list[dict], **fixed) -> Interval | None:
+def success_of(rows: list[dict], **fixed) -> Estimate | None:
     """Success of the runs with these settings: the mean of each seed's runs first, then over seeds. None: no run.
+
+    The interval is one over seeds, and over problems as well where the lines have one of them.
 
     A seed with fewer runs than another was interrupted and does not count: its mean is that of other settings.
     """
@@ -247,10 +241,8 @@ def success_of(rows: list[dict], **fixed) -> Interval | None:
         return None
     runs = Counter(row['seed'] for row in chosen)
     complete = [seed for seed, count in runs.items() if count == max(runs.values())]
-    by_seed = [np.mean([row['success'] for row in chosen if row['seed'] == seed]) for seed in complete]
-    n = len(by_seed)
-    half = stats.t.ppf(0.975, n - 1) * np.std(by_seed, ddof=1) / n**0.5 if n > 1 else float('nan')
-    return Interval(float(np.mean(by_seed)), float(half))
+    mean = lambda name, seed: np.mean([row.get(name, row['success']) for row in chosen if row['seed'] == seed])
+    return over_seeds([Estimate(*(mean(name, seed) for name in ('success', 'low', 'high'))) for seed in complete])
 
 
 def draw(rows: list[dict]) -> Figure:
@@ -270,7 +262,7 @@ def draw(rows: list[dict]) -> Figure:
                     axis.errorbar(
                         [x + 0.04 * (offset - 1.5) for x, _ in points],
                         [interval.mean for _, interval in points],
-                        [interval.half for _, interval in points],
+                        np.transpose([(x.mean - x.low, x.high - x.mean) for _, x in points]),
                         fmt='o-',
                         capsize=3,
                         markersize=4,
@@ -298,6 +290,6 @@ def table(rows: list[dict]) -> str:
     for method in methods:
         found = [success_of(rows, method=method, staleness=s, learning_rate=rate) for s, rate in cells]
         found.append(success_of(rows, method=method))
-        shown = [f'{x.mean:.3f} ± {x.half:.3f}' if x is not None else '' for x in found]
+        shown = [f'{x.mean:.3f} ± {(x.high - x.low) / 2:.3f}' if x is not None else '' for x in found]
         lines.append(f'| {method.replace("/", ", ")} | ' + ' | '.join(shown) + ' |')
     return '\n'.join(lines) + '\n'
