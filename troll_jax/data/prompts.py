@@ -39,6 +39,10 @@ class PromptSet:
     def __len__(self) -> int:
         return len(self.answers)
 
+    def content(self) -> tuple[list, list]:
+        """Tokens and answers as plain lists."""
+        return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)], self.answers
+
 
 def distinct_rows(rows: Dataset, *, repeated: bool) -> Dataset:
     """The rows with each problem (messages and answer) once; `repeated` leaves them all in and only says so.
@@ -96,25 +100,12 @@ def encode_prompts(
     """
     if len(dataset) == 0:
         raise ValueError('The data set has no rows; expected at least one prompt. Check its source and split.')
-    template_arguments = dict(template_arguments or {})
-    unused = [name for name in template_arguments if name not in str(tokenizer.chat_template)]
-    if unused:
-        raise ValueError(f'The chat template does not mention {unused}, so they would change nothing; remove them.')
     if long_prompts not in LONG_PROMPTS:
         raise ValueError(f'long_prompts is {long_prompts!r}; expected one of {LONG_PROMPTS}.')
 
     def render(conversations):
-        try:
-            template = _TODAY.sub(lambda call: repr(_DATE.strftime(call['format'])), tokenizer.get_chat_template())
-            texts = tokenizer.apply_chat_template(
-                conversations, chat_template=template, tokenize=False, add_generation_prompt=True, **template_arguments
-            )
-        except Exception as error:  # whatever a template does
-            raise ValueError(
-                f'The chat template fails on the prompts ({type(error).__name__}: {error}). Correct it, or set '
-                'chat_template_from to a model whose template fits.'
-            ) from error
-        return texts, _tokenize(texts, tokenizer)
+        texts = render_chats(conversations, tokenizer, template_arguments=template_arguments)
+        return texts, tokenize(texts, tokenizer)
 
     texts, encoded = render(list(dataset['messages']))
     lengths = np.array([len(ids) for ids in encoded], np.int32)
@@ -160,13 +151,46 @@ def encode_prompts(
     )
 
 
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def render_chats(
+    conversations: list[list[dict[str, str]]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_generation_prompt: bool = True,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Conversations as the chat template writes them, on every day with the same date.
+
+    Raises:
+        ValueError: the template fails, or mentions one of the arguments nowhere.
+    """
+    template_arguments = dict(template_arguments or {})
+    unused = [name for name in template_arguments if name not in str(tokenizer.chat_template)]
+    if unused:
+        raise ValueError(f'The chat template does not mention {unused}, so they would change nothing; remove them.')
+    try:
+        template = _TODAY.sub(lambda call: repr(_DATE.strftime(call['format'])), tokenizer.get_chat_template())
+        return tokenizer.apply_chat_template(
+            conversations,
+            chat_template=template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **template_arguments,
+        )
+    except Exception as error:  # whatever a template does
+        raise ValueError(
+            f'The chat template fails on the prompts ({type(error).__name__}: {error}). Correct it, or set '
+            'chat_template_from to a model whose template fits.'
+        ) from error
+
+
+def tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of texts, and no special token that they do not spell out. Raises a ValueError if one fails."""
     try:
         return tokenizer(texts, add_special_tokens=False)['input_ids']
     except Exception as error:  # of many kinds, such as a character that the vocabulary cannot spell
         if len(texts) > 1:  # which text it is
             for text in texts:
-                _tokenize([text], tokenizer)
+                tokenize([text], tokenizer)
         raise ValueError(
             f'The tokenizer fails on the prompt {texts[0][:120]!r} ({type(error).__name__}: {error}); expected text '
             'that it has tokens for. Fix or drop that row, or use the tokenizer of another model.'
