@@ -21,8 +21,6 @@ from experiments.plumbing.command import read_command_line, run_command
 from experiments.plumbing.run import check_writable
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic, demonstration
 from troll_jax.data.tokenizer import character_tokenizer
-from troll_jax.evaluate import evaluate
-from troll_jax.experiment import Experiment
 from troll_jax.finetune import Finetuning
 from troll_jax.models import decoder as decoders
 from troll_jax.models.families import decoder_config
@@ -63,7 +61,7 @@ def warm_start(
       task: task whose training problems are demonstrated.
       width, layers, heads, kv_heads, head_dim, mlp_width: sizes of the model.
       worked_share: share of demonstrations in the second part that show the running values before the answer.
-      learning_rate: rate after a linear warm-up of 50 steps; falls to zero in the second part.
+      learning_rate: rate after a linear warm-up of 50 steps, in both parts.
       batch: demonstrations per step.
       accuracy: share of a batch's worked answers that must be right, from beginning to end, for the first part to end.
       mixed_steps: optimizer steps of the second part.
@@ -75,13 +73,12 @@ def warm_start(
       RuntimeError: the first part has not ended after `max_steps`.
     """
     above_zero = {'width': width, 'layers': layers, 'heads': heads, 'kv_heads': kv_heads, 'head_dim': head_dim}
-    above_zero |= {'mlp_width': mlp_width, 'batch': batch, 'learning_rate': learning_rate, 'max_steps': max_steps}
-    for name, value in above_zero.items():
+    above_zero |= {'mlp_width': mlp_width, 'batch': batch, 'learning_rate': learning_rate}
+    for name, value in (above_zero | {'mixed_steps': mixed_steps, 'max_steps': max_steps}).items():
         check_range(name, value, is_positive, 'above 0')
-    for name, value in {'mixed_steps': mixed_steps, 'seed': seed}.items():
-        check_range(name, value, is_not_negative, 'at least 0')
     for name, share in {'worked_share': worked_share, 'accuracy': accuracy}.items():
         check_range(name, share, lambda x: 0 <= x <= 1, 'a share, from 0 to 1')
+    check_range('seed', seed, is_not_negative, 'at least 0')
     check_writable(folder)
     tokenizer = character_tokenizer(CHARACTERS)
     prompt_room, response_room = 2 * task.operands, task.operands + 2
@@ -103,53 +100,33 @@ def warm_start(
     )
     compute = Compute(dtype='float32', head_chunk=4096, devices=jax.devices()[:1])
     problems = task.problems('train')
-
-    def finetuned(model: Path, run_folder: Path, share: float, steps: int, accuracy: float | None, **rates) -> Path:
-        worked = np.random.default_rng(seed).random(len(problems)) < share
-        words = [demonstration(problem, show) for problem, show in zip(problems, worked, strict=True)]
-        finetuning = Finetuning(
-            model=str(model),
-            max_length=prompt_room + response_room,
-            batch_size=batch,
-            optimizer=partial(adamw, learning_rate, b2=0.98, **rates),
-            stop_at_accuracy=accuracy,
-            seed=seed,
-        )
-        run = Run(folder=run_folder, steps=steps, checkpoint_every=steps)
-        if not finetune(finetuning, compute, run, Dataset.from_dict({'prompt': problems, 'completion': words})):
-            raise KeyboardInterrupt
-        return run_folder / 'export'
+    optimizer = partial(adamw, learning_rate, warmup_updates=50, b2=0.98)
 
     with tempfile.TemporaryDirectory() as runs:
-        new = Path(runs) / 'new'
-        config = decoder_config(hf_config, compute_dtype='float32')
-        save_pretrained(new, decoders.init(config, jax.random.key(seed)), hf_config)
+
+        def teach(name: str, model: Path, share: float, steps: int, accuracy: float | None = None) -> Path:
+            """The folder of the model after learning from demonstrations of which this share is worked."""
+            worked = np.random.default_rng(seed).random(len(problems)) < share
+            words = [demonstration(problem, show) for problem, show in zip(problems, worked, strict=True)]
+            settings = Finetuning(
+                model=str(model),
+                max_length=prompt_room + response_room,
+                batch_size=batch,
+                optimizer=optimizer,
+                stop_at_accuracy=accuracy,
+                seed=seed,
+            )
+            run = Run(folder=Path(runs, name), steps=steps, checkpoint_every=steps)
+            if not finetune(settings, compute, run, Dataset.from_dict({'prompt': problems, 'completion': words})):
+                raise KeyboardInterrupt
+            return Path(run.folder, 'export')
+
+        new = Path(runs, 'new')
+        params = decoders.init(decoder_config(hf_config, compute_dtype='float32'), jax.random.key(seed))
+        save_pretrained(new, params, hf_config)
         tokenizer.save_pretrained(new)
-        worker = finetuned(new, Path(runs) / 'worked', 1.0, max_steps, accuracy, warmup_updates=50)
-        model = finetuned(worker, Path(runs) / 'mixed', worked_share, mixed_steps, None, decay_updates=mixed_steps)
-        shutil.copytree(model, folder, dirs_exist_ok=True)
-    _report(
-        Experiment(model=folder, task=task, max_prompt_length=prompt_room, max_response_length=response_room), compute
-    )
-
-
-def _report(experiment: Experiment, compute: Compute) -> None:
-    """Logs what the model does with the held-out problems."""
-    model = experiment.load_model(compute)
-    sampler = model.sampler(compute, samples_per_prompt=1, temperature=1.0)
-    prompts, params = experiment.load_prompts('test', model.tokenizer), experiment.load_params(compute)
-    with compute.grader(experiment.task) as grader:
-        result = evaluate(sampler, params, prompts, grader, model.tokenizer, jax.random.key(0), mesh=compute.mesh)
-    rewards = result.rewards[:, 0]
-    worked = np.array([len(responses[0]) > 2 for responses in result.responses])
-    logger.info(
-        'success %.3f on held-out problems; %.0f %% of the answers are worked, %.3f of those and %.3f of the bare ones '
-        'are right',
-        rewards.mean(),
-        100 * worked.mean(),
-        rewards[worked].mean() if worked.any() else 0.0,
-        rewards[~worked].mean() if not worked.all() else 0.0,
-    )
+        working = teach('working', new, 1.0, max_steps, accuracy)
+        shutil.copytree(teach('mixed', working, worked_share, mixed_steps), folder, dirs_exist_ok=True)
 
 
 def main() -> None:
