@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
+from itertools import chain
 
 import numpy as np
 from datasets import Dataset
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 
 def finetune(finetuning: Finetuning, compute: Compute, run: Run, rows: Dataset | None = None) -> bool:
-    """Trains a model to write what the assistant says in conversations; returns False after Ctrl-C or SIGTERM.
+    """Trains a model to write what the assistant says in conversations; False if a signal has interrupted it.
 
     Args:
       finetuning: model, data, optimizer and chats per update.
@@ -45,37 +45,34 @@ def finetune(finetuning: Finetuning, compute: Compute, run: Run, rows: Dataset |
       ValueError: settings that contradict each other or bad rows, before any weight is loaded.
       RuntimeError: `Finetuning.stop_at_accuracy` was not reached.
     """
+    source, goal = finetuning.source, finetuning.stop_at_accuracy
     if run.keep_best or run.save_rollout_every:
         raise ValueError('Run.keep_best and Run.save_rollout_every need rollouts, and fine-tuning has none; unset them')
-    if (rows is None) is (finetuning.source is None):
-        raise ValueError(f'got the source {finetuning.source!r}, and rows: {rows is not None}; expected one of the two')
-    if not finetuning.held_out:
-        run = dataclasses.replace(run, evaluate_every=0)
+    if (rows is None) is (source is None):
+        raise ValueError(f'got the source {source!r}, and rows: {rows is not None}; expected one of the two')
+    run = run if finetuning.held_out else dataclasses.replace(run, evaluate_every=0)
     training = TrainingRun((finetuning,), compute, run)
     model = finetuning.load_model(compute)  # tokenizer and sizes; no weights yet
-    where = 'row {} of the rows given'.format if rows is not None else partial(locate, finetuning.source, 'train')
     of_rows = encode_chats(
-        load_rows(finetuning.source, 'train') if rows is None else rows,
+        load_rows(source, 'train') if rows is None else rows,
         model.tokenizer,
         max_length=finetuning.max_length,
         stop_tokens=model.stop_tokens,
-        where=where,
+        where='row {} of those given'.format if source is None else partial(locate, source, 'train'),
         template_arguments=finetuning.template_arguments,
-        long_chats=finetuning.long_chats,
     )
     order = np.random.default_rng(0).permutation(len(of_rows))  # the same conversations are held out in every run
-    held_out, chats = (
-        [chat for row in some for chat in of_rows[row]] for some in np.split(order, [finetuning.held_out])
-    )
+    parts = np.split(order, [finetuning.held_out])
+    held_out, chats = ([chat for row in part for chat in of_rows[row]] for part in parts)
+    if finetuning.held_out and not held_out:
+        raise ValueError(f'all held_out = {finetuning.held_out} conversations are too long; raise it, or max_length')
     batch_of = partial(batch_indices, len(chats), finetuning.batch_size, seed=finetuning.seed)
     batch_of(step=0)  # an error if there are too few
-    logger.info(
-        '%d chats, and %d held out; %d updates of %d are %.2f epochs',
-        *(len(chats), len(held_out), run.steps, finetuning.batch_size, run.steps * finetuning.batch_size / len(chats)),
-    )
+    epochs = run.steps * finetuning.batch_size / len(chats)
+    logger.info('%d chats, and %d held out; %d updates are %.2f epochs', len(chats), len(held_out), run.steps, epochs)
     learner = SupervisedLearner(model.config, finetuning, compute)
     validate = lambda params: {f'eval/{name}': x for name, x in learner.evaluate(params, held_out).items()}
-    accuracy, goal = None, finetuning.stop_at_accuracy
+    accuracy = None
     with training:
         state = training.start(learner, model, _content(chats), validate)
         for step in training.steps():
@@ -92,7 +89,7 @@ def finetune(finetuning: Finetuning, compute: Compute, run: Run, rows: Dataset |
             f'after {run.steps} steps {accuracy:.0%} of the chats were right; expected {goal:.0%}. Raise Run.steps to '
             'train on, or change the learning rate or the model.'
         )
-    write_model(run.folder, Path(run.folder) / 'export', state.params)
+    write_model(run.folder, f'{run.folder}/export', state.params)
     logger.info('%s/export is the model in Hugging Face format', run.folder)
     return True
 
@@ -100,7 +97,7 @@ def finetune(finetuning: Finetuning, compute: Compute, run: Run, rows: Dataset |
 def _content(chats: Sequence[Chat]) -> list:
     """Lengths of all chats, and a hash of what is in them."""
     digest = hashlib.sha256()
-    for part in (part for chat in chats for part in chat):
+    for part in chain(*chats):
         digest.update(part)
     return [[len(chat.tokens) for chat in chats], digest.hexdigest()]
 
@@ -110,9 +107,9 @@ def main() -> None:
     for name in ('model', 'chat_template_from', 'template_arguments'):
         if (value := config.get(f'Experiment.{name}')) is not None:
             config.setdefault(f'Finetuning.{name}', value)
-    finetuning, compute, run = (config.build(kind) for kind in (Finetuning, Compute, Run))
+    settings = [config.build(kind) for kind in (Finetuning, Compute, Run)]
     config.check_used()
-    finetune(finetuning, compute, run)
+    finetune(*settings)
 
 
 if __name__ == '__main__':

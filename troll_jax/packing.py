@@ -163,7 +163,7 @@ def make_batch(rollout: Rollout, advantages: np.ndarray, weights: np.ndarray, la
     batch.old.log_probs.fill(-np.inf)
 
     def fill(array: np.ndarray, to: np.ndarray, values: np.ndarray) -> None:
-        array.reshape(np.prod(layout.shape), *array.shape[3:])[to] = values
+        array.reshape(-1, *array.shape[3:])[to] = values
 
     source, position = _every_token(lengths)
     to = (rows * layout.shape.row_tokens + starts)[source] + position

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _logger = logging.getLogger(__name__)
-
-LONG_CHATS = ('drop', 'cut')
 
 
 class Chat(NamedTuple):
@@ -34,7 +33,6 @@ def encode_chats(
     stop_tokens: Collection[int],
     where: Callable[[int], str],
     template_arguments: Mapping[str, Any] | None = None,
-    long_chats: str = 'drop',
 ) -> list[list[Chat]]:
     """The chats of each row, with the assistant's turns as the model would have to write them.
 
@@ -50,11 +48,10 @@ def encode_chats(
             `completion`, lists of such messages of which those of the completion are learnt, or the words of a user
             and of the assistant.
         tokenizer: one with a chat template.
-        max_length: tokens of the longest chat.
+        max_length: tokens of the longest chat; longer ones are dropped, with one warning for all of them.
         stop_tokens: tokens that end a response.
         where: the place of a row, for an error.
         template_arguments: passed to the chat template.
-        long_chats: treatment of longer chats: 'drop', or 'cut', at the end.
 
     Raises:
         ValueError: a row that is no conversation or has no words of the assistant, a template or tokenizer that fails
@@ -63,20 +60,32 @@ def encode_chats(
     """
     conversations = _conversations(rows, where)
     turns = [
-        (row, messages, i)
+        (row, messages[:i], messages[i])
         for row, (messages, first) in enumerate(conversations)
-        for i, message in enumerate(messages)
-        if i >= first and message['role'] == 'assistant'
+        for i in range(first, len(messages))
+        if messages[i]['role'] == 'assistant'
     ]
     places = [row for row, _, _ in turns]
 
-    def render(conversations: list, **prompt: bool) -> list[str]:
-        several = lambda some: render_chats(some, tokenizer, template_arguments=template_arguments, **prompt)
-        return _explained(several, conversations, places, where)
+    def each(function: Callable[[list], list], items: list, places: list[int]) -> list:
+        """function(items); a ValueError names the row of the item that it cannot take."""
+        try:
+            return function(items)
+        except ValueError:
+            for item, row in zip(items, places, strict=True):
+                try:
+                    function([item])
+                except ValueError as error:
+                    raise ValueError(f'{where(row)}: {error}') from error
+            raise
 
-    prompts = render([messages[:i] for _, messages, i in turns])
-    ends = render([messages[: i + 1] for _, messages, i in turns], add_generation_prompt=False)
-    pieces, begins, so_far = [], [], None  # two pieces for each turn; whether a turn begins a chat; the chat's text
+    def render(some: list, add_generation_prompt: bool) -> list[str]:
+        settings = {'template_arguments': template_arguments, 'add_generation_prompt': add_generation_prompt}
+        return each(lambda some: render_chats(some, tokenizer, **settings), some, places)
+
+    prompts = render([before for _, before, _ in turns], True)
+    ends = render([[*before, message] for _, before, message in turns], False)
+    pieces, begins = [], []  # texts before and of each turn; whether it begins a chat
     for turn, (row, prompt, end) in enumerate(zip(places, prompts, ends, strict=True)):
         if not end.startswith(prompt):
             raise ValueError(
@@ -84,60 +93,44 @@ def encode_chats(
                 f'{where(row)}: {end[-80:]!r}. Expected that the prompt goes on; change template_arguments, or the '
                 'template.'
             )
-        begins.append(turn == 0 or row != places[turn - 1] or not prompt.startswith(so_far))
+        so_far = ends[turn - 1] if turn and places[turn - 1] == row else None
+        begins.append(so_far is None or not prompt.startswith(so_far))
         pieces += [prompt if begins[-1] else prompt[len(so_far) :], end[len(prompt) :]]
-        so_far = end
-    encoded = _explained(lambda some: tokenize(some, tokenizer), pieces, np.repeat(places, 2), where)
+    encoded = each(lambda some: tokenize(some, tokenizer), pieces, [row for row in places for _ in range(2)])
 
-    chats: list[list[list]] = [[] for _ in conversations]
-    for turn, row in enumerate(places):
-        before, words = encoded[2 * turn : 2 * turn + 2]
-        end = max((i + 1 for i, token in enumerate(words) if token in stop_tokens), default=None)
-        if end is None:
+    chats: list[list[tuple[list[int], list[bool]]]] = [[] for _ in conversations]
+    for row, is_first, before, words in zip(places, begins, encoded[::2], encoded[1::2], strict=True):
+        end = max((i + 1 for i, token in enumerate(words) if token in stop_tokens), default=0)
+        if not end:
             raise ValueError(
-                f'The chat template ends a turn of the assistant with {pieces[2 * turn + 1][-20:]!r}, in {where(row)}; '
-                f'expected one of the tokens {tokenizer.convert_ids_to_tokens(sorted(stop_tokens))}, or responses '
-                'would never end. Set chat_template_from to a model whose template fits, or eos_token.'
+                f'The chat template ends a turn of the assistant with {tokenizer.decode(words[-3:])!r}, in '
+                f'{where(row)}; expected one of {tokenizer.convert_ids_to_tokens(sorted(stop_tokens))}, or no response '
+                'would ever end. Set chat_template_from to a model whose template fits, or eos_token.'
             )
-        if begins[turn]:
-            if not before:
-                raise ValueError(f'Nothing comes before the words of the assistant in {where(row)}; add a message.')
-            chats[row].append([[], []])
+        if is_first:
+            chats[row].append(([], []))
         tokens, learnt = chats[row][-1]
+        if not (before or tokens):
+            raise ValueError(f'Nothing comes before the words of the assistant in {where(row)}; add a message.')
         tokens += before + words
         learnt += [False] * len(before) + [True] * end + [False] * (len(words) - end)
-    return _shorten(chats, max_length, cut=long_chats == 'cut')
 
-
-def _shorten(chats: list[list[list]], max_length: int, *, cut: bool) -> list[list[Chat]]:
-    """Drops chats that are too long, or cuts them and drops those of which nothing is left to learn."""
-    changed = sum(max(len(of_row) - 1, 0) for of_row in chats)
-    if changed:
+    if changed := sum(len(of_row) > 1 for of_row in chats):
         _logger.warning(
-            'the chat template changes earlier turns: %d conversations make %d chats, each with the turns before it as '
-            'the template shows them to the model',
-            *(len(chats), len(chats) + changed),
+            'the chat template changes earlier turns: %d conversations make several chats, one for each way in which '
+            'the model sees the turns before',
+            changed,
         )
-    lengths = [len(tokens) for of_row in chats for tokens, _ in of_row]
-    room = max_length if cut else None
-    kept = [
-        [
-            Chat(np.array(tokens[:room], np.int32), np.array(learnt[:room], bool))
-            for tokens, learnt in of_row
-            if (len(tokens) <= max_length or cut) and any(learnt[:room])
-        ]
-        for of_row in chats
-    ]
-    if too_long := sum(length > max_length for length in lengths):
-        dropped = len(lengths) - sum(map(len, kept))
+    lengths = np.array([len(tokens) for of_row in chats for tokens, _ in of_row])
+    if too_long := np.sum(lengths > max_length):
         summary = (
-            f'{too_long} of {len(lengths)} chats are longer than max_length = {max_length} tokens; the longest has '
-            f'{max(lengths)}'
+            f'{too_long} of {len(lengths)} chats are longer than max_length = {max_length} tokens; the longest has'
         )
-        if dropped == len(lengths):
-            raise ValueError(f'{summary}. No chat is left; raise max_length.')
-        _logger.warning('%s. %d of them are dropped, %d are cut.', summary, dropped, too_long - dropped)
-    return kept
+        if too_long == len(lengths):
+            raise ValueError(f'{summary} {lengths.max()}. No chat is left; raise max_length.')
+        _logger.warning('%s %d. They are dropped.', summary, lengths.max())
+    as_chat = lambda tokens, learnt: Chat(np.array(tokens, np.int32), np.array(learnt, bool))
+    return [[as_chat(*chat) for chat in of_row if len(chat[0]) <= max_length] for of_row in chats]
 
 
 def _conversations(rows: Dataset, where: Callable[[int], str]) -> list[tuple[list[dict[str, str]], int]]:
@@ -153,40 +146,20 @@ def _conversations(rows: Dataset, where: Callable[[int], str]) -> list[tuple[lis
             f"{where(0)} has the columns {rows.column_names}; expected 'messages', or 'prompt' and 'completion'. "
             'Rename the columns.'
         )
-    for row, parts in enumerate(found):
-        if problem := _problem(*parts):
-            raise ValueError(f'{where(row)} {problem}. Fix or drop that row.')
+    for row, (prompt, completion) in enumerate(found):
+        for message in chain(*(part if isinstance(part, list) else [part] for part in (prompt, completion))):
+            fields = message if isinstance(message, dict) else {}
+            role, content = fields.get('role'), fields.get('content')
+            if not (isinstance(role, str) and isinstance(content, str) and (role != 'assistant' or content.strip())):
+                raise ValueError(
+                    f'{where(row)} has the message {repr(message)[:120]}; expected text for role and content, not empty '
+                    'if it is of the assistant. Fix or drop that row.'
+                )
+        if not any(message['role'] == 'assistant' for message in completion):
+            raise ValueError(
+                f'{where(row)} has nothing to learn, but the roles {[message["role"] for message in completion]}; '
+                'expected some words of the assistant. Fix or drop that row.'
+            )
     # In a column all messages have the same fields, and those that one lacks are None.
     plain = lambda messages: [{key: x for key, x in message.items() if x is not None} for message in messages]
     return [(plain([*prompt, *completion]), len(prompt)) for prompt, completion in found]
-
-
-def _problem(prompt: Any, completion: Any) -> str | None:
-    """What is wrong with a row's messages, None if nothing is."""
-    for messages in (prompt, completion):
-        if not isinstance(messages, list):
-            return f'has {repr(messages)[:120]} for messages; expected a list of {{role, content}}'
-        for message in messages:
-            texts = [message.get(key) for key in ('role', 'content')] if isinstance(message, dict) else [None]
-            if not all(isinstance(text, str) for text in texts):
-                return f'has the message {repr(message)[:120]}; expected text for role and content'
-            if texts[0] == 'assistant' and not texts[1].strip():
-                return 'has a message of the assistant without words; expected some'
-    if not any(message['role'] == 'assistant' for message in completion):
-        return f'has no words of the assistant to learn, but the roles {[m["role"] for m in completion]}; expected some'
-    return None
-
-
-def _explained(
-    function: Callable[[list], list], items: list, places: Sequence[int], where: Callable[[int], str]
-) -> list:
-    """function(items); a ValueError names the row of the item that it cannot take."""
-    try:
-        return function(items)
-    except ValueError:
-        for item, row in zip(items, places, strict=True):
-            try:
-                function([item])
-            except ValueError as error:
-                raise ValueError(f'{where(int(row))}: {error}') from error
-        raise
