@@ -57,8 +57,9 @@ def test_the_state_is_laid_out_alike_with_and_without_decay():
 
 
 def test_the_learning_rate_rises_along_a_line_and_stays_or_falls():
-    """Guards against a schedule that counts something other than updates, jumps, or falls unasked or below zero. Adam's step
-    under a gradient that does not change is its learning rate."""
+    """Guards against a schedule that counts something other than updates, jumps, or falls unasked or below zero.
+
+    Adam's step under a gradient that does not change is its learning rate."""
     params, gradient = {'a': jnp.ones(2)}, {'a': jnp.full(2, 0.5)}
     changes = steps(adamw(RATE, warmup_updates=4), params, [gradient] * 7)
     rates = [-float(change['a'][0]) for change in changes]

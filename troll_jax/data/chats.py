@@ -152,8 +152,8 @@ def _conversations(rows: Dataset, where: Callable[[int], str]) -> list[tuple[lis
             role, content = fields.get('role'), fields.get('content')
             if not (isinstance(role, str) and isinstance(content, str) and (role != 'assistant' or content.strip())):
                 raise ValueError(
-                    f'{where(row)} has the message {repr(message)[:120]}; expected text for role and content, not empty '
-                    'if it is of the assistant. Fix or drop that row.'
+                    f'{where(row)} has the message {repr(message)[:120]}; expected text for role and content, not '
+                    'empty if it is of the assistant. Fix or drop that row.'
                 )
         if not any(message['role'] == 'assistant' for message in completion):
             raise ValueError(
