@@ -230,6 +230,8 @@ def test_resuming_equals_not_stopping(tmp_path, model):
     found = [without_times(read_metrics(tmp_path / name / 'metrics.jsonl')) for name in ('parts', 'whole')]
     assert found[0] == found[1] and [row['step'] for row in found[0]] == [0, 1, 2, 3, 4]
     assert found[0][4]['eval/loss'] < found[0][0]['eval/loss']
+    tokens = [row['update/tokens'] for row in found[0][1:]]
+    assert sum(tokens[:2]) == sum(tokens[2:]) and sum(tokens[:2]) % 2, 'two updates were meant to be all six chats'
     with pytest.raises(ValueError, match='train data: '):
         finetune(settings(model), ONE_DEVICE, Run(folder=tmp_path / 'parts', steps=5), rows.select(range(7)))
 
