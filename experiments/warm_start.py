@@ -61,7 +61,7 @@ def warm_start(
       task: task whose training problems are demonstrated.
       width, layers, heads, kv_heads, head_dim, mlp_width: sizes of the model.
       worked_share: share of demonstrations in the second part that show the running values before the answer.
-      learning_rate: rate after a linear warm-up of 50 steps, in both parts.
+      learning_rate: rate after a linear warm-up of 50 steps; falls to zero in the second part.
       batch: demonstrations per step.
       accuracy: share of a batch's worked answers that must be right, from beginning to end, for the first part to end.
       mixed_steps: optimizer steps of the second part.
@@ -100,11 +100,10 @@ def warm_start(
     )
     compute = Compute(dtype='float32', head_chunk=4096, devices=jax.devices()[:1])
     problems = task.problems('train')
-    optimizer = partial(adamw, learning_rate, warmup_updates=50, b2=0.98)
 
     with tempfile.TemporaryDirectory() as runs:
 
-        def teach(name: str, model: Path, share: float, steps: int, accuracy: float | None = None) -> Path:
+        def teach(name: str, model: Path, share: float, steps: int, accuracy: float | None, **rates: int) -> Path:
             """The folder of the model after learning from demonstrations of which this share is worked."""
             worked = np.random.default_rng(seed).random(len(problems)) < share
             words = [demonstration(problem, show) for problem, show in zip(problems, worked, strict=True)]
@@ -112,7 +111,7 @@ def warm_start(
                 model=str(model),
                 max_length=prompt_room + response_room,
                 batch_size=batch,
-                optimizer=optimizer,
+                optimizer=partial(adamw, learning_rate, b2=0.98, **rates),
                 stop_at_accuracy=accuracy,
                 seed=seed,
             )
@@ -125,8 +124,9 @@ def warm_start(
         params = decoders.init(decoder_config(hf_config, compute_dtype='float32'), jax.random.key(seed))
         save_pretrained(new, params, hf_config)
         tokenizer.save_pretrained(new)
-        working = teach('working', new, 1.0, max_steps, accuracy)
-        shutil.copytree(teach('mixed', working, worked_share, mixed_steps), folder, dirs_exist_ok=True)
+        working = teach('working', new, 1.0, max_steps, accuracy, warmup_updates=50)
+        mixed = teach('mixed', working, worked_share, mixed_steps, None, decay_updates=mixed_steps)
+        shutil.copytree(mixed, folder, dirs_exist_ok=True)
 
 
 def main() -> None:
