@@ -6,6 +6,9 @@ python -m experiments.export RUN_DIR FOLDER [--step N]
 import argparse
 import shutil
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from experiments.plumbing.command import run_command
 from experiments.plumbing.gin_files import Config
@@ -25,8 +28,7 @@ def export(run_dir: str, folder: str, step: int | None = None) -> int:
     """
     if not (Path(run_dir) / 'model').is_dir():
         raise FileNotFoundError(f'{run_dir!r} is not the folder of a run: there is no {run_dir}/model')
-    hf_config = load_config(str(Path(run_dir) / 'model'))
-    shapes = decoders.abstract(decoder_config(hf_config), make_mesh())[1]
+    shapes = decoders.abstract(decoder_config(load_config(Path(run_dir) / 'model')), make_mesh())[1]
     config = Path(run_dir) / 'config.gin'
     where = Config([config] if config.is_file() else []).get('Run.checkpoint_folder') or run_dir
     with Checkpoints(where, read_only=True) as checkpoints:
@@ -34,9 +36,16 @@ def export(run_dir: str, folder: str, step: int | None = None) -> int:
             raise ValueError(f'no whole checkpoint in {checkpoints.path}')
         step = checkpoints.steps[-1] if step is None else step
         params = checkpoints.restore_params(shapes, step)
-    shutil.copytree(Path(run_dir) / 'model', folder, dirs_exist_ok=True)  # tokenizer and generation config
-    save_pretrained(folder, params, hf_config)
+    write_model(run_dir, folder, params)
     return step
+
+
+def write_model(run_dir: str | Path, folder: str | Path, params: Any) -> None:
+    """Writes parameters of a run in Hugging Face format. With several processes each must call this."""
+    hf_config = load_config(Path(run_dir) / 'model')
+    if jax.process_index() == 0:
+        shutil.copytree(Path(run_dir) / 'model', folder, dirs_exist_ok=True)  # tokenizer and generation config
+    save_pretrained(folder, params, hf_config)
 
 
 def main() -> None:

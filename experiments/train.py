@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments.plumbing.command import read_command_line, run_command
 from experiments.plumbing.names import SETTINGS
-from experiments.plumbing.run import TrainingRun
+from experiments.plumbing.run import TrainingRun, warn_of_noise
 from experiments.plumbing.validation import make_validation, metrics_of
 from troll_jax.collect import Experience, make_collector
 from troll_jax.data.prompts import PromptSet, draw_indices
@@ -46,7 +46,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
       ValueError: settings that contradict each other, before any weight is loaded.
     """
     check_together(sampling, method, compute, experiment.max_length)
-    training = TrainingRun(experiment, sampling, method, compute, run)
+    training = TrainingRun((experiment, sampling, method), compute, run)
     model = experiment.load_model(compute)  # tokenizer and sizes; no weights yet
     prompts = experiment.load_prompts('train', model.tokenizer)
     # An error if there are too few.
@@ -77,7 +77,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
         grader.start()
         trace_programs(sampler, learner, sampling, method, prompts)
         validate = lambda params: metrics_of(evaluate(params, jax.random.key(sampling.seed), grader))
-        state = training.start(learner, model, prompts, validate)
+        state = training.start(learner, model, [prompts.tokens, prompts.lengths, prompts.answers], validate)
         collect = make_collector(
             sampler,
             prompts,
@@ -93,6 +93,8 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
             # B groups of G graded responses by the current policy. Dynamic sampling happens here.
             experience = collect(state.params, int(state.progress.draws))
             state, row, updates = training_step(learner, state, experience, partial(training.save_rollout, step))
+            if method.old_policy == 'rollout':
+                warn_of_noise(row)
             training.record(step, state, row, updates)
 
 

@@ -6,29 +6,28 @@ The result is a folder in Hugging Face format like any other model: config, safe
 """
 
 import logging
+import shutil
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from tqdm import tqdm
-from transformers import GenerationConfig, Qwen3Config
+from datasets import Dataset
+from transformers import Qwen3Config
 
+from experiments.finetune import finetune
 from experiments.plumbing.command import read_command_line, run_command
 from experiments.plumbing.run import check_writable
-from troll_jax.data.prompts import PromptSet, batch_indices, encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic, demonstration
 from troll_jax.data.tokenizer import character_tokenizer
-from troll_jax.evaluate import evaluate
+from troll_jax.finetune import Finetuning
 from troll_jax.models import decoder as decoders
 from troll_jax.models.families import decoder_config
-from troll_jax.models.head import logits
 from troll_jax.models.hf_weights import save_pretrained
 from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
-from troll_jax.rewards.pool import Grader
-from troll_jax.rollout import make_sampler
-from troll_jax.sharding import make_mesh
+from troll_jax.optimizer import adamw
+from troll_jax.settings import Compute, Run
 
 logger = logging.getLogger(__name__)
 
@@ -74,13 +73,12 @@ def warm_start(
       RuntimeError: the first part has not ended after `max_steps`.
     """
     above_zero = {'width': width, 'layers': layers, 'heads': heads, 'kv_heads': kv_heads, 'head_dim': head_dim}
-    above_zero |= {'mlp_width': mlp_width, 'batch': batch, 'learning_rate': learning_rate, 'max_steps': max_steps}
-    for name, value in above_zero.items():
+    above_zero |= {'mlp_width': mlp_width, 'batch': batch, 'learning_rate': learning_rate}
+    for name, value in (above_zero | {'mixed_steps': mixed_steps, 'max_steps': max_steps}).items():
         check_range(name, value, is_positive, 'above 0')
-    for name, value in {'mixed_steps': mixed_steps, 'seed': seed}.items():
-        check_range(name, value, is_not_negative, 'at least 0')
     for name, share in {'worked_share': worked_share, 'accuracy': accuracy}.items():
         check_range(name, share, lambda x: 0 <= x <= 1, 'a share, from 0 to 1')
+    check_range('seed', seed, is_not_negative, 'at least 0')
     check_writable(folder)
     tokenizer = character_tokenizer(CHARACTERS)
     prompt_room, response_room = 2 * task.operands, task.operands + 2
@@ -100,94 +98,35 @@ def warm_start(
         architectures=['Qwen3ForCausalLM'],
         dtype='float32',
     )
-    config = decoder_config(hf_config, compute_dtype='float32')
-    graphdef, _ = decoders.abstract(config)
-    params = decoders.init(config, jax.random.key(seed))
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.98))
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def update(params, opt_state, tokens, mask, rate):
-        """Returns the share of the batch's answers that are right from beginning to end, too."""
-
-        def loss(params):
-            rows, length = tokens.shape
-            positions = jnp.broadcast_to(jnp.arange(length - 1, dtype=jnp.int32), (rows, length - 1))
-            decoder = decoders.bind(graphdef, params)
-            hidden = decoder(tokens[:, :-1], positions, jnp.ones_like(positions))
-            scores = logits(hidden, decoder.unembedding, temperature=1.0, dtype=config.compute_dtype)
-            losses = optax.softmax_cross_entropy_with_integer_labels(scores, tokens[:, 1:])
-            right = jnp.all((jnp.argmax(scores, axis=-1) == tokens[:, 1:]) | ~mask[:, 1:], axis=1)
-            return jnp.sum(losses * mask[:, 1:]) / jnp.sum(mask[:, 1:]), jnp.mean(right)
-
-        gradients, right = jax.grad(loss, has_aux=True)(params)
-        changes, opt_state = optimizer.update(gradients, opt_state, params)
-        return jax.tree.map(lambda p, change: p - rate * change, params, changes), opt_state, right
-
-    sequences = {worked: _demonstrations(task, tokenizer, worked) for worked in (True, False)}
-
-    def demonstrations(step: int, share: float) -> list[np.ndarray]:
-        rows = batch_indices(len(sequences[True][0]), batch, seed=seed, step=step)
-        worked = np.random.default_rng([seed, step]).random(batch)[:, None] < share
-        return [np.where(worked, sequences[True][i][rows], sequences[False][i][rows]) for i in range(2)]
-
-    opt_state = optimizer.init(params)
-    right = 0.0
-    progress = tqdm(range(max_steps), unit='step', desc='learning to work', disable=None)
-    for step in progress:
-        rate = learning_rate * min(1.0, step / 50)
-        params, opt_state, right = update(params, opt_state, *demonstrations(step, share=1.0), rate)
-        if step % 10 == 0:
-            progress.set_postfix(right=f'{float(right):.2f}')
-            if right >= accuracy:
-                break
-    else:
-        raise RuntimeError(
-            f'after {max_steps} steps {float(right):.0%} of the worked answers were right; expected {accuracy:.0%}. '
-            'Raise max_steps, or change learning_rate or the sizes of the model.'
-        )
-    for i in tqdm(range(mixed_steps), unit='step', desc='answering', disable=None):
-        rate = learning_rate * (1 - i / mixed_steps)
-        params, opt_state, _ = update(params, opt_state, *demonstrations(step + 1 + i, share=worked_share), rate)
-
-    save_pretrained(folder, params, hf_config)
-    tokenizer.save_pretrained(folder)
-    GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
-    held_out = encode_prompts(task.load('test'), tokenizer, max_length=prompt_room)
-    _report(config, params, held_out, tokenizer, task, response_room)
-
-
-def _demonstrations(task: Arithmetic, tokenizer, worked: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [n, S] of problem, demonstration and end of sequence; and which of them are to be learnt."""
+    compute = Compute(dtype='float32', head_chunk=4096, devices=jax.devices()[:1])
     problems = task.problems('train')
-    texts = [problem + demonstration(problem, worked) + tokenizer.eos_token for problem in problems]
-    encoded = tokenizer(texts, padding='max_length', max_length=3 * task.operands + 2, return_tensors='np')
-    tokens = encoded['input_ids'].astype(np.int32)
-    positions = np.arange(tokens.shape[1])
-    return tokens, encoded['attention_mask'].astype(bool) & (positions >= 2 * task.operands)
 
+    with tempfile.TemporaryDirectory() as runs:
 
-def _report(config, params, held_out: PromptSet, tokenizer, task: Arithmetic, response_room: int) -> None:
-    sampler = make_sampler(
-        config,
-        samples_per_prompt=1,
-        max_response_length=response_room,
-        temperature=1.0,
-        stop_tokens=[tokenizer.eos_token_id],
-        support_size=1,
-        support_mass=1.0,
-    )
-    with Grader(task.grade, deadline=task.deadline) as grader:
-        result = evaluate(sampler, params, held_out, grader, tokenizer, jax.random.key(0), mesh=make_mesh())
-    rewards = result.rewards[:, 0]
-    worked = np.array([len(responses[0]) > 2 for responses in result.responses])
-    logger.info(
-        'success %.3f on held-out problems; %.0f %% of the answers are worked, %.3f of those and %.3f of the bare ones '
-        'are right',
-        rewards.mean(),
-        100 * worked.mean(),
-        rewards[worked].mean() if worked.any() else 0.0,
-        rewards[~worked].mean() if not worked.all() else 0.0,
-    )
+        def teach(name: str, model: Path, share: float, steps: int, accuracy: float | None, **rates: int) -> Path:
+            """The folder of the model after learning from demonstrations of which this share is worked."""
+            worked = np.random.default_rng(seed).random(len(problems)) < share
+            words = [demonstration(problem, show) for problem, show in zip(problems, worked, strict=True)]
+            settings = Finetuning(
+                model=str(model),
+                max_length=prompt_room + response_room,
+                batch_size=batch,
+                optimizer=partial(adamw, learning_rate, b2=0.98, **rates),
+                stop_at_accuracy=accuracy,
+                seed=seed,
+            )
+            run = Run(folder=Path(runs, name), steps=steps, checkpoint_every=steps)
+            if not finetune(settings, compute, run, Dataset.from_dict({'prompt': problems, 'completion': words})):
+                raise KeyboardInterrupt
+            return Path(run.folder, 'export')
+
+        new = Path(runs, 'new')
+        params = decoders.init(decoder_config(hf_config, compute_dtype='float32'), jax.random.key(seed))
+        save_pretrained(new, params, hf_config)
+        tokenizer.save_pretrained(new)
+        working = teach('working', new, 1.0, max_steps, accuracy, warmup_updates=50)
+        mixed = teach('mixed', working, worked_share, mixed_steps, None, decay_updates=mixed_steps)
+        shutil.copytree(mixed, folder, dirs_exist_ok=True)
 
 
 def main() -> None:

@@ -336,7 +336,7 @@ def test_a_context_must_hold_prompt_and_response(experiment):
     exact = experiment(vocab_size=17, positions=20, prompt=12, response=8)
     assert exact.load_model(Compute()).config.compute_dtype == 'bfloat16'
     long = experiment(vocab_size=17, positions=20, prompt=12, response=9)
-    with pytest.raises(ValueError, match=r'12 \+ 9 = 21 tokens, but .* has positions for 20'):
+    with pytest.raises(ValueError, match=r'texts of 21 tokens, but .* has positions for 20'):
         long.load_model(Compute())
 
 

@@ -56,15 +56,19 @@ def test_the_state_is_laid_out_alike_with_and_without_decay():
     )
 
 
-def test_the_learning_rate_rises_along_a_line_and_stays():
-    """Guards against a schedule that counts something other than updates, jumps, or decays. Adam's step under a
-    gradient that does not change is its learning rate."""
+def test_the_learning_rate_rises_along_a_line_and_stays_or_falls():
+    """Guards against a schedule that counts something other than updates, jumps, or falls unasked or below zero.
+
+    Adam's step under a gradient that does not change is its learning rate."""
     params, gradient = {'a': jnp.ones(2)}, {'a': jnp.full(2, 0.5)}
     changes = steps(adamw(RATE, warmup_updates=4), params, [gradient] * 7)
     rates = [-float(change['a'][0]) for change in changes]
     np.testing.assert_allclose(rates, RATE * np.array([0.25, 0.5, 0.75, 1, 1, 1, 1]), rtol=1e-4)
     constant = [-float(change['a'][0]) for change in steps(adamw(RATE), params, [gradient] * 3)]
     np.testing.assert_allclose(constant, RATE, rtol=1e-4)
+    changes = steps(adamw(RATE, warmup_updates=2, decay_updates=4), params, [gradient] * 8)
+    rates = [-float(change['a'][0]) for change in changes]
+    np.testing.assert_allclose(rates, RATE * np.array([0.5, 1, 1, 0.75, 0.5, 0.25, 0, 0]), rtol=1e-4)
 
 
 def first_moment(optimizer, gradient) -> dict:

@@ -44,8 +44,51 @@ class Model(NamedTuple):
         )
 
 
+class StartModel:
+    """Settings that name the model that a run starts from, and how long its texts are."""
+
+    model: str
+    chat_template_from: str | None
+    max_length: int
+    max_response_length: int
+
+    def load_model(self, compute: Compute) -> Model:
+        """Loads the tokenizer and the sizes of the model.
+
+        Raises:
+          ValueError: it has fewer tokens than the tokenizer, or a shorter context than the lengths ask for.
+        """
+        tokenizer = load_tokenizer(self.model, chat_template_from=self.chat_template_from)
+        config = self.decoder_config(compute)
+        size = max(tokenizer.get_vocab().values()) + 1
+        if config.vocab_size < size:
+            raise ValueError(
+                f'the tokenizer of {self.model!r} has {size} tokens, its model {config.vocab_size}; expected at least '
+                'as many in the model. Use the tokenizer that belongs to it, or resize the embeddings.'
+            )
+        if config.vocab_size > size:  # embeddings are padded, for speed
+            config = dataclasses.replace(config, tokenizer_size=size)
+        return Model(tokenizer, config, stop_token_ids(tokenizer, self.model), self.max_response_length)
+
+    def decoder_config(self, compute: Compute) -> DecoderConfig:
+        """Loads the sizes of the model alone. Raises a ValueError if its context is too short for the lengths."""
+        hf_config = load_config(self.model)
+        if self.max_length > hf_config.max_position_embeddings:
+            raise ValueError(
+                f'{type(self).__name__} asks for texts of {self.max_length} tokens, but {self.model!r} has positions '
+                f'for {hf_config.max_position_embeddings}; lower its lengths'
+            )
+        config = decoder_config(hf_config, compute_dtype=compute.dtype, remat=compute.remat)
+        best = best_implementation(compute.mesh.devices.flat[0], config.compute_dtype, config.head_dim)
+        return dataclasses.replace(config, attention=compute.attention or best)
+
+    def load_params(self, compute: Compute) -> Any:
+        """Loads the weights of the model onto the mesh."""
+        return load_pretrained(self.model, mesh=compute.mesh)[1]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Experiment(StartModel):
     """Model, task, lengths and validation sets.
 
     Args:
@@ -120,40 +163,6 @@ class Experiment:
             template_arguments=self.template_arguments,
             long_prompts=self.long_prompts,
         )
-
-    def load_model(self, compute: Compute) -> Model:
-        """Loads the tokenizer and the sizes of the model.
-
-        Raises:
-          ValueError: it has fewer tokens than the tokenizer, or a shorter context than the lengths ask for.
-        """
-        tokenizer = load_tokenizer(self.model, chat_template_from=self.chat_template_from)
-        config = self.decoder_config(compute)
-        size = max(tokenizer.get_vocab().values()) + 1
-        if config.vocab_size < size:
-            raise ValueError(
-                f'the tokenizer of {self.model!r} has {size} tokens, its model {config.vocab_size}; expected at least '
-                'as many in the model. Use the tokenizer that belongs to it, or resize the embeddings.'
-            )
-        if config.vocab_size > size:  # embeddings are padded, for speed
-            config = dataclasses.replace(config, tokenizer_size=size)
-        return Model(tokenizer, config, stop_token_ids(tokenizer, self.model), self.max_response_length)
-
-    def decoder_config(self, compute: Compute) -> DecoderConfig:
-        """Loads the sizes of the model alone. Raises a ValueError if its context is too short for the lengths."""
-        hf_config = load_config(self.model)
-        if self.max_length > hf_config.max_position_embeddings:
-            raise ValueError(
-                f'max_prompt_length + max_response_length = {self.max_prompt_length} + {self.max_response_length} = '
-                f'{self.max_length} tokens, but {self.model!r} has positions for {hf_config.max_position_embeddings}'
-            )
-        config = decoder_config(hf_config, compute_dtype=compute.dtype, remat=compute.remat)
-        best = best_implementation(compute.mesh.devices.flat[0], config.compute_dtype, config.head_dim)
-        return dataclasses.replace(config, attention=compute.attention or best)
-
-    def load_params(self, compute: Compute) -> Any:
-        """Loads the weights of the model onto the mesh."""
-        return load_pretrained(self.model, mesh=compute.mesh)[1]
 
     def of_run(self, folder: str) -> 'Experiment':
         """The experiment with the tokenizer and sizes that a run saved: the model it started from may be gone."""

@@ -19,17 +19,19 @@ def adamw(
     learning_rate: float = 1e-6,
     *,
     warmup_updates: int = 0,
+    decay_updates: int = 0,
     b1: float = 0.9,
     b2: float = 0.999,
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
     mu_dtype: str | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with a constant learning rate after a linear warm-up, and gradients clipped by their global norm.
+    """AdamW with a learning rate that rises, stays or falls along lines, and gradients clipped by their global norm.
 
     Args:
       learning_rate: after the warm-up.
       warmup_updates: optimizer updates, not rollout batches, of which the i-th has i / warmup_updates of that rate.
+      decay_updates: updates after the warm-up over which the rate falls to zero; 0 keeps it constant.
       b1, b2: decay of the two moments.
       weight_decay: decay per unit of learning rate, of weights and embeddings; norms and biases do not decay.
       clip_norm: largest global norm of a gradient.
@@ -42,6 +44,7 @@ def adamw(
     for name, value, fits, expected in [
         ('learning_rate', learning_rate, is_not_negative, 'at least 0'),
         ('warmup_updates', warmup_updates, is_not_negative, 'at least 0'),
+        ('decay_updates', decay_updates, is_not_negative, 'at least 0'),
         ('b1', b1, is_decay, 'at least 0 and below 1'),
         ('b2', b2, is_decay, 'at least 0 and below 1'),
         ('weight_decay', weight_decay, is_not_negative, 'at least 0'),
@@ -50,13 +53,18 @@ def adamw(
         check_range(f'{name} of AdamW', value, fits, expected)
     if mu_dtype not in (None, *MU_DTYPES):
         raise ValueError(f'mu_dtype of AdamW must be None or one of {MU_DTYPES}; got {mu_dtype!r}')
-    schedule = lambda done: learning_rate * jnp.minimum(1.0, (done + 1) / warmup_updates)
+
+    def schedule(done: jax.Array) -> jax.Array:
+        rate = learning_rate * (jnp.minimum(1.0, (done + 1) / warmup_updates) if warmup_updates else 1.0)
+        left = decay_updates - jnp.maximum(0, done - warmup_updates)
+        return rate * jnp.maximum(0, left) / decay_updates if decay_updates else rate
+
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.chain(  # AdamW, in which some parameters do not decay: a mask would change the state's tree
             optax.scale_by_adam(b1=b1, b2=b2, mu_dtype=mu_dtype),
             optax.stateless(partial(_decay, rate=weight_decay)),
-            optax.scale_by_learning_rate(schedule if warmup_updates else learning_rate),
+            optax.scale_by_learning_rate(schedule if warmup_updates or decay_updates else learning_rate),
         ),
     )
 

@@ -10,6 +10,7 @@ from troll_jax.data.tasks.gsm8k import GSM8K
 from troll_jax.data.tasks.math_problems import BENCHMARKS, DAPOMath, EurusMath, MathEval, MathProblems
 from troll_jax.data.tasks.reasoning_gym import ReasoningGym
 from troll_jax.experiment import Experiment
+from troll_jax.finetune import Finetuning
 from troll_jax.ops import advantages, aggregation, categorical, losses, projection, regularisers, schedules, support
 from troll_jax.optimizer import adamw
 from troll_jax.rewards import sandbox, terms
@@ -19,7 +20,7 @@ SETTINGS = (Experiment, Sampling, Method, Compute, Run)
 NAMES: dict[str, Callable] = {
     target.__name__: target
     for target in (
-        *SETTINGS,
+        *(*SETTINGS, Finetuning),
         *(losses.troll, losses.ppo_clip, losses.cispo, losses.dppo, losses.importance_weighted),
         *(losses.token_region, losses.sequence_region, losses.token_ratio, losses.sequence_ratio),
         *(categorical.total_variation, projection.kl_divergence),

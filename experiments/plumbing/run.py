@@ -24,20 +24,20 @@ from transformers import GenerationConfig
 from experiments.plumbing.gin_files import Config
 from experiments.plumbing.gin_text import own_code, to_bindings, to_gin
 from troll_jax.checkpoint import Checkpoints
-from troll_jax.data.prompts import PromptSet
-from troll_jax.experiment import Experiment, Model
+from troll_jax.experiment import Model, StartModel
 from troll_jax.hub import hub_revision
-from troll_jax.learn import Learner, Updated
+from troll_jax.learn import Updated
 from troll_jax.metrics import MetricsWriter
 from troll_jax.models.hf_weights import load_config
 from troll_jax.saved_batches import save_batches
-from troll_jax.settings import Compute, Method, Run, Sampling
+from troll_jax.settings import Compute, Run
 from troll_jax.sharding import fetch
 from troll_jax.types import Batch, TrainState
 
 logger = logging.getLogger(__name__)
 
 SETUP = 'setup.json'  # beside the checkpoints
+SHOWN = {'reward': 'reward/mean', 'kl': 'update/kl_mean', 'accuracy': 'update/accuracy'}  # beside the progress bar
 PACKAGES = ['jax', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'datasets', 'math-verify', 'sympy']
 
 
@@ -45,18 +45,22 @@ class TrainingRun:
     """A run: its directory and its loop. A context manager.
 
     Args:
-      experiment, sampling, method, compute, run: the settings.
+      learnt: settings that decide what is learnt, the one that names the start model first.
+      compute, run: the other settings.
 
     Raises:
       OSError, ValueError: a folder that cannot be written to.
     """
 
-    def __init__(self, experiment: Experiment, sampling: Sampling, method: Method, compute: Compute, run: Run):
-        self.settings = (experiment, sampling, method, compute, run)
-        self.experiment, self.method, self.compute, self.run = experiment, method, compute, run
+    interrupted = False
+    """True once Ctrl-C or SIGTERM has ended the loop before `Run.steps`."""
+
+    def __init__(self, learnt: Sequence[Any], compute: Compute, run: Run):
+        self.learnt, self.compute, self.run = tuple(learnt), compute, run
+        self._start: StartModel = self.learnt[0]
         self._is_first_process = jax.process_index() == 0
         self._skipped = 0  # steps in a row
-        self._stopping, self._stopped_after = False, run.steps
+        self._is_last = False  # of the steps
         if self._is_first_process:
             check_writable(run.folder)
             if run.checkpoint_folder is not None and '://' not in run.checkpoint_folder:
@@ -83,16 +87,16 @@ class TrainingRun:
 
     def __exit__(self, *error) -> None:
         self._contexts.__exit__(*error)
-        if self._stopped_after < self.run.steps:
-            logger.warning('stopped after step %d, which is saved; start again to resume', self._stopped_after)
+        if self.interrupted:
+            logger.warning('stopped after step %d, which is saved; start again to resume', self._last_step)
 
-    def start(self, learner: Learner, model: Model, prompts: PromptSet, validate: Callable[..., dict]) -> TrainState:
+    def start(self, learner: Any, model: Model, data: Sequence[Any], validate: Callable[..., dict]) -> TrainState:
         """Restores the latest checkpoint, or loads the weights and evaluates them; opens the run directory.
 
         Args:
-          learner: learner, whose state it is.
+          learner: learner with the `shapes` of the state, and `init`, which makes it from parameters.
           model: tokenizer and sizes, which are saved with the run.
-          prompts: training prompts, which a resumed run must have again.
+          data: training data in lists and numbers, which a resumed run must have again.
           validate: metrics of the validation sets, a function of parameters.
 
         Raises:
@@ -100,9 +104,9 @@ class TrainingRun:
             'stop'.
         """
         run = self.run
-        setup = describe_setup(self.settings[:3], model.tokenizer, {'train': prompts})
+        setup = describe_setup(self.learnt, model.tokenizer, {'train': data})
         check_setup(self._checkpoints, setup, run.on_change)
-        init = lambda: learner.init(self.experiment.load_params(self.compute))
+        init = lambda: learner.init(self._start.load_params(self.compute))
         state = restore_or_init(self._checkpoints, learner.shapes, init)
         self._first = first = int(state.progress.step)
         if self._is_first_process:
@@ -127,8 +131,7 @@ class TrainingRun:
             if step == self.run.profile_step:
                 jax.profiler.start_trace(Path(self.run.folder) / 'profile')
             yield step
-            if self._stopping:
-                self._stopped_after = step
+            if self._is_last:
                 break
 
     def save_rollout(self, step: int, batches: Sequence[Batch]) -> None:
@@ -137,14 +140,23 @@ class TrainingRun:
         if self._is_last_chance() or (every and (step - 1) % every == 0):
             save_batches(self._rollout_file(step), batches, step=step - 1)
 
-    def record(self, step: int, state: TrainState, row: dict[str, float], updates: Sequence[Updated]) -> None:
+    def record(
+        self,
+        step: int,
+        state: TrainState,
+        row: dict[str, float],
+        updates: Sequence[Updated] = (),
+        *,
+        is_last: bool = False,
+    ) -> None:
         """Ends a step: metrics, warnings, the table of constrained tokens, evaluation and checkpoints when due.
 
         Args:
           step: step, from 1.
           state: state after it.
           row: its metrics.
-          updates: metrics of its updates.
+          updates: metrics of its updates, for that table.
+          is_last: True ends the run, as if it had no more steps.
 
         Raises:
           FloatingPointError: `Run.max_skipped` steps in a row had an update that was skipped.
@@ -152,23 +164,23 @@ class TrainingRun:
         run = self.run
         if step == run.profile_step:
             jax.profiler.stop_trace()
-        if self.method.old_policy == 'rollout':
-            warn_of_noise(row)
         last_chance = self._is_last_chance()
         self._skipped = self._skipped + 1 if row.get('update/skipped') or row.get('critic/skipped') else 0
         if self._skipped:
             logger.warning('step %d: an update was skipped, its gradient was not finite', step)
-        if run.table_every and step % run.table_every == 0 and updates[0].policy is not None:
+        if updates and run.table_every and step % run.table_every == 0 and updates[0].policy is not None:
             self._metrics.write_table(step, token_table(updates, self._tokenizer))
-        self._stopping = self._stop()
-        if run.evaluate_every and step % run.evaluate_every == 0 and not self._stopping:
+        is_last, is_stopped = is_last or step == run.steps, self._stop()
+        self._is_last, self._last_step = is_last or is_stopped, step
+        self.interrupted = is_stopped and not is_last
+        if run.evaluate_every and step % run.evaluate_every == 0 and not is_stopped:
             row |= self._validate(state.params)
         self._metrics.write(step, row)
-        self._progress.set_postfix(reward=f'{row["reward/mean"]:.3f}', kl=f'{row.get("update/kl_mean", 0):.4f}')
+        self._progress.set_postfix({name: f'{row[key]:.4f}' for name, key in SHOWN.items() if key in row})
         if last_chance and self._skipped:
             raise FloatingPointError(not_finite(run.folder, step, self._skipped, self._rollout_file(step)))
         self._checkpoints.check()
-        if step % run.checkpoint_every == 0 or step == run.steps or self._stopping or self._is_last_chance():
+        if step % run.checkpoint_every == 0 or self._is_last or self._is_last_chance():
             self._checkpoints.save(state, row.get('eval/success'))
 
     def _is_last_chance(self) -> bool:
@@ -186,7 +198,7 @@ class TrainingRun:
         """
         run, folder = self.run, Path(self.run.folder)
         folder.mkdir(parents=True, exist_ok=True)
-        path, new = folder / 'config.gin', to_gin(*self.settings)
+        path, new = folder / 'config.gin', to_gin(*self.learnt, self.compute, run)
         old = path.read_text() if path.exists() else new
         elsewhere = None
         if path.exists() and not self._first:
@@ -205,27 +217,27 @@ class TrainingRun:
         where = epath.Path(run.checkpoints_in)
         where.mkdir(parents=True, exist_ok=True)
         _replace(where / SETUP, json.dumps(setup, indent=2) + '\n')
-        load_config(self.experiment.model).save_pretrained(folder / 'model')
+        load_config(self._start.model).save_pretrained(folder / 'model')
         model.tokenizer.save_pretrained(folder / 'model')
         GenerationConfig(
             eos_token_id=list(model.stop_tokens), pad_token_id=model.tokenizer.pad_token_id
         ).save_pretrained(folder / 'model')
 
 
-def describe_setup(settings: Sequence[Any], tokenizer, splits: dict[str, PromptSet]) -> dict[str, dict]:
+def describe_setup(settings: Sequence[Any], tokenizer, splits: dict[str, Sequence[Any]]) -> dict[str, dict]:
     """The setup of a run, which decides what it learns besides its weights: saved with these, as `setup.json`.
 
     Args:
-      settings: Experiment, Sampling and Method.
+      settings: those that decide what is learnt.
       tokenizer: tokenizer of the run.
-      splits: prompts by the names of the data's splits.
+      splits: data in lists and numbers by the names of its splits.
     """
     special = [tokenizer.special_tokens_map, tokenizer.chat_template]
     packages = PACKAGES + ['reasoning-gym'] * ('reasoning_gym' in sys.modules)  # optional; recorded where it is used
     return {
         'bindings': to_bindings(*settings),
         'tokenizer': {'tokenizer': fingerprint(sorted(tokenizer.get_vocab().items()), special)},
-        'data': {f'{name} data': fingerprint(data.tokens, data.lengths, data.answers) for name, data in splits.items()},
+        'data': {f'{name} data': fingerprint(*data) for name, data in splits.items()},
         'versions': {name: importlib.metadata.version(name) for name in packages}
         | {'troll_jax': _commit(), 'model on the hub': hub_revision(settings[0].model)}
         | {f'code of {name}': fingerprint(source) for name, source in own_code(*settings).items()},
@@ -368,10 +380,11 @@ def token_table(updates: Sequence[Updated], tokenizer, rows: int = 20) -> list[d
 
 
 def not_finite(run_dir: str, step: int, skipped: int, rollout: Path) -> str:
+    replay = f'`python -m experiments.replay {run_dir} --batch {rollout}` shows the first token whose loss is not; '
     return (
         f'step {step}: gradients were not finite in {skipped} steps in a row (Run.max_skipped). The parameters are '
-        f'finite and saved as of step {step - 1}. `python -m experiments.replay {run_dir} --batch {rollout}` shows the '
-        'first token whose loss is not; with Run.debug_nans = True the run ends where the first NaN appears'
+        f'finite and saved as of step {step - 1}. {replay if rollout.exists() else ""}with Run.debug_nans = True the '
+        'run ends where the first NaN appears'
     )
 
 

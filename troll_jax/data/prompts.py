@@ -8,8 +8,8 @@ import re
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import chain, compress
+from functools import cached_property
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +35,7 @@ _FIXED_DATE = (
     + ''.join(f" | replace('%{code}', '{_DATE.strftime(f'%{code}')}')" for code in ('-d', '-m', *'aAbBdHIjmMpSuUwWyYZ'))
     + ' }}{%- endmacro -%}'
 )
+_MARKS = '\U00100000', '\U00100001'  # for private use, around what looks like a special token and is text
 
 
 @dataclass(frozen=True)
@@ -126,14 +127,13 @@ def encode_prompts(
     """
     if len(dataset) == 0:
         raise ValueError('The data set has no rows; expected at least one prompt. Check its source and split.')
-    template_arguments = dict(template_arguments or {})
-    unused = [name for name in template_arguments if name not in str(tokenizer.chat_template)]
-    if unused:
-        raise ValueError(f'The chat template does not mention {unused}, so they would change nothing; remove them.')
     if long_prompts not in LONG_PROMPTS:
         raise ValueError(f'long_prompts is {long_prompts!r}; expected one of {LONG_PROMPTS}.')
 
-    render = _renderer(tokenizer, template_arguments)
+    def render(conversations: Sequence[Messages]) -> list[tuple[str, list[int]]]:
+        texts = render_chats(conversations, tokenizer, template_arguments=template_arguments)
+        return list(zip(texts, tokenize(texts, tokenizer), strict=True))
+
     bos = tokenizer.bos_token_id
     tokens, lengths, answers, levels = array('i'), [], [], []
     too_long = longest = cut = 0
@@ -174,47 +174,83 @@ def encode_prompts(
     return PromptSet(tokens, lengths, answers, max_length, too_long - cut, cut, levels)
 
 
-def _renderer(
-    tokenizer: PreTrainedTokenizerBase, template_arguments: Mapping[str, Any]
-) -> Callable[[Sequence[Messages]], list[tuple[str, list[int]]]]:
-    """A function of conversations that gives the text and the tokens of each, ready for the response to begin."""
-    apply = partial(
-        tokenizer.apply_chat_template,
-        chat_template=_FIXED_DATE + tokenizer.get_chat_template(),
-        add_generation_prompt=True,
-        return_dict=False,
-        **template_arguments,
-    )
-    control = re.compile('|'.join(map(re.escape, tokenizer.added_tokens_encoder)) or '(?!)')  # which is nowhere
+def render_chats(
+    conversations: Sequence[Messages],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    add_generation_prompt: bool = True,
+    template_arguments: Mapping[str, Any] | None = None,
+) -> list[str]:
+    """Conversations as the chat template writes them, on every day with the same date.
 
-    def render(conversations: Sequence[Messages]) -> list[tuple[str, list[int]]]:
-        # Slower, and so for those alone that need it.
-        quoting = [any(control.search(m['content']) for m in messages) for messages in conversations]
-        try:
-            texts = apply(conversations, tokenize=False)
-            quoted = iter(
-                apply(list(compress(conversations, quoting)), sanitize_control_tokens=True) if any(quoting) else ()
-            )
-        except Exception as error:  # whatever a template does
-            raise ValueError(
-                f'The chat template fails on the prompts ({type(error).__name__}: {error}). Correct it, or set '
-                'chat_template_from to a model whose template fits.'
-            ) from error
-        plain = iter(_tokenize([text for text, quotes in zip(texts, quoting, strict=True) if not quotes], tokenizer))
-        return [(text, next(quoted if quotes else plain)) for text, quotes in zip(texts, quoting, strict=True)]
+    What looks like a special token in a message stands between marks, by which `tokenize` knows that it is text; not so
+    in messages of the assistant, which writes special tokens.
 
-    return render
+    Raises:
+        ValueError: the template fails, or mentions one of the arguments nowhere.
+    """
+    template_arguments = dict(template_arguments or {})
+    unused = [name for name in template_arguments if name not in str(tokenizer.chat_template)]
+    if unused:
+        raise ValueError(f'The chat template does not mention {unused}, so they would change nothing; remove them.')
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = '|'.join(map(re.escape, sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)))
+    special = re.compile(special or '(?!)')  # which is nowhere
+
+    def mark(message: Mapping[str, str]) -> Mapping[str, str]:
+        if message['role'] == 'assistant':
+            return message
+        return {**message, 'content': special.sub(r'{}\g<0>{}'.format(*_MARKS), message['content'])}
+
+    try:
+        return tokenizer.apply_chat_template(
+            [list(map(mark, messages)) for messages in conversations],
+            chat_template=_FIXED_DATE + tokenizer.get_chat_template(),
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **template_arguments,
+        )
+    except Exception as error:  # whatever a template does
+        raise ValueError(
+            f'The chat template fails on the prompts ({type(error).__name__}: {error}). Correct it, or set '
+            'chat_template_from to a model whose template fits.'
+        ) from error
 
 
-def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def tokenize(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of texts from `render_chats`, and no special token that the template did not write.
+
+    Raises:
+        ValueError: the tokenizer fails on a text, or cannot spell a special token as text.
+    """
+    is_marked = [_MARKS[0] in text for text in texts]
+    plain = iter(_tokenize([text for text, marked in zip(texts, is_marked, strict=True) if not marked], tokenizer))
+    return [
+        _tokenize_marked(text, tokenizer) if marked else next(plain)
+        for text, marked in zip(texts, is_marked, strict=True)
+    ]
+
+
+def _tokenize_marked(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    tokens = []
+    for i, part in enumerate(re.split('{}(.*?){}'.format(*_MARKS), text, flags=re.DOTALL)):
+        is_quoted = i % 2 == 1
+        ids = _tokenize([part], tokenizer, split_special_tokens=is_quoted)[0] if part else []
+        if is_quoted and tokenizer.convert_tokens_to_ids(part) in ids:
+            raise ValueError(f'The tokenizer cannot spell {part!r} as text, in {text[:120]!r}. Drop that row.')
+        tokens += ids
+    return tokens
+
+
+def _tokenize(texts: list[str], tokenizer: PreTrainedTokenizerBase, **options: bool) -> list[list[int]]:
     if not texts:
         return []
     try:
-        return tokenizer(texts, add_special_tokens=False)['input_ids']
+        return tokenizer(texts, add_special_tokens=False, **options)['input_ids']
     except Exception as error:  # of many kinds, such as a character that the vocabulary cannot spell
         if len(texts) > 1:  # which text it is
             for text in texts:
-                _tokenize([text], tokenizer)
+                _tokenize([text], tokenizer, **options)
         raise ValueError(
             f'The tokenizer fails on the prompt {texts[0][:120]!r} ({type(error).__name__}: {error}); expected text '
             'that it has tokens for. Fix or drop that row, or use the tokenizer of another model.'

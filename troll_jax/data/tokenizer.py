@@ -96,7 +96,8 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
     """A tokenizer in Hugging Face format with one token per character, for a tiny model's own language.
 
     Ids: padding 0, end of sequence 1, then `characters` in their order. Its chat template renders the contents of the
-    messages and not one token more. Text with any other character is an error, not an unknown token.
+    messages, the end of sequence behind those of the assistant, and not one token more. Text with any other character
+    is an error, not an unknown token.
 
     Raises:
         ValueError: no characters, or one of them twice.
@@ -112,7 +113,8 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerFast:
         pad_token=PAD,
         eos_token=EOS,
         clean_up_tokenization_spaces=False,
-        chat_template="{% for message in messages %}{{ message['content'] }}{% endfor %}",
+        chat_template="{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}",
     )
 
 

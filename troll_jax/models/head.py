@@ -270,4 +270,4 @@ class _Chunks(NamedTuple):
 
     def join(self, outputs):
         """[C, size, ...] → [N, ...]."""
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[self.place], outputs)
+        return jax.tree.map(lambda x: x.reshape(self.order.size, *x.shape[2:])[self.place], outputs)
