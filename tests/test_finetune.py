@@ -143,7 +143,7 @@ def test_a_bad_row_is_named_with_its_file(tmp_path, row, problem):
     where = functools.partial(locate, str(tmp_path), 'train')
     with pytest.raises(ValueError, match=rf"row 1 of '.*train-1.jsonl'.*{problem}"):
         encode_chats(
-            load_rows(str(tmp_path), 'train'),
+            load_rows(str(tmp_path), 'train', ('messages',)),
             tokenizer,
             max_length=61,
             where=where,
