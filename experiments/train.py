@@ -77,7 +77,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
         grader.start()
         trace_programs(sampler, learner, sampling, method, prompts)
         validate = lambda params: metrics_of(evaluate(params, jax.random.key(sampling.seed), grader))
-        state = training.start(learner, model, [prompts.tokens, prompts.lengths, prompts.answers], validate)
+        state = training.start(learner, model, prompts.content, validate)
         collect = make_collector(
             sampler,
             prompts,

@@ -16,7 +16,7 @@ from experiments.plumbing.command import run_command
 from troll_jax.data.prompts import encode_prompts
 from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
-from troll_jax.hub import hub_revision
+from troll_jax.hub import version_of
 from troll_jax.models.hf_weights import load_pretrained
 
 
@@ -161,7 +161,7 @@ def test_nothing_unpickles_or_trusts():
     assert found == {'troll_jax/rewards/worker.py: grade = pickle.loads(pickled)'}
 
 
-def test_the_revision_of_the_hub_is_found(tmp_path, monkeypatch):
+def test_the_version_of_a_start_model_is_found(tmp_path, monkeypatch):
     """Guards a record of a run that does not say which of a model's versions on the hub it started from."""
     snapshot = tmp_path / 'models--someone--something/snapshots' / ('ab' * 20)
     snapshot.mkdir(parents=True)
@@ -169,5 +169,5 @@ def test_the_revision_of_the_hub_is_found(tmp_path, monkeypatch):
     (tmp_path / 'models--someone--something/refs').mkdir()
     (tmp_path / 'models--someone--something/refs/main').write_text(snapshot.name)
     monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_CACHE', str(tmp_path))
-    assert hub_revision('someone/something') == snapshot.name
-    assert hub_revision('someone/else') is None and hub_revision(str(snapshot)) is None
+    assert version_of('someone/something') == snapshot.name
+    assert version_of('someone/else') is None and version_of(str(snapshot)) is None

@@ -80,6 +80,8 @@ def test_missing_metrics_and_nulls_are_left_out():
     some = [{name: value for name, value in row.items() if name != 'eval/success'} for row in some]
     some[2]['rollout/entropy'] = None
     assert labels(figure := draw(run=some, just_started=[])) == [['run']] * 4
+    some[-1].update({'update/kl_mean': 0.0, 'reward/mean': float('nan')})  # the names stay inside
+    labels(draw(run=some))
     np.testing.assert_array_equal(figure.axes[1].lines[0].get_xdata(), [1, 3])
 
 

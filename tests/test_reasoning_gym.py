@@ -143,7 +143,10 @@ def test_partial_credit():
     [
         ('game_of_life_halting', 'perhaps'),
         ('puzzle24', '1*2*3*4'),
+        ('puzzle24', '-~-~(6+6+7+3)'),
+        ('countdown', '2**5'),
         ('coin_flip', '0'),
+        ('complex_arithmetic', 'nan'),
         ('prime_factorization', '2 × x'),
     ],
 )
@@ -152,13 +155,16 @@ def test_wrong_answers_that_a_verifier_would_pay_or_fail_on(name, response):
     assert task.grade(response, answer) == 0.0
 
 
-@pytest.mark.parametrize('name', sorted(reasoning_gym._EVALUATED - {'polynomial_multiplication'}))
-def test_no_answer_is_run_as_a_program(name, tmp_path):
+@pytest.mark.parametrize('name', sorted(reasoning_gym._EVALUATED))
+def test_no_answer_is_run_as_a_program(name, tmp_path, monkeypatch):
     """Guards against what verifiers do with an answer: eval, and sympy's parser, which evaluates as well."""
+    monkeypatch.setenv('PYTHONHASHSEED', '0')
     task, answer = ask(name, 1.0, {})
     path = tmp_path / 'written'
-    codes = 'S("' + ''.join(f'\\{ord(c):03o}' for c in f'open({str(path)!r}, "w")') + '")'
-    for program in (f'open({str(path)!r}, "w")', f'[open({str(path)!r}, "w")]', codes):
+    call = f'open({str(path)!r}, "w")'
+    codes = 'S("' + ''.join(f'\\{ord(c):03o}' for c in call) + '")'
+    pieces = 'S(' + '+'.join(f'{c!r}' for c in call) + ')'
+    for program in (call, f'[{call}]', codes, pieces, f'[{pieces}]'):
         assert task.grade(program, answer) == 0.0 and not path.exists()
 
 

@@ -11,6 +11,7 @@ import pytest
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic, demonstration, is_held_out, running_values
 from troll_jax.data.tasks.gsm8k import GSM8K, INSTRUCTION
 from troll_jax.data.tasks.interface import as_messages, check_asked_for
+from troll_jax.data.tasks.math_problems import MathProblems
 
 ROWS = [
     {'question': 'Ann has 3 eggs and buys 4. How many?', 'answer': '3+4=<<3+4=7>>7\n#### 7'},
@@ -133,6 +134,13 @@ def test_columns_that_are_not_used_are_not_read(folder, ending):
     write(folder / f'train-1.{ending}', [{**row, 'extra': 1} for row in ROWS])
     write(folder / f'train-2.{ending}', [{**row, 'extra': {'index': 'a'}} for row in ROWS])
     assert len(GSM8K(source=str(folder)).load('train')) == 2 * len(ROWS)
+
+
+def test_files_whose_answers_are_of_several_types(folder):
+    """Guards numbers in one file and text in the next, which are the same answers."""
+    for i, answers in enumerate([['1', '2'], [3, 4], [5.5, 6.0]]):
+        write(folder / f'train-{i}.jsonl', [{'problem': 'Which?', 'answer': answer} for answer in answers])
+    assert MathProblems(source=str(folder)).load('train')['answer'] == ['1', '2', '3', '4', '5.5', '6.0']
 
 
 def test_gsm8k_one_file_for_both_splits_is_an_error(folder):

@@ -355,7 +355,7 @@ def test_runs_with_several_seeds_are_one_comparison(tmp_path, monkeypatch, capsy
         write_responses(tmp_path / f'b_{seed}', 'responses_9_one_set_1.jsonl', of_b)
     rows = [compare(tmp_path / f'a_{seed}', tmp_path / f'b_{seed}') for seed in range(2)]
     merged = compare_seeds(rows)['one_set_1']
-    assert (merged['problems'], merged['b_better'], merged['difference'].mean) == (16, 2, 0.125)
+    assert (merged['problems'], merged['b_better'], merged['difference'].mean) == (8, 2, 0.125)
     of_problems = np.mean([row['one_set_1']['difference'].high - row['one_set_1']['difference'].mean for row in rows])
     seeds = 12.7062 * 0.125  # Student's t with one degree, times half of the difference of the two
     np.testing.assert_allclose(merged['difference'].high, 0.125 + np.hypot(of_problems, seeds), rtol=1e-5)
@@ -365,5 +365,5 @@ def test_runs_with_several_seeds_are_one_comparison(tmp_path, monkeypatch, capsy
     experiments.compare_evaluations.main()
     assert '+0.125 [-1.' in capsys.readouterr().out
     monkeypatch.setattr('sys.argv', ['compare_evaluations', 'a', 'b', '--seeds', '0', '1'])
-    with pytest.raises(ValueError, match=r'both must have \{seed\} in them'):
+    with pytest.raises(ValueError, match=r'expected \{seed\} in both of them with --seeds'):
         experiments.compare_evaluations.main()

@@ -77,11 +77,13 @@ def model_of_folder_or_hub(model: str) -> Iterator[None]:
         ) from error
 
 
-def hub_revision(model: str) -> str | None:
-    """The commit of a model of the hub, in the copy that is loaded; None of any other."""
+def version_of(model: str) -> str | None:
+    """The commit of a model of the hub in the copy that is loaded, name and size of a GGUF file; None of a folder."""
     from huggingface_hub import try_to_load_from_cache
 
-    if Path(model).is_dir() or gguf_file(model) or is_path(model):
+    if (file := gguf_file(model)) is not None:
+        return f'{file.name} of {file.stat().st_size} bytes'
+    if Path(model).is_dir() or is_path(model):
         return None
     found = try_to_load_from_cache(model, 'config.json')
     return Path(found).parent.name if isinstance(found, str) else None

@@ -25,7 +25,7 @@ from experiments.plumbing.gin_files import Config
 from experiments.plumbing.gin_text import own_code, to_bindings, to_gin
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.experiment import Model, StartModel
-from troll_jax.hub import hub_revision
+from troll_jax.hub import version_of
 from troll_jax.learn import Updated
 from troll_jax.metrics import MetricsWriter
 from troll_jax.models.hf_weights import load_config
@@ -239,7 +239,7 @@ def describe_setup(settings: Sequence[Any], tokenizer, splits: dict[str, Sequenc
         'tokenizer': {'tokenizer': fingerprint(sorted(tokenizer.get_vocab().items()), special)},
         'data': {f'{name} data': fingerprint(*data) for name, data in splits.items()},
         'versions': {name: importlib.metadata.version(name) for name in packages}
-        | {'troll_jax': _commit(), 'model on the hub': hub_revision(settings[0].model)}
+        | {'troll_jax': _commit(), 'start model': version_of(settings[0].model)}
         | {f'code of {name}': fingerprint(source) for name, source in own_code(*settings).items()},
     }
 

@@ -242,6 +242,8 @@ def success_of(rows: list[dict], **fixed) -> Estimate | None:
     runs = Counter(row['seed'] for row in chosen)
     complete = [seed for seed, count in runs.items() if count == max(runs.values())]
     mean = lambda name, seed: np.mean([row.get(name, row['success']) for row in chosen if row['seed'] == seed])
+    if len(complete) == 1 and 'low' not in chosen[0]:
+        return Estimate(float(mean('success', *complete)), np.nan, np.nan)
     return over_seeds([Estimate(*(mean(name, seed) for name in ('success', 'low', 'high'))) for seed in complete])
 
 

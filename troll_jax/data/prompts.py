@@ -32,8 +32,11 @@ LONG_PROMPTS = ('drop', 'cut')
 _DATE = datetime.datetime(2024, 7, 26)
 _FIXED_DATE = (
     '{%- macro strftime_now(format) -%}{{ format'
-    + ''.join(f" | replace('%{code}', '{_DATE.strftime(f'%{code}')}')" for code in ('-d', '-m', *'aAbBdHIjmMpSuUwWyYZ'))
-    + ' }}{%- endmacro -%}'
+    + ''.join(
+        f" | replace('%{code}', '{_DATE.strftime(f'%{code}')}')"
+        for code in ('-d', '-m', *'aAbBcdDeFHIjmMpRSTuUwWxXyYZ')
+    )
+    + ' }}{%- endmacro +%}'
 )
 _MARKS = '\U00100000', '\U00100001'  # for private use, around what looks like a special token and is text
 
@@ -63,6 +66,11 @@ class PromptSet:
     def decode(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The text of every prompt as the model reads it, with special tokens."""
         return tokenizer.batch_decode(np.split(self.tokens, self._starts[1:]), skip_special_tokens=False)
+
+    @property
+    def content(self) -> tuple:
+        """All that decides what a run learns from the prompts."""
+        return self.tokens, self.lengths, self.answers, self.levels
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -200,7 +208,8 @@ def render_chats(
     def mark(message: Mapping[str, str]) -> Mapping[str, str]:
         if message['role'] == 'assistant':
             return message
-        return {**message, 'content': special.sub(r'{}\g<0>{}'.format(*_MARKS), message['content'])}
+        words = message['content'].translate(dict.fromkeys(map(ord, _MARKS)))  # they are ours alone
+        return {**message, 'content': special.sub(r'{}\g<0>{}'.format(*_MARKS), words)}
 
     try:
         return tokenizer.apply_chat_template(

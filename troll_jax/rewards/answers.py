@@ -40,6 +40,7 @@ _MARKERS = {
 _NEXT_PROBLEM = re.compile(
     r'^[#*\s]{0,9}(?:Question|Problem|Q|Human|User|Exercise)\b[ \t]*\d*[ \t]*[*_]*[:：]|<\|\w+\|>|</s>', re.M
 )
+_SPECIAL = re.compile(r'<\|\w+\|>|<[A-Z]+_\d+>')  # tokens, whose numbers are no answers
 _PART = (
     rf'(?:{NUMBER}(?:[eE][-+]?\d+)?|\\[dtc]?frac\s*(?:\{{[^{{}}]{{0,99}}\}}\s*\{{[^{{}}]{{0,99}}\}}|\d\d)|'
     r'\\sqrt\s*(?:\[\d+\])?\s*(?:\{[^{}]{0,99}\}|\d)|√\d+|\\pi(?![A-Za-z])|π)'
@@ -79,7 +80,7 @@ def find_answer(text: str, places: Sequence[str] = PLACES) -> str | None:
         elif place in _MARKERS and (end := max((m.end() for m in _MARKERS[place].finditer(text)), default=0)):
             line, _, rest = text[end:].partition('\n')
             found = next((line for line in (line, *rest.splitlines()) if line.strip(' \t*_$\r\\[]')), '')
-        elif place == 'last number' and not shown and (numbers := [*_LAST_NUMBER.finditer(text)]):
+        elif place == 'last number' and not shown and (numbers := [*_LAST_NUMBER.finditer(_SPECIAL.sub(' ', text))]):
             found = '' if numbers[-1]['glued'] or numbers[-1]['after'] else numbers[-1]['number']
         else:
             continue

@@ -37,7 +37,7 @@ class Task(Protocol):
         For a curriculum also `level` (int), see `Sampling.level`."""
 
     def grade(self, response: str, answer: str) -> float:
-        """Reward of one decoded response, without special tokens; 1.0 is correct."""
+        """Reward of one decoded response, without the token that ended it; 1.0 is correct."""
 
 
 def check_split(split: str) -> None:
@@ -74,7 +74,8 @@ def load_rows(
     try:
         if files:
             # One by one: what is not used may be of another type in each.
-            rows = datasets.concatenate_datasets([_read_file(file, name, columns) for file in files])
+            parts = [_read_file(file, name, columns) for file in files]
+            rows = datasets.concatenate_datasets([part.cast(parts[0].features) for part in parts])
         else:
             folder = '/'.join(source.split('/')[2:])
             rows = datasets.load_dataset(owner_and_name, config, data_dir=folder or None, split=name)

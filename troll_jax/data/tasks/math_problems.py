@@ -151,7 +151,8 @@ class MathEval(MathProblems):
     'owner/name/amc'` and `AMC.data_source = ''`.
 
     Args:
-        source: see `MathProblems`; None for the benchmark's file in `philippbecker/troll_data`.
+        source: see `MathProblems`; None for the benchmark's file in `philippbecker/troll_data`, which is read from the
+            hub; for a machine without network, download it and name the file here.
         benchmark: a name in `BENCHMARKS`.
         data_source: None for what `BENCHMARKS` has for the benchmark, '' for all rows.
     """
