@@ -138,9 +138,9 @@ def test_columns_that_are_not_used_are_not_read(folder, ending):
 
 def test_files_whose_answers_are_of_several_types(folder):
     """Guards numbers in one file and text in the next, which are the same answers."""
-    for i, answers in enumerate([['1', '2'], [3, 4], [5.5, 6.0]]):
+    for i, answers in enumerate([['1', '2'], [3, 4], [5.5, 6.5]]):
         write(folder / f'train-{i}.jsonl', [{'problem': 'Which?', 'answer': answer} for answer in answers])
-    assert MathProblems(source=str(folder)).load('train')['answer'] == ['1', '2', '3', '4', '5.5', '6.0']
+    assert MathProblems(source=str(folder)).load('train')['answer'] == ['1', '2', '3', '4', '5.5', '6.5']
 
 
 def test_gsm8k_one_file_for_both_splits_is_an_error(folder):
