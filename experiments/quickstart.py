@@ -26,10 +26,10 @@ from troll_jax.metrics import read_metrics
 METHODS = ('troll', 'clip')
 SAMPLES = 8  # per held-out problem
 SETTINGS = {
-    '': ('8 updates per rollout batch, learning rate 2e-4', ['Run.steps = 32']),
+    '': ('8 updates per rollout batch, learning rate 2e-4', ['Run.steps = 24', 'Run.evaluate_every = 8']),
     '_stale': (
         '32 updates per rollout batch, learning rate 1e-3',
-        ['Run.steps = 12', 'Sampling.prompts_per_step = 256', 'adamw.learning_rate = 1e-3', 'Run.evaluate_every = 4'],
+        ['Run.steps = 10', 'Sampling.prompts_per_step = 256', 'adamw.learning_rate = 1e-3', 'Run.evaluate_every = 5'],
     ),
 }
 
