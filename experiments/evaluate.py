@@ -16,7 +16,6 @@ sets as `evaluation_<step>_mean.json`, into the run's folder or `evaluation.fold
 
 import json
 import logging
-import math
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -47,8 +46,6 @@ from troll_jax.models import decoder as decoders
 from troll_jax.settings import Compute
 
 logger = logging.getLogger(__name__)
-
-SLOTS = 32  # on each device, for a model that no configuration of a training comes with
 
 
 class Source(NamedTuple):
@@ -115,7 +112,7 @@ def evaluation(
       split: 'test' or 'train'.
       samples_per_prompt: n, for mean@n and pass@k with k up to n, of every set. None: the number of the set.
       temperature: sampling temperature; None is 0, greedy, for one sample and 1 for several.
-      slots: decode slots, on all devices together; fewer save memory. None: as in training.
+      slots: decode slots, on all devices together. None: as in training.
       top_k, top_p: sample from the most probable tokens only; off by default.
       seed: seed of the sampling.
       folder: folder to write to; None is the run's, or `runs/evaluation_<source>`.
@@ -129,9 +126,6 @@ def evaluation(
     found = find_source(source)
     step = found.step if step is None else step
     start, compute = config.build(Experiment), config.build(Compute)
-    of_a_step = [config.get(f'Sampling.{name}') or 0 for name in ('prompts_per_step', 'samples_per_prompt')]
-    if slots is None:
-        slots = compute.slots or math.prod(of_a_step) or SLOTS * compute.mesh.size
     checkpoints_in = found.checkpoints
     if found.run_dir is not None:
         checkpoints_in = config.get('Run.checkpoint_folder') or found.run_dir
@@ -142,7 +136,7 @@ def evaluation(
     if jax.process_index() == 0:
         check_writable(out)
     temperature_of = lambda samples: float(samples > 1) if temperature is None else temperature
-    samplers = partial(model.sampler, compute, slots=slots, top_k=top_k, top_p=top_p)
+    samplers = partial(model.sampler, compute, slots=slots or compute.slots, top_k=top_k, top_p=top_p)
     validate = make_validation(
         experiment,
         model.tokenizer,

@@ -52,8 +52,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
     # An error if there are too few.
     draw_indices(prompts, sampling.prompts_per_step, seed=sampling.seed, draw=0, level=sampling.level)
 
-    slots = compute.slots or sampling.prompts_per_step * sampling.samples_per_prompt
-    samplers = partial(model.sampler, compute, slots=slots)
+    samplers = partial(model.sampler, compute)
     sampler = samplers(
         samples_per_prompt=sampling.samples_per_prompt,
         temperature=sampling.temperature,

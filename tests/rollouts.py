@@ -9,7 +9,7 @@ import numpy as np
 from tiny import decoder_config
 
 from troll_jax.models import decoder as decoders
-from troll_jax.rollout import make_sampler
+from troll_jax.rollout import Sampler
 from troll_jax.types import Prompts
 
 VOCAB, PROMPT, RESPONSE, GROUP, KEPT, MASS = 38, 5, 7, 3, 11, 1 - 1e-5
@@ -39,7 +39,7 @@ def keys_of(batch: int = 4) -> jax.Array:
 
 @functools.cache
 def sampler(temperature=1.0, stop=(NEVER,), group=GROUP, **changes):
-    return make_sampler(
+    return Sampler(
         CONFIG,
         samples_per_prompt=group,
         max_response_length=RESPONSE,
@@ -54,7 +54,7 @@ def sampler(temperature=1.0, stop=(NEVER,), group=GROUP, **changes):
 @functools.cache
 def rollout(temperature=1.0, stop=(NEVER,), group=GROUP, **changes):
     run = sampler(temperature, stop, group, **changes)
-    return jax.tree.map(np.asarray, run(policy_params(), some_prompts(), keys_of()))
+    return run(policy_params(), some_prompts(), keys_of())
 
 
 def assert_same_responses(got, expected, rows=slice(None)):
@@ -65,6 +65,13 @@ def assert_same_responses(got, expected, rows=slice(None)):
         np.testing.assert_allclose(getattr(got, name), getattr(expected, name)[rows], atol=1e-5, err_msg=name)
     np.testing.assert_array_equal(got.support.tokens, expected.support.tokens[rows])
     np.testing.assert_allclose(got.support.log_probs, expected.support.log_probs[rows], atol=1e-5)
+
+
+def compiled_shapes(program, *arguments):
+    """The shapes of what a program returns, with the shardings that its compiler chooses."""
+    traced = program.trace(*arguments)
+    shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(shape, traced.out_info, traced.lower().compile().output_shardings)
 
 
 def responses(result) -> list[list[int]]:

@@ -19,10 +19,9 @@ from troll_jax.ops.losses import ppo_clip, troll
 from troll_jax.ops.regularisers import kl_to_reference
 from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import adamw, apply_gradients, state_shapes
-from troll_jax.rollout import make_sampler
+from troll_jax.rollout import Sampler
 from troll_jax.settings import Compute, Method, Sampling, scoring
 from troll_jax.sharding import constrain_like, make_mesh, named_sharding
-from troll_jax.types import Prompts
 from troll_jax.update import make_gradient
 
 TOPOLOGIES = ['h100:8', 'v5e:2x4']
@@ -153,7 +152,7 @@ def test_float32_is_float32(attention, dtype):
     and the speed of bfloat16, which asks for nothing."""
     compute = compute_on(jax.devices()[:1])
     config = decoder_config(40, compute_dtype=dtype, attention=attention, **SIZES)
-    sampler = make_sampler(
+    sampler = Sampler(
         config,
         samples_per_prompt=2,
         max_response_length=RESPONSE,
@@ -165,10 +164,7 @@ def test_float32_is_float32(attention, dtype):
     with jax.sharding.use_abstract_mesh(compute.mesh.abstract_mesh):
         built = learner(config, compute)
         programs = built.programs()
-        prompts = Prompts(jax.ShapeDtypeStruct((2, PROMPT), int), jax.ShapeDtypeStruct((2,), int))
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
-        inputs = jax.eval_shape(sampler.begin, built.shapes.params, prompts, keys, None)
-        programs |= {'prefill': (sampler.prefill, inputs), 'decode': (sampler.decode, inputs)}
+        programs |= sampler.programs(built.shapes.params, 2, PROMPT)
         for name, (program, arguments) in programs.items():
             found = list(products(program.trace(*arguments).jaxpr.jaxpr))
             assert found and any(in_kernel for _, in_kernel in found) == (attention == 'splash' and name in WHOLE)

@@ -14,7 +14,7 @@ from troll_jax.data.tokenizer import character_tokenizer
 from troll_jax.models import decoder as decoders
 from troll_jax.rewards.pool import Grader
 from troll_jax.rewards.terms import task_reward
-from troll_jax.rollout import make_sampler
+from troll_jax.rollout import Sampler
 from troll_jax.settings import Sampling
 from troll_jax.sharding import make_mesh
 
@@ -31,7 +31,7 @@ def prompts():
 
 @functools.cache
 def sampler(samples: int, temperature: float):
-    return make_sampler(
+    return Sampler(
         CONFIG,
         samples_per_prompt=samples,
         max_response_length=T,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +19,12 @@ from transformers import (
     SmolLM3Config,
 )
 
-from troll_jax.models.decoder import KVCache, abstract, bind, init, init_cache
+from troll_jax.models.decoder import abstract, bind, decode_weights, init
 from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_pretrained
+from troll_jax.models.paged_attention import init_pool
 from troll_jax.models.rotary import RopeScaling
-from troll_jax.sharding import make_mesh, named_sharding
+from troll_jax.sharding import make_mesh
 
 VOCAB = 61
 
@@ -104,9 +104,25 @@ def forward(graphdef, params, tokens, positions, segment_ids):
     return bind(graphdef, params)(tokens, positions, segment_ids)
 
 
+PAGE = 4
+
+
+def init_cache(config, rows: int, length: int, shards: int = 1):
+    """A cache in which every row has the pages for `length` tokens, and its block table, by the pages of its shard."""
+    width = -(-length // PAGE)
+    table = np.arange(rows * width, dtype=np.int32).reshape(rows, width)[:, ::-1]
+    pools = [init_pool(config, rows * width, PAGE, config.decode_attention) for _ in range(config.layers)]
+    return pools, table % (rows * width // shards)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def extend(graphdef, params, tokens, positions, cache):
-    return bind(graphdef, params).extend(tokens, positions, cache)
+def decode(config, params, tokens, positions, cache):
+    """Hidden states of the next tokens, and the cache with them."""
+    others, layers = decode_weights(params, config)
+    pools, table = cache
+    decoder = bind(abstract(config)[0], others | {'layers': layers[0]})
+    hidden, pools = decoder.decode(layers, tokens, positions, table, pools)
+    return hidden, (pools, table)
 
 
 def from_zero(batch: int, length: int) -> jax.Array:
@@ -156,25 +172,18 @@ def test_prefill_and_decoding_equal_the_whole_sequence(kind):
     whole = forward(graphdef, params, tokens, from_zero(3, total), jnp.ones((3, total), jnp.int32))
 
     padded = jnp.where(from_zero(3, 5) < lengths[:, None], tokens[:, :5], 60)
-    hidden, cache = extend(graphdef, params, padded, from_zero(3, 5), init_cache(config, 3, total))
+    positions = jnp.where(from_zero(3, 5) < lengths[:, None], from_zero(3, 5), -1)
+    hidden, cache = decode(config, params, padded, positions, init_cache(config, 3, total))
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=3e-5, rtol=0)
-    for step in range(10):  # the longest row runs past the end of the cache
+    for step in range(10):  # rows are idle when they have ended
         positions = lengths[:, None] + step
-        at = jnp.minimum(positions, total - 1)
-        hidden, cache = extend(graphdef, params, jnp.take_along_axis(tokens, at, axis=1), positions, cache)
+        positions = jnp.where(positions < total, positions, -1)
+        hidden, cache = decode(config, params, jnp.take_along_axis(tokens, positions, axis=1), positions, cache)
+        assert jnp.all(jnp.isfinite(hidden))
         for row, position in enumerate(positions[:, 0]):
-            if position < total:
+            if position >= 0:
                 np.testing.assert_allclose(hidden[row, 0], whole[row, position], atol=3e-5, rtol=0)
-
-
-def test_extending_past_the_cache_leaves_it_alone():
-    """Guards against a clamped write, which would spoil the last position of a row that has finished."""
-    config, graphdef, params = tiny()
-    _, before = extend(graphdef, params, some_tokens(2, 5), from_zero(2, 5), init_cache(config, 2, 5))
-    _, after = extend(graphdef, params, some_tokens(2, 1), jnp.array([[5], [7]]), before)
-    np.testing.assert_array_equal(before.k, after.k)
-    np.testing.assert_array_equal(before.v, after.v)
 
 
 def test_packed_sequences_do_not_see_each_other():
@@ -232,7 +241,7 @@ def saved_bytes(function, params) -> int:
 
 
 def test_compiled_program_does_not_grow_with_depth():
-    """Guards the scan over layers, in the forward pass, its gradient and with a cache, if not all have RoPE too."""
+    """Guards the scan over layers, in the forward pass and its gradient, if not all have RoPE too."""
 
     def lines(layers):
         config = decoder_config(tiny_hf_config(num_hidden_layers=layers), compute_dtype='float32')
@@ -240,11 +249,8 @@ def test_compiled_program_does_not_grow_with_depth():
         config = dataclasses.replace(config, **KINDS['other'] | dict(rope_layers=rope_layers))
         graphdef, shapes = abstract(config)
         tokens = jax.ShapeDtypeStruct((2, 5), jnp.int32)
-        cache = jax.eval_shape(lambda: init_cache(config, 2, 7))
         forward = jax.grad(lambda p, t: bind(graphdef, p)(t, t, t).sum())
-        extend = jax.jit(lambda p, t, c: bind(graphdef, p).extend(t, t, c))
-        texts = jax.jit(forward).lower(shapes, tokens).as_text(), extend.lower(shapes, tokens, cache).as_text()
-        return [len(text.splitlines()) for text in texts]
+        return len(jax.jit(forward).lower(shapes, tokens).as_text().splitlines())
 
     assert lines(5) == lines(11)
 
@@ -268,32 +274,17 @@ def test_sharded_forward_and_decoding_equal_one_device(kind, capfd):
     params = jax.tree.map(lambda p: jnp.where(p == 0, 0.3, p), divisible_params(kind))  # new biases are 0
     tokens, positions = some_tokens(8, 5), from_zero(8, 5)
 
-    @jax.jit
-    def run(params, tokens):
+    @functools.partial(jax.jit, static_argnums=2)
+    def run(params, tokens, shards):
         decoder = bind(graphdef, params)
         hidden = decoder(tokens, positions, jnp.ones((8, 5), jnp.int32))
-        return hidden, *decoder.extend(tokens, positions, init_cache(config, 8, 7))
+        return hidden, decode(config, params, tokens, positions, init_cache(config, 8, 7, shards))[0]
 
-    expected = run(params, tokens)
+    expected = run(params, tokens, 1)
     with jax.set_mesh(mesh):
-        got = run(jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shapes)), tokens)
+        got = run(jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, shapes)), tokens, 4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=0), expected, got)
-    assert got[2].k.sharding.shard_shape(got[2].k.shape) == (3, 2, 7, 1, 10)
     assert 'rematerialization' not in capfd.readouterr().err
-
-
-def test_a_row_writes_its_cache_without_the_other_rows():
-    """Guards the form of the cache's scatter: as plain indexing it gathers keys and values over the whole mesh."""
-    config, mesh = divisible_config(), make_mesh(2, 2, 2)
-    graphdef, shapes = abstract(config, mesh)
-    rows = jax.ShapeDtypeStruct((8, 5), jnp.int32, sharding=named_sharding(mesh, ('batch', 'length')))
-    with jax.set_mesh(mesh):
-        cache = jax.eval_shape(lambda: init_cache(config, 8, 7))
-        lines = extend.lower(graphdef, shapes, rows, rows, cache).compile().as_text().splitlines()
-    collectives = [
-        line for line in lines if re.search(r' (all-gather|all-reduce|all-to-all|collective-permute)\(', line)
-    ]
-    assert collectives and not [line for line in collectives if '/cache/' in line]
 
 
 def test_init_does_not_depend_on_the_mesh():
@@ -331,20 +322,13 @@ def test_greedy_decoding_equals_transformers(tmp_path):
     config, params = load_pretrained(str(tmp_path), compute_dtype='float32')
     graphdef, _ = abstract(config)
     unembedding = bind(graphdef, params).unembedding
-    hidden, cache = extend(graphdef, params, prompt, from_zero(2, 3), init_cache(config, 2, 10))
+    hidden, cache = decode(config, params, prompt, from_zero(2, 3), init_cache(config, 2, 10))
     tokens = prompt
     for position in range(3, 10):
         best = jnp.argmax(hidden[:, -1] @ unembedding.T, axis=-1)[:, None]
         tokens = jnp.concatenate([tokens, best], axis=1)
-        hidden, cache = extend(graphdef, params, best, jnp.full((2, 1), position), cache)
+        hidden, cache = decode(config, params, best, jnp.full((2, 1), position), cache)
     np.testing.assert_array_equal(tokens, expected.numpy())
-
-
-def test_cache_is_two_buffers_of_the_compute_dtype():
-    """Guards donation: a buffer that stood for keys and values could not be given away twice."""
-    cache = init_cache(decoder_config(tiny_hf_config(), compute_dtype='bfloat16'), 2, 5)
-    assert isinstance(cache, KVCache) and cache.k.shape == (3, 2, 5, 2, 10) and cache.k.dtype == jnp.bfloat16
-    jax.jit(lambda c: c, donate_argnums=0)(cache)
 
 
 def test_bad_configs_are_refused_with_numbers():

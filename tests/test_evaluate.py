@@ -17,7 +17,7 @@ from troll_jax.data.tokenizer import EOS, PAD, character_tokenizer
 from troll_jax.evaluate import Evaluation, distinct, estimate, estimate_mean, evaluate, pass_at_k, success
 from troll_jax.models.decoder import abstract
 from troll_jax.rewards.pool import Grader
-from troll_jax.rollout import make_sampler
+from troll_jax.rollout import Sampler
 from troll_jax.sharding import MESH_AXES, make_mesh
 from troll_jax.types import Rollout, SparseLogProbs
 
@@ -134,7 +134,7 @@ def one_device():
 def policy(tokenizer):
     """A sampler and random parameters whose responses differ in length and text, some with an end and some without."""
     config = decoder_config(len(tokenizer), width=8, layers=1, heads=2, kv_heads=1, head_dim=4, rope_theta=100.0)
-    sampler = make_sampler(
+    sampler = Sampler(
         config,
         samples_per_prompt=SAMPLES,
         max_response_length=ROOM,
@@ -202,10 +202,10 @@ def echo(params, prompts, keys) -> Rollout:
     lengths = np.repeat(np.asarray(prompts.lengths), SAMPLES)
     nothing = np.zeros((rows * SAMPLES, 1), np.float32)
     return Rollout(
-        tokens=jnp.asarray(tokens),
-        prompt_lengths=jnp.asarray(lengths),
-        response_lengths=jnp.asarray(lengths + 2),
-        stop_token=jnp.ones(rows * SAMPLES, jnp.int32),
+        tokens=tokens,
+        prompt_lengths=lengths,
+        response_lengths=lengths + 2,
+        stop_token=np.ones(rows * SAMPLES, np.int32),
         log_probs=nothing,
         entropy=nothing,
         support=SparseLogProbs(nothing[..., None].astype(np.int32), nothing[..., None]),

@@ -107,7 +107,7 @@ def test_a_models_file_says_nothing_of_the_task(file):
     """Guards against a comparison of models in which one has other hyperparameters."""
     names = [f'{key}.{name}' for key, values in Config([file]).bindings.items() for name in values]
     allowed = {'Experiment.model', 'Experiment.template_arguments', 'Experiment.chat_template_from'}
-    assert set(names) <= allowed | {'Compute.remat', 'Compute.slots', 'Compute.head_chunk'}
+    assert set(names) <= allowed | {'Compute.remat', 'Compute.head_chunk'}
 
 
 def test_every_experiment_is_complete():

@@ -158,7 +158,7 @@ def test_a_checkpoint_a_bucket_and_an_export_are_the_run(run_dir, model, binding
 def test_a_binding_that_nothing_reads_is_an_error(run_dir, monkeypatch, binding):
     """Guards an evaluation of something else than was meant; what the run has bound for its training is no matter, and
     how it decodes is read."""
-    monkeypatch.setattr('troll_jax.experiment.make_sampler', None)
+    monkeypatch.setattr('troll_jax.experiment.Sampler', None)
     monkeypatch.setattr(Checkpoints, 'restore_params', None)
     with pytest.raises(ValueError, match=f'reads {binding.split()[0]!r}: it would change nothing'):
         evaluate(monkeypatch, run_dir, 'Compute.slots = 8', binding)

@@ -1,7 +1,6 @@
 """Experience: sampling and grading responses to prompts, with dynamic sampling."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from itertools import count
 from time import perf_counter
@@ -18,7 +17,6 @@ from troll_jax.rewards.pool import Grader, Grades
 from troll_jax.rewards.terms import Responses, RewardTerm, task_reward, weigh
 from troll_jax.rollout import Sampler
 from troll_jax.settings import Sampling
-from troll_jax.sharding import RULES, fetch, place
 from troll_jax.types import Rollout
 
 _logger = logging.getLogger(__name__)
@@ -54,17 +52,10 @@ def sample_responses(
 ) -> Rollout:
     """Samples responses to `prompts[indices]`, one rollout of n · G rows.
 
-    The key of a prompt depends on its place in `indices`. Where the devices do not divide the number of prompts it is
-    filled up with the first ones, whose rows are dropped again.
+    The key of a prompt depends on its place in `indices`.
     """
-    shards = math.prod(mesh.shape[axis] for axis in RULES['batch'])
-    places = np.arange(len(indices) + -len(indices) % shards)
-    rows = indices[places % len(indices)]
-    on_device, places = place((prompts[rows], places), mesh, ('batch',))
     with jax.set_mesh(mesh):
-        rollout = fetch(sampler(params, on_device, _fold_in_each(key, places)))
-    count = len(indices) * (len(rollout.response_lengths) // len(places))
-    return jax.tree.map(lambda x: x[:count] if x.ndim else x, rollout)
+        return sampler(params, prompts[indices], _fold_in_each(key, np.arange(len(indices))))
 
 
 _fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))

@@ -15,8 +15,9 @@ from troll_jax.models.attention import best_implementation
 from troll_jax.models.decoder import DecoderConfig
 from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_config, load_pretrained
+from troll_jax.models.paged_attention import best_paged_implementation
 from troll_jax.ops.ranges import check_range
-from troll_jax.rollout import Sampler, make_sampler
+from troll_jax.rollout import Sampler
 from troll_jax.settings import Compute
 from troll_jax.typechecks import check_fields
 
@@ -32,15 +33,16 @@ class Model(NamedTuple):
     def sampler(
         self, compute: Compute, *, support_size: int = 1, support_mass: float = 1.0, **settings: Any
     ) -> Sampler:
-        """Builds a sampler, by default one whose samples are not for training; `settings` as in `make_sampler`."""
-        return make_sampler(
+        """Builds a sampler, by default one whose samples are not for training; `settings` as in `Sampler`."""
+        return Sampler(
             self.config,
             max_response_length=self.max_response_length,
             stop_tokens=self.stop_tokens,
             support_size=support_size,
             support_mass=support_mass,
             gather_weights=compute.gather_weights,
-            **settings,
+            cache_gb=compute.cache_gb,
+            **{'slots': compute.slots, **settings},
         )
 
 
@@ -79,8 +81,12 @@ class StartModel:
                 f'for {hf_config.max_position_embeddings}; lower its lengths'
             )
         config = decoder_config(hf_config, compute_dtype=compute.dtype, remat=compute.remat)
-        best = best_implementation(compute.mesh.devices.flat[0], config.compute_dtype, config.head_dim)
-        return dataclasses.replace(config, attention=compute.attention or best)
+        device, sizes = compute.mesh.devices.flat[0], (config.compute_dtype, config.head_dim)
+        return dataclasses.replace(
+            config,
+            attention=compute.attention or best_implementation(device, *sizes),
+            decode_attention=best_paged_implementation(device, *sizes),
+        )
 
     def load_params(self, compute: Compute) -> Any:
         """Loads the weights of the model onto the mesh."""

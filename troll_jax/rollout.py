@@ -1,107 +1,74 @@
 """On-policy sampling by continuous batching: responses, and a record of the distributions they were sampled from.
 
 All requests of a rollout, G samples of each of B prompts, are known when it begins. A fixed number of decode slots
-works through them: a slot whose response has ended takes the next request in the step after that. A prompt is prefilled
-once, shortly before its first sample is due, and its KV cache serves all of its samples. Shapes depend on no length: as
-long as as many prompts come, nothing compiles twice. Admission and queue are in `scheduler.py`, on the devices as well.
-
-The host runs two programs in turn. One prefills as long as a prefill is due, the other decodes, step after step, until
-one is due again or everything has ended. The host times each, and learns only whether any work is left.
+works through them, over a paged KV cache. The host runs three programs: one lays the weights out for decoding; one
+prefills, a chunk of some sequences at a time; one decodes a fixed number of tokens in every slot, without waiting for
+the host. In between, `scheduler.py` gives slots and pages to requests. Shapes depend on no length, so nothing compiles
+twice.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from troll_jax import scheduler
 from troll_jax.models import decoder as decoders
 from troll_jax.models.head import logits
-from troll_jax.models.paged_cache import grow
+from troll_jax.models.paged_attention import PAGE_SIZES, copy_pages, init_pool
 from troll_jax.ops import categorical
+from troll_jax.ops.ranges import check_range
 from troll_jax.ops.support import select
-from troll_jax.scheduler import Record, Requests, State
-from troll_jax.sharding import RULES, axis_size, constrain, current_mesh, one_device_mesh, shard_map
-from troll_jax.types import Prompts, Rollout, RolloutStats
+from troll_jax.scheduler import Block, Prefill, Scheduler
+from troll_jax.sharding import (
+    RULES,
+    addressable_part,
+    axis_size,
+    constrain,
+    current_mesh,
+    one_device_mesh,
+    platform,
+    shard_map,
+)
+from troll_jax.types import Prompts, Rollout, RolloutStats, SparseLogProbs
 
-PREFILL_CHUNK = 256
+MOST_SLOTS = 256
+"""Decode slots of a device where nothing else is said: beyond these a step takes longer in proportion."""
+MEMORY_SHARE = 0.9
+"""Of a device's memory, with all that is there already, that the KV cache may fill up; the rest is for temporaries."""
 
 
-@dataclasses.dataclass(frozen=True)
+class Steps(NamedTuple):
+    """N decode steps of all slots. Of each slot the first `counts` are valid."""
+
+    tokens: jax.Array  # [N, E · U] int32, on every device
+    counts: jax.Array  # [E · U] int32, on every device
+    stop_token: jax.Array  # [E · U] int32, with which the response ended; −1: it did not. On every device
+    log_probs: jax.Array  # [N, E · U] float32
+    entropy: jax.Array  # [N, E · U] float32
+    support: SparseLogProbs  # [N, E · U, K]
+
+
+class Sizes(NamedTuple):
+    """The sizes of a rollout's arrays."""
+
+    shards: int  # E
+    slots: int  # U, of each shard
+    rows: int  # A, sequences of each shard that a prefill takes
+    chunk: int  # C, tokens of each of them
+    pages: int  # NP, of each shard
+    prompt_width: int  # pages of the longest prompt
+    width: int  # J, pages of the longest sequence
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Sampler:
-    """Samples G responses to each prompt. `make_sampler` builds one; its fields are compiled functions.
-
-    The state of a rollout is donated from one to the next.
-    """
-
-    check: Callable[..., None]  # (prompts, keys, limits)
-    begin: Callable[..., tuple[Any, Requests, State]]  # (params, prompts, keys, limits) → weights for decoding, …
-    prefill: Callable[..., State]  # (weights, requests, state), until none is due
-    decode: Callable[..., tuple[State, jax.Array]]  # (weights, requests, state), until a prefill is due, or all is done
-    end: Callable[..., Rollout]  # (prompts, state)
-
-    def __call__(self, params, prompts: Prompts, keys: jax.Array, limits: jax.Array | None = None) -> Rollout:
-        """The responses to a prompt depend on the parameters, the prompt and its own key, not on the other prompts.
-
-        Args:
-          params: the decoder's.
-          prompts: B of them, as many as the devices of the mesh's batch axes divide.
-          keys: [B] random keys.
-          limits: [R] int32, between 1 and T: lengths at which single responses are cut.
-
-        Raises:
-          ValueError: prompts that are empty or longer than their array, limits out of range, and numbers of prompts or
-            slots that the devices do not divide.
-        """
-        if current_mesh() is None:
-            with jax.set_mesh(one_device_mesh()):
-                return self(params, prompts, keys, limits)
-        self.check(prompts, keys, limits)
-        weights, requests, state = jax.block_until_ready(self.begin(params, prompts, keys, limits))
-        prefill_seconds = decode_seconds = 0.0
-        is_left = True
-        while is_left:
-            begin = time.perf_counter()
-            state = jax.block_until_ready(self.prefill(weights, requests, state))
-            between = time.perf_counter()
-            state, is_left = self.decode(weights, requests, state)
-            is_left = bool(is_left)  # waits; the same on every process
-            prefill_seconds += between - begin
-            decode_seconds += time.perf_counter() - between
-        slots = state.request.size
-        stats = RolloutStats(state.steps, slots, state.prefills, prefill_seconds, decode_seconds)
-        return self.end(prompts, state)._replace(stats=stats)
-
-    def shapes(self, params, prompts: Prompts, keys: jax.Array) -> Rollout:
-        """Traces all programs on shapes; nothing is compiled. Returns those of a rollout, without its `stats`."""
-        self.check(prompts, keys, None)
-        inputs = jax.eval_shape(self.begin, params, prompts, keys, None)
-        jax.eval_shape(self.prefill, *inputs)
-        state, _ = jax.eval_shape(self.decode, *inputs)
-        return jax.eval_shape(self.end, prompts, state)
-
-
-def make_sampler(
-    config: decoders.DecoderConfig,
-    *,
-    samples_per_prompt: int,
-    max_response_length: int,
-    temperature: float,
-    stop_tokens: Sequence[int],
-    support_size: int,
-    support_mass: float,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    slots: int | None = None,
-    prefill_chunk: int = PREFILL_CHUNK,
-    gather_weights: bool = True,
-) -> Sampler:
-    """Builds the function that samples G responses to each prompt.
+    """Samples G responses to each prompt. Called with parameters and prompts, it returns a `Rollout`.
 
     Args:
       config: the decoder's.
@@ -112,211 +79,407 @@ def make_sampler(
       support_size, support_mass: K and the probability to keep of each recorded distribution, see `troll_jax.sparsify`.
       top_k, top_p: for evaluation, bounds that leave only the most probable tokens, see `categorical.truncate`. The
         truncated distribution is recorded, and an update compares with the whole one.
-      slots: decode slots, responses that are decoded at a time, on all devices together. Memory grows with it, no
-        response depends on it. None: one for every request, so that none waits.
-      prefill_chunk: tokens of each prompt that a prefill takes at a time.
+      slots: decode slots, responses that are decoded at a time, on all devices together. A matter of speed: no response
+        depends on it. None: as many as there are requests, at most 256 on each device.
+      cache_gb: memory of the KV cache on each device. A request waits, or starts again where it was, if there is no
+        room for it; no response depends on it. None: what is free; on a CPU what all slots may need.
+      prefill_chunk: tokens of each sequence that a prefill takes at a time.
+      steps: decode steps between two looks of the host; a slot whose response has ended is idle until then. None: 16,
+        and 4 on a CPU, which need not be waited for.
       gather_weights: true: weights are laid out for decoding once per rollout, the parts of all `fsdp` devices on each;
         false: they keep the layout of training, which takes less memory and sends them at every step.
 
     Raises:
-      ValueError: a negative temperature, no stop token, fewer than one sample, response token or slot, K > V, top_k or
-        top_p out of range.
+      ValueError: a negative temperature, no stop token, fewer than one sample, response token, slot or step, K > V,
+        top_k or top_p out of range.
     """
-    if temperature < 0:
-        raise ValueError(f'temperature must be positive, or 0 for greedy decoding; got {temperature}')
-    if temperature == 0 and (top_k is not None or top_p is not None):
-        raise ValueError('top_k and top_p change nothing at temperature 0; set a temperature, or leave them out')
-    if not stop_tokens:
-        raise ValueError('no stop token: every response would run to max_response_length; set eos_token_id')
-    if samples_per_prompt < 1 or max_response_length < 1:
-        raise ValueError(
-            'samples_per_prompt and max_response_length must be at least 1; got '
-            f'{samples_per_prompt} and {max_response_length}'
-        )
-    vocab_size = config.tokenizer_size or config.vocab_size
-    if not 1 <= support_size <= vocab_size:
-        raise ValueError(
-            f'support_size (kept tokens per position) must be between 1 and the vocabulary size {vocab_size}; got '
-            f'{support_size}'
-        )
-    if not 0 < support_mass <= 1:
-        raise ValueError(f'support_mass is the probability to keep, in (0, 1]; got {support_mass}')
-    if slots is not None and slots < 1:
-        raise ValueError(f'slots (responses decoded at a time) must be at least 1, or None for all; got {slots}')
-    if prefill_chunk < 1:
-        raise ValueError(f'prefill_chunk must be at least 1 token; got {prefill_chunk}')
-    if top_k is not None and not 1 <= top_k <= vocab_size:
-        raise ValueError(f'top_k must be between 1 and the vocabulary size {vocab_size}, or None for all; got {top_k}')
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f'top_p must be in (0, 1], or None for all; got {top_p}')
-    graphdef, _ = decoders.abstract(config)
-    stops = jnp.asarray(tuple(stop_tokens), jnp.int32)
-    truncated = top_k is not None or top_p is not None
 
-    def choose(hidden, unembedding, uniforms) -> Record:
+    config: decoders.DecoderConfig
+    _: dataclasses.KW_ONLY
+    samples_per_prompt: int
+    max_response_length: int
+    temperature: float
+    stop_tokens: Sequence[int]
+    support_size: int
+    support_mass: float
+    top_k: int | None = None
+    top_p: float | None = None
+    slots: int | None = None
+    cache_gb: float | None = None
+    prefill_chunk: int = 256
+    steps: int | None = None
+    gather_weights: bool = True
+
+    def __post_init__(self):
+        vocab_size = self.config.tokenizer_size or self.config.vocab_size
+        of_vocab = f'between 1 and the vocabulary size {vocab_size}'
+        at_least_one = lambda x: x >= 1
+        for name, fits, expected in [
+            ('temperature', lambda x: x >= 0, 'positive, or 0 for greedy decoding'),
+            ('samples_per_prompt', at_least_one, 'at least 1'),
+            ('max_response_length', at_least_one, 'at least 1 token'),
+            ('support_size', lambda x: 1 <= x <= vocab_size, f'kept tokens per position, {of_vocab}'),
+            ('support_mass', lambda x: 0 < x <= 1, 'the probability to keep, in (0, 1]'),
+            ('slots', at_least_one, 'responses decoded at a time, at least 1, or None for all'),
+            ('cache_gb', lambda x: x > 0, 'above 0, or None for what is free'),
+            ('prefill_chunk', at_least_one, 'at least 1 token'),
+            ('steps', at_least_one, 'at least 1'),
+            ('top_k', lambda x: 1 <= x <= vocab_size, f'{of_vocab}, or None for all'),
+            ('top_p', lambda x: 0 < x <= 1, 'in (0, 1], or None for all'),
+        ]:
+            check_range(name, getattr(self, name), fits, expected)
+        if self.temperature == 0 and self.truncates:
+            raise ValueError('top_k and top_p change nothing at temperature 0; set a temperature, or leave them out')
+        if not self.stop_tokens:
+            raise ValueError('no stop token: every response would run to max_response_length; set eos_token_id')
+
+    @property
+    def truncates(self) -> bool:
+        return self.top_k is not None or self.top_p is not None
+
+    def __call__(self, params, prompts: Prompts, keys: jax.Array, limits: np.ndarray | None = None) -> Rollout:
+        """The responses to a prompt depend on the parameters, the prompt and its own key, not on the other prompts.
+
+        Args:
+          params: the decoder's.
+          prompts: B of them, the same on every process.
+          keys: [B] random keys.
+          limits: [R] int32, between 1 and T: lengths at which single responses are cut.
+
+        Returns:
+          Rollout in numpy, whole on every process.
+
+        Raises:
+          ValueError: prompts that are empty or longer than their array, limits out of range, slots that the devices do
+            not divide, and a cache that does not hold the longest sequence.
+        """
+        if current_mesh() is None:
+            with jax.set_mesh(one_device_mesh()):
+                return self(params, prompts, keys, limits)
+        prompts = Prompts(*map(np.asarray, prompts))
+        (batch, length), count = prompts.tokens.shape, len(prompts.tokens) * self.samples_per_prompt
+        limits = np.full(count, self.max_response_length) if limits is None else np.asarray(limits)
+        self.check(prompts, keys, limits)
+        weights = jax.block_until_ready(self.begin(params))
+        sizes = self.sizes(batch, length, self._free_memory())
+        cache = self.init_cache(weights, sizes)
+        keys = np.asarray(_sample_keys(keys, self.samples_per_prompt))
+        scheduler = Scheduler(
+            [row[:size] for row, size in zip(*prompts, strict=True)],
+            limits,
+            shards=sizes.shards,
+            slots=sizes.slots,
+            pages=sizes.pages,
+            page_size=self.page_size,
+            width=sizes.width,
+            steps=self.decode_steps,
+        )
+        record = _Record(count, self.max_response_length, self.support_size)
+        blocks, prefills, seconds, decoded = 0, 0, [0.0, 0.0], None
+        while scheduler.work_is_left:
+            begin = time.perf_counter()
+            for jobs in scheduler.schedule(sizes.rows):
+                for arguments in _chunks(jobs, sizes):
+                    cache = self.prefill(weights, cache, *arguments)
+                prefills += 1
+            jax.block_until_ready(cache)
+            between = time.perf_counter()
+            block = scheduler.block()
+            cache, steps = self.decode(weights, cache, block, keys[block.rows])
+            if decoded is not None:
+                record.add(*decoded)  # while the devices decode
+            tokens, counts, stop_token = (np.asarray(x) for x in steps[:3])  # waits; the same on every process
+            scheduler.record(tokens, counts, stop_token >= 0)
+            decoded = block, steps
+            blocks += 1
+            seconds[0] += between - begin
+            seconds[1] += time.perf_counter() - between
+        record.add(*decoded)
+        slots = sizes.shards * sizes.slots
+        stats = RolloutStats(blocks * self.decode_steps, slots, prefills, scheduler.evictions, *seconds)
+        return record.rollout(prompts, stats)
+
+    def shapes(self, params, prompts: Prompts, keys: jax.Array) -> Rollout:
+        """Traces all programs on shapes; nothing is compiled. Returns those of a rollout, without its `stats`."""
+        batch, length = prompts.tokens.shape
+        self.check(prompts, keys)
+        for program, arguments in self.programs(params, batch, length).values():
+            jax.eval_shape(program, *arguments)
+        record = _Record(batch * self.samples_per_prompt, self.max_response_length, self.support_size)
+        some = Prompts(*(np.zeros(x.shape, np.int32) for x in prompts))
+        return jax.eval_shape(lambda: record.rollout(some, None))
+
+    def programs(
+        self, params, batch: int, length: int, *, memory: float | None = None, shape_of=jax.eval_shape
+    ) -> dict:
+        """The programs 'prefill' and 'decode', each with shapes of its arguments.
+
+        Args:
+          params: the decoder's, or their shapes.
+          batch, length: B prompts of at most P tokens.
+          memory: bytes that are free on each device; None: as much as the slots may need.
+          shape_of: (program, *arguments) → shapes of what it returns.
+        """
+        sizes = self.sizes(batch, length, memory)
+        weights = shape_of(self.begin, params)
+        cache = shape_of(jax.jit(lambda weights: self.init_cache(weights, sizes), keep_unused=True), weights)
+        integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+        prefill = next(_chunks([[Prefill(np.zeros(1, np.int32), 0, [0])]] * sizes.shards, sizes))
+        slots = sizes.shards * sizes.slots
+        of_slots = [integers(slots)] * 5 + [integers(slots, sizes.width)] + [integers(slots)] * 2
+        keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), slots)))
+        return {
+            'prefill': (self.prefill, (weights, cache, *(integers(*x.shape) for x in prefill))),
+            'decode': (self.decode, (weights, cache, Block(*of_slots), keys)),
+        }
+
+    def check(self, prompts: Prompts, keys, limits=None) -> None:
+        """Raises a ValueError with the numbers, before anything is compiled."""
+        shards = axis_size('batch')
+        batch, length = prompts.tokens.shape
+        if keys.shape != (batch,):
+            raise ValueError(f'{batch} prompts need as many keys; got keys of shape {keys.shape}')
+        if limits is not None and limits.shape != (batch * self.samples_per_prompt,):
+            raise ValueError(
+                f'{batch} prompts × {self.samples_per_prompt} samples need as many limits; got limits of shape '
+                f'{limits.shape}'
+            )
+        if self.slots is not None and self.slots % shards:
+            raise ValueError(
+                f'slots = {self.slots} must be a multiple of the {shards} devices of the mesh axes {RULES["batch"]}'
+            )
+        bounds = [('prompts are', prompts.lengths, length, 'the length of their array')]
+        bounds += [('limits are', limits, self.max_response_length, 'max_response_length')]
+        for name, values, most, what in bounds:
+            if isinstance(values, np.ndarray) and (values.min() < 1 or values.max() > most):
+                raise ValueError(
+                    f'{name} between {values.min()} and {values.max()} tokens long; expected 1 to {most}, {what}'
+                )
+
+    def sizes(self, batch: int, length: int, memory: float | None = None) -> Sizes:
+        """The sizes of a rollout of B prompts of at most P tokens.
+
+        Args:
+          memory: bytes that are free on each device; None: as much as the slots may need.
+
+        Raises:
+          ValueError: the cache does not hold a prompt and a response of full length.
+        """
+        shards, size = axis_size('batch'), self.page_size
+        requests, prompts = -(-batch * self.samples_per_prompt // shards), -(-batch // shards)
+        slots = min(MOST_SLOTS if self.slots is None else self.slots // shards, requests)
+        rows = min(-(-slots // (4 * self.samples_per_prompt)), prompts)
+        width, prompt_width = (-(-tokens // size) for tokens in (length + self.max_response_length, length))
+        # A sequence on its own needs the pages of its prompt, and for its last tokens and its response others.
+        least = width + 1
+        pages = slots * width + min(prompts, slots + rows) * prompt_width
+        memory = memory if self.cache_gb is None else 1e9 * self.cache_gb
+        if memory is not None:
+            config = self.config
+            heads = config.kv_heads // axis_size('kv_heads')
+            page = 2 * size * heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize * config.layers
+            if memory // page < least:
+                raise ValueError(
+                    f'the KV cache has {memory / 1e9:.2f} GB on each device, but a prompt of {length} tokens with a '
+                    f'response of {self.max_response_length} takes {least * page / 1e9:.2f}; shorten them, raise '
+                    'Compute.cache_gb or Compute.tensor, or free memory'
+                )
+            pages = min(pages, int(memory // page))
+        return Sizes(shards, slots, rows, min(self.prefill_chunk, length), pages, prompt_width, width)
+
+    @property
+    def page_size(self) -> int:
+        return PAGE_SIZES[self.config.decode_attention]
+
+    @property
+    def decode_steps(self) -> int:
+        """N, see `steps`."""
+        return min(self.steps or (4 if platform() == 'cpu' else 16), self.max_response_length)
+
+    @cached_property
+    def _graphdef(self):
+        return decoders.abstract(self.config)[0]
+
+    def _decoder(self, weights):
+        """The decoder, and the weights of its layers."""
+        others, layers = weights
+        return decoders.bind(self._graphdef, others | {'layers': layers[0]}), layers
+
+    @cached_property
+    def begin(self):
+        """(params) → weights for decoding."""
+        return jax.jit(partial(decoders.decode_weights, config=self.config, gather=self.gather_weights))
+
+    @cached_property
+    def init_cache(self):
+        """(weights, sizes) → an empty KV cache, a pool of pages for each layer, on the devices of the weights."""
+
+        def init_cache(weights, sizes: Sizes):
+            pages, config = sizes.shards * sizes.pages, self.config
+            return [init_pool(config, pages, self.page_size, config.decode_attention) for _ in range(config.layers)]
+
+        return jax.jit(init_cache, static_argnums=1, keep_unused=True)
+
+    @cached_property
+    def prefill(self):
+        """(weights, cache, tokens [E · A, C], positions [E · A, C], block table) → cache, with these tokens."""
+
+        def prefill(weights, cache, tokens, positions, table):
+            decoder, layers = self._decoder(weights)
+            rows = lambda x: constrain(x, 'batch', None)
+            return decoder.decode(layers, rows(tokens), rows(positions), rows(table), cache)[1]
+
+        return jax.jit(prefill, donate_argnames='cache')
+
+    @cached_property
+    def decode(self):
+        """(weights, cache, block, keys of the slots) → cache, `Steps`."""
+
+        def decode(weights, cache, block: Block, keys):
+            decoder, layers = self._decoder(weights)
+            block = Block(*(constrain(x, 'batch', *[None] * (x.ndim - 1)) for x in block))
+            keys = jax.random.wrap_key_data(constrain(keys, 'batch', None))
+            with jax.named_scope('copy_pages'):
+                copy = partial(copy_pages, implementation=self.config.decode_attention)
+                cache = [copy(pool, block.source, block.target) for pool in cache]
+            stops = jnp.asarray(tuple(self.stop_tokens), jnp.int32)
+
+            def step(carry, _):
+                cache, token, t, active, stop_token = carry
+                positions = jnp.where(active, block.lengths - block.t + t - 1, -1)
+                hidden, cache = decoder.decode(layers, token[:, None], positions[:, None], block.table, cache)
+                with jax.named_scope('draw'):
+                    choose = shard_map(self._choose, (('batch',), ('vocab', None), ('batch',)), ('batch',))
+                    token, *chosen = choose(hidden[:, 0], decoder.unembedding, _uniforms(keys, t))
+                t = t + active
+                is_stop = active & jnp.any(token[:, None] == stops[None], axis=1)
+                stop_token = jnp.where(is_stop, token, stop_token)
+                active = active & ~is_stop & (t < block.limits)
+                return (cache, token, t, active, stop_token), (token, *chosen)
+
+            carry = cache, block.tokens, block.t, block.lengths > 0, jnp.full_like(block.t, -1)
+            (cache, _, t, _, stop_token), (tokens, *chosen) = jax.lax.scan(step, carry, length=self.decode_steps)
+            return cache, Steps(*map(constrain, (tokens, t - block.t, stop_token)), *chosen)
+
+        return jax.jit(decode, donate_argnames='cache')
+
+    def _choose(self, hidden: jax.Array, unembedding: jax.Array, uniforms: jax.Array) -> tuple:
         """Draws and records the next token of rows [N], on one device with its part of the vocabulary.
 
         Args:
           hidden: [N, D], unembedding: [V', D], uniforms: [N, 2].
+
+        Returns:
+          tokens, log-probabilities and entropy [N], and the support [N, K].
         """
         scores = logits(
             hidden,
             unembedding,
-            temperature=temperature or 1.0,
-            dtype=config.compute_dtype,
-            tokenizer_size=config.tokenizer_size,
+            temperature=self.temperature or 1.0,
+            dtype=self.config.compute_dtype,
+            tokenizer_size=self.config.tokenizer_size,
             first=jax.lax.axis_index(RULES['vocab']) * unembedding.shape[0],
         )
-        axis_name = None if truncated else RULES['vocab']
-        if truncated:
+        axis_name = None if self.truncates else RULES['vocab']
+        if self.truncates:
             scores = jax.lax.all_gather(scores, RULES['vocab'], axis=1, tiled=True)
 
         def one_row(scores, uniforms):
-            if truncated:
-                scores = categorical.truncate(scores, top_k=top_k, top_p=top_p)
+            if self.truncates:
+                scores = categorical.truncate(scores, top_k=self.top_k, top_p=self.top_p)
             blocks = categorical.summarise(scores, axis_name)
-            if temperature:
+            if self.temperature:
                 token, log_prob = categorical.draw(uniforms, blocks, axis_name)
             else:
                 token, log_prob = categorical.most_probable(blocks, axis_name)
-            best, best_log_probs = categorical.largest(blocks, support_size, axis_name)
-            support = select(best, best_log_probs, token, log_prob, support_mass=support_mass)
-            return Record(token, log_prob, blocks.entropy, support)
+            best, best_log_probs = categorical.largest(blocks, self.support_size, axis_name)
+            support = select(best, best_log_probs, token, log_prob, support_mass=self.support_mass)
+            return token, log_prob, blocks.entropy, support
 
-        record = jax.vmap(one_row)(scores, uniforms)
+        tokens, *others = jax.vmap(one_row)(scores, uniforms)
         # A policy of NaN draws anything: still a token of the vocabulary, and not of the padding of its last block.
-        return record._replace(tokens=jnp.minimum(record.tokens, vocab_size - 1))
+        return jnp.minimum(tokens, (self.config.tokenizer_size or self.config.vocab_size) - 1), *others
 
-    @jax.jit
-    def begin(params: dict, prompts: Prompts, keys: jax.Array, limits: jax.Array | None):
-        weights = decoders.cast_weights(params, config.compute_dtype)
-        if gather_weights:
-            weights = decoders.decode_layout(weights, config)
-        sizes = axis_size('batch'), samples_per_prompt, max_response_length, prefill_chunk
-        requests = scheduler.enqueue(prompts, keys, limits, *sizes)
-        return weights, requests, scheduler.idle_state(config, requests, slots, max_response_length, support_size)
-
-    @partial(jax.jit, donate_argnames='state')
-    def prefill(weights: dict, requests: Requests, state: State) -> State:
-        one = partial(_prefill, decoders.bind(graphdef, weights), requests, chunk=prefill_chunk)
-        return scheduler.lay_out(jax.lax.while_loop(scheduler.prefill_is_due, one, state))
-
-    @partial(jax.jit, donate_argnames='state')
-    def decode(weights: dict, requests: Requests, state: State) -> tuple[State, jax.Array]:
-        decoder = decoders.bind(graphdef, weights)
-
-        def step(state: State) -> State:
-            with jax.named_scope('refill'):
-                state = scheduler.refill(state)
-            with jax.named_scope('draw'):
-                rows = lambda x: x.reshape(-1, *x.shape[2:])
-                uniforms = jax.vmap(_uniforms)(requests.keys, state.request, state.t)
-                over_devices = shard_map(choose, (('batch',), ('vocab', None), ('batch',)), ('batch',))
-                record = over_devices(rows(state.hidden), decoder.unembedding, rows(uniforms))
-                record = jax.tree.map(lambda x: x.reshape(*state.t.shape, *x.shape[1:]), record)
-            with jax.named_scope('record'):
-                state, ended = scheduler.record_tokens(state, record, requests, stops)
-                state, active = scheduler.end_responses(state, ended)
-            with jax.named_scope('decode'):
-                response_lengths = jnp.where(active, state.t, 0)
-                responses = grow(state.responses, response_lengths)
-                prompts = scheduler.prefixes(state)
-                hidden, responses = decoder.decode(record.tokens, response_lengths, prompts, responses)
-            return state._replace(hidden=hidden, responses=responses, steps=state.steps + 1)
-
-        continues = lambda state: scheduler.work_is_left(state) & ~scheduler.prefill_is_due(state)
-        state = jax.lax.while_loop(continues, step, state)
-        return scheduler.lay_out(state), constrain(scheduler.work_is_left(state))
-
-    @jax.jit
-    def end(prompts: Prompts, state: State) -> Rollout:
-        rows = lambda x: constrain(x.reshape(-1, *x.shape[2:]), 'batch', *[None] * (x.ndim - 2))
-        records = jax.tree.map(rows, state.records)
-        lengths = rows(state.lengths)
-        prompt_lengths = jnp.repeat(prompts.lengths, samples_per_prompt)
-        prompt_tokens = jnp.repeat(prompts.tokens, samples_per_prompt, axis=0)
-        return Rollout(
-            tokens=_concatenate(prompt_tokens, prompt_lengths, records.tokens, lengths),
-            prompt_lengths=prompt_lengths,
-            response_lengths=lengths,
-            stop_token=rows(state.stop_token),
-            log_probs=records.log_probs,
-            entropy=records.entropy,
-            support=records.support,
-        )
-
-    check = partial(
-        _check_requests, slots=slots, samples_per_prompt=samples_per_prompt, max_response_length=max_response_length
-    )
-    return Sampler(check, begin, prefill, decode, end)
+    def _free_memory(self) -> float | None:
+        """Bytes that the cache may take on each device, the same on all processes; None where no one can say."""
+        stats = jax.local_devices()[0].memory_stats()
+        if self.cache_gb is not None or not stats or 'bytes_limit' not in stats:
+            return None
+        free = MEMORY_SHARE * stats['bytes_limit'] - stats['bytes_in_use']
+        return float(np.min(multihost_utils.process_allgather(np.float32(free))))
 
 
-def _check_requests(
-    prompts: Prompts, keys, limits, *, slots: int | None, samples_per_prompt: int, max_response_length: int
-) -> None:
-    """Raises a ValueError with the numbers, before anything is compiled."""
-    shards = axis_size('batch')
-    batch, length = prompts.tokens.shape
-    if keys.shape != (batch,):
-        raise ValueError(f'{batch} prompts need as many keys; got keys of shape {keys.shape}')
-    if limits is not None and limits.shape != (batch * samples_per_prompt,):
-        raise ValueError(
-            f'{batch} prompts × {samples_per_prompt} samples need as many limits; got limits of shape {limits.shape}'
-        )
-    for name, count in [('prompts', batch), ('slots', slots or shards)]:
-        if count % shards:
-            raise ValueError(
-                f'{name} = {count} must be a multiple of the {shards} devices of the mesh axes {RULES["batch"]}'
-            )
-    bounds = [('prompts are', prompts.lengths, length, 'the cache for prompts')]
-    if limits is not None:
-        bounds.append(('limits are', limits, max_response_length, 'max_response_length'))
-    for name, values, most, what in bounds:
-        if isinstance(values, jax.core.Tracer | jax.ShapeDtypeStruct) or not getattr(
-            values, 'is_fully_addressable', True
-        ):
-            continue  # known only when the program runs
-        values = np.asarray(values)
-        if values.min() < 1 or values.max() > most:
-            raise ValueError(
-                f'{name} between {values.min()} and {values.max()} tokens long; expected 1 to {most}, which is {what}'
-            )
+class _Record:
+    """The responses of a rollout in the host's memory, and what was recorded of them."""
+
+    def __init__(self, count: int, length: int, support_size: int):
+        floats = lambda *shape: np.zeros((count, length, *shape), np.float32)
+        integers = lambda *shape: np.zeros((count, *shape), np.int32)
+        self.tokens, self.lengths, self.stop_token = integers(length), integers(), integers() - 1
+        support = SparseLogProbs(integers(length, support_size), floats(support_size))
+        self.of_tokens = floats(), floats(), support  # log-probabilities, entropy; those of this process
+        self.mine = np.zeros(count, bool)
+
+    def add(self, block: Block, steps: Steps) -> None:
+        """Adds what was decoded of the rows of a block."""
+        tokens, counts, stop_token = (np.asarray(x) for x in steps[:3])
+        n, slot = np.nonzero(np.arange(len(tokens))[:, None] < counts[None])
+        row, t = block.rows[slot], block.t[slot] + n
+        self.tokens[row, t] = tokens[n, slot]
+        np.maximum.at(self.lengths, row, t + 1)
+        busy = block.rows >= 0
+        self.stop_token[block.rows[busy]] = stop_token[busy]
+        for all, new in zip(jax.tree.leaves(self.of_tokens), jax.tree.leaves(steps[3:]), strict=True):
+            slots, new = addressable_part(new, axis=1)
+            place = np.full(len(counts), -1)
+            place[slots] = np.arange(len(slots))
+            here = place[slot] >= 0
+            all[row[here], t[here]] = new[n[here], place[slot[here]]]
+            self.mine[row[here]] = True
+
+    def rollout(self, prompts: Prompts, stats: RolloutStats | None) -> Rollout:
+        """The whole rollout, on every process."""
+        count, length = self.tokens.shape
+        group = count // len(prompts.tokens)
+        prompt_lengths = np.repeat(prompts.lengths, group)
+        tokens = np.pad(np.repeat(prompts.tokens, group, axis=0), [(0, 0), (0, length)])
+        index = np.arange(tokens.shape[1])[None] - prompt_lengths[:, None]
+        response = (index >= 0) & (index < self.lengths[:, None])
+        tokens[response] = self.tokens[np.arange(length)[None] < self.lengths[:, None]]
+        if jax.process_count() > 1:
+            rows = np.flatnonzero(self.mine)
+            most = int(np.max(multihost_utils.process_allgather(len(rows))))
+            rows = np.pad(rows, (0, most - len(rows)), mode='edge')  # the same ones again change nothing
+            everywhere = multihost_utils.process_allgather(rows)
+            for x in jax.tree.leaves(self.of_tokens):
+                x[everywhere] = multihost_utils.process_allgather(x[rows])
+        return Rollout(tokens, prompt_lengths, self.lengths, self.stop_token, *self.of_tokens, stats)
 
 
-def _uniforms(keys: jax.Array, request: jax.Array, t: jax.Array) -> jax.Array:
+def _chunks(jobs: list[list[Prefill]], sizes: Sizes):
+    """Yields what `Sampler.prefill` takes: tokens, positions and block table of some sequences, chunk by chunk."""
+    rows = [(e * sizes.rows + a, job) for e, of_shard in enumerate(jobs) for a, job in enumerate(of_shard)]
+    longest = max(len(job.tokens) for _, job in rows)
+    is_prompt = max(len(job.pages) for _, job in rows) <= sizes.prompt_width
+    count = sizes.shards * sizes.rows
+    tokens = np.zeros((count, -(-longest // sizes.chunk) * sizes.chunk), np.int32)
+    positions, table = tokens - 1, np.zeros((count, sizes.prompt_width if is_prompt else sizes.width), np.int32)
+    for row, job in rows:
+        tokens[row, : len(job.tokens)] = job.tokens
+        positions[row, : len(job.tokens)] = job.begin + np.arange(len(job.tokens))
+        table[row, : len(job.pages)] = job.pages
+    for begin in range(0, longest, sizes.chunk):
+        part = slice(begin, begin + sizes.chunk)
+        yield tokens[:, part], positions[:, part], table
+
+
+@partial(jax.jit, static_argnums=1)
+def _sample_keys(keys: jax.Array, samples: int) -> jax.Array:
+    """The key data [R, 2] of all samples of prompts with `keys` [B]."""
+    folded = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(samples)))(keys)
+    return constrain(jax.random.key_data(folded).reshape(len(keys) * samples, -1), None, None)
+
+
+def _uniforms(keys: jax.Array, t: jax.Array) -> jax.Array:
     """The numbers in [0, 1) by which each slot [U] draws token t of its request, [U, 2]; no other token uses them."""
-    draw = lambda key, t: jax.random.uniform(jax.random.fold_in(key, t), (categorical.UNIFORMS,))
-    return jax.vmap(draw)(keys.at[request].get(mode='clip'), t)
-
-
-def _prefill(decoder, requests: Requests, state: State, *, chunk: int) -> State:
-    """Runs the model over the prompts that are admitted next, chunk by chunk, as far as the longest of them goes."""
-    admission = scheduler.admit(state, requests)
-    length = admission.tokens.shape[2]
-    chunk = min(chunk, length)
-    tokens, lengths = admission.tokens.reshape(-1, length), admission.lengths.reshape(-1)
-    rows = lengths.size
-
-    def extend(i, carry):
-        hidden, cache = carry
-        positions = jnp.broadcast_to(i * chunk + jnp.arange(chunk, dtype=jnp.int32), (rows, chunk))
-        part = jax.lax.dynamic_slice_in_dim(tokens, i * chunk, chunk, axis=1)
-        new, cache = decoder.extend(part, positions, cache)
-        last = lengths - 1 - i * chunk
-        at = jnp.take_along_axis(new, jnp.clip(last, 0, chunk - 1)[:, None, None], axis=1)[:, 0]
-        return jnp.where(((last >= 0) & (last < chunk))[:, None], at, hidden), cache
-
-    hidden = jnp.zeros((rows, decoder.config.width), decoder.config.compute_dtype)
-    cache = decoders.init_cache(decoder.config, rows, length)
-    hidden, cache = jax.lax.fori_loop(0, -(-jnp.max(admission.lengths) // chunk), extend, (hidden, cache))
-    return scheduler.store_prompts(state, admission, hidden, cache)
-
-
-def _concatenate(prompts: jax.Array, prompt_lengths: jax.Array, responses: jax.Array, lengths: jax.Array) -> jax.Array:
-    """Rows of prompt [R, P], response [R, T] and zeros, without a gap: [R, P + T]."""
-    prompt_size, response_size = prompts.shape[1], responses.shape[1]
-    index = jnp.arange(prompt_size + response_size)[None, :]
-    t = index - prompt_lengths[:, None]
-    response = jnp.take_along_axis(responses, jnp.clip(t, 0, response_size - 1), axis=1)
-    prompt = jnp.pad(prompts, [(0, 0), (0, response_size)])
-    return jnp.where(t < 0, prompt, jnp.where(t < lengths[:, None], response, 0))
+    return jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t), (categorical.UNIFORMS,)))(keys, t)

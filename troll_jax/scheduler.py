@@ -1,290 +1,264 @@
-"""Continuous batching with fixed shapes: request queue and decode slots.
+"""Continuous batching, on the host: which request decodes in which slot, and whose the pages of the KV cache are.
 
-Functions of a `State` alone: no model runs here. A prompt is admitted to a free place before its first sample is due,
-and keeps it until its last sample has ended. A decode slot decodes one request, and takes the next when that has ended.
+No model runs here. A request is one sample of a prompt. Prompts wait in one queue for all shards; the shard that takes
+one prefills it once, and its pages serve all of its samples: these read the full ones, and copy the last one, which
+they go on writing. The cache holds every token of a sequence but the last: that one is what a decode step takes in.
+
+A shard that runs out of pages gives up prompts that no slot decodes first, and then the request that began last. It
+goes on later, after a prefill of what it had. All processes come to the same schedule.
 Axis letters: `troll_jax/types.py`.
 """
 
-from functools import partial
+import dataclasses
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
-
-from troll_jax.models.paged_attention import Prefixes
-from troll_jax.models.paged_cache import Pages, grow, init_pages, release, response_pages, write_pages
-from troll_jax.sharding import constrain
-from troll_jax.types import Prompts, SparseLogProbs
-
-# A sequence of full length takes 16 pages, unless they would be smaller than this. The partial softmax of a page is
-# written and read once more: with those of all samples, a small page of a prompt would cost more than its keys.
-_PAGES = 16
-_LEAST_PROMPT_PAGE, _LEAST_RESPONSE_PAGE = 128, 16
+import numpy as np
 
 
-class Requests(NamedTuple):
-    """The queue of a rollout; the requests of a prompt are next to each other."""
+class Prefill(NamedTuple):
+    """A part of a sequence that is to be written into the cache."""
 
-    tokens: jax.Array  # [E, B, P] int32, P a multiple of the chunk of a prefill
-    lengths: jax.Array  # [E, B] int32
-    keys: jax.Array  # [E, R] random keys
-    limits: jax.Array  # [E, R] int32, tokens of the response
-
-
-class Record(NamedTuple):
-    """One position of all slots; or, [E, R, T, ...], of all responses."""
-
-    tokens: jax.Array  # [E, U] int32
-    log_probs: jax.Array  # [E, U] float32
-    entropy: jax.Array  # [E, U] float32
-    support: SparseLogProbs  # [E, U, K]
+    tokens: np.ndarray  # int32
+    begin: int  # position of the first of them
+    pages: list[int]  # of the sequence, from position 0 on
 
 
-class State(NamedTuple):
-    """A rollout between two tokens: every slot is about to choose its next one."""
+class Block(NamedTuple):
+    """What the decode program is told of every slot, those of shard 0 first."""
 
-    # The queue.
-    next_prompt: jax.Array  # [E] int32, the first that is not prefilled
-    next_request: jax.Array  # [E] int32, the first that no slot has taken
-    # Prompts in their places.
-    prompts: Pages
-    prompt_lengths: jax.Array  # [E, Q] int32
-    prompt_hidden: jax.Array  # [E, Q, D] of the last token
-    unfinished: jax.Array  # [E, Q] int32, requests of each; 0: a free place
-    place: jax.Array  # [E, B] int32, of each prompt
-    # Decode slots.
-    request: jax.Array  # [E, U] int32; R: idle
-    t: jax.Array  # [E, U] int32, response tokens so far
-    hidden: jax.Array  # [E, U, D] of the last token
-    responses: Pages
-    # The responses.
-    records: Record  # [E, R, T, ...]
-    lengths: jax.Array  # [E, R] int32
-    stop_token: jax.Array  # [E, R] int32
-    steps: jax.Array  # [] int32
-    prefills: jax.Array  # [] int32
+    rows: np.ndarray  # [E · U] int32, the response that it decodes; −1: idle
+    tokens: np.ndarray  # [E · U] int32, the last token
+    lengths: np.ndarray  # [E · U] int32, tokens of prompt and response so far; 0: idle
+    t: np.ndarray  # [E · U] int32, response tokens so far
+    limits: np.ndarray  # [E · U] int32, response tokens at most
+    table: np.ndarray  # [E · U, J] int32, pages of the sequence in order
+    source: np.ndarray  # [E · U] int32, a page that is copied before the first step
+    target: np.ndarray  # [E · U] int32, to this one; NP: none is
+
+
+@dataclasses.dataclass(eq=False)
+class _Prompt:
+    row: int  # the first of its samples, in the rollout
+    tokens: np.ndarray
+    unfinished: int  # samples that have not ended
+    decoding: int = 0  # samples in slots
+    pages: list[int] | None = None  # None: not in the cache
+
+
+@dataclasses.dataclass(eq=False)
+class _Request:
+    row: int  # of the rollout
+    prompt: _Prompt
+    limit: int
+    response: list[int] = dataclasses.field(default_factory=list)  # tokens so far
+    slot: int = -1
+    pages: list[int] = dataclasses.field(default_factory=list)  # its own, after the full ones of the prompt
+    source: int | None = None  # the prompt's page that the first of them is to become a copy of
 
     @property
-    def samples_per_prompt(self) -> int:
-        return self.lengths.shape[1] // self.place.shape[1]
+    def length(self) -> int:
+        return len(self.prompt.tokens) + len(self.response)
 
 
-class Admission(NamedTuple):
-    """The next A prompts of the queue, and the free places that they are admitted to."""
+class _Shard:
+    """Slots and pages of one device, or of the devices that share its batch."""
 
-    index: jax.Array  # [E, A] int32, in the queue
-    place: jax.Array  # [E, A] int32; Q: no other is free
-    admitted: jax.Array  # [E, A] bool, there are such a prompt and such a place
-    lengths: jax.Array  # [E, A] int32; 0: not admitted
-    tokens: jax.Array  # [E, A, P] int32
+    def __init__(self, slots: int, pages: int, page_size: int):
+        self.idle, self.free, self.size = list(range(slots))[::-1], list(range(pages))[::-1], page_size
+        self.waiting: deque[_Request] = deque()
+        self.running: list[_Request] = []  # the oldest first
+        self.growing = 0  # of those that run, how many will need further pages
+        self.prompts: list[_Prompt] = []  # in the cache
+        # Due before the next steps: prompts, and after them requests that go on.
+        self.prefills: list[Prefill] = []
+        self.resumed: list[Prefill] = []
 
+    def shared(self, prompt: _Prompt) -> int:
+        """Full pages of a prompt, without its last token: those that its samples read."""
+        return (len(prompt.tokens) - 1) // self.size
 
-def _shard(x: jax.Array, shards: int) -> jax.Array:
-    """[B, ...] → [E, B / E, ...]."""
-    x = x.reshape(shards, -1, *x.shape[1:])
-    return constrain(x, 'batch', *[None] * (x.ndim - 1))
+    def wanted(self, request: _Request, steps: int) -> int:
+        """Pages that a request lacks for its next steps."""
+        written = len(request.prompt.tokens) + min(len(request.response) + steps, request.limit) - 1
+        return -(-written // self.size) - self.shared(request.prompt) - len(request.pages)
 
+    def take(self, count: int) -> list[int]:
+        taken = self.free[len(self.free) - count :]
+        del self.free[len(self.free) - count :]
+        return taken
 
-def enqueue(
-    prompts: Prompts, keys, limits, shards: int, samples_per_prompt: int, max_response_length: int, chunk: int
-) -> Requests:
-    """Spreads prompts, each with the keys of its samples, over the shards of the batch."""
-    batch, length = prompts.tokens.shape
-    chunk = min(chunk, length)
-    tokens = jnp.pad(prompts.tokens, [(0, 0), (0, -length % chunk)])
-    samples = jnp.arange(samples_per_prompt)
-    keys = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(samples))(keys).reshape(-1)
-    if limits is None:
-        limits = jnp.full(batch * samples_per_prompt, max_response_length, jnp.int32)
-    limits = jnp.asarray(limits, jnp.int32)  # not weakly typed: that would be another program
-    return Requests(*(_shard(x, shards) for x in (tokens, prompts.lengths, keys, limits)))
+    def prefill(self, prompt: _Prompt, spare: int) -> bool:
+        """Gives a prompt its pages, if more than `spare` others are left, and has it prefilled."""
+        count = -(-(len(prompt.tokens) - 1) // self.size)
+        if len(self.free) < count + spare:
+            return False
+        prompt.pages = self.take(count)
+        self.prompts.append(prompt)
+        if count:
+            self.prefills.append(Prefill(prompt.tokens[:-1], 0, prompt.pages))
+        return True
 
+    def start(self, steps: int) -> bool:
+        """Starts the first waiting request, if there are a slot and pages for it."""
+        request = self.waiting[0]
+        prompt, shared = request.prompt, self.shared(request.prompt)
+        count = self.wanted(request, steps)
+        spare = count + self.growing  # a page for each of the others, or they would soon drive this one out
+        while (prompt.pages is None and not self.prefill(prompt, spare)) or len(self.free) < spare:
+            if not self.drop_prompt(besides=prompt):
+                return False
+        self.waiting.popleft()
+        request.slot, request.pages = self.idle.pop(), self.take(count)
+        self.running.append(request)
+        self.growing += self.wanted(request, request.limit) > 0
+        prompt.decoding += 1
+        if request.response:  # evicted before
+            begin = shared * self.size
+            tokens = np.append(prompt.tokens, np.array(request.response, np.int32))[begin:-1]
+            self.resumed.append(Prefill(tokens, begin, prompt.pages[:shared] + request.pages))
+        elif len(prompt.pages) > shared:
+            request.source = prompt.pages[shared]
+        return True
 
-def idle_state(config, requests: Requests, slots: int | None, max_response_length: int, support_size: int) -> State:
-    """Nothing prefilled, all slots idle."""
-    (shards, batch, length), (_, count) = requests.tokens.shape, requests.keys.shape
-    slots = count if slots is None else min(slots // shards, count)
-    # A prompt keeps its place until the last of its samples has ended: several times as long as a mean response takes.
-    # Never in use are more than one for every slot and those of a prefill, which is due when a slot has none.
-    samples = count // batch
-    places = min(batch, 4 * -(-slots // samples) + 1, slots + prefill_batch(slots, samples, batch))
+    def grow(self, steps: int) -> int:
+        """Gives running requests the pages of their next steps. Returns how many were evicted for that."""
+        evicted = 0
+        for request in list(self.running):
+            while request.slot >= 0 and len(self.free) < (count := self.wanted(request, steps)):
+                if not self.drop_prompt():
+                    self.waiting.appendleft(self.running[-1])
+                    self.leave(self.running[-1])
+                    evicted += 1
+            if request.slot >= 0:
+                request.pages += self.take(count)
+        self.growing = sum(self.wanted(request, request.limit) > 0 for request in self.running)
+        return evicted
 
-    def full(value, *sizes, dtype=jnp.int32):
-        return jnp.full((shards, *sizes), value, dtype)
+    def drop_prompt(self, besides: _Prompt | None = None) -> bool:
+        """Gives up the pages of a prompt that no slot decodes."""
+        for prompt in self.prompts:
+            if not prompt.decoding and prompt is not besides:
+                self.free += prompt.pages
+                self.prompts.remove(prompt)
+                prompt.pages = None
+                return True
+        return False
 
-    def pages(kind, sequences, length, least):
-        return init_pages(kind, config, shards, sequences, length, min(max(least, -(-length // _PAGES)), length))
+    def leave(self, request: _Request) -> None:
+        """Takes a request out of its slot."""
+        self.running.remove(request)
+        self.idle.append(request.slot)
+        self.free += request.pages
+        request.slot, request.pages, request.source = -1, [], None
+        request.prompt.decoding -= 1
 
-    floats = partial(full, 0.0, dtype=jnp.float32)
-    hidden = partial(full, 0.0, dtype=config.compute_dtype)
-    each = count, max_response_length
-    support = SparseLogProbs(full(0, *each, support_size), floats(*each, support_size))
-    state = State(
-        next_prompt=full(0),
-        next_request=full(0),
-        prompts=pages(Pages, places, length, _LEAST_PROMPT_PAGE),
-        prompt_lengths=full(0, places),
-        prompt_hidden=hidden(places, config.width),
-        unfinished=full(0, places),
-        place=full(0, batch),
-        request=full(count, slots),
-        t=full(0, slots),
-        hidden=hidden(slots, config.width),
-        responses=pages(response_pages(config), slots, max_response_length, _LEAST_RESPONSE_PAGE),
-        records=Record(full(0, *each), floats(*each), floats(*each), support),
-        lengths=full(0, count),
-        stop_token=full(-1, count),
-        steps=jnp.int32(0),
-        prefills=jnp.int32(0),
-    )
-    return lay_out(state)
-
-
-def lay_out(state: State) -> State:
-    """Every shard's part on its own devices. All programs of a rollout end with this, and expect it of each other."""
-
-    def one(x: jax.Array | Pages) -> jax.Array | Pages:
-        return x.lay_out() if isinstance(x, Pages) else constrain(x, *['batch', *[None] * x.ndim][: x.ndim])
-
-    return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, Pages))
-
-
-def prefill_is_due(state: State) -> jax.Array:
-    """True if slots of any shard wait for a prompt for which there is a place: [] bool."""
-    (_, count), (_, prompts) = state.lengths.shape, state.place.shape
-    idle = jnp.sum(state.request == count, axis=1)
-    left = prompts - state.next_prompt
-    free = jnp.sum(state.unfinished == 0, axis=1)
-    waiting = idle > state.next_prompt * state.samples_per_prompt - state.next_request
-    enough = free >= jnp.minimum(left, prefill_batch(state.request.shape[1], state.samples_per_prompt, prompts))
-    return jnp.any(waiting & (left > 0) & enough)
-
-
-def work_is_left(state: State) -> jax.Array:
-    """True if any request waits or is being decoded: [] bool."""
-    count = state.lengths.shape[1]
-    return jnp.any(state.next_request < count) | jnp.any(state.request < count)
-
-
-def prefill_batch(slots: int, samples_per_prompt: int, batch: int) -> int:
-    """A, prompts of a shard that are prefilled together: a quarter of those that fill its slots."""
-    return min(-(-slots // (4 * samples_per_prompt)), batch)
-
-
-def admit(state: State, requests: Requests) -> Admission:
-    """Admits the next prompts of the queue to free places, as many as a prefill takes and places are free."""
-    prompts, places = state.place.shape[1], state.unfinished.shape[1]
-    batch = prefill_batch(state.request.shape[1], state.samples_per_prompt, prompts)
-    free = jax.vmap(lambda x: jnp.nonzero(x == 0, size=batch, fill_value=places)[0])(state.unfinished)
-    index = state.next_prompt[:, None] + jnp.arange(batch)[None]
-    admitted = (index < prompts) & (free < places)
-    take = jax.vmap(lambda x, index: x.at[index].get(mode='clip'))
-    lengths = jnp.where(admitted, take(requests.lengths, index), 0)
-    return Admission(index, free, admitted, lengths, take(requests.tokens, index))
+    def end(self, request: _Request) -> None:
+        """Takes out a request whose response has ended, and its prompt if that was the last one."""
+        self.leave(request)
+        request.prompt.unfinished -= 1
+        if not request.prompt.unfinished:
+            self.free += request.prompt.pages
+            self.prompts.remove(request.prompt)
 
 
-def store_prompts(state: State, admission: Admission, hidden: jax.Array, cache) -> State:
-    """Puts prefilled prompts into their places, and copies their keys and values into pages.
+class Scheduler:
+    """The schedule of a rollout.
 
     Args:
-      hidden: [E · A, D], hidden states of the last tokens.
-      cache: keys and values, [layers, E · A, P, KH, F] each.
+      prompts: the tokens of each of B prompts.
+      limits: [R] most tokens of each response, the samples of a prompt next to each other.
+      shards, slots: E, and the U decode slots of each.
+      pages, page_size: the NP pages of each shard, and the PS tokens of a page.
+      width: J, pages of the longest sequence.
+      steps: decode steps from one schedule to the next.
     """
-    (shards, prompts), places = state.place.shape, state.unfinished.shape[1]
-    place = jnp.where(admission.admitted, admission.place, places)
-    put = jax.vmap(lambda x, place, new: x.at[place].set(new, mode='drop'))
-    prompt_lengths = put(state.prompt_lengths, place, admission.lengths)
-    pages = grow(state.prompts, prompt_lengths)
-    table = jax.vmap(lambda table, place: table.at[place].get(mode='fill', fill_value=pages.owner.shape[1]))(
-        pages.table, place
-    )
 
-    def paged(x: jax.Array) -> jax.Array:
-        """[layers, E · A, P, KH, F] → [layers, E, A · J, KH, PS, F]."""
-        layers, _, length, kv_heads, head_dim = x.shape
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, pages.table.shape[2] * pages.size - length), (0, 0), (0, 0)])
-        return x.reshape(layers, shards, -1, pages.size, kv_heads, head_dim).swapaxes(3, 4)
+    def __init__(
+        self,
+        prompts: Sequence[np.ndarray],
+        limits: np.ndarray,
+        *,
+        shards: int,
+        slots: int,
+        pages: int,
+        page_size: int,
+        width: int,
+        steps: int,
+    ):
+        self.shards = [_Shard(slots, pages, page_size) for _ in range(shards)]
+        self.slots, self.pages, self.width, self.steps = slots, pages, width, steps
+        self.limits, self.samples = limits, len(limits) // len(prompts)
+        self.queue = deque(_Prompt(i * self.samples, tokens, self.samples) for i, tokens in enumerate(prompts))
+        self.evictions = 0
 
-    table = table.reshape(shards, -1)
-    pages = pages._replace(k=write_pages(pages.k, table, paged(cache.k)), v=write_pages(pages.v, table, paged(cache.v)))
-    return state._replace(
-        next_prompt=state.next_prompt + jnp.sum(admission.admitted, axis=1),
-        prompts=pages,
-        prompt_lengths=prompt_lengths,
-        prompt_hidden=put(state.prompt_hidden, place, hidden.reshape(shards, -1, hidden.shape[1])),
-        unfinished=put(state.unfinished, place, jnp.full_like(place, state.samples_per_prompt)),
-        place=put(state.place, jnp.where(admission.admitted, admission.index, prompts), place),
-        prefills=state.prefills + 1,
-    )
+    @property
+    def work_is_left(self) -> bool:
+        return bool(self.queue) or any(shard.waiting or shard.running for shard in self.shards)
 
+    def schedule(self, rows: int) -> Iterator[list[list[Prefill]]]:
+        """Gives running requests the pages of the next steps, and idle slots their next requests.
 
-def refill(state: State) -> State:
-    """Gives idle slots the next requests whose prompts are prefilled."""
-    count = state.lengths.shape[1]
-    idle = state.request == count
-    request = state.next_request[:, None] + jnp.cumsum(idle, axis=1) - 1
-    new = idle & (request < state.next_prompt[:, None] * state.samples_per_prompt)
-    request = jnp.where(new, request, state.request)
-    place = _places(state, request)
-    hidden = jax.vmap(lambda x, place: x.at[place].get(mode='clip'))(state.prompt_hidden, place)
-    return state._replace(
-        next_request=state.next_request + jnp.sum(new, axis=1),
-        request=request,
-        t=jnp.where(new, 0, state.t),
-        hidden=jnp.where(new[:, :, None], hidden, state.hidden),
-    )
+        Yields:
+          what has to be prefilled before these steps, one after the other: for each shard at most `rows` sequences.
+        """
+        for shard in self.shards:
+            shard.prefills, shard.resumed = [], []
+        evicted = [shard.grow(self.steps) for shard in self.shards]
+        self.evictions += sum(evicted)
+        filling = [shard for shard, count in zip(self.shards, evicted, strict=True) if not count]
+        while filling:  # one request for each shard in turn
+            filling = [shard for shard in filling if shard.idle and self._has_next(shard) and shard.start(self.steps)]
+        for shard in self.shards:  # the next prompts take the rows that a prefill has left
+            while len(shard.prefills) % rows and self.queue and shard.prefill(self.queue[0], spare=2 * self.slots):
+                self._take_prompt(shard)
+        for kind in ('prefills', 'resumed'):
+            of_shards = [getattr(shard, kind) for shard in self.shards]
+            for begin in range(0, max(map(len, of_shards)), rows):
+                yield [jobs[begin : begin + rows] for jobs in of_shards]
 
+    def _has_next(self, shard: _Shard) -> bool:
+        if not shard.waiting and self.queue:
+            self._take_prompt(shard)
+        return bool(shard.waiting)
 
-def _places(state: State, request: jax.Array) -> jax.Array:
-    """The places of the prompts of requests [E, U]; Q for idle slots."""
-    get = jax.vmap(lambda place, prompt: place.at[prompt].get(mode='fill', fill_value=state.unfinished.shape[1]))
-    return get(state.place, request // state.samples_per_prompt)
+    def _take_prompt(self, shard: _Shard) -> None:
+        prompt = self.queue.popleft()
+        rows = range(prompt.row, prompt.row + self.samples)
+        shard.waiting.extend(_Request(row, prompt, int(self.limits[row])) for row in rows)
 
+    def block(self) -> Block:
+        """What the decode program has to know for the next steps."""
+        count = len(self.shards) * self.slots
+        full = lambda value, *shape: np.full((count, *shape), value, np.int32)
+        block = Block(full(-1), full(0), full(0), full(0), full(0), full(0, self.width), full(0), full(self.pages))
+        for e, shard in enumerate(self.shards):
+            for request in shard.running:
+                slot = e * self.slots + request.slot
+                prompt = request.prompt
+                pages = prompt.pages[: shard.shared(prompt)] + request.pages
+                block.rows[slot] = request.row
+                block.tokens[slot] = request.response[-1] if request.response else prompt.tokens[-1]
+                block.lengths[slot] = request.length
+                block.t[slot] = len(request.response)
+                block.limits[slot] = request.limit
+                block.table[slot, : len(pages)] = pages
+                if request.source is not None:
+                    block.source[slot], block.target[slot] = request.source, request.pages[0]
+                    request.source = None
+        return block
 
-def prefixes(state: State) -> Prefixes:
-    """The prompts in their places, for paged attention."""
-    places, slots, samples = state.unfinished.shape[1], state.request.shape[1], state.samples_per_prompt
-    sample = _places(state, state.request) * samples + state.request % samples
-    none = jnp.full(places * samples, slots, jnp.int32)
-    slot = jax.vmap(lambda sample: none.at[sample].set(jnp.arange(slots, dtype=jnp.int32), mode='drop'))(sample)
-    return Prefixes(state.prompts, state.prompt_lengths, sample, slot.reshape(-1, places, samples))
+    def record(self, tokens: np.ndarray, counts: np.ndarray, stopped: np.ndarray) -> None:
+        """Takes in what the slots have decoded.
 
-
-def record_tokens(state: State, record: Record, requests: Requests, stops: jax.Array) -> tuple[State, jax.Array]:
-    """Records the tokens of all slots. Also returns which slots' responses end with them, [E, U] bool."""
-    count = state.lengths.shape[1]
-    put = jax.vmap(lambda all, request, t, new: all.at[request, t].set(new, mode='drop'))
-    records = jax.tree.map(lambda all, new: put(all, state.request, state.t, new), state.records, record)
-    t = state.t + 1
-    is_stop = jnp.any(record.tokens[:, :, None] == stops[None, None], axis=2)
-    limit = jax.vmap(lambda limits, request: limits.at[request].get(mode='clip'))(requests.limits, state.request)
-    ended = (state.request < count) & (is_stop | (t >= limit))
-    put = jax.vmap(lambda all, request, new: all.at[request].set(new, mode='drop'))
-    return (
-        state._replace(
-            records=records,
-            t=t,
-            lengths=put(state.lengths, state.request, t),
-            stop_token=put(state.stop_token, state.request, jnp.where(is_stop, record.tokens, -1)),
-        ),
-        ended,
-    )
-
-
-def end_responses(state: State, ended: jax.Array) -> tuple[State, jax.Array]:
-    """Frees slots, pages and places of responses [E, U] that have ended. Also returns which slots are still active."""
-    count, places = state.lengths.shape[1], state.unfinished.shape[1]
-    place = _places(state, state.request)
-    fewer = jnp.sum(ended[:, :, None] & (place[:, :, None] == jnp.arange(places)[None, None]), axis=1)
-    left = state.unfinished - fewer
-    request = jnp.where(ended, count, state.request)
-    return (
-        state._replace(
-            request=request,
-            responses=release(state.responses, ended),
-            unfinished=left,
-            prompts=release(state.prompts, left == 0),
-            prompt_lengths=jnp.where(left == 0, 0, state.prompt_lengths),
-        ),
-        request < count,
-    )
+        Args:
+          tokens: [steps, E · U], of which each slot has `counts` [E · U].
+          stopped: [E · U] bool, ended with a stop token.
+        """
+        for e, shard in enumerate(self.shards):
+            for request in list(shard.running):
+                slot = e * self.slots + request.slot
+                request.response += tokens[: counts[slot], slot].tolist()
+                if stopped[slot] or len(request.response) == request.limit:
+                    shard.end(request)

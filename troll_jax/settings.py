@@ -186,9 +186,10 @@ class Compute:
         float32.
       attention: kernel for whole sequences: 'xla', 'cudnn' or 'splash'; None is the best on these devices.
       remat: rematerialisation in the backward pass, to save memory: None, 'dots' or 'full'.
-      slots: decode slots, responses that are decoded at a time on all devices together; fewer save memory. None: one
-        for every response of a rollout batch.
-      gather_weights: gathers the weights for decoding once per rollout, see `make_sampler`.
+      slots: decode slots, responses that are decoded at a time on all devices together, a matter of speed. None: one
+        for every response of a rollout batch, at most 256 on each device.
+      cache_gb: memory of the sampler's KV cache on each device; requests wait if it is full. None: all that is free.
+      gather_weights: gathers the weights for decoding once per rollout, see `Sampler`.
       row_tokens: S, tokens of the rows into which responses are packed, at least as many as a prompt and its response
         may have. None: as many, or more where these are few, see `troll_jax.packing.batch_shape`.
       micro_batch_tokens: gradient accumulation: token budget of a micro-batch on each device, at least one row. None is
@@ -210,6 +211,7 @@ class Compute:
     attention: Literal[None, *IMPLEMENTATIONS] = None
     remat: Literal[None, *REMAT_POLICIES] = None
     slots: int | None = None
+    cache_gb: float | None = None
     gather_weights: bool = True
     row_tokens: int | None = None
     micro_batch_tokens: int | None = None
@@ -222,7 +224,14 @@ class Compute:
     def __post_init__(self):
         check_fields(self)
         _check_above_zero(
-            self, 'slots', 'row_tokens', 'micro_batch_tokens', 'head_chunk', 'grading_workers', 'grading_memory'
+            self,
+            'slots',
+            'cache_gb',
+            'row_tokens',
+            'micro_batch_tokens',
+            'head_chunk',
+            'grading_workers',
+            'grading_memory',
         )
 
     @cached_property

@@ -50,9 +50,10 @@ class Prompts(NamedTuple):
 class RolloutStats(NamedTuple):
     """Speed and size of a rollout."""
 
-    steps: jax.Array  # [] int32, decode steps
+    steps: int  # decode steps
     slots: int  # decode slots, responses that are decoded at a time
-    prefills: jax.Array  # [] int32, batches of prompts that were prefilled
+    prefills: int  # batches of prompts that were prefilled
+    evictions: int  # responses that lost their slot for want of memory, and went on later
     prefill_seconds: float  # on this host's clock, with the time that the host takes to start them
     decode_seconds: float  # the same of the decode steps
 

@@ -47,7 +47,7 @@ from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import adamw
 from troll_jax.packing import BatchShape, batch_shape, make_batch, make_layout
 from troll_jax.rewards.pool import Grader
-from troll_jax.rollout import make_sampler
+from troll_jax.rollout import Sampler
 from troll_jax.score import Scoring, make_recompute
 from troll_jax.settings import Compute, Method, Sampling
 from troll_jax.sharding import make_mesh, place
@@ -206,7 +206,7 @@ def noise(sizes: Sizes, dtype: str) -> float:
 
 def engine(config: decoders.DecoderConfig, sizes: Sizes, slots: int, room: int):
     """A sampler, and the prompts and keys for one response in each of its slots."""
-    sampler = make_sampler(
+    sampler = Sampler(
         config,
         samples_per_prompt=sizes.samples,
         max_response_length=room,

@@ -38,7 +38,7 @@ from experiments.benchmarks.measure import copy_bandwidth, decode_bytes, random_
 from troll_jax.models import decoder as decoders
 from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_pretrained
-from troll_jax.rollout import make_sampler
+from troll_jax.rollout import Sampler
 from troll_jax.types import Prompts
 
 PROMPTS, SAMPLES, SHORTEST_PROMPT, LONGEST_PROMPT = 64, 8, 16, 64
@@ -121,7 +121,7 @@ def main() -> None:
     config, params, model = random_model(hf_config(arguments.model), not arguments.without_transformers)
     prompts, limits = work(config.vocab_size, arguments.median, arguments.longest)
     keys = jax.random.split(jax.random.key(1), PROMPTS)
-    sample = make_sampler(
+    sample = Sampler(
         config,
         samples_per_prompt=SAMPLES,
         max_response_length=arguments.longest,
@@ -150,7 +150,7 @@ def main() -> None:
     first = ours(limits)
     np.testing.assert_array_equal(first.response_lengths, limits)
     static(np.ones_like(limits))
-    programs = (sample.begin, sample.prefill, sample.decode, sample.end)
+    programs = (sample.begin, sample.prefill, sample.decode)
     compiled = sum(program._cache_size() for program in programs)
     kinds = {
         'ours': (lambda: ours(limits), limits),

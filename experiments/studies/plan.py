@@ -19,16 +19,15 @@ from experiments.studies.program_cost import (
     count_flops,
     count_rematerialised,
     describe,
+    divide,
     program_cost,
     roofline,
 )
 from troll_jax.experiment import Experiment
 from troll_jax.learn import Learner
-from troll_jax.rollout import PREFILL_CHUNK, make_sampler
-from troll_jax.scheduler import prefill_batch
+from troll_jax.rollout import MEMORY_SHARE, Sampler
 from troll_jax.settings import Compute, Method, Sampling, check_together, minibatch_shape
 from troll_jax.sharding import named_sharding
-from troll_jax.types import Prompts
 
 PROGRAMS = ('recompute', 'reference', 'values', 'critic', 'update', 'prefill', 'decode')
 
@@ -47,7 +46,7 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
     shape = minibatch_shape(sampling, method, compute, experiment.max_length)
     prompts, samples, length = sampling.prompts_per_step, sampling.samples_per_prompt, experiment.max_length
     minibatch = method.minibatch_prompts * samples
-    sampler = make_sampler(
+    sampler = Sampler(
         decoder,
         samples_per_prompt=samples,
         max_response_length=experiment.max_response_length,
@@ -56,6 +55,7 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
         support_size=sampling.support_size,
         support_mass=sampling.support_mass,
         slots=compute.slots,
+        cache_gb=compute.cache_gb,
         gather_weights=compute.gather_weights,
     )
     learner = Learner(
@@ -73,9 +73,6 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
 
     state = learner.shapes
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        rows = Prompts(array((prompts, experiment.max_prompt_length)), array((prompts,)))
-        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), prompts))
-        keys = array(keys.shape, keys.dtype)
         on_chips = partial(examine, chip=chip, devices=len(devices))
         label = lambda rows: [{'topology': topology, 'model': experiment.model} | row for row in rows]
         results = []
@@ -95,24 +92,39 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
                 others = bytes_on_device(state) - bytes_on_device(arguments[0])
                 tokens, iterations = minibatch * length, shape.micro_batches
                 results.append(on_chips(name, program, arguments, tokens=tokens, iterations=iterations, beside=others))
-        if {'prefill', 'decode'} & set(programs):
-            begin = sampler.begin.trace(state.params, rows, keys, None)
+        if of_sampler := [name for name in ('prefill', 'decode') if name in programs]:
             try:
-                shardings = compile_program(begin).output_shardings
+                weights = compiled_shapes(sampler.begin, state.params)
             except TooLarge as error:
-                of_sampler = [name for name in ('prefill', 'decode') if name in programs]
                 return label(results + [does_not_fit(name, chip, error) for name in of_sampler])
-            shape_of = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-            arguments = weights, requests, slots_of = jax.tree.map(shape_of, begin.out_info, shardings)
             # All that is trained stays on the devices beside the weights that are decoded with.
-            of_sampler = partial(on_chips, arguments=arguments, beside=bytes_on_device(state))
-            (shards, each, length), (_, slots) = requests.tokens.shape, slots_of.request.shape
-            if 'prefill' in programs:
-                tokens = shards * prefill_batch(slots, samples, each) * min(PREFILL_CHUNK, length)
-                results.append(of_sampler('prefill', sampler.prefill, tokens=tokens))
-            if 'decode' in programs:
-                # A step in which the tokens of all slots fit into as many pages as there are slots.
-                results.append(of_sampler('decode', sampler.decode, tokens=shards * slots))
+            beside = bytes_on_device(state)
+            free = MEMORY_SHARE * chip.memory - beside - bytes_on_device(weights)
+            shape_of = lambda program, *inputs: (
+                weights if program is sampler.begin else compiled_shapes(program, *inputs)
+            )
+            sizes = sampler.sizes(prompts, experiment.max_prompt_length, free)
+            every = sampler.programs(
+                state.params, prompts, experiment.max_prompt_length, memory=free, shape_of=shape_of
+            )
+            tokens = {'prefill': sizes.rows * sizes.chunk, 'decode': sizes.slots}
+            for name in of_sampler:
+                program, arguments = every[name]
+                row = on_chips(
+                    name,
+                    program,
+                    arguments,
+                    tokens=sizes.shards * tokens[name],
+                    beside=beside,
+                    parts=sampler.decode_steps if name == 'decode' else 1,
+                )
+                results.append(
+                    row
+                    | {
+                        'slots': sizes.shards * sizes.slots,
+                        'cached_tokens': sizes.pages * sizes.shards * sampler.page_size,
+                    }
+                )
         return label(results)
 
 
@@ -124,7 +136,8 @@ def examine(
     chip: Chip,
     devices: int,
     tokens: int,
-    iterations: int | None = None,
+    iterations: int = 1,
+    parts: int = 1,
     beside: int = 0,
 ) -> dict:
     """Compiles a program and returns what it needs; of one that the compiler finds too large, no more than its memory.
@@ -135,9 +148,10 @@ def examine(
       arguments: shapes with shardings.
       chip: what one device is.
       devices: number of devices of the mesh.
-      tokens: number of tokens that it works on, in a call, or in an iteration if `iterations` is None.
-      iterations: how often its loop of unknown length runs in a call. If None, time, rates, and what is moved, sent
-        and launched are those of one iteration alone.
+      tokens: number of tokens that it works on in a part of a call.
+      iterations: how often its loop of unknown length runs in a call.
+      parts: equal parts of a call, the steps of a decode program; time, rates, and what is moved, sent and launched are
+        those of one.
       beside: bytes on each device that it leaves alone.
     """
     begin = time.perf_counter()
@@ -152,11 +166,8 @@ def examine(
     once, per_iteration = (flops / devices for flops in count_flops(traced.jaxpr.jaxpr, devices))
     text = compiled.as_text()
     cost_once, cost_per_iteration = program_cost(text)
-    if iterations is None:
-        flops, cost = per_iteration, cost_per_iteration
-    else:
-        flops = once + iterations * per_iteration
-        cost = add_iterations(cost_once, cost_per_iteration, iterations)
+    flops = (once + iterations * per_iteration) / parts
+    cost = divide(add_iterations(cost_once, cost_per_iteration, iterations), parts)
     bound = roofline(chip, flops, cost)
     return {
         'program': name,
@@ -182,6 +193,13 @@ def does_not_fit(name: str, chip: Chip, error: TooLarge) -> dict:
     unknown = 'tflop moved_gb sent_gb bound_s limit launches host_waits remat tokens_per_second'.split()
     row = {'program': name, 'needed_gb': error.gb, 'memory_gb': chip.memory / 1e9, 'fits': False}
     return row | dict.fromkeys(unknown)
+
+
+def compiled_shapes(program, *arguments):
+    """The shapes of what a program returns, with the shardings that its compiler chooses."""
+    traced = program.trace(*arguments)
+    shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return jax.tree.map(shape, traced.out_info, compile_program(traced).output_shardings)
 
 
 def bytes_on_device(tree) -> int:

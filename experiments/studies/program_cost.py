@@ -141,6 +141,12 @@ def add_iterations(once: Cost, per_iteration: Cost, iterations: int) -> Cost:
     return Cost(add('bytes'), collectives, add('launches'), add('host_waits'))
 
 
+def divide(cost: Cost, parts: int) -> Cost:
+    """The cost of one of several equal parts."""
+    collectives = Counter({kind: size / parts for kind, size in cost.collectives.items()})
+    return Cost(cost.bytes / parts, collectives, round(cost.launches / parts), cost.host_waits / parts)
+
+
 def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
     """FLOPs of the matrix products on all devices: once, and per iteration of loops of unknown length.
 

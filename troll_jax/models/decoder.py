@@ -11,53 +11,19 @@ All layers are one: their parameters are stacked on a leading axis and `jax.lax.
 the compiled program nor the compile time grows with depth. Axis letters: `troll_jax/types.py`.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from troll_jax.models.attention import attention, packed_attention
+from troll_jax.models.attention import packed_attention
 from troll_jax.models.layers import REMAT_POLICIES, DecoderConfig, Layer, RMSNorm, exact_products, weight
-from troll_jax.models.paged_attention import Prefixes, attend, attend_shared, merge, scratch, view
-from troll_jax.models.paged_cache import Pages, pages_of, write_token
+from troll_jax.models.paged_attention import Pool, paged_attention
 from troll_jax.models.rotary import Angles, angles_where, rotary_angles, rotary_frequencies
 from troll_jax.sharding import RULES, constrain, named_sharding
-
-
-class KVCache(NamedTuple):
-    """A contiguous KV cache, for prefill. The index of a token is its position; rows have no gaps."""
-
-    k: jax.Array  # [layers, B, L, KH, F] compute dtype
-    v: jax.Array  # [layers, B, L, KH, F]
-
-
-CACHE_AXES = ('layers', 'batch', 'length', 'kv_heads', 'head_dim')
-
-
-def init_cache(config: DecoderConfig, batch: int, length: int) -> KVCache:
-    """An empty cache for `batch` rows of at most `length` tokens."""
-    shape = (config.layers, batch, length, config.kv_heads, config.head_dim)
-    return KVCache(*(constrain(jnp.zeros(shape, config.compute_dtype), *CACHE_AXES) for _ in KVCache._fields))
-
-
-def _write(cache: jax.Array, layer: jax.Array, positions: jax.Array, new: jax.Array) -> jax.Array:
-    """cache[layer, b, positions[b, s]] = new[b, s], for positions inside the cache.
-
-    Written as a scatter whose batch axis is named as such: `cache.at[layer, rows, positions]` is the same, but the
-    compiler cannot see that a row only writes to itself, and gathers `new` over the mesh's batch axes.
-    """
-    indices = jnp.stack([jnp.full_like(positions, layer), positions], axis=-1)  # [B, S, 2]
-    dimensions = jax.lax.ScatterDimensionNumbers(
-        update_window_dims=(2, 3),
-        inserted_window_dims=(0, 2),
-        scatter_dims_to_operand_dims=(0, 2),
-        operand_batching_dims=(1,),
-        scatter_indices_batching_dims=(0,),
-    )
-    return jax.lax.scatter(cache, indices, new, dimensions, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
 
 
 class Decoder(nnx.Module):
@@ -91,126 +57,66 @@ class Decoder(nnx.Module):
           [B, S, D] in the compute dtype, after the final norm. Finite at padding too.
         """
 
-        def mix(layer, q, k, v, _):
-            with jax.named_scope('attention'):
-                return packed_attention(q, k, v, segment_ids, implementation=self.config.attention), None
-
-        return self._run(tokens, positions, None, mix, remat=self.config.remat)[0]
-
-    def extend(self, tokens: jax.Array, positions: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-        """Prefill: hidden states of the next tokens of each row, with the tokens before them in the cache.
-
-        Keys and values are written at their positions, and a query sees the cache up to its own position. So prompts
-        are padded on the right, and start with an empty cache: keys of padding are past the prompt's end, where no
-        length reaches.
-
-        Args:
-          tokens: [B, S] int32.
-          positions: [B, S] int32; a position at or past the cache length is not written.
-          cache: KV cache of length L.
-
-        Returns:
-          hidden [B, S, D] as `__call__` gives it, and the cache with the new tokens.
-        """
-        mask = jnp.arange(cache.k.shape[2])[None, None] <= positions[:, :, None]
-
-        def mix(layer, q, k, v, cache):
-            with jax.named_scope('cache'):
-                cache = KVCache(*(_write(x, layer, positions, new) for x, new in zip(cache, (k, v), strict=True)))
-            with jax.named_scope('attention'):
-                return attention(q, cache.k[layer], cache.v[layer], mask), cache
-
-        x, cache = self._run(tokens, positions, cache, mix)
-        return x, KVCache(*(constrain(each, *CACHE_AXES) for each in cache))
-
-    def decode(
-        self, tokens: jax.Array, response_lengths: jax.Array, prompts: Prefixes, responses: Pages
-    ) -> tuple[jax.Array, Pages]:
-        """Decode step: hidden states of the next token of each slot, by paged attention to its prompt and response.
-
-        Args:
-          tokens: [E, U] int32, the last tokens of the responses.
-          response_lengths: [E, U] int32, with these tokens; their pages exist. A slot of length 0 is idle: its token is
-            not written, and its hidden state is meaningless.
-          prompts: their pages may be shared by many slots.
-          responses: pages of the slots (W = U).
-
-        Returns:
-          hidden [E, U, D] as `__call__` gives it, and the pages with the new tokens.
-        """
-        shards, slots = tokens.shape
-        config = self.config
-        _, places, samples = prompts.slot_of_sample.shape
-        place = jnp.minimum(prompts.sample_of_slot // samples, places - 1)
-        prompt_lengths = jnp.take_along_axis(prompts.lengths, place, axis=1)
-        index = jnp.maximum(response_lengths - 1, 0)
-        rows = lambda x: x.reshape(shards * slots, 1, *x.shape[2:])
-        with jax.named_scope('pages'):
-            page = jnp.where(response_lengths > 0, pages_of(responses, index), responses.owner.shape[1])
-            offset = index % responses.size
-            prompt_view = view(prompts.pages, prompts.lengths)
-            response_view = view(responses, response_lengths)
-        queries = config.heads // config.kv_heads
-
-        def mix(layer, q, k, v, state):
-            pool, of_prompts, of_responses = state
-            q, k, v = (x.reshape(shards, slots, *x.shape[2:]) for x in (q, k, v))
-            with jax.named_scope('cache'):
-                pool = tuple(
-                    write_token(p, layer, page, offset, new, order=responses.order)
-                    for p, new in zip(pool, (k, v), strict=True)
-                )
-            q = q.reshape(shards, slots, config.kv_heads, queries, config.head_dim)
-            with jax.named_scope('attention'):
-                with jax.named_scope('prompts'):
-                    before, of_prompts = attend_shared(q, prompts, layer, prompt_view, of_prompts)
-                with jax.named_scope('responses'):
-                    pages = responses._replace(k=pool[0], v=pool[1])
-                    own, of_responses = attend(q, pages, layer, response_view, of_responses)
-                both = merge([before, own])
-                mixed = both.mixed / jnp.maximum(both.total, jnp.finfo(jnp.float32).tiny)[..., None]
-                mixed = mixed.astype(q.dtype).reshape(shards * slots, 1, config.heads, config.head_dim)
-            return mixed, (pool, of_prompts, of_responses)
-
-        with jax.named_scope('pages'):
-            state = (
-                (responses.k, responses.v),
-                scratch(prompts.pages, samples * queries),
-                scratch(responses, queries),
-            )
-        hidden, (pool, _, _) = self._run(rows(tokens), rows(prompt_lengths + index), state, mix)
-        hidden = hidden.reshape(shards, slots, config.width)
-        return hidden, responses._replace(k=pool[0], v=pool[1]).lay_out()
-
-    def _run(
-        self, tokens: jax.Array, positions: jax.Array, state: Any, mix: Callable[..., Any], remat: str | None = None
-    ) -> tuple[jax.Array, Any]:
-        """Tokens [B, S] to hidden states [B, S, D] through all layers.
-
-        Args:
-          state: memory of `mix` from layer to layer, such as a KV cache. It is carried and not scanned over: that way
-            a layer writes its few new tokens in place, where a scanned cache is copied out whole.
-          mix: (layer, q, k, v, state) → attention of these queries [B, S, H, F], and the new state.
-          remat: one of `REMAT_POLICIES`, for calls that are differentiated.
-        """
-        x, angles = self._embed(tokens, positions)
         graphdef, stacked = nnx.split(self.layers)
         rotates = None if self.config.rope_layers is None else jnp.array(self.config.rope_layers)
 
-        def body(carry: tuple[jax.Array, Any], of_layer: tuple[Any, ...]) -> tuple[tuple[jax.Array, Any], None]:
-            x, state = carry
-            index, rotates, params = of_layer
+        def body(x: jax.Array, of_layer: tuple[Any, ...]) -> tuple[jax.Array, None]:
+            rotates, params = of_layer
             layer = nnx.merge(graphdef, params)
-            mixed, state = mix(index, *layer.qkv(x, angles_where(rotates, angles)), state)
-            return (layer.finish(x, mixed), state), None
+            q, k, v = layer.qkv(x, angles_where(rotates, angles))
+            with jax.named_scope('attention'):
+                mixed = packed_attention(q, k, v, segment_ids, implementation=self.config.attention)
+            return layer.finish(x, mixed), None
 
-        if remat is not None:
+        if self.config.remat is not None:
             # Inside a scan nothing can merge the recomputation with the original, so the guard against it is waste.
-            body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
+        x, angles = self._embed(tokens, positions)
         with jax.named_scope('layers'), exact_products(self.config.compute_dtype):
-            (x, state), _ = jax.lax.scan(body, (x, state), (jnp.arange(self.config.layers), rotates, stacked))
+            x, _ = jax.lax.scan(body, x, (rotates, stacked))
         with jax.named_scope('final_norm'):
-            return self.norm(x), state
+            return self.norm(x)
+
+    def decode(
+        self,
+        layers: Sequence[dict[str, Any]],
+        tokens: jax.Array,
+        positions: jax.Array,
+        block_table: jax.Array,
+        cache: Sequence[Pool],
+    ) -> tuple[jax.Array, list[Pool]]:
+        """Hidden states of the next tokens of each sequence, by paged attention to all that it has in the cache.
+
+        One token of each is a decode step, several are a chunk of a prefill. Not scanned over layers: a scan would copy
+        the weights and the cache of each layer out of stacked arrays.
+
+        Args:
+          layers: the weights of each layer, see `decode_weights`.
+          tokens: [W, C] int32.
+          positions: [W, C] int32, of each token in its sequence, consecutive; −1: none, its hidden state is
+            meaningless.
+          block_table: [W, J] int32, the pages of each sequence, on its own shard.
+          cache: keys and values of each layer.
+
+        Returns:
+          hidden [W, C, D] as `__call__` gives it, and the cache with these tokens.
+        """
+        graphdef, _ = nnx.split(self.layers)
+        x, angles = self._embed(tokens, positions)
+        rope_layers = self.config.rope_layers or (None,) * len(layers)
+        written = []
+        with exact_products(self.config.compute_dtype):
+            for params, rotates, pool in zip(layers, rope_layers, cache, strict=True):
+                layer = nnx.merge(graphdef, params)
+                q, k, v = layer.qkv(x, angles_where(rotates, angles))
+                with jax.named_scope('attention'):
+                    mixed, pool = paged_attention(
+                        q, k, v, pool, block_table, positions, implementation=self.config.decode_attention
+                    )
+                x = layer.finish(x, mixed)
+                written.append(pool)
+        with jax.named_scope('final_norm'):
+            return self.norm(x), written
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Angles]:
         with jax.named_scope('embed'):
@@ -275,16 +181,31 @@ def cast_weights(params: dict[str, Any], dtype: str) -> dict[str, Any]:
     return jax.tree.map_with_path(cast, params)
 
 
-def decode_layout(params: dict[str, Any], config: DecoderConfig) -> dict[str, Any]:
-    """The parameters laid out for decoding: whole along 'embed', which training splits, on every device."""
+def decode_weights(
+    params: dict[str, Any], config: DecoderConfig, *, gather: bool = True
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The parameters laid out for decoding: cast, apart for each layer, and whole along 'embed', which training splits.
+
+    Args:
+      params: those of training.
+      config: the decoder's.
+      gather: false: they stay split along 'embed', which takes less memory, and are gathered in every step.
+
+    Returns:
+      parameters for `bind`, with the layers' structure alone, and for each layer its own, for `Decoder.decode`.
+    """
     _, state = nnx.split(nnx.eval_shape(lambda: Decoder(config, jax.random.key(0))))
-    axes = {path: _stacking(path) + param.axes for path, param in nnx.to_flat_state(state)}
+    axes = {path: param.axes for path, param in nnx.to_flat_state(state)}
 
     def lay_out(path: tuple[Any, ...], param: jax.Array) -> jax.Array:
         names = axes[tuple(part.key for part in path)]
-        return constrain(param, *(None if name == 'embed' else name for name in names))
+        return constrain(param, *(None if gather and name == 'embed' else name for name in names))
 
-    return jax.tree.map_with_path(lay_out, params)
+    params = cast_weights(params, config.compute_dtype)
+    layer = lambda i: jax.tree.map(lambda x: x[i], {'layers': params['layers']})
+    layers = [jax.tree.map_with_path(lay_out, layer(i))['layers'] for i in range(config.layers)]
+    others = {name: value for name, value in params.items() if name != 'layers'}
+    return jax.tree.map_with_path(lay_out, others), layers
 
 
 def _stacking(path: tuple[str, ...]) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ class DecoderConfig:
     tokenizer_size: int | None = None  # ids from here on belong to no token and have no probability; None: vocab_size
     compute_dtype: str = 'bfloat16'
     remat: str | None = None
-    attention: str = 'xla'  # of whole sequences; a KV cache is always read by XLA's
+    attention: str = 'xla'  # of whole sequences
+    decode_attention: str = 'xla'  # over the paged KV cache
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
