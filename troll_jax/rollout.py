@@ -195,6 +195,8 @@ class Sampler:
             seconds[0] += between - begin
             seconds[1] += time.perf_counter() - between
         record.add(*decoded)
+        if jax.process_count() > 1:
+            record.gather()
         slots = sizes.shards * sizes.slots
         stats = RolloutStats(blocks * self.decode_steps, slots, prefills, scheduler.evictions, *seconds)
         return record.rollout(prompts, stats)
@@ -437,8 +439,17 @@ class _Record:
             all[row[here], t[here]] = new[n[here], place[slot[here]]]
             self.mine[row[here]] = True
 
+    def gather(self) -> None:
+        """Gives every process what the others have recorded."""
+        rows = np.flatnonzero(self.mine)
+        most = int(np.max(multihost_utils.process_allgather(len(rows))))
+        rows = np.resize(rows, most)  # some twice, which changes nothing; or, of a process without any, all of row 0
+        everywhere = multihost_utils.process_allgather(rows)
+        for x in jax.tree.leaves(self.of_tokens):
+            x[everywhere] = multihost_utils.process_allgather(x[rows])
+
     def rollout(self, prompts: Prompts, stats: RolloutStats | None) -> Rollout:
-        """The whole rollout, on every process."""
+        """The rollout of these prompts."""
         count, length = self.tokens.shape
         group = count // len(prompts.tokens)
         prompt_lengths = np.repeat(prompts.lengths, group)
@@ -446,13 +457,6 @@ class _Record:
         index = np.arange(tokens.shape[1])[None] - prompt_lengths[:, None]
         response = (index >= 0) & (index < self.lengths[:, None])
         tokens[response] = self.tokens[np.arange(length)[None] < self.lengths[:, None]]
-        if jax.process_count() > 1:
-            rows = np.flatnonzero(self.mine)
-            most = int(np.max(multihost_utils.process_allgather(len(rows))))
-            rows = np.pad(rows, (0, most - len(rows)), mode='edge')  # the same ones again change nothing
-            everywhere = multihost_utils.process_allgather(rows)
-            for x in jax.tree.leaves(self.of_tokens):
-                x[everywhere] = multihost_utils.process_allgather(x[rows])
         return Rollout(tokens, prompt_lengths, self.lengths, self.stop_token, *self.of_tokens, stats)
 
 
