@@ -1,136 +1,288 @@
-"""Paged attention for decoding: queries are brought to the pages, and partial softmaxes are merged by log-sum-exp.
+"""Attention over a paged KV cache: a sequence reads the pages that its block table names, in order.
 
-It reads the tokens that there are and not those that there could be. Queries, which are small, move; pages do not.
-`attend` is the seat for a hand-written decode kernel. Axis letters: `troll_jax/types.py`.
+Sequences may have pages in common, such as those of a prompt with all its samples. Who owns a page is the scheduler's
+to know. Every implementation keeps keys and values of one layer in its own layout, a `Pool`. Under a mesh each shard
+of the batch has pages of its own, and page ids count from 0 in each. Axis letters: `troll_jax/types.py`.
 """
 
-from collections.abc import Sequence
-from functools import partial, reduce
+import math
+import re
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from troll_jax.models.paged_cache import Pages
-from troll_jax.sharding import constrain
+from troll_jax.models.attention import attention
+from troll_jax.sharding import constrain, platform, shard_map
+
+Pool = tuple[jax.Array, ...]  # keys and values of one layer, in the layout of an implementation
+
+_TILE = 16  # sequences that XLA's loop attends for at a time; measured on a CPU
+_SPLIT_TOKENS, _SPLITS = 1024, 8  # Triton: a longer block table is read by as many programs
+_BLOCK_TOKENS = 128  # keys that a kernel multiplies at a time
 
 
-class Prefixes(NamedTuple):
-    """Prompts in Q places, each shared by the samples that slots are decoding of it."""
+class Implementation(NamedTuple):
+    """One layout of a pool, and the functions of one shard that know it."""
 
-    pages: Pages  # W = Q
-    lengths: jax.Array  # [E, Q] int32; 0: a free place
-    sample_of_slot: jax.Array  # [E, U] int32, place · G + sample that each slot decodes; Q · G: idle
-    slot_of_sample: jax.Array  # [E, Q, G] int32, the slot that decodes each sample; U: none
-
-
-class View(NamedTuple):
-    """The part of a pool that attention reads, the same in all layers."""
-
-    limits: jax.Array  # [E, NP] int32, tokens of each page that its sequence sees
-    chunks: jax.Array  # [] int32, how many chunks of the pool, of W pages each, hold all pages with any such token
+    page_size: int  # PS that suits it
+    layout: tuple[str, ...]  # of each array of a pool: n pages, p tokens, k KV heads, f head_dim, c keys and values
+    write: Callable[..., Pool]  # (pool, k, v [N, KH, F], page, offset [N]); page NP: nothing
+    attend: Callable[..., jax.Array]  # (q, pool, block_table, positions) → mixed
+    copy: Callable[..., Pool]  # (pool, source, target)
+    lanes: int = 1  # F is padded to a multiple of it
 
 
-class Partial(NamedTuple):
-    """A softmax over some of the keys: Σ exp(logit − max) · value and Σ exp(logit − max)."""
+def best_paged_implementation(device: jax.Device, compute_dtype: str, head_dim: int, kv_heads: int) -> str:
+    """The fastest implementation on such a device, which holds `kv_heads` heads of keys. The kernels are for bfloat16.
 
-    mixed: jax.Array  # [..., F] float32
-    total: jax.Array  # [...] float32
-    largest: jax.Array  # [...] float32; a large negative number where no key is seen
-
-
-_NOTHING = jnp.finfo(jnp.float32).min
-
-
-def view(pages: Pages, lengths: jax.Array) -> View:
-    """The view of sequences of `lengths` [E, W] tokens."""
-    seen = jax.vmap(lambda lengths, owner: jnp.append(lengths, 0)[owner])(lengths, pages.owner)
-    limits = jnp.clip(seen - pages.first, 0, pages.size)
-    last = jnp.max(jnp.where(limits > 0, jnp.arange(1, limits.shape[1] + 1)[None], 0))
-    return View(limits, -(-last // pages.table.shape[1]))
+    The kernel for TPUs takes 1, 2, 4 or a multiple of 8 heads of keys, the one for GPUs a power of two as head_dim.
+    """
+    if device.platform == 'tpu' and compute_dtype == 'bfloat16' and (kv_heads in (1, 2, 4) or kv_heads % 8 == 0):
+        return 'ragged'
+    # NVIDIA's GPUs have a number here ('8.0' is Ampere's), AMD's a name.
+    capability = re.fullmatch(r'(\d+)\.\d+', str(getattr(device, 'compute_capability', '')))
+    if capability and int(capability[1]) >= 8 and compute_dtype == 'bfloat16' and head_dim in (16, 32, 64, 128, 256):
+        return 'triton'
+    return 'xla'
 
 
-def scratch(pages: Pages, queries: int) -> Partial:
-    """Memory for `attend`: the partial softmax of each page, [E, NP, KH, X], handed from layer to layer."""
-    shards, count = pages.owner.shape
-    kv_heads, head_dim = (pages.k.shape[3 + pages.order.index(name)] for name in 'kf')
-    shape = (shards, count, kv_heads, queries)
-    zeros = lambda *shape: constrain(jnp.zeros(shape), 'batch', None, 'kv_heads', *[None] * (len(shape) - 3))
-    return Partial(zeros(*shape, head_dim), zeros(*shape), zeros(*shape))
+def init_pool(config, pages: int, page_size: int, implementation: str) -> Pool:
+    """Zeros for `pages` pages, those of all shards together, of `page_size` tokens each."""
+    kind, kv_heads = IMPLEMENTATIONS[implementation], config.kv_heads
+    padded = -(-config.head_dim // kind.lanes) * kind.lanes
+    sizes = {'n': pages, 'p': page_size, 'k': kv_heads, 'f': padded, 'c': 2 * kv_heads}
+    zeros = (jnp.zeros([sizes[name] for name in order], config.compute_dtype) for order in kind.layout)
+    return tuple(constrain(x, *axes) for x, axes in zip(zeros, _axes(kind.layout), strict=True))
 
 
-def attend(q: jax.Array, pages: Pages, layer: jax.Array, view: View, by_page: Partial) -> tuple[Partial, Partial]:
-    """Attention of each sequence's queries over its own pages.
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pool: Pool,
+    block_table: jax.Array,
+    positions: jax.Array,
+    *,
+    implementation: str,
+) -> tuple[jax.Array, Pool]:
+    """Writes the next C tokens of S sequences to their pages, and attends from them to all up to themselves.
 
     Args:
-      q: [E, W, KH, X, F].
-      pages, layer: keys and values.
-      view: tokens that are seen; there is one in every page of a sequence.
-      by_page: `scratch`, overwritten.
+      q: [S, C, H, F], k and v: [S, C, KH, F]; S counts the sequences of all shards.
+      pool: see `init_pool`; donate it.
+      block_table: [S, J] int32, the pages of each sequence in order, ids within its shard. Entries past a sequence's
+        end are 0, or any page.
+      positions: [S, C] int32, of each token in its sequence, rising by one within a row; −1: no token. Those come after
+        all others of a row, are not written, and their output means nothing but is finite.
+      implementation: one of `IMPLEMENTATIONS`, see `best_paged_implementation`. Logits and probabilities are float32.
 
     Returns:
-      Partial over [E, W, KH, X], and the scratch.
+      [S, C, H, F] in the dtype of `q`, and the pool.
     """
-    shards, chunk, _ = pages.table.shape
-    head_dim = q.shape[-1]
+    kind = IMPLEMENTATIONS[implementation]
 
-    def read(at, partials: Partial) -> Partial:
-        begin = at * chunk
-        part = lambda x: jax.lax.dynamic_slice_in_dim(x, begin, chunk, axis=1)
-        zero = jnp.zeros_like(begin)
-        block = (1, shards, chunk, *pages.k.shape[3:])
-        k, v = (jax.lax.dynamic_slice(pool, (layer, zero, begin, zero, zero, zero), block)[0] for pool in pages[:2])
-        mine = jax.vmap(lambda q, owner: q.at[owner].get(mode='fill', fill_value=0))(q, part(pages.owner))
-        logits = (
-            jnp.einsum(f'enkxf,en{pages.order}->enkxp', mine, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-        )
-        seen = jnp.arange(pages.size)[None, None, None, None] < part(view.limits)[:, :, None, None, None]
-        logits = jnp.where(seen, logits, _NOTHING)
-        largest = jnp.max(logits, axis=-1)
-        weights = jnp.where(seen, jnp.exp(logits - largest[..., None]), 0.0)
-        mixed = jnp.einsum(
-            f'enkxp,en{pages.order}->enkxf', weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-        )
-        new = Partial(mixed, jnp.sum(weights, axis=-1), largest)
-        return jax.tree.map(partial(jax.lax.dynamic_update_slice_in_dim, start_index=begin, axis=1), partials, new)
+    def shard(q, k, v, pool, block_table, positions):
+        pages, page_size = _sizes(kind, pool)
+        page = jnp.take_along_axis(block_table, positions // page_size, axis=1, mode='clip')
+        page = jnp.where(positions < 0, pages, page)
+        flat = lambda x: x.reshape(-1, *x.shape[2:])
+        pool = kind.write(pool, flat(k), flat(v), flat(page), flat(positions % page_size))
+        return kind.attend(q, pool, block_table, positions).astype(q.dtype), pool
 
-    by_page = jax.lax.fori_loop(0, view.chunks, read, by_page)
-
-    def pick(j: int) -> Partial:
-        """The partial softmax of the j-th page of each sequence."""
-        page = pages.table[:, :, j]
-        get = lambda x, fill: jax.vmap(lambda x, page: x.at[page].get(mode='fill', fill_value=fill))(x, page)
-        return Partial(get(by_page.mixed, 0.0), get(by_page.total, 0.0), get(by_page.largest, _NOTHING))
-
-    return merge([pick(j) for j in range(pages.table.shape[2])]), by_page
+    of_heads, of_kv_heads = (('batch', None, name, None) for name in ('heads', 'kv_heads'))
+    axes = (of_heads, of_kv_heads, of_kv_heads, _axes(kind.layout), ('batch', None), ('batch', None))
+    return shard_map(shard, axes, (of_heads, _axes(kind.layout)))(q, k, v, pool, block_table, positions)
 
 
-def merge(parts: Sequence[Partial]) -> Partial:
-    """Merges softmaxes over different keys into one, by log-sum-exp."""
-    # Sums of few terms instead of reductions of stacked ones: a compiler makes one pass of all this.
-    largest = reduce(jnp.maximum, (part.largest for part in parts))
-    scales = [jnp.exp(part.largest - largest) for part in parts]
-    add = partial(reduce, jnp.add)
-    mixed = add(part.mixed * scale[..., None] for part, scale in zip(parts, scales, strict=True))
-    return Partial(mixed, add(part.total * scale for part, scale in zip(parts, scales, strict=True)), largest)
+def copy_pages(pool: Pool, source: jax.Array, target: jax.Array, *, implementation: str) -> Pool:
+    """Copies page `source` to page `target`, [S] int32 each, ids within a shard; to a page ≥ NP: nothing."""
+    kind = IMPLEMENTATIONS[implementation]
+    axes = _axes(kind.layout)
+    return shard_map(kind.copy, (axes, ('batch',), ('batch',)), axes)(pool, source, target)
 
 
-def attend_shared(
-    q: jax.Array, prefixes: Prefixes, layer: jax.Array, view: View, by_page: Partial
-) -> tuple[Partial, Partial]:
-    """Attention of each slot's queries [E, U, KH, X, F] over the pages of its prompt, which all its samples share.
+def _axes(layout: tuple[str, ...]) -> tuple[tuple[str | None, ...], ...]:
+    names = {'n': 'batch', 'k': 'kv_heads', 'c': 'kv_heads', 'p': None, 'f': None}
+    return tuple(tuple(names[name] for name in order) for order in layout)
 
-    Every page is read once for all samples of its prompt: their queries are gathered first.
-    """
-    shards, _, kv_heads, queries, head_dim = q.shape
-    _, places, samples = prefixes.slot_of_sample.shape
-    together = jax.vmap(lambda q, slot: q.at[slot].get(mode='fill', fill_value=0))(q, prefixes.slot_of_sample)
-    together = together.swapaxes(2, 3).reshape(shards, places, kv_heads, samples * queries, head_dim)
-    found, by_page = attend(together, prefixes.pages, layer, view, by_page)
 
-    def apart(x):
-        x = x.reshape(shards, places, kv_heads, samples, queries, *x.shape[4:]).swapaxes(2, 3)
-        x = x.reshape(shards, places * samples, *x.shape[3:])
-        return jax.vmap(lambda x, sample: x.at[sample].get(mode='clip'))(x, prefixes.sample_of_slot)
+def _sizes(kind: Implementation, pool: Pool) -> tuple[int, int]:
+    """NP, PS."""
+    return tuple(pool[0].shape[kind.layout[0].index(name)] for name in 'np')
 
-    return jax.tree.map(apart, found), by_page
+
+# XLA: k [NP, KH, F, PS], v [NP, KH, PS, F]. A CPU multiplies by these orders fastest.
+
+
+def _write_xla(pool: Pool, k, v, page, offset) -> Pool:
+    keys, values = pool
+    k, v = k.astype(keys.dtype), v.astype(values.dtype)
+    return keys.at[page, :, :, offset].set(k, mode='drop'), values.at[page, :, offset].set(v, mode='drop')
+
+
+def _attend_xla(q, pool: Pool, block_table, positions) -> jax.Array:
+    """Softmax page by page. Sequences are sorted by length, so that the j-th page is read of those that have one."""
+    keys, values = pool
+    sequences, chunk, heads, head_dim = q.shape
+    _, kv_heads, _, page_size = keys.shape
+    tile, queries = math.gcd(sequences, _TILE), chunk * heads // kv_heads
+    pages = jnp.max(positions, axis=1) // page_size + 1  # of each sequence
+    order = jnp.argsort(pages, descending=True)
+    by_head = q.reshape(sequences, chunk, kv_heads, -1, head_dim).swapaxes(1, 2)
+    by_head = by_head.reshape(sequences, kv_heads, queries, head_dim)[order]
+    at = jnp.repeat(positions, heads // kv_heads, axis=1)[order]
+    block_table = block_table[order]
+
+    def read(j, i, state):
+        """Of sequences i·tile to (i + 1)·tile the j-th page."""
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
+        page = jax.lax.dynamic_slice(block_table, (i * tile, j), (tile, 1))[:, 0]
+        k, v = (x.at[page].get(mode='clip') for x in (keys, values))
+        logits = jnp.einsum('skxf,skfp->skxp', part(by_head), k, preferred_element_type=jnp.float32) * head_dim**-0.5
+        seen = (j * page_size + jnp.arange(page_size))[None, None] <= part(at)[:, :, None]
+        logits = jnp.where(seen[:, None], logits, _NOTHING)
+        mixed, total, largest = (part(x) for x in state)
+        new = jnp.maximum(largest, jnp.max(logits, axis=-1))
+        weights, scale = jnp.exp(logits - new[..., None]), jnp.exp(largest - new)
+        added = jnp.einsum('skxp,skpf->skxf', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        changed = mixed * scale[..., None] + added, total * scale + jnp.sum(weights, axis=-1), new
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * tile, axis=0)
+        return jax.tree.map(put, state, changed)
+
+    def column(j, state):
+        return jax.lax.fori_loop(0, -(-jnp.sum(pages > j) // tile), partial(read, j), state)
+
+    state = jnp.zeros(by_head.shape), jnp.zeros(by_head.shape[:3]), jnp.full(by_head.shape[:3], _NOTHING)
+    mixed, total, _ = jax.lax.fori_loop(0, jnp.max(pages), column, state)
+    mixed = mixed / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]  # 0 where no page was read
+    mixed = mixed[jnp.argsort(order)].reshape(sequences, kv_heads, chunk, -1, head_dim)
+    return mixed.swapaxes(1, 2).reshape(q.shape)
+
+
+_NOTHING = float(jnp.finfo(jnp.float32).min)
+
+
+def _copy_xla(pool: Pool, source, target) -> Pool:
+    return tuple(x.at[target].set(x.at[source].get(mode='clip'), mode='drop') for x in pool)
+
+
+# Triton: k and v [KH, NP, PS, F].
+
+
+def _put(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """pool[k, at[i]] = new[i, k] for at[i] in range. Flat, as a scatter to the first axis alone moves no pool."""
+    heads, rows = pool.shape[:2]
+    index = jnp.where((at < rows)[:, None], jnp.arange(heads)[None] * rows + at[:, None], heads * rows).reshape(-1)
+    new = new.astype(pool.dtype).reshape(-1, *pool.shape[2:])
+    flat = pool.reshape(-1, *pool.shape[2:])
+    return flat.at[index].set(new, mode='drop', unique_indices=True).reshape(pool.shape)
+
+
+def _write_triton(pool: Pool, k, v, page, offset) -> Pool:
+    by_token = lambda x: x.reshape(x.shape[0], -1, x.shape[3])
+    at = page * pool[0].shape[2] + offset
+    return tuple(_put(by_token(x), new, at).reshape(x.shape) for x, new in zip(pool, (k, v), strict=True))
+
+
+def _attend_triton(q, pool: Pool, block_table, positions) -> jax.Array:
+    """Pallas' kernel for one token of each sequence; for more, attention over the gathered pages."""
+    from jax.experimental.pallas.ops.gpu import paged_attention as triton  # others need not wait for it
+
+    (sequences, chunk, _, head_dim), columns, page_size = q.shape, block_table.shape[1], pool[0].shape[2]
+    if chunk > 1:
+        k, v = (x[:, block_table].reshape(x.shape[0], sequences, -1, head_dim).transpose(1, 2, 0, 3) for x in pool)
+        return attention(q, k, v, jnp.arange(k.shape[1])[None, None] <= positions[:, :, None])
+    together = math.gcd(columns, max(1, _BLOCK_TOKENS // page_size))
+    splits = math.gcd(columns // together, _SPLITS) if columns * page_size > _SPLIT_TOKENS else 1
+    mixed = triton.paged_attention(
+        q[:, 0] * head_dim**-0.5,
+        *pool,
+        block_table,
+        positions[:, 0] + 1,
+        pages_per_compute_block=together,
+        k_splits=splits,
+        interpret=platform() == 'cpu',  # for tests
+    )
+    return mixed[:, None]
+
+
+def _copy_triton(pool: Pool, source, target) -> Pool:
+    return tuple(_put(x, x[:, source].swapaxes(0, 1), target) for x in pool)
+
+
+# Ragged: one array [NP, PS, 2·KH, F'], the key and the value of each head next to each other. A TPU would pad F to its
+# 128 lanes in any case; the kernel wants them to be there.
+
+_LANES = 128
+
+
+def _pad_lanes(x: jax.Array) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % _LANES)])
+
+
+def _put_rows(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """pool[at[i]] = new[i] for at[i] in range, by DMA: a TPU's scatter is a serial loop."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    def kernel(at, new, _, pool, semaphore):
+        def each(act):
+            def one(i, _):
+                pl.when(at[i] < pool.shape[0])(lambda: act(pltpu.make_async_copy(new.at[i], pool.at[at[i]], semaphore)))
+
+            jax.lax.fori_loop(0, new.shape[0], one, None)
+
+        each(lambda copy: copy.start())
+        each(lambda copy: copy.wait())
+
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        in_specs=[anywhere, anywhere],
+        out_specs=anywhere,
+        grid=(1,),
+        scratch_shapes=[pltpu.SemaphoreType.DMA],
+    )
+    call = pl.pallas_call(kernel, jax.typeof(pool), grid_spec=grid, input_output_aliases={2: 0}, name='put_rows')
+    return call(at, new.astype(pool.dtype), pool)
+
+
+def _write_ragged(pool: Pool, k, v, page, offset) -> Pool:
+    (both,) = pool
+    new = _pad_lanes(jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[2]))
+    rows = both.reshape(-1, *both.shape[2:])
+    return (_put_rows(rows, new, page * both.shape[1] + offset).reshape(both.shape),)
+
+
+def _attend_ragged(q, pool: Pool, block_table, positions) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    (sequences, chunk, heads, head_dim), page_size = q.shape, pool[0].shape[1]
+    # Padding counts as tokens, which see rubbish: their page ids must be there.
+    block_table = jnp.pad(block_table, [(0, 0), (0, (chunk - 1) // page_size + (chunk > 1))])
+    mixed = ragged_paged_attention(
+        _pad_lanes(q.reshape(-1, heads, head_dim)),
+        *pool,
+        jnp.maximum(positions[:, 0], 0) + chunk,
+        block_table,
+        jnp.arange(sequences + 1, dtype=jnp.int32) * chunk,
+        jnp.array([sequences], jnp.int32),
+        sm_scale=head_dim**-0.5,
+        num_kv_pages_per_block=min(block_table.shape[1], max(1, _BLOCK_TOKENS // page_size)),
+        num_queries_per_block=min(sequences * chunk, 32),
+    )
+    return mixed[..., :head_dim].reshape(q.shape)
+
+
+def _copy_ragged(pool: Pool, source, target) -> Pool:
+    return tuple(_put_rows(x, x[source], target) for x in pool)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    'xla': Implementation(32, ('nkfp', 'nkpf'), _write_xla, _attend_xla, _copy_xla),
+    'triton': Implementation(32, ('knpf', 'knpf'), _write_triton, _attend_triton, _copy_triton),
+    'ragged': Implementation(32, ('npcf',), _write_ragged, _attend_ragged, _copy_ragged, lanes=_LANES),
+}
