@@ -24,6 +24,9 @@ _SPLIT_TOKENS, _SPLITS = 1024, 8  # Triton: a longer block table is read by as m
 _BLOCK_TOKENS = 128  # keys that a kernel multiplies at a time
 
 
+_AXES = {'n': 'batch', 'p': None, 'k': 'kv_heads', 'c': 'kv_heads', 'f': None}
+
+
 class Implementation(NamedTuple):
     """One layout of a pool, and the functions of one shard that know it."""
 
@@ -33,6 +36,11 @@ class Implementation(NamedTuple):
     attend: Callable[..., jax.Array]  # (q, pool, block_table, positions) → mixed
     copy: Callable[..., Pool]  # (pool, source, target)
     lanes: int = 1  # F is padded to a multiple of it
+
+    @property
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        """The logical axes of a pool."""
+        return tuple(tuple(_AXES[name] for name in order) for order in self.layout)
 
 
 def best_paged_implementation(device: jax.Device, compute_dtype: str, head_dim: int, kv_heads: int) -> str:
@@ -55,7 +63,7 @@ def init_pool(config, pages: int, page_size: int, implementation: str) -> Pool:
     padded = -(-config.head_dim // kind.lanes) * kind.lanes
     sizes = {'n': pages, 'p': page_size, 'k': kv_heads, 'f': padded, 'c': 2 * kv_heads}
     zeros = (jnp.zeros([sizes[name] for name in order], config.compute_dtype) for order in kind.layout)
-    return tuple(constrain(x, *axes) for x, axes in zip(zeros, _axes(kind.layout), strict=True))
+    return tuple(constrain(x, *axes) for x, axes in zip(zeros, kind.axes, strict=True))
 
 
 def paged_attention(
@@ -83,35 +91,26 @@ def paged_attention(
       [S, C, H, F] in the dtype of `q`, and the pool.
     """
     kind = IMPLEMENTATIONS[implementation]
-
-    def shard(q, k, v, pool, block_table, positions):
-        pages, page_size = _sizes(kind, pool)
-        page = jnp.take_along_axis(block_table, positions // page_size, axis=1, mode='clip')
-        page = jnp.where(positions < 0, pages, page)
-        flat = lambda x: x.reshape(-1, *x.shape[2:])
-        pool = kind.write(pool, flat(k), flat(v), flat(page), flat(positions % page_size))
-        return kind.attend(q, pool, block_table, positions).astype(q.dtype), pool
-
     of_heads, of_kv_heads = (('batch', None, name, None) for name in ('heads', 'kv_heads'))
-    axes = (of_heads, of_kv_heads, of_kv_heads, _axes(kind.layout), ('batch', None), ('batch', None))
-    return shard_map(shard, axes, (of_heads, _axes(kind.layout)))(q, k, v, pool, block_table, positions)
+    axes = (of_heads, of_kv_heads, of_kv_heads, kind.axes, ('batch', None), ('batch', None))
+    one_shard = shard_map(partial(write_and_attend, kind), axes, (of_heads, kind.axes))
+    return one_shard(q, k, v, pool, block_table, positions)
+
+
+def write_and_attend(kind: Implementation, q, k, v, pool: Pool, block_table, positions) -> tuple[jax.Array, Pool]:
+    """`paged_attention` of one shard."""
+    pages, page_size = (pool[0].shape[kind.layout[0].index(name)] for name in 'np')
+    page = jnp.take_along_axis(block_table, positions // page_size, axis=1, mode='clip')
+    page = jnp.where(positions < 0, pages, page)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    pool = kind.write(pool, flat(k), flat(v), flat(page), flat(positions % page_size))
+    return kind.attend(q, pool, block_table, positions).astype(q.dtype), pool
 
 
 def copy_pages(pool: Pool, source: jax.Array, target: jax.Array, *, implementation: str) -> Pool:
     """Copies page `source` to page `target`, [S] int32 each, ids within a shard; to a page ≥ NP: nothing."""
     kind = IMPLEMENTATIONS[implementation]
-    axes = _axes(kind.layout)
-    return shard_map(kind.copy, (axes, ('batch',), ('batch',)), axes)(pool, source, target)
-
-
-def _axes(layout: tuple[str, ...]) -> tuple[tuple[str | None, ...], ...]:
-    names = {'n': 'batch', 'k': 'kv_heads', 'c': 'kv_heads', 'p': None, 'f': None}
-    return tuple(tuple(names[name] for name in order) for order in layout)
-
-
-def _sizes(kind: Implementation, pool: Pool) -> tuple[int, int]:
-    """NP, PS."""
-    return tuple(pool[0].shape[kind.layout[0].index(name)] for name in 'np')
+    return shard_map(kind.copy, (kind.axes, ('batch',), ('batch',)), kind.axes)(pool, source, target)
 
 
 # XLA: k [NP, KH, F, PS], v [NP, KH, PS, F]. A CPU multiplies by these orders fastest.
@@ -165,8 +164,13 @@ def _attend_xla(q, pool: Pool, block_table, positions) -> jax.Array:
 _NOTHING = float(jnp.finfo(jnp.float32).min)
 
 
+def _read(pool: jax.Array, source: jax.Array) -> jax.Array:
+    # A compiler that reads while it writes copies the pool first.
+    return jax.lax.optimization_barrier(pool.at[source].get(mode='clip'))
+
+
 def _copy_xla(pool: Pool, source, target) -> Pool:
-    return tuple(x.at[target].set(x.at[source].get(mode='clip'), mode='drop') for x in pool)
+    return tuple(x.at[target].set(_read(x, source), mode='drop') for x in pool)
 
 
 # Triton: k and v [KH, NP, PS, F].
@@ -210,7 +214,7 @@ def _attend_triton(q, pool: Pool, block_table, positions) -> jax.Array:
 
 
 def _copy_triton(pool: Pool, source, target) -> Pool:
-    return tuple(_put(x, x[:, source].swapaxes(0, 1), target) for x in pool)
+    return tuple(_put(x, _read(x.swapaxes(0, 1), source), target) for x in pool)
 
 
 # Ragged: one array [NP, PS, 2·KH, F'], the key and the value of each head next to each other. A TPU would pad F to its
