@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention as ragged
 
@@ -116,8 +117,10 @@ def no_cache():
     """Turns off JAX's cache: programs for absent devices cannot be read from it."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update('jax_enable_compilation_cache', False)
+    compilation_cache.reset_cache()  # it looks at the setting only once
     yield
     jax.config.update('jax_enable_compilation_cache', before)
+    compilation_cache.reset_cache()
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ of the batch has pages of its own, and page ids count from 0 in each. Axis lette
 """
 
 import math
-import re
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -14,23 +13,24 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from troll_jax.models.attention import attention
+from troll_jax.models.attention import attention, best_implementation
 from troll_jax.sharding import constrain, platform, shard_map
 
 Pool = tuple[jax.Array, ...]  # keys and values of one layer, in the layout of an implementation
 
-_TILE = 16  # sequences that XLA's loop attends for at a time; measured on a CPU
-_SPLIT_TOKENS, _SPLITS = 1024, 8  # Triton: a longer block table is read by as many programs
-_BLOCK_TOKENS = 128  # keys that a kernel multiplies at a time
-
-
+PAGE_SIZE = 32  # tokens: on CPUs measured to be fast, on accelerators several pages make a block
+_TILE = 16  # XLA: sequences that attend at a time, as measured on a CPU
+_BLOCK_TOKENS = 128  # Triton and ragged: keys that are multiplied at a time
+_SPLIT_TOKENS, _SPLITS = 1024, 8  # Triton: a longer block table is read in parts, by as many programs
+_IN_FLIGHT = 32  # ragged: DMAs at a time
+_LANES = 128  # of a TPU
+_NOTHING = float(jnp.finfo(jnp.float32).min)  # the logit of a key that is not seen
 _AXES = {'n': 'batch', 'p': None, 'k': 'kv_heads', 'c': 'kv_heads', 'f': None}
 
 
 class Implementation(NamedTuple):
     """One layout of a pool, and the functions of one shard that know it."""
 
-    page_size: int  # PS that suits it
     layout: tuple[str, ...]  # of each array of a pool: n pages, p tokens, k KV heads, f head_dim, c keys and values
     write: Callable[..., Pool]  # (pool, k, v [N, KH, F], page, offset [N]); page NP: nothing
     attend: Callable[..., jax.Array]  # (q, pool, block_table, positions) → mixed
@@ -50,9 +50,7 @@ def best_paged_implementation(device: jax.Device, compute_dtype: str, head_dim: 
     """
     if device.platform == 'tpu' and compute_dtype == 'bfloat16' and (kv_heads in (1, 2, 4) or kv_heads % 8 == 0):
         return 'ragged'
-    # NVIDIA's GPUs have a number here ('8.0' is Ampere's), AMD's a name.
-    capability = re.fullmatch(r'(\d+)\.\d+', str(getattr(device, 'compute_capability', '')))
-    if capability and int(capability[1]) >= 8 and compute_dtype == 'bfloat16' and head_dim in (16, 32, 64, 128, 256):
+    if best_implementation(device, compute_dtype, head_dim) == 'cudnn' and head_dim in (16, 32, 64, 128):
         return 'triton'
     return 'xla'
 
@@ -161,9 +159,6 @@ def _attend_xla(q, pool: Pool, block_table, positions) -> jax.Array:
     return mixed.swapaxes(1, 2).reshape(q.shape)
 
 
-_NOTHING = float(jnp.finfo(jnp.float32).min)
-
-
 def _read(pool: jax.Array, source: jax.Array) -> jax.Array:
     # A compiler that reads while it writes copies the pool first.
     return jax.lax.optimization_barrier(pool.at[source].get(mode='clip'))
@@ -197,7 +192,8 @@ def _attend_triton(q, pool: Pool, block_table, positions) -> jax.Array:
 
     (sequences, chunk, _, head_dim), columns, page_size = q.shape, block_table.shape[1], pool[0].shape[2]
     if chunk > 1:
-        k, v = (x[:, block_table].reshape(x.shape[0], sequences, -1, head_dim).transpose(1, 2, 0, 3) for x in pool)
+        found = (x.at[:, block_table].get(mode='clip') for x in pool)  # [KH, S, J, PS, F]
+        k, v = (x.reshape(x.shape[0], sequences, -1, head_dim).transpose(1, 2, 0, 3) for x in found)
         return attention(q, k, v, jnp.arange(k.shape[1])[None, None] <= positions[:, :, None])
     together = math.gcd(columns, max(1, _BLOCK_TOKENS // page_size))
     splits = math.gcd(columns // together, _SPLITS) if columns * page_size > _SPLIT_TOKENS else 1
@@ -220,8 +216,6 @@ def _copy_triton(pool: Pool, source, target) -> Pool:
 # Ragged: one array [NP, PS, 2·KH, F'], the key and the value of each head next to each other. A TPU would pad F to its
 # 128 lanes in any case; the kernel wants them to be there.
 
-_LANES = 128
-
 
 def _pad_lanes(x: jax.Array) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % _LANES)])
@@ -233,14 +227,18 @@ def _put_rows(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
     from jax.experimental.pallas import tpu as pltpu
 
     def kernel(at, new, _, pool, semaphore):
-        def each(act):
-            def one(i, _):
-                pl.when(at[i] < pool.shape[0])(lambda: act(pltpu.make_async_copy(new.at[i], pool.at[at[i]], semaphore)))
+        count = new.shape[0]
 
-            jax.lax.fori_loop(0, new.shape[0], one, None)
+        def move(i, act):
+            row = at[jnp.clip(i, 0, count - 1)]
+            there = (i >= 0) & (i < count) & (row < pool.shape[0])
+            pl.when(there)(lambda: act(pltpu.make_async_copy(new.at[i], pool.at[row], semaphore)))
 
-        each(lambda copy: copy.start())
-        each(lambda copy: copy.wait())
+        def step(i, _):
+            move(i, lambda copy: copy.start())
+            move(i - _IN_FLIGHT, lambda copy: copy.wait())
+
+        jax.lax.fori_loop(0, count + _IN_FLIGHT, step, None)
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     grid = pltpu.PrefetchScalarGridSpec(
@@ -286,7 +284,7 @@ def _copy_ragged(pool: Pool, source, target) -> Pool:
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    'xla': Implementation(32, ('nkfp', 'nkpf'), _write_xla, _attend_xla, _copy_xla),
-    'triton': Implementation(32, ('knpf', 'knpf'), _write_triton, _attend_triton, _copy_triton),
-    'ragged': Implementation(32, ('npcf',), _write_ragged, _attend_ragged, _copy_ragged, lanes=_LANES),
+    'xla': Implementation(('nkfp', 'nkpf'), _write_xla, _attend_xla, _copy_xla),
+    'triton': Implementation(('knpf', 'knpf'), _write_triton, _attend_triton, _copy_triton),
+    'ragged': Implementation(('npcf',), _write_ragged, _attend_ragged, _copy_ragged, lanes=_LANES),
 }
