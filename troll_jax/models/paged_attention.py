@@ -123,28 +123,26 @@ def _write_xla(pool: Pool, k, v, page, offset) -> Pool:
 def _attend_xla(q, pool: Pool, block_table, positions) -> jax.Array:
     """Softmax page by page. Sequences are sorted by length, so that the j-th page is read of those that have one."""
     keys, values = pool
-    sequences, chunk, heads, head_dim = q.shape
+    sequences, chunk, _, head_dim = q.shape
     _, kv_heads, _, page_size = keys.shape
-    tile, queries = math.gcd(sequences, _TILE), chunk * heads // kv_heads
+    tile = math.gcd(sequences, _TILE)
     pages = jnp.max(positions, axis=1) // page_size + 1  # of each sequence
     order = jnp.argsort(pages, descending=True)
-    by_head = q.reshape(sequences, chunk, kv_heads, -1, head_dim).swapaxes(1, 2)
-    by_head = by_head.reshape(sequences, kv_heads, queries, head_dim)[order]
-    at = jnp.repeat(positions, heads // kv_heads, axis=1)[order]
-    block_table = block_table[order]
+    by_head = q.reshape(sequences, chunk, kv_heads, -1, head_dim).swapaxes(1, 2)[order]
+    block_table, positions = block_table[order], positions[order]
 
     def read(j, i, state):
         """Of sequences i·tile to (i + 1)·tile the j-th page."""
         part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
         page = jax.lax.dynamic_slice(block_table, (i * tile, j), (tile, 1))[:, 0]
         k, v = (x.at[page].get(mode='clip') for x in (keys, values))
-        logits = jnp.einsum('skxf,skfp->skxp', part(by_head), k, preferred_element_type=jnp.float32) * head_dim**-0.5
-        seen = (j * page_size + jnp.arange(page_size))[None, None] <= part(at)[:, :, None]
-        logits = jnp.where(seen[:, None], logits, _NOTHING)
+        logits = jnp.einsum('skcxf,skfp->skcxp', part(by_head), k, preferred_element_type=jnp.float32) * head_dim**-0.5
+        seen = (j * page_size + jnp.arange(page_size))[None, None] <= part(positions)[:, :, None]
+        logits = jnp.where(seen[:, None, :, None], logits, _NOTHING)
         mixed, total, largest = (part(x) for x in state)
         new = jnp.maximum(largest, jnp.max(logits, axis=-1))
         weights, scale = jnp.exp(logits - new[..., None]), jnp.exp(largest - new)
-        added = jnp.einsum('skxp,skpf->skxf', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        added = jnp.einsum('skcxp,skpf->skcxf', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
         changed = mixed * scale[..., None] + added, total * scale + jnp.sum(weights, axis=-1), new
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * tile, axis=0)
         return jax.tree.map(put, state, changed)
@@ -152,11 +150,10 @@ def _attend_xla(q, pool: Pool, block_table, positions) -> jax.Array:
     def column(j, state):
         return jax.lax.fori_loop(0, -(-jnp.sum(pages > j) // tile), partial(read, j), state)
 
-    state = jnp.zeros(by_head.shape), jnp.zeros(by_head.shape[:3]), jnp.full(by_head.shape[:3], _NOTHING)
+    state = jnp.zeros(by_head.shape), jnp.zeros(by_head.shape[:4]), jnp.full(by_head.shape[:4], _NOTHING)
     mixed, total, _ = jax.lax.fori_loop(0, jnp.max(pages), column, state)
     mixed = mixed / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]  # 0 where no page was read
-    mixed = mixed[jnp.argsort(order)].reshape(sequences, kv_heads, chunk, -1, head_dim)
-    return mixed.swapaxes(1, 2).reshape(q.shape)
+    return mixed[jnp.argsort(order)].swapaxes(1, 2).reshape(q.shape)
 
 
 def _read(pool: jax.Array, source: jax.Array) -> jax.Array:
