@@ -26,22 +26,21 @@ from troll_jax.models.paged_attention import (
 from troll_jax.sharding import axis_size, make_mesh, named_sharding
 
 PAGE, CHUNK, PROMPT, LENGTH = 4, 8, 11, 14
-SIZES = SimpleNamespace(heads=6, kv_heads=2, head_dim=5, compute_dtype='float32')
 
 
 def normal(key: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(key), shape)
 
 
-def check(implementation: str, groups: int, shards: int = 1, head_dim: int = 5, attend=None, copy=None):
+def check(implementation: str, groups: int, shards=1, kv_heads=2, head_dim=5, attend=None, copy=None):
     """Prefills, copies and decodes in groups of four slots: two samples of a prompt of 11 tokens, one that goes on from
     a prompt of 5 tokens for two, and an idle one. All outputs must be those of attention over contiguous keys."""
     attend = attend or jax.jit(partial(paged_attention, implementation=implementation))
     copy = copy or jax.jit(partial(copy_pages, implementation=implementation))
     slots, pages = 4 * groups * shards, 9 * groups  # pages of a shard
-    sizes = SimpleNamespace(**vars(SIZES) | {'head_dim': head_dim})
-    q = 3 * normal(0, slots, LENGTH, sizes.heads, head_dim)
-    k, v = (normal(key, slots, LENGTH, sizes.kv_heads, head_dim) for key in (1, 2))
+    sizes = SimpleNamespace(kv_heads=kv_heads, head_dim=head_dim, compute_dtype='float32')
+    q = 3 * normal(0, slots, LENGTH, 6, head_dim)
+    k, v = (normal(key, slots, LENGTH, kv_heads, head_dim) for key in (1, 2))
     k, v = (x.at[1::4, :PROMPT].set(x[::4, :PROMPT]) for x in (k, v))
     expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
     pool = init_pool(sizes, pages * shards, PAGE, implementation)
@@ -78,12 +77,12 @@ def test_attention_over_pages_equals_attention_over_contiguous_keys(implementati
     """Guards shared pages, writes of idle slots and of padding, masks within a page and a chunk, many tiles of XLA's
     loop, pages copied from another shard's, and heads that meet those of another device."""
     with jax.set_mesh(make_mesh(*sizes)) if sizes else nullcontext():
-        head_dim = 16 if implementation == 'triton' else SIZES.head_dim
-        check(implementation, groups=1 if sizes else 6, shards=axis_size('batch'), head_dim=head_dim)
+        head_dim = 16 if implementation == 'triton' else 5
+        check(implementation, 1 if sizes else 6, shards=axis_size('batch'), head_dim=head_dim)
 
 
 def test_the_layout_and_the_writes_of_a_tpu(monkeypatch):
-    """Guards the order of keys and values, padding to lanes, lengths, and the DMAs, which run interpreted. The kernel
+    """Guards the order of keys and values, padding to tiles, lengths, and the DMAs, which run interpreted. The kernel
     that reads does not; its library's own reference stands in."""
     plain = ragged.ref_ragged_paged_attention
     options = ('num_kv_pages_per_block', 'num_queries_per_block')
@@ -92,24 +91,23 @@ def test_the_layout_and_the_writes_of_a_tpu(monkeypatch):
     kind = IMPLEMENTATIONS['ragged']
     kind = kind._replace(write=jax.jit(kind.write))
     with pltpu.force_tpu_interpret_mode():
-        check('ragged', 1, attend=partial(write_and_attend, kind), copy=jax.jit(kind.copy))
+        check('ragged', 1, kv_heads=3, attend=partial(write_and_attend, kind), copy=jax.jit(kind.copy))
 
 
 @pytest.mark.parametrize(
-    ('topology', 'dtype', 'head_dim', 'kv_heads', 'expected'),
+    ('topology', 'dtype', 'head_dim', 'expected'),
     [
-        ('h100:1', 'bfloat16', 64, 3, 'triton'),
-        ('h100:1', 'float32', 64, 3, 'xla'),
-        ('h100:1', 'bfloat16', 80, 3, 'xla'),
-        ('v5e:2x2', 'bfloat16', 80, 2, 'ragged'),
-        ('v5e:2x2', 'bfloat16', 64, 3, 'xla'),
-        ('v5e:2x2', 'float32', 64, 2, 'xla'),
+        ('h100:1', 'bfloat16', 64, 'triton'),
+        ('h100:1', 'float32', 64, 'xla'),
+        ('h100:1', 'bfloat16', 80, 'xla'),
+        ('v5e:2x2', 'bfloat16', 80, 'ragged'),
+        ('v5e:2x2', 'float32', 64, 'xla'),
     ],
 )
-def test_the_best_implementation(topology, dtype, head_dim, kv_heads, expected):
+def test_the_best_implementation(topology, dtype, head_dim, expected):
     """Guards sizes that a kernel refuses, and devices that have none."""
-    assert best_paged_implementation(describe(topology)[1][0], dtype, head_dim, kv_heads) == expected
-    assert best_paged_implementation(jax.devices()[0], dtype, head_dim, kv_heads) == 'xla'
+    assert best_paged_implementation(describe(topology)[1][0], dtype, head_dim) == expected
+    assert best_paged_implementation(jax.devices()[0], dtype, head_dim) == 'xla'
 
 
 @pytest.fixture
@@ -124,14 +122,18 @@ def no_cache():
 
 
 @pytest.mark.parametrize(
-    ('topology', 'tensor', 'head_dim', 'implementation', 'launches'),
-    [('h100:1', 1, 128, 'triton', 5), ('h100:8', 2, 64, 'triton', 5)]
-    + [('v5e:2x4', tensor, head_dim, 'ragged', 20) for tensor, head_dim in ((1, 128), (2, 64))],
+    ('topology', 'tensor', 'heads', 'kv_heads', 'head_dim', 'implementation', 'launches'),
+    [
+        ('h100:1', 1, 16, 8, 128, 'triton', 5),
+        ('h100:8', 2, 14, 2, 64, 'triton', 5),
+        ('v5e:2x4', 2, 16, 8, 128, 'ragged', 20),
+        ('v5e:2x4', 1, 9, 3, 64, 'ragged', 20),
+    ],
 )
 @pytest.mark.usefixtures('no_cache')
-def test_what_is_compiled_for_decoding(topology, tensor, head_dim, implementation, launches):
+def test_what_is_compiled_for_decoding(topology, tensor, heads, kv_heads, head_dim, implementation, launches):
     """Guards a pool that is copied or transposed, a loop over slots, collectives, and many small kernels per layer."""
-    steps, slots, heads, kv_heads = 4, 64, 16, 8
+    steps, slots = 4, 64
     config = SimpleNamespace(kv_heads=kv_heads, head_dim=head_dim, compute_dtype='bfloat16')
     mesh = make_mesh(1, -1, tensor, devices=describe(topology)[1])
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from troll_jax.models.attention import attention, best_implementation
-from troll_jax.sharding import constrain, platform, shard_map
+from troll_jax.sharding import axis_size, constrain, platform, shard_map
 
 Pool = tuple[jax.Array, ...]  # keys and values of one layer, in the layout of an implementation
 
@@ -23,7 +23,6 @@ _TILE = 16  # XLA: sequences that attend at a time, as measured on a CPU
 _BLOCK_TOKENS = 128  # Triton and ragged: keys that are multiplied at a time
 _SPLIT_TOKENS, _SPLITS = 1024, 8  # Triton: a longer block table is read in parts, by as many programs
 _IN_FLIGHT = 32  # ragged: DMAs at a time
-_LANES = 128  # of a TPU
 _NOTHING = float(jnp.finfo(jnp.float32).min)  # the logit of a key that is not seen
 _AXES = {'n': 'batch', 'p': None, 'k': 'kv_heads', 'c': 'kv_heads', 'f': None}
 
@@ -33,9 +32,9 @@ class Implementation(NamedTuple):
 
     layout: tuple[str, ...]  # of each array of a pool: n pages, p tokens, k KV heads, f head_dim, c keys and values
     write: Callable[..., Pool]  # (pool, k, v [N, KH, F], page, offset [N]); page NP: nothing
-    attend: Callable[..., jax.Array]  # (q, pool, block_table, positions) → mixed
+    attend: Callable[..., jax.Array]  # (q, pool, block_table, positions, kv_heads) → mixed
     copy: Callable[..., Pool]  # (pool, source, target)
-    lanes: int = 1  # F is padded to a multiple of it
+    padded: Callable[[int, int], tuple[int, int]] = lambda *sizes: sizes  # KH and F of one device as they are kept
 
     @property
     def axes(self) -> tuple[tuple[str | None, ...], ...]:
@@ -43,12 +42,9 @@ class Implementation(NamedTuple):
         return tuple(tuple(_AXES[name] for name in order) for order in self.layout)
 
 
-def best_paged_implementation(device: jax.Device, compute_dtype: str, head_dim: int, kv_heads: int) -> str:
-    """The fastest implementation on such a device, which holds `kv_heads` heads of keys. The kernels are for bfloat16.
-
-    The kernel for TPUs takes 1, 2, 4 or a multiple of 8 heads of keys, the one for GPUs a power of two as head_dim.
-    """
-    if device.platform == 'tpu' and compute_dtype == 'bfloat16' and (kv_heads in (1, 2, 4) or kv_heads % 8 == 0):
+def best_paged_implementation(device: jax.Device, compute_dtype: str, head_dim: int) -> str:
+    """The fastest implementation on such a device; kernels are for bfloat16 only."""
+    if device.platform == 'tpu' and compute_dtype == 'bfloat16':
         return 'ragged'
     if best_implementation(device, compute_dtype, head_dim) == 'cudnn' and head_dim in (16, 32, 64, 128):
         return 'triton'
@@ -57,9 +53,9 @@ def best_paged_implementation(device: jax.Device, compute_dtype: str, head_dim: 
 
 def init_pool(config, pages: int, page_size: int, implementation: str) -> Pool:
     """Zeros for `pages` pages, those of all shards together, of `page_size` tokens each."""
-    kind, kv_heads = IMPLEMENTATIONS[implementation], config.kv_heads
-    padded = -(-config.head_dim // kind.lanes) * kind.lanes
-    sizes = {'n': pages, 'p': page_size, 'k': kv_heads, 'f': padded, 'c': 2 * kv_heads}
+    kind, devices = IMPLEMENTATIONS[implementation], axis_size('kv_heads')
+    kv_heads, head_dim = kind.padded(config.kv_heads // devices, config.head_dim)
+    sizes = {'n': pages, 'p': page_size, 'k': devices * kv_heads, 'c': devices * kv_heads * 2, 'f': head_dim}
     zeros = (jnp.zeros([sizes[name] for name in order], config.compute_dtype) for order in kind.layout)
     return tuple(constrain(x, *axes) for x, axes in zip(zeros, kind.axes, strict=True))
 
@@ -102,7 +98,7 @@ def write_and_attend(kind: Implementation, q, k, v, pool: Pool, block_table, pos
     page = jnp.where(positions < 0, pages, page)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     pool = kind.write(pool, flat(k), flat(v), flat(page), flat(positions % page_size))
-    return kind.attend(q, pool, block_table, positions).astype(q.dtype), pool
+    return kind.attend(q, pool, block_table, positions, kv_heads=k.shape[2]).astype(q.dtype), pool
 
 
 def copy_pages(pool: Pool, source: jax.Array, target: jax.Array, *, implementation: str) -> Pool:
@@ -120,12 +116,11 @@ def _write_xla(pool: Pool, k, v, page, offset) -> Pool:
     return keys.at[page, :, :, offset].set(k, mode='drop'), values.at[page, :, offset].set(v, mode='drop')
 
 
-def _attend_xla(q, pool: Pool, block_table, positions) -> jax.Array:
+def _attend_xla(q, pool: Pool, block_table, positions, *, kv_heads: int) -> jax.Array:
     """Softmax page by page. Sequences are sorted by length, so that the j-th page is read of those that have one."""
     keys, values = pool
     sequences, chunk, _, head_dim = q.shape
-    _, kv_heads, _, page_size = keys.shape
-    tile = math.gcd(sequences, _TILE)
+    tile, page_size = math.gcd(sequences, _TILE), keys.shape[3]
     pages = jnp.max(positions, axis=1) // page_size + 1  # of each sequence
     order = jnp.argsort(pages, descending=True)
     by_head = q.reshape(sequences, chunk, kv_heads, -1, head_dim).swapaxes(1, 2)[order]
@@ -147,9 +142,7 @@ def _attend_xla(q, pool: Pool, block_table, positions) -> jax.Array:
         put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * tile, axis=0)
         return jax.tree.map(put, state, changed)
 
-    def column(j, state):
-        return jax.lax.fori_loop(0, -(-jnp.sum(pages > j) // tile), partial(read, j), state)
-
+    column = lambda j, state: jax.lax.fori_loop(0, -(-jnp.sum(pages > j) // tile), partial(read, j), state)
     state = jnp.zeros(by_head.shape), jnp.zeros(by_head.shape[:4]), jnp.full(by_head.shape[:4], _NOTHING)
     mixed, total, _ = jax.lax.fori_loop(0, jnp.max(pages), column, state)
     mixed = mixed / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]  # 0 where no page was read
@@ -183,14 +176,14 @@ def _write_triton(pool: Pool, k, v, page, offset) -> Pool:
     return tuple(_put(by_token(x), new, at).reshape(x.shape) for x, new in zip(pool, (k, v), strict=True))
 
 
-def _attend_triton(q, pool: Pool, block_table, positions) -> jax.Array:
+def _attend_triton(q, pool: Pool, block_table, positions, *, kv_heads: int) -> jax.Array:
     """Pallas' kernel for one token of each sequence; for more, attention over the gathered pages."""
     from jax.experimental.pallas.ops.gpu import paged_attention as triton  # others need not wait for it
 
     (sequences, chunk, _, head_dim), columns, page_size = q.shape, block_table.shape[1], pool[0].shape[2]
     if chunk > 1:
         found = (x.at[:, block_table].get(mode='clip') for x in pool)  # [KH, S, J, PS, F]
-        k, v = (x.reshape(x.shape[0], sequences, -1, head_dim).transpose(1, 2, 0, 3) for x in found)
+        k, v = (x.reshape(kv_heads, sequences, -1, head_dim).transpose(1, 2, 0, 3) for x in found)
         return attention(q, k, v, jnp.arange(k.shape[1])[None, None] <= positions[:, :, None])
     together = math.gcd(columns, max(1, _BLOCK_TOKENS // page_size))
     splits = math.gcd(columns // together, _SPLITS) if columns * page_size > _SPLIT_TOKENS else 1
@@ -210,12 +203,17 @@ def _copy_triton(pool: Pool, source, target) -> Pool:
     return tuple(_put(x, _read(x.swapaxes(0, 1), source), target) for x in pool)
 
 
-# Ragged: one array [NP, PS, 2·KH, F'], the key and the value of each head next to each other. A TPU would pad F to its
-# 128 lanes in any case; the kernel wants them to be there.
+# Ragged: one array [NP, PS, 2·KH', F'], the key and the value of each head next to each other. The kernel wants F to
+# fill 128 lanes, to which a TPU would pad it in any case, and heads that fill tiles: 1, 2, 4 or a multiple of 8.
 
 
-def _pad_lanes(x: jax.Array) -> jax.Array:
-    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % _LANES)])
+def _padded_ragged(kv_heads: int, head_dim: int) -> tuple[int, int]:
+    return -(-kv_heads // 8) * 8 if kv_heads > 4 else 1 << (kv_heads - 1).bit_length(), -(-head_dim // 128) * 128
+
+
+def _pad(x: jax.Array, *sizes: int) -> jax.Array:
+    """x [N, heads, F] with zeros up to these sizes of the last two axes."""
+    return jnp.pad(x, [(0, 0)] + [(0, size - old) for size, old in zip(sizes, x.shape[1:], strict=True)])
 
 
 def _put_rows(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
@@ -251,19 +249,19 @@ def _put_rows(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
 
 def _write_ragged(pool: Pool, k, v, page, offset) -> Pool:
     (both,) = pool
-    new = _pad_lanes(jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[2]))
+    new = _pad(jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[2]), *both.shape[2:])
     rows = both.reshape(-1, *both.shape[2:])
     return (_put_rows(rows, new, page * both.shape[1] + offset).reshape(both.shape),)
 
 
-def _attend_ragged(q, pool: Pool, block_table, positions) -> jax.Array:
+def _attend_ragged(q, pool: Pool, block_table, positions, *, kv_heads: int) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
-    (sequences, chunk, heads, head_dim), page_size = q.shape, pool[0].shape[1]
+    (sequences, chunk, heads, head_dim), (_, page_size, both, lanes) = q.shape, pool[0].shape
     # Padding counts as tokens, which see rubbish: their page ids must be there.
     block_table = jnp.pad(block_table, [(0, 0), (0, (chunk - 1) // page_size + (chunk > 1))])
     mixed = ragged_paged_attention(
-        _pad_lanes(q.reshape(-1, heads, head_dim)),
+        _pad(q.reshape(-1, heads, head_dim), heads // kv_heads * both // 2, lanes),
         *pool,
         jnp.maximum(positions[:, 0], 0) + chunk,
         block_table,
@@ -273,7 +271,7 @@ def _attend_ragged(q, pool: Pool, block_table, positions) -> jax.Array:
         num_kv_pages_per_block=min(block_table.shape[1], max(1, _BLOCK_TOKENS // page_size)),
         num_queries_per_block=min(sequences * chunk, 32),
     )
-    return mixed[..., :head_dim].reshape(q.shape)
+    return mixed[:, :heads, :head_dim].reshape(q.shape)
 
 
 def _copy_ragged(pool: Pool, source, target) -> Pool:
@@ -283,5 +281,5 @@ def _copy_ragged(pool: Pool, source, target) -> Pool:
 IMPLEMENTATIONS: dict[str, Implementation] = {
     'xla': Implementation(('nkfp', 'nkpf'), _write_xla, _attend_xla, _copy_xla),
     'triton': Implementation(('knpf', 'knpf'), _write_triton, _attend_triton, _copy_triton),
-    'ragged': Implementation(('npcf',), _write_ragged, _attend_ragged, _copy_ragged, lanes=_LANES),
+    'ragged': Implementation(('npcf',), _write_ragged, _attend_ragged, _copy_ragged, padded=_padded_ragged),
 }
