@@ -1,168 +1,168 @@
-"""The paged KV cache, page by page, and paged attention against plain attention."""
+"""Attention over pages against attention over contiguous keys, and what is compiled for accelerators."""
 
-from typing import NamedTuple
+import math
+import re
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu import ragged_paged_attention as ragged
 
-from troll_jax.models.paged_attention import Partial, Prefixes, attend, attend_shared, merge, scratch, view
-from troll_jax.models.paged_cache import (
-    Pages,
-    TokenPages,
-    grow,
-    init_pages,
-    pages_of,
-    release,
-    write_pages,
-    write_token,
+from experiments.studies.program_cost import compile_program, describe, program_cost
+from troll_jax.models.paged_attention import (
+    IMPLEMENTATIONS,
+    best_paged_implementation,
+    copy_pages,
+    init_pool,
+    paged_attention,
+    write_and_attend,
 )
+from troll_jax.sharding import axis_size, make_mesh, named_sharding
+
+PAGE, CHUNK, PROMPT, LENGTH = 4, 8, 11, 14
 
 
-class Sizes(NamedTuple):
-    layers: int = 2
-    kv_heads: int = 2
-    head_dim: int = 6
-    compute_dtype: str = 'float32'
-
-
-SHARDS, SEQUENCES, LENGTH, PAGE = 2, 5, 11, 3
-grow, release = jax.jit(grow), jax.jit(release)
-
-
-def test_every_page_has_one_owner():
-    """Guards two sequences on one page, pages that are lost, and pages of a sequence out of order, over a long life."""
-    pages = init_pages(Pages, Sizes(), SHARDS, SEQUENCES, LENGTH, PAGE)
-    generator = np.random.default_rng(0)
-    lengths = np.zeros((SHARDS, SEQUENCES), int)
-    for _ in range(40):
-        ended = generator.random((SHARDS, SEQUENCES)) < 0.2
-        pages = release(pages, ended)
-        lengths = np.where(ended, 0, np.minimum(lengths + generator.integers(0, 4, (SHARDS, SEQUENCES)), LENGTH))
-        pages = grow(pages, lengths)
-        owner, first, table = (np.asarray(x) for x in (pages.owner, pages.first, pages.table))
-        for shard in range(SHARDS):
-            has = [[page for page in row if page < owner.shape[1]] for row in table[shard]]
-            assert [len(row) for row in has] == (-(-lengths[shard] // PAGE)).tolist()
-            for sequence, row in enumerate(has):
-                assert owner[shard, row].tolist() == [sequence] * len(row)
-                assert first[shard, row].tolist() == [PAGE * j for j in range(len(row))]
-            assert np.sum(owner[shard] < SEQUENCES) == sum(map(len, has))
-            assert len({page for row in has for page in row}) == sum(map(len, has))
-
-
-def test_free_pages_are_taken_from_the_front():
-    """Guards against pages that spread over the pool, all of which attention would have to read."""
-    pages = grow(init_pages(Pages, Sizes(), 1, SEQUENCES, LENGTH, PAGE), jnp.array([[11, 11, 0, 0, 0]]))
-    pages = grow(release(pages, jnp.array([[True, False, False, False, False]])), jnp.array([[0, 11, 4, 0, 0]]))
-    assert pages.table[0, 2].tolist() == [0, 1, 20, 20] and view(pages, jnp.array([[0, 11, 4, 0, 0]])).chunks == 2
-
-
-def normal(key: int, shape) -> jax.Array:
+def normal(key: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(key), shape)
 
 
-def filled(sequences: int, lengths, k, v, kind=Pages):
-    """Pages of sequences of these lengths: k and v [E, W, LENGTH, KH, F] in the second layer, token by token."""
-    pages = init_pages(kind, Sizes(), SHARDS, sequences, LENGTH, PAGE)
-    # Pages in no order: some sequences had others before.
-    pages = release(
-        grow(pages, jnp.minimum(lengths, 4)), jnp.arange(sequences)[None] % 2 == jnp.zeros((SHARDS, 1), int)
-    )
-    pages = grow(pages, lengths)
+def check(implementation: str, groups: int, shards=1, kv_heads=2, head_dim=5, attend=None, copy=None):
+    """Prefills, copies and decodes in groups of four slots: two samples of a prompt of 11 tokens, one that goes on from
+    a prompt of 5 tokens for two, and an idle one. All outputs must be those of attention over contiguous keys."""
+    attend = attend or jax.jit(partial(paged_attention, implementation=implementation))
+    copy = copy or jax.jit(partial(copy_pages, implementation=implementation))
+    slots, pages = 4 * groups * shards, 9 * groups  # pages of a shard
+    sizes = SimpleNamespace(kv_heads=kv_heads, head_dim=head_dim, compute_dtype='float32')
+    q = 3 * normal(0, slots, LENGTH, 6, head_dim)
+    k, v = (normal(key, slots, LENGTH, kv_heads, head_dim) for key in (1, 2))
+    k, v = (x.at[1::4, :PROMPT].set(x[::4, :PROMPT]) for x in (k, v))
+    expected = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    pool = init_pool(sizes, pages * shards, PAGE, implementation)
 
-    @jax.jit
-    def write(pages, t):
-        index = jnp.full((SHARDS, sequences), t)
-        page = jnp.where(t < lengths, pages_of(pages, index), pages.owner.shape[1])
-        new = [
-            write_token(pool, jnp.int32(1), page, index % PAGE, x[:, :, t], order=kind.order)
-            for pool, x in ((pages.k, k), (pages.v, v))
-        ]
-        return pages._replace(k=new[0], v=new[1])
+    def everywhere(rows) -> jax.Array:
+        """What each group has, its pages after those of the groups before."""
+        rows = [jnp.asarray(rows, jnp.int32) + 9 * group for group in range(groups)]
+        return jnp.concatenate(rows * shards)
 
-    for t in range(LENGTH):
-        pages = write(pages, t)
-    return pages
+    def run(pool, table, begin, chunk, ends):
+        """Tokens from `begin` to those before `ends` of each slot of a group, and checks their outputs."""
+        positions = jnp.tile(jnp.asarray(begin)[:, None] + jnp.arange(chunk)[None], (groups * shards, 1))
+        there = positions < jnp.tile(jnp.asarray(ends), groups * shards)[:, None]
+        at = jnp.arange(slots)[:, None], positions
+        mixed, pool = attend(q[at], k[at], v[at], pool, table, jnp.where(there, positions, -1))
+        np.testing.assert_allclose(mixed[there], expected[at][there], atol=2e-5)
+        assert np.all(np.isfinite(mixed))
+        return pool
 
-
-def plain(q, k, v, lengths):
-    """Attention [E, W, KH, X, F] of queries over the first tokens of their sequence."""
-    scores = jnp.einsum('ewkxf,ewlkf->ewkxl', q, k) / jnp.sqrt(6.0)
-    seen = (jnp.arange(LENGTH)[None, None] < lengths[:, :, None])[:, :, None, None]
-    return jnp.einsum('ewkxl,ewlkf->ewkxf', jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), v)
-
-
-def result(found):
-    return found.mixed / found.total[..., None]
-
-
-@pytest.mark.parametrize('kind', [Pages, TokenPages])
-def test_attention_over_pages_equals_plain_attention(kind):
-    """Guards both orders of a page, masks at the end of a page, the softmax over several pages, and pages of others."""
-    lengths = jnp.array([[1, 11, 3, 4, 7], [6, 2, 11, 1, 9]])
-    k, v = normal(0, (SHARDS, SEQUENCES, LENGTH, 2, 6)), normal(1, (SHARDS, SEQUENCES, LENGTH, 2, 6))
-    q = 3 * normal(2, (SHARDS, SEQUENCES, 2, 3, 6))
-    pages = filled(SEQUENCES, lengths, k, v, kind)
-    assert pages.size == PAGE
-    found, _ = jax.jit(lambda q: attend(q, pages, jnp.int32(1), view(pages, lengths), scratch(pages, 3)))(q)
-    np.testing.assert_allclose(result(found), plain(q, k, v, lengths), atol=1e-5)
-    # A sequence that has ended sees nothing, and old values in the scratch do not matter.
-    ended = jnp.zeros((SHARDS, SEQUENCES), bool).at[:, 1].set(True)
-    pages, some = release(pages, ended), jnp.where(ended, 0, lengths)
-    rubbish = jax.tree.map(lambda x: jnp.full_like(x, 7.0), scratch(pages, 3))
-    found, _ = attend(q, pages, jnp.int32(1), view(pages, some), rubbish)
-    assert np.all(np.asarray(found.total)[:, 1] == 0) and np.all(np.isfinite(found.mixed))
-    np.testing.assert_allclose(result(found)[~ended], plain(q, k, v, lengths)[~ended], atol=1e-5)
+    prompts = everywhere([[3, 0, 6, 0], [0, 0, 0, 0], [1, 5, 0, 0], [0, 0, 0, 0]])
+    for begin in (0, CHUNK):
+        pool = run(pool, prompts, [begin] * 4, CHUNK, [PROMPT, 0, 5, 0])
+    # Both samples get a copy of the prompt's last page, and write to it at once. Too large an id: nothing is copied.
+    nothing = pages * jnp.tile(jnp.array([0, 0, 1, 1]), groups * shards)
+    pool = copy(pool, everywhere([6, 6, 3, 3]), jnp.maximum(everywhere([7, 8, 0, 0]), nothing))
+    table = everywhere([[3, 0, 7, 2], [3, 0, 8, 4], [1, 5, 0, 0], [0, 0, 0, 0]])
+    for step in range(LENGTH - PROMPT):
+        pool = run(pool, table, [PROMPT + step, PROMPT + step, 5 + step, 0], 1, [LENGTH, LENGTH, 7, 0])
 
 
-def test_samples_share_the_pages_of_their_prompt():
-    """Guards queries that meet another prompt, or come back to another slot; 3 prompts, 5 slots, one of them idle."""
-    lengths = jnp.array([[4, 11, 5], [11, 1, 8]])
-    k, v = normal(3, (SHARDS, 3, LENGTH, 2, 6)), normal(4, (SHARDS, 3, LENGTH, 2, 6))
-    q = normal(5, (SHARDS, SEQUENCES, 2, 3, 6))
-    pages = filled(3, lengths, k, v)
-    sample_of_slot = np.array([[3, 0, 2, 6, 5], [5, 4, 6, 1, 0]])  # place · 2 + sample; 6: idle
-    slot_of_sample = np.full((SHARDS, 6), SEQUENCES)
-    for shard in range(SHARDS):
-        for slot, at in enumerate(sample_of_slot[shard]):
-            if at < 6:
-                slot_of_sample[shard, at] = slot
-    prefixes = Prefixes(pages, lengths, jnp.asarray(sample_of_slot), jnp.asarray(slot_of_sample.reshape(SHARDS, 3, 2)))
-    read = jax.jit(lambda q: attend_shared(q, prefixes, jnp.int32(1), view(pages, lengths), scratch(pages, 6)))
-    found, _ = read(q)
-    place = np.minimum(sample_of_slot // 2, 2)
-    of = lambda x: jnp.take_along_axis(x, jnp.asarray(place).reshape(place.shape + (1,) * (x.ndim - 2)), axis=1)
-    expected = plain(q, of(k), of(v), of(lengths))
-    np.testing.assert_allclose(result(found)[sample_of_slot < 6], expected[sample_of_slot < 6], atol=1e-5)
+@pytest.mark.parametrize('implementation', ['xla', 'triton'])
+@pytest.mark.parametrize('sizes', [None, (2, 2, 2)])
+def test_attention_over_pages_equals_attention_over_contiguous_keys(implementation, sizes):
+    """Guards shared pages, writes of idle slots and of padding, masks within a page and a chunk, many tiles of XLA's
+    loop, pages copied from another shard's, and heads that meet those of another device."""
+    with jax.set_mesh(make_mesh(*sizes)) if sizes else nullcontext():
+        head_dim = 16 if implementation == 'triton' else 5
+        check(implementation, 1 if sizes else 6, shards=axis_size('batch'), head_dim=head_dim)
 
 
-def test_whole_pages_are_written_as_tokens_are():
-    """Guards the layout of a page, and pages that do not exist: they are not written."""
-    k = normal(6, (SHARDS, SEQUENCES, LENGTH, 2, 6))
-    lengths = jnp.array([[1, 11, 3, 0, 7], [6, 2, 11, 1, 9]])
-    pages = filled(SEQUENCES, lengths, k, k)
-    by_page = jnp.pad(k, [(0, 0), (0, 0), (0, 1), (0, 0), (0, 0)]).reshape(SHARDS, SEQUENCES * 4, PAGE, 2, 6)
-    both = jnp.broadcast_to(by_page.swapaxes(2, 3)[None], (2, SHARDS, SEQUENCES * 4, 2, PAGE, 6))
-    pool = write_pages(jnp.zeros_like(pages.k), pages.table.reshape(SHARDS, -1), both)
-    limits = np.asarray(view(pages, lengths).limits)
-    seen = np.arange(PAGE) < limits[:, :, None]
-    got, expected = (np.asarray(x[1]).swapaxes(2, 3)[seen] for x in (pool, pages.k))
-    np.testing.assert_array_equal(got, expected)
-    assert not np.asarray(pool)[:, np.asarray(pages.owner) == SEQUENCES].any()
+def test_the_layout_and_the_writes_of_a_tpu(monkeypatch):
+    """Guards the order of keys and values, padding to tiles, lengths, and the DMAs, which run interpreted. The kernel
+    that reads does not; its library's own reference stands in."""
+    plain = ragged.ref_ragged_paged_attention
+    options = ('num_kv_pages_per_block', 'num_queries_per_block')
+    read = lambda *args, **kwargs: plain(*args, **{x: kwargs[x] for x in kwargs.keys() - {*options}})
+    monkeypatch.setattr(ragged, 'ragged_paged_attention', read)
+    kind = IMPLEMENTATIONS['ragged']
+    kind = kind._replace(write=jax.jit(kind.write))
+    with pltpu.force_tpu_interpret_mode():
+        check('ragged', 1, kv_heads=3, attend=partial(write_and_attend, kind), copy=jax.jit(kind.copy))
 
 
-def test_parts_of_a_softmax():
-    """Guards against overflow, and against a part that saw nothing."""
-    logits, values = jnp.array([300.0, 301.0, -300.0]), normal(7, (3, 4))
+@pytest.mark.parametrize(
+    ('topology', 'dtype', 'head_dim', 'expected'),
+    [
+        ('h100:1', 'bfloat16', 64, 'triton'),
+        ('h100:1', 'float32', 64, 'xla'),
+        ('h100:1', 'bfloat16', 80, 'xla'),
+        ('v5e:2x2', 'bfloat16', 80, 'ragged'),
+        ('v5e:2x2', 'float32', 64, 'xla'),
+    ],
+)
+def test_the_best_implementation(topology, dtype, head_dim, expected):
+    """Guards sizes that a kernel refuses, and devices that have none."""
+    assert best_paged_implementation(describe(topology)[1][0], dtype, head_dim) == expected
+    assert best_paged_implementation(jax.devices()[0], dtype, head_dim) == 'xla'
 
-    def part(at):
-        largest = jnp.max(logits[at])
-        weights = jnp.exp(logits[at] - largest)
-        return (weights @ values[at], jnp.sum(weights), largest)
 
-    nothing = Partial(jnp.zeros(4), jnp.zeros(()), jnp.finfo(jnp.float32).min)
-    both = merge([nothing, Partial(*part(jnp.array([0, 2]))), Partial(*part(jnp.array([1])))])
-    np.testing.assert_allclose(result(both), jax.nn.softmax(logits) @ values, rtol=1e-5)
-    assert both.largest == 301
+@pytest.fixture
+def no_cache():
+    """Turns off JAX's cache: programs for absent devices cannot be read from it."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update('jax_enable_compilation_cache', False)
+    compilation_cache.reset_cache()  # it looks at the setting only once
+    yield
+    jax.config.update('jax_enable_compilation_cache', before)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize(
+    ('topology', 'tensor', 'heads', 'kv_heads', 'head_dim', 'implementation', 'launches'),
+    [
+        ('h100:1', 1, 16, 8, 128, 'triton', 5),
+        ('h100:8', 2, 14, 2, 64, 'triton', 5),
+        ('v5e:2x4', 2, 16, 8, 128, 'ragged', 20),
+        ('v5e:2x4', 1, 9, 3, 64, 'ragged', 20),
+    ],
+)
+@pytest.mark.usefixtures('no_cache')
+def test_what_is_compiled_for_decoding(topology, tensor, heads, kv_heads, head_dim, implementation, launches):
+    """Guards a pool that is copied or transposed, a loop over slots, collectives, and many small kernels per layer."""
+    steps, slots = 4, 64
+    config = SimpleNamespace(kv_heads=kv_heads, head_dim=head_dim, compute_dtype='bfloat16')
+    mesh = make_mesh(1, -1, tensor, devices=describe(topology)[1])
+
+    def decode(pool, q, k, v, table, positions):
+        def step(carry, _):
+            pool, q, positions = carry
+            k_new, v_new = (x + positions[:, :, None, None].astype(x.dtype) for x in (k, v))
+            mixed, pool = paged_attention(q, k_new, v_new, pool, table, positions, implementation=implementation)
+            return (pool, mixed, positions + 1), None
+
+        return jax.lax.scan(step, (pool, q, positions), length=steps)[0]
+
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        shards = axis_size('batch')
+        array = lambda axes, dtype, *shape: jax.ShapeDtypeStruct(
+            (shape[0] * shards, *shape[1:]), dtype, sharding=named_sharding(mesh, axes)
+        )
+        of_heads = lambda name, count: array(('batch', None, name, None), jnp.bfloat16, slots, 1, count, head_dim)
+        integers = lambda *shape: array(('batch', None), jnp.int32, *shape)
+        pool = jax.eval_shape(lambda: init_pool(config, 1000 * shards, 32, implementation))
+        shardings = [named_sharding(mesh, axes) for axes in IMPLEMENTATIONS[implementation].axes]
+        pool = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y) for x, y in zip(pool, shardings, strict=True))
+        kv, tables = of_heads('kv_heads', kv_heads), (integers(slots, 16), integers(slots, 1))
+        program = jax.jit(decode, donate_argnums=0).trace(pool, of_heads('heads', heads), kv, kv, *tables)
+        text = compile_program(program).as_text()
+    size = math.prod(pool[0].sharding.shard_shape(pool[0].shape))
+    moved = re.findall(r'= \w+\[([\d,]+)\]\S* (?:copy|transpose|copy-start)\(', text)
+    assert not [shape for shape in moved if math.prod(map(int, shape.split(','))) >= size]
+    assert not re.search(r' (all-|reduce-scatter|collective-permute)', text) and text.count(' while(') == 1
+    # Per step: those of the layer, the loop's counter and the next positions.
+    cost, unknown = program_cost(text)
+    assert cost.launches / steps < launches + 3 and unknown.launches == 0

@@ -37,6 +37,7 @@ from test_decoder import FAMILIES, tiny_hf_config, tiny_torch_model
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.hf_weights import load_pretrained
+from troll_jax.models.paged_attention import PAGE_SIZE
 from troll_jax.ops.losses import ppo_clip
 from troll_jax.ops.support import default_tail
 from troll_jax.packing import batch_shape, make_batch, make_layout
@@ -261,7 +262,7 @@ def long_rollout(steps: int = 1, cache_gb: float | None = None, slots: int | Non
         slots=slots,
         prefill_chunk=16,
     )
-    lengths = np.array([1, 40, 16, 17, 18, 33, 5, 32])
+    lengths = np.array([1, 40, 16, 31, 34, 33, 5, 32])
     tokens = np.random.default_rng(0).integers(0, VOCAB, (8, LONG)) * (np.arange(LONG) < lengths[:, None])
     limits = np.random.default_rng(1).integers(ROOM // 3, ROOM + 1, 8 * GROUP)
     mesh = make_mesh(devices=jax.devices()[:devices])
@@ -275,8 +276,8 @@ def test_responses_do_not_depend_on_the_memory(steps, devices):
     """Guards eviction: pages that two sequences write, prompts that are gone when they are needed again, tokens that a
     prefill puts elsewhere. The cache has a quarter of the pages that all sequences take together."""
     whole = long_rollout()
-    page = 2 * 2 * 16 * CONFIG.kv_heads * CONFIG.head_dim * 4  # bytes in two layers
-    pages = GROUP * 8 * -(-(LONG + ROOM) // 16) // 4 // devices
+    page = 2 * 2 * PAGE_SIZE * CONFIG.kv_heads * CONFIG.head_dim * 4  # bytes in two layers
+    pages = GROUP * 8 * -(-(LONG + ROOM) // PAGE_SIZE) // 4 // devices
     result = long_rollout(steps, (pages + 0.5) * page / 1e9, devices=devices)
     assert_same_responses(result, whole)
     assert result.stats.evictions > 5 and whole.stats.evictions == 0

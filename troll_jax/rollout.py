@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.head import logits
-from troll_jax.models.paged_attention import PAGE_SIZES, copy_pages, init_pool
+from troll_jax.models.paged_attention import PAGE_SIZE, copy_pages, init_pool
 from troll_jax.ops import categorical
 from troll_jax.ops.ranges import check_range
 from troll_jax.ops.support import select
@@ -170,7 +170,7 @@ class Sampler:
             shards=sizes.shards,
             slots=sizes.slots,
             pages=sizes.pages,
-            page_size=self.page_size,
+            page_size=PAGE_SIZE,
             width=sizes.width,
             steps=self.decode_steps,
         )
@@ -267,7 +267,7 @@ class Sampler:
         Raises:
           ValueError: the cache does not hold a prompt and a response of full length.
         """
-        shards, size = axis_size('batch'), self.page_size
+        shards, size = axis_size('batch'), PAGE_SIZE
         requests, prompts = -(-batch * self.samples_per_prompt // shards), -(-batch // shards)
         slots = min(MOST_SLOTS if self.slots is None else self.slots // shards, requests)
         rows = min(-(-slots // (4 * self.samples_per_prompt)), prompts)
@@ -288,10 +288,6 @@ class Sampler:
                 )
             pages = min(pages, int(memory // page))
         return Sizes(shards, slots, rows, min(self.prefill_chunk, length), pages, prompt_width, width)
-
-    @property
-    def page_size(self) -> int:
-        return PAGE_SIZES[self.config.decode_attention]
 
     @property
     def decode_steps(self) -> int:
@@ -318,7 +314,7 @@ class Sampler:
 
         def init_cache(weights, sizes: Sizes):
             pages, config = sizes.shards * sizes.pages, self.config
-            return [init_pool(config, pages, self.page_size, config.decode_attention) for _ in range(config.layers)]
+            return [init_pool(config, pages, PAGE_SIZE, config.decode_attention) for _ in range(config.layers)]
 
         return jax.jit(init_cache, static_argnums=1, keep_unused=True)
 

@@ -25,6 +25,7 @@ from experiments.studies.program_cost import (
 )
 from troll_jax.experiment import Experiment
 from troll_jax.learn import Learner
+from troll_jax.models.paged_attention import PAGE_SIZE
 from troll_jax.rollout import MEMORY_SHARE, Sampler
 from troll_jax.settings import Compute, Method, Sampling, check_together, minibatch_shape
 from troll_jax.sharding import named_sharding
@@ -122,7 +123,7 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
                     row
                     | {
                         'slots': sizes.shards * sizes.slots,
-                        'cached_tokens': sizes.pages * sizes.shards * sampler.page_size,
+                        'cached_tokens': sizes.pages * sizes.shards * PAGE_SIZE,
                     }
                 )
         return label(results)

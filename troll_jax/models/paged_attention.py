@@ -1,41 +1,285 @@
+"""Attention over a paged KV cache: a sequence reads the pages that its block table names, in order.
+
+Sequences may have pages in common, such as those of a prompt with all its samples. Who owns a page is the scheduler's
+to know. Every implementation keeps keys and values of one layer in its own layout, a `Pool`. Under a mesh each shard
+of the batch has pages of its own, and page ids count from 0 in each. Axis letters: `troll_jax/types.py`.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
-from troll_jax.models.attention import attention
-from troll_jax.sharding import constrain, shard_map
+from troll_jax.models.attention import attention, best_implementation
+from troll_jax.sharding import axis_size, constrain, platform, shard_map
 
-PAGE_SIZES = {'xla': 16}
-Pool = tuple[jax.Array, ...]
+Pool = tuple[jax.Array, ...]  # keys and values of one layer, in the layout of an implementation
+
+PAGE_SIZE = 32  # tokens: on CPUs measured to be fast, on accelerators several pages make a block
+_TILE = 16  # XLA: sequences that attend at a time, as measured on a CPU
+_BLOCK_TOKENS = 128  # Triton and ragged: keys that are multiplied at a time
+_SPLIT_TOKENS, _SPLITS = 1024, 8  # Triton: a longer block table is read in parts, by as many programs
+_IN_FLIGHT = 32  # ragged: DMAs at a time
+_NOTHING = float(jnp.finfo(jnp.float32).min)  # the logit of a key that is not seen
+_AXES = {'n': 'batch', 'p': None, 'k': 'kv_heads', 'c': 'kv_heads', 'f': None}
 
 
-def best_paged_implementation(device, compute_dtype, head_dim, kv_heads=None) -> str:
+class Implementation(NamedTuple):
+    """One layout of a pool, and the functions of one shard that know it."""
+
+    layout: tuple[str, ...]  # of each array of a pool: n pages, p tokens, k KV heads, f head_dim, c keys and values
+    write: Callable[..., Pool]  # (pool, k, v [N, KH, F], page, offset [N]); page NP: nothing
+    attend: Callable[..., jax.Array]  # (q, pool, block_table, positions, kv_heads) → mixed
+    copy: Callable[..., Pool]  # (pool, source, target)
+    padded: Callable[[int, int], tuple[int, int]] = lambda *sizes: sizes  # KH and F of one device as they are kept
+
+    @property
+    def axes(self) -> tuple[tuple[str | None, ...], ...]:
+        """The logical axes of a pool."""
+        return tuple(tuple(_AXES[name] for name in order) for order in self.layout)
+
+
+def best_paged_implementation(device: jax.Device, compute_dtype: str, head_dim: int) -> str:
+    """The fastest implementation on such a device; kernels are for bfloat16 only."""
+    if device.platform == 'tpu' and compute_dtype == 'bfloat16':
+        return 'ragged'
+    if best_implementation(device, compute_dtype, head_dim) == 'cudnn' and head_dim in (16, 32, 64, 128):
+        return 'triton'
     return 'xla'
 
 
 def init_pool(config, pages: int, page_size: int, implementation: str) -> Pool:
-    shape = (pages, page_size, config.kv_heads, config.head_dim)
-    return tuple(constrain(jnp.zeros(shape, config.compute_dtype), 'batch', None, 'kv_heads', None) for _ in range(2))
+    """Zeros for `pages` pages, those of all shards together, of `page_size` tokens each."""
+    kind, devices = IMPLEMENTATIONS[implementation], axis_size('kv_heads')
+    kv_heads, head_dim = kind.padded(config.kv_heads // devices, config.head_dim)
+    sizes = {'n': pages, 'p': page_size, 'k': devices * kv_heads, 'c': devices * kv_heads * 2, 'f': head_dim}
+    zeros = (jnp.zeros([sizes[name] for name in order], config.compute_dtype) for order in kind.layout)
+    return tuple(constrain(x, *axes) for x, axes in zip(zeros, kind.axes, strict=True))
 
 
-def paged_attention(q, k, v, pool, block_table, positions, *, implementation):
-    def one(q, k, v, kp, vp, table, positions):
-        n, size = kp.shape[:2]
-        page = jnp.take_along_axis(table, jnp.maximum(positions, 0) // size, axis=1)
-        page = jnp.where(positions < 0, n, page)
-        kp = kp.at[page, positions % size].set(k, mode='drop')
-        vp = vp.at[page, positions % size].set(v, mode='drop')
-        flat = lambda x: x[table].reshape(table.shape[0], -1, *x.shape[2:])
-        mask = jnp.arange(table.shape[1] * size)[None, None] <= positions[:, :, None]
-        return attention(q, flat(kp), flat(vp), mask), kp, vp
+def paged_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pool: Pool,
+    block_table: jax.Array,
+    positions: jax.Array,
+    *,
+    implementation: str,
+) -> tuple[jax.Array, Pool]:
+    """Writes the next C tokens of S sequences to their pages, and attends from them to all up to themselves.
 
-    heads, kv = ('batch', None, 'heads', None), ('batch', None, 'kv_heads', None)
-    mixed, *pool = shard_map(one, (heads, kv, kv, kv, kv, ('batch', None), ('batch', None)), (heads, kv, kv))(
-        q, k, v, *pool, block_table, positions
+    Args:
+      q: [S, C, H, F], k and v: [S, C, KH, F]; S counts the sequences of all shards.
+      pool: see `init_pool`; donate it.
+      block_table: [S, J] int32, the pages of each sequence in order, ids within its shard. Entries past a sequence's
+        end are 0, or any page.
+      positions: [S, C] int32, of each token in its sequence, rising by one within a row; −1: no token. Those come after
+        all others of a row, are not written, and their output means nothing but is finite.
+      implementation: one of `IMPLEMENTATIONS`, see `best_paged_implementation`. Logits and probabilities are float32.
+
+    Returns:
+      [S, C, H, F] in the dtype of `q`, and the pool.
+    """
+    kind = IMPLEMENTATIONS[implementation]
+    of_heads, of_kv_heads = (('batch', None, name, None) for name in ('heads', 'kv_heads'))
+    axes = (of_heads, of_kv_heads, of_kv_heads, kind.axes, ('batch', None), ('batch', None))
+    one_shard = shard_map(partial(write_and_attend, kind), axes, (of_heads, kind.axes))
+    return one_shard(q, k, v, pool, block_table, positions)
+
+
+def write_and_attend(kind: Implementation, q, k, v, pool: Pool, block_table, positions) -> tuple[jax.Array, Pool]:
+    """`paged_attention` of one shard."""
+    pages, page_size = (pool[0].shape[kind.layout[0].index(name)] for name in 'np')
+    page = jnp.take_along_axis(block_table, positions // page_size, axis=1, mode='clip')
+    page = jnp.where(positions < 0, pages, page)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    pool = kind.write(pool, flat(k), flat(v), flat(page), flat(positions % page_size))
+    return kind.attend(q, pool, block_table, positions, kv_heads=k.shape[2]).astype(q.dtype), pool
+
+
+def copy_pages(pool: Pool, source: jax.Array, target: jax.Array, *, implementation: str) -> Pool:
+    """Copies page `source` to page `target`, [S] int32 each, ids within a shard; to a page ≥ NP: nothing."""
+    kind = IMPLEMENTATIONS[implementation]
+    return shard_map(kind.copy, (kind.axes, ('batch',), ('batch',)), kind.axes)(pool, source, target)
+
+
+# XLA: k [NP, KH, F, PS], v [NP, KH, PS, F]. A CPU multiplies by these orders fastest.
+
+
+def _write_xla(pool: Pool, k, v, page, offset) -> Pool:
+    keys, values = pool
+    k, v = k.astype(keys.dtype), v.astype(values.dtype)
+    return keys.at[page, :, :, offset].set(k, mode='drop'), values.at[page, :, offset].set(v, mode='drop')
+
+
+def _attend_xla(q, pool: Pool, block_table, positions, *, kv_heads: int) -> jax.Array:
+    """Softmax page by page. Sequences are sorted by length, so that the j-th page is read of those that have one."""
+    keys, values = pool
+    sequences, chunk, _, head_dim = q.shape
+    tile, page_size = math.gcd(sequences, _TILE), keys.shape[3]
+    pages = jnp.max(positions, axis=1) // page_size + 1  # of each sequence
+    order = jnp.argsort(pages, descending=True)
+    by_head = q.reshape(sequences, chunk, kv_heads, -1, head_dim).swapaxes(1, 2)[order]
+    block_table, positions = block_table[order], positions[order]
+
+    def read(j, i, state):
+        """Of sequences i·tile to (i + 1)·tile the j-th page."""
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * tile, tile)
+        page = jax.lax.dynamic_slice(block_table, (i * tile, j), (tile, 1))[:, 0]
+        k, v = (x.at[page].get(mode='clip') for x in (keys, values))
+        logits = jnp.einsum('skcxf,skfp->skcxp', part(by_head), k, preferred_element_type=jnp.float32) * head_dim**-0.5
+        seen = (j * page_size + jnp.arange(page_size))[None, None] <= part(positions)[:, :, None]
+        logits = jnp.where(seen[:, None, :, None], logits, _NOTHING)
+        mixed, total, largest = (part(x) for x in state)
+        new = jnp.maximum(largest, jnp.max(logits, axis=-1))
+        weights, scale = jnp.exp(logits - new[..., None]), jnp.exp(largest - new)
+        added = jnp.einsum('skcxp,skpf->skcxf', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        changed = mixed * scale[..., None] + added, total * scale + jnp.sum(weights, axis=-1), new
+        put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=i * tile, axis=0)
+        return jax.tree.map(put, state, changed)
+
+    column = lambda j, state: jax.lax.fori_loop(0, -(-jnp.sum(pages > j) // tile), partial(read, j), state)
+    state = jnp.zeros(by_head.shape), jnp.zeros(by_head.shape[:4]), jnp.full(by_head.shape[:4], _NOTHING)
+    mixed, total, _ = jax.lax.fori_loop(0, jnp.max(pages), column, state)
+    mixed = mixed / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[..., None]  # 0 where no page was read
+    return mixed[jnp.argsort(order)].swapaxes(1, 2).reshape(q.shape)
+
+
+def _read(pool: jax.Array, source: jax.Array) -> jax.Array:
+    # A compiler that reads while it writes copies the pool first.
+    return jax.lax.optimization_barrier(pool.at[source].get(mode='clip'))
+
+
+def _copy_xla(pool: Pool, source, target) -> Pool:
+    return tuple(x.at[target].set(_read(x, source), mode='drop') for x in pool)
+
+
+# Triton: k and v [KH, NP, PS, F].
+
+
+def _put(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """pool[k, at[i]] = new[i, k] for at[i] in range. Flat, as a scatter to the first axis alone moves no pool."""
+    heads, rows = pool.shape[:2]
+    index = jnp.where((at < rows)[:, None], jnp.arange(heads)[None] * rows + at[:, None], heads * rows).reshape(-1)
+    new = new.astype(pool.dtype).reshape(-1, *pool.shape[2:])
+    flat = pool.reshape(-1, *pool.shape[2:])
+    return flat.at[index].set(new, mode='drop', unique_indices=True).reshape(pool.shape)
+
+
+def _write_triton(pool: Pool, k, v, page, offset) -> Pool:
+    by_token = lambda x: x.reshape(x.shape[0], -1, x.shape[3])
+    at = page * pool[0].shape[2] + offset
+    return tuple(_put(by_token(x), new, at).reshape(x.shape) for x, new in zip(pool, (k, v), strict=True))
+
+
+def _attend_triton(q, pool: Pool, block_table, positions, *, kv_heads: int) -> jax.Array:
+    """Pallas' kernel for one token of each sequence; for more, attention over the gathered pages."""
+    from jax.experimental.pallas.ops.gpu import paged_attention as triton  # others need not wait for it
+
+    (sequences, chunk, _, head_dim), columns, page_size = q.shape, block_table.shape[1], pool[0].shape[2]
+    if chunk > 1:
+        found = (x.at[:, block_table].get(mode='clip') for x in pool)  # [KH, S, J, PS, F]
+        k, v = (x.reshape(kv_heads, sequences, -1, head_dim).transpose(1, 2, 0, 3) for x in found)
+        return attention(q, k, v, jnp.arange(k.shape[1])[None, None] <= positions[:, :, None])
+    together = math.gcd(columns, max(1, _BLOCK_TOKENS // page_size))
+    splits = math.gcd(columns // together, _SPLITS) if columns * page_size > _SPLIT_TOKENS else 1
+    mixed = triton.paged_attention(
+        q[:, 0] * head_dim**-0.5,
+        *pool,
+        block_table,
+        positions[:, 0] + 1,
+        pages_per_compute_block=together,
+        k_splits=splits,
+        interpret=platform() == 'cpu',  # for tests
     )
-    return mixed, tuple(pool)
+    return mixed[:, None]
 
 
-def copy_pages(pool, source, target, *, implementation):
-    one = lambda x, source, target: x.at[target].set(x[jnp.minimum(source, len(x) - 1)], mode='drop')
-    axes = ('batch', None, 'kv_heads', None)
-    return tuple(shard_map(one, (axes, ('batch',), ('batch',)), axes)(x, source, target) for x in pool)
+def _copy_triton(pool: Pool, source, target) -> Pool:
+    return tuple(_put(x, _read(x.swapaxes(0, 1), source), target) for x in pool)
+
+
+# Ragged: one array [NP, PS, 2·KH', F'], the key and the value of each head next to each other. The kernel wants F to
+# fill 128 lanes, to which a TPU would pad it in any case, and heads that fill tiles: 1, 2, 4 or a multiple of 8.
+
+
+def _padded_ragged(kv_heads: int, head_dim: int) -> tuple[int, int]:
+    return -(-kv_heads // 8) * 8 if kv_heads > 4 else 1 << (kv_heads - 1).bit_length(), -(-head_dim // 128) * 128
+
+
+def _pad(x: jax.Array, *sizes: int) -> jax.Array:
+    """x [N, heads, F] with zeros up to these sizes of the last two axes."""
+    return jnp.pad(x, [(0, 0)] + [(0, size - old) for size, old in zip(sizes, x.shape[1:], strict=True)])
+
+
+def _put_rows(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
+    """pool[at[i]] = new[i] for at[i] in range, by DMA: a TPU's scatter is a serial loop."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
+    def kernel(at, new, _, pool, semaphore):
+        count = new.shape[0]
+
+        def move(i, act):
+            row = at[jnp.clip(i, 0, count - 1)]
+            there = (i >= 0) & (i < count) & (row < pool.shape[0])
+            pl.when(there)(lambda: act(pltpu.make_async_copy(new.at[i], pool.at[row], semaphore)))
+
+        def step(i, _):
+            move(i, lambda copy: copy.start())
+            move(i - _IN_FLIGHT, lambda copy: copy.wait())
+
+        jax.lax.fori_loop(0, count + _IN_FLIGHT, step, None)
+
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=1,
+        in_specs=[anywhere, anywhere],
+        out_specs=anywhere,
+        grid=(1,),
+        scratch_shapes=[pltpu.SemaphoreType.DMA],
+    )
+    call = pl.pallas_call(kernel, jax.typeof(pool), grid_spec=grid, input_output_aliases={2: 0}, name='put_rows')
+    return call(at, new.astype(pool.dtype), pool)
+
+
+def _write_ragged(pool: Pool, k, v, page, offset) -> Pool:
+    (both,) = pool
+    new = _pad(jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[2]), *both.shape[2:])
+    rows = both.reshape(-1, *both.shape[2:])
+    return (_put_rows(rows, new, page * both.shape[1] + offset).reshape(both.shape),)
+
+
+def _attend_ragged(q, pool: Pool, block_table, positions, *, kv_heads: int) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    (sequences, chunk, heads, head_dim), (_, page_size, both, lanes) = q.shape, pool[0].shape
+    # Padding counts as tokens, which see rubbish: their page ids must be there.
+    block_table = jnp.pad(block_table, [(0, 0), (0, (chunk - 1) // page_size + (chunk > 1))])
+    mixed = ragged_paged_attention(
+        _pad(q.reshape(-1, heads, head_dim), heads // kv_heads * both // 2, lanes),
+        *pool,
+        jnp.maximum(positions[:, 0], 0) + chunk,
+        block_table,
+        jnp.arange(sequences + 1, dtype=jnp.int32) * chunk,
+        jnp.array([sequences], jnp.int32),
+        sm_scale=head_dim**-0.5,
+        num_kv_pages_per_block=min(block_table.shape[1], max(1, _BLOCK_TOKENS // page_size)),
+        num_queries_per_block=min(sequences * chunk, 32),
+    )
+    return mixed[:, :heads, :head_dim].reshape(q.shape)
+
+
+def _copy_ragged(pool: Pool, source, target) -> Pool:
+    return tuple(_put_rows(x, x[source], target) for x in pool)
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    'xla': Implementation(('nkfp', 'nkpf'), _write_xla, _attend_xla, _copy_xla),
+    'triton': Implementation(('knpf', 'knpf'), _write_triton, _attend_triton, _copy_triton),
+    'ragged': Implementation(('npcf',), _write_ragged, _attend_ragged, _copy_ragged, padded=_padded_ragged),
+}
