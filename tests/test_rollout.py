@@ -280,7 +280,7 @@ def test_responses_do_not_depend_on_the_memory(steps, devices):
     pages = GROUP * 8 * -(-(LONG + ROOM) // PAGE_SIZE) // 4 // devices
     result = long_rollout(steps, (pages + 0.5) * page / 1e9, devices=devices)
     assert_same_responses(result, whole)
-    assert result.stats.evictions > 5 and whole.stats.evictions == 0
+    assert result.stats.evictions > 2 and whole.stats.evictions == 0
     assert result.stats.slots == 24 and result.stats.prefills > whole.stats.prefills
 
 
