@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from troll_jax.ops.collectives import all_gather, axis_index, pmax, psum
-from troll_jax.ops.top_k import BLOCK, to_blocks
+from troll_jax.ops.top_k import BLOCK, best_blocks, to_blocks
 from troll_jax.ops.top_k import top_k as largest_k
 
 
@@ -47,15 +47,22 @@ def summarise(logits: jax.Array, axis_name: str | None = None) -> Blocks:
     """
     first = axis_index(axis_name) * logits.size
     blocks = to_blocks(logits)
-    maxima = all_gather(jnp.max(blocks, axis=1), axis_name)
-    highest = jnp.max(maxima)
-    centred = blocks - highest
+    maxima = jax.lax.optimization_barrier(jnp.max(blocks, axis=1))
+    # Relative to the maximum of its block; one of −inf alone has none.
+    centred = blocks - jnp.where(maxima > -jnp.inf, maxima, 0.0)[:, None]
     weights = jnp.exp(centred)
-    sums = all_gather(jnp.sum(weights, axis=1), axis_name)
-    # Σ w (x − highest), with 0 · −inf = 0.
-    moment = psum(jnp.sum(weights * jnp.maximum(centred, jnp.finfo(centred.dtype).min)), axis_name)
+    # Σ w (x − largest), with 0 · −inf = 0.
+    lowest = jnp.finfo(centred.dtype).min
+    sums = jnp.sum(weights, axis=1)
+    moments = jnp.sum(weights * jnp.maximum(centred, lowest), axis=1)
+    tokens = first + BLOCK * jnp.arange(len(blocks), dtype=jnp.int32)
+    maxima, sums, moments, tokens = (all_gather(x, axis_name) for x in (maxima, sums, moments, tokens))
+    highest = jnp.max(maxima)
+    below = maxima - highest
+    scales = jnp.exp(below)
+    moment = jnp.sum(scales * (moments + sums * jnp.maximum(below, lowest)))
+    sums = scales * sums
     total = jnp.sum(sums)
-    tokens = all_gather(first + BLOCK * jnp.arange(len(blocks), dtype=jnp.int32), axis_name)
     log_sum = jnp.log(total)
     return Blocks(blocks, tokens, maxima, sums, highest, log_sum, log_sum - moment / total)
 
@@ -115,10 +122,10 @@ def _choose(first: jax.Array, rest: jax.Array, weights: jax.Array) -> tuple[jax.
     The entries of a parallel sum are rounded apart from each other: it may rise a little where nothing is added, and
     the target may be the sum itself. So it is the first possible entry above the target, or the last possible one.
     """
-    cumulative, possible = jnp.cumsum(weights), weights > 0
-    above = possible & (cumulative > first + rest)
-    last = possible.size - 1 - jnp.argmax(possible[::-1])
-    index = jnp.where(jnp.any(above), jnp.argmax(above), last)
+    cumulative, possible, index = jnp.cumsum(weights), weights > 0, jnp.arange(weights.size)
+    above = jnp.min(jnp.where(possible & (cumulative > first + rest), index, weights.size))
+    last = jnp.max(jnp.where(possible, index, 0))
+    index = jnp.minimum(above, last)
     return index, first - jnp.where(index > 0, cumulative[index - 1], 0.0)
 
 
@@ -138,10 +145,8 @@ def largest(blocks: Blocks, k: int, axis_name: str | None = None) -> tuple[jax.A
 
     They lie in the k blocks with the largest maxima. Impossible tokens, and those past the vocabulary, are −1 and −inf.
     """
-    count = len(blocks.maxima)
-    # In the order of the vocabulary, for ties.
-    best = jnp.arange(count) if k >= count else jnp.sort(jax.lax.top_k(blocks.maxima, k)[1])
-    logits, places = jax.lax.top_k(_entries(blocks, best, axis_name).reshape(-1), k)
+    best = best_blocks(blocks.maxima, k)
+    logits, places = largest_k(_entries(blocks, best, axis_name).reshape(-1), k, block=BLOCK // 8)
     tokens = blocks.tokens[best[places // BLOCK]] + places % BLOCK
     return jnp.where(logits > -jnp.inf, tokens, -1), _normalised(blocks, logits)
 
