@@ -1,6 +1,6 @@
 """Categorical distributions over a whole vocabulary: draws, entropy and top-k, in as few passes as possible.
 
-A row of logits is cut into blocks of 64 neighbouring tokens. Drawing, the entropy and the most probable tokens then
+A row of logits is cut into blocks of 128 neighbouring tokens. Drawing, the entropy and the most probable tokens then
 need no more than the maximum and the sum of every block, and the entries of few of them. The vocabulary may lie in
 parts on several devices, each with blocks of its own: below `jax.shard_map`, over the axis of that name, only maxima,
 sums and the few blocks travel.
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from troll_jax.ops.collectives import all_gather, axis_index, pmax, psum
+from troll_jax.ops.collectives import all_gather, axis_index, pmax
 from troll_jax.ops.top_k import BLOCK, best_blocks, to_blocks
 from troll_jax.ops.top_k import top_k as largest_k
 
@@ -29,7 +29,7 @@ def total_variation(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 class Blocks(NamedTuple):
     """A row of logits in n blocks. On several devices each holds the entries of its own n' of them."""
 
-    logits: jax.Array  # [n', 64], past the end of a part −inf
+    logits: jax.Array  # [n', 128], past the end of a part −inf
     tokens: jax.Array  # [n] int32, the first token of each
     maxima: jax.Array  # [n]
     sums: jax.Array  # [n], Σ exp(logit − largest of all)
@@ -47,16 +47,16 @@ def summarise(logits: jax.Array, axis_name: str | None = None) -> Blocks:
     """
     first = axis_index(axis_name) * logits.size
     blocks = to_blocks(logits)
-    maxima = jax.lax.optimization_barrier(jnp.max(blocks, axis=1))
-    # Relative to the maximum of its block; one of −inf alone has none.
-    centred = blocks - jnp.where(maxima > -jnp.inf, maxima, 0.0)[:, None]
-    weights = jnp.exp(centred)
-    # Σ w (x − largest), with 0 · −inf = 0.
-    lowest = jnp.finfo(centred.dtype).min
-    sums = jnp.sum(weights, axis=1)
-    moments = jnp.sum(weights * jnp.maximum(centred, lowest), axis=1)
     tokens = first + BLOCK * jnp.arange(len(blocks), dtype=jnp.int32)
-    maxima, sums, moments, tokens = (all_gather(x, axis_name) for x in (maxima, sums, moments, tokens))
+    # Left to itself XLA takes the maximum of all in a pass of its own over the logits, and not from these.
+    maxima = jax.lax.optimization_barrier(jnp.max(blocks, axis=1))
+    lowest = jnp.finfo(blocks.dtype).min
+    # Relative to the maximum of their block, so that one pass gives both sums.
+    centred = blocks - jnp.maximum(maxima, lowest)[:, None]
+    weights = jnp.exp(centred)
+    # Σ w (x − maximum), with 0 · −inf = 0.
+    sums, moments = jnp.sum(weights, axis=1), jnp.sum(weights * jnp.maximum(centred, lowest), axis=1)
+    tokens, maxima, sums, moments = (all_gather(x, axis_name) for x in (tokens, maxima, sums, moments))
     highest = jnp.max(maxima)
     below = maxima - highest
     scales = jnp.exp(below)
@@ -73,12 +73,12 @@ def _normalised(blocks: Blocks, logits: jax.Array) -> jax.Array:
 
 
 def _entries(blocks: Blocks, index: jax.Array, axis_name: str | None) -> jax.Array:
-    """The logits [..., 64] of some blocks [...]."""
+    """The logits [m, 128] of some blocks [m]."""
     if axis_name is None:
         return blocks.logits[index]
     local = index - axis_index(axis_name) * len(blocks.logits)
     here = (local >= 0) & (local < len(blocks.logits))
-    return pmax(jnp.where(here[..., None], blocks.logits[jnp.where(here, local, 0)], -jnp.inf), axis_name)
+    return pmax(jnp.where(here[:, None], blocks.logits[jnp.where(here, local, 0)], -jnp.inf), axis_name)
 
 
 class Token(NamedTuple):
@@ -91,9 +91,11 @@ class Token(NamedTuple):
 UNIFORMS = 2
 """Random numbers of a draw: the second one continues the first, which has 23 bits."""
 
+_GROUP = 32  # blocks
+
 
 def draw(uniforms: jax.Array, blocks: Blocks, axis_name: str | None = None) -> Token:
-    """Draws a token by inverting the cumulative distribution: first of 64 blocks at a time, of these, of one's entries.
+    """Draws a token by inverting the cumulative distribution: first of 32 blocks at a time, of these, of one's entries.
 
     Two random numbers per draw instead of one per entry, and no cumulative sum over the vocabulary. Each stage goes on
     with what is left of the number, whose digits are not lost in sums of one. What the first sum rounds is about 1e-6
@@ -107,11 +109,11 @@ def draw(uniforms: jax.Array, blocks: Blocks, axis_name: str | None = None) -> T
       Token, never one of probability zero.
     """
     first, rest = uniforms[0], 2.0**-23 * uniforms[1]
-    groups = to_blocks(blocks.sums / jnp.sum(blocks.sums), fill=0.0)
+    groups = to_blocks(blocks.sums / jnp.sum(blocks.sums), block=_GROUP, fill=0.0)
     group, first = _choose(first, rest, jnp.sum(groups, axis=1))
     within, first = _choose(first, rest, groups[group])
-    block = group * BLOCK + within
-    entries = _entries(blocks, block, axis_name)
+    block = group * _GROUP + within
+    (entries,) = _entries(blocks, block[None], axis_name)
     place, _ = _choose(first, rest, jnp.exp(_normalised(blocks, entries)))
     return _token(blocks, block, entries, place)
 
@@ -136,7 +138,7 @@ def _token(blocks: Blocks, block: jax.Array, entries: jax.Array, within: jax.Arr
 def most_probable(blocks: Blocks, axis_name: str | None = None) -> Token:
     """The token with the largest logit, of equal ones the first."""
     block = jnp.argmax(blocks.maxima)
-    entries = _entries(blocks, block, axis_name)
+    (entries,) = _entries(blocks, block[None], axis_name)
     return _token(blocks, block, entries, jnp.argmax(entries))
 
 
