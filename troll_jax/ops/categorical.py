@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from troll_jax.ops.collectives import all_gather, axis_index, pmax
 from troll_jax.ops.top_k import BLOCK, best_blocks, to_blocks
 from troll_jax.ops.top_k import top_k as largest_k
+from troll_jax.sharding import platform
 
 
 def entropy(log_probs: jax.Array) -> jax.Array:
@@ -39,7 +40,7 @@ class Blocks(NamedTuple):
 
 
 def summarise(logits: jax.Array, axis_name: str | None = None) -> Blocks:
-    """Two passes over logits, of which at least one is above −inf: for the maxima, and for the sums.
+    """One pass over logits, of which at least one is above −inf; on a CPU two.
 
     Args:
       logits: [V]; or a device's part of them, all of the same size.
@@ -48,23 +49,41 @@ def summarise(logits: jax.Array, axis_name: str | None = None) -> Blocks:
     first = axis_index(axis_name) * logits.size
     blocks = to_blocks(logits)
     tokens = first + BLOCK * jnp.arange(len(blocks), dtype=jnp.int32)
-    # Left to itself XLA takes the maximum of all in a pass of its own over the logits, and not from these.
-    maxima = jax.lax.optimization_barrier(jnp.max(blocks, axis=1))
-    lowest = jnp.finfo(blocks.dtype).min
-    # Relative to the maximum of their block, so that one pass gives both sums.
-    centred = blocks - jnp.maximum(maxima, lowest)[:, None]
-    weights = jnp.exp(centred)
-    # Σ w (x − maximum), with 0 · −inf = 0.
-    sums, moments = jnp.sum(weights, axis=1), jnp.sum(weights * jnp.maximum(centred, lowest), axis=1)
-    tokens, maxima, sums, moments = (all_gather(x, axis_name) for x in (tokens, maxima, sums, moments))
+    sums = _in_two_passes(blocks) if platform() == 'cpu' else _in_one_pass(blocks)
+    tokens, maxima, *sums = (all_gather(x, axis_name) for x in (tokens, *sums))
     highest = jnp.max(maxima)
-    below = maxima - highest
-    scales = jnp.exp(below)
-    moment = jnp.sum(scales * (moments + sums * jnp.maximum(below, lowest)))
-    sums = scales * sums
+    sums, moments = _relative_to(highest, maxima, *sums)
     total = jnp.sum(sums)
     log_sum = jnp.log(total)
-    return Blocks(blocks, tokens, maxima, sums, highest, log_sum, log_sum - moment / total)
+    return Blocks(blocks, tokens, maxima, sums, highest, log_sum, log_sum - jnp.sum(moments) / total)
+
+
+def _relative_to(maximum, other, total, moment) -> tuple[jax.Array, jax.Array]:
+    """Σ w and Σ w (logit − maximum) of logits, w = exp(logit − maximum), from the same sums with another maximum."""
+    lowest = jnp.finfo(other.dtype).min
+    below = other - jnp.maximum(maximum, lowest)
+    scale = jnp.exp(below)
+    return scale * total, scale * (moment + total * jnp.maximum(below, lowest))  # with 0 · −inf = 0
+
+
+def _in_two_passes(blocks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each block [n] the maximum, and with it Σ w and Σ w (logit − maximum)."""
+    # Left to itself XLA takes the maximum of all in a pass of its own over the logits, and not from these.
+    maxima = jax.lax.optimization_barrier(jnp.max(blocks, axis=1))
+    weights, moments = _relative_to(maxima[:, None], blocks, 1.0, 0.0)
+    return maxima, jnp.sum(weights, axis=1), jnp.sum(moments, axis=1)
+
+
+def _in_one_pass(blocks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same by joining parts of a block. That takes two exponentials per logit, too many for a CPU."""
+
+    def join(a, b):
+        maximum = jnp.maximum(a[0], b[0])
+        return maximum, *jax.tree.map(jnp.add, _relative_to(maximum, *a), _relative_to(maximum, *b))
+
+    parts = blocks, jnp.ones_like(blocks), jnp.zeros_like(blocks)
+    zero = jnp.zeros((), blocks.dtype)
+    return tuple(jax.lax.reduce(parts, (zero - jnp.inf, zero, zero), join, (1,)))
 
 
 def _normalised(blocks: Blocks, logits: jax.Array) -> jax.Array:
