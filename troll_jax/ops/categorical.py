@@ -60,10 +60,10 @@ def summarise(logits: jax.Array, axis_name: str | None = None) -> Blocks:
 
 def _relative_to(maximum, other, total, moment) -> tuple[jax.Array, jax.Array]:
     """Σ w and Σ w (logit − maximum) of logits, w = exp(logit − maximum), from the same sums with another maximum."""
-    lowest = jnp.finfo(other.dtype).min
-    below = other - jnp.maximum(maximum, lowest)
+    # Of −inf alone the maximum is −inf as well. From −10⁶ on w is zero, and 0 · −inf would not be.
+    below = jnp.maximum(other - jnp.maximum(maximum, jnp.finfo(other.dtype).min), -1e6)
     scale = jnp.exp(below)
-    return scale * total, scale * (moment + total * jnp.maximum(below, lowest))  # with 0 · −inf = 0
+    return scale * total, scale * (moment + total * below)
 
 
 def _in_two_passes(blocks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
