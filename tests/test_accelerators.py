@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import pytest
 from tiny import CUDNN, decoder_config
 
-from experiments.studies.program_cost import compile_program, describe, sub_jaxprs
+from experiments.studies.program_cost import compile_program, describe, program_cost, sub_jaxprs
 from troll_jax.critic import Critic
 from troll_jax.learn import Learner
 from troll_jax.models.attention import cudnn_attention
 from troll_jax.models.layers import COMPUTE_DTYPES
+from troll_jax.ops import categorical
 from troll_jax.ops.advantages import gae
 from troll_jax.ops.aggregation import token_mean
 from troll_jax.ops.losses import ppo_clip, troll
 from troll_jax.ops.regularisers import kl_to_reference
 from troll_jax.ops.support import default_tail
+from troll_jax.ops.top_k import SORTED_AT_ONCE
 from troll_jax.optimizer import adamw, apply_gradients, state_shapes
 from troll_jax.rollout import Sampler
 from troll_jax.settings import Compute, Method, Sampling, scoring
@@ -134,6 +136,23 @@ def test_attention_by_cudnn_compiles():
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
         text = compiled(gradient, (shape(4), shape(2), shape(2), segments)).as_text()
     assert '__cudnn$fmha' in text and 'Backward' in text and 'all-gather' not in text
+
+
+def test_a_draw_reads_the_logits_once():
+    """Guards the sampler's passes over the vocabulary, and sorts of a row that take several kernels."""
+
+    def choose(uniforms, logits):
+        blocks = categorical.summarise(logits)
+        return categorical.draw(uniforms, blocks), categorical.largest(blocks, 64), blocks.entropy
+
+    mesh = make_mesh(devices=describe('h100:1')[1])
+    shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32, sharding=named_sharding(mesh, (None, None)))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = compiled(jax.jit(jax.vmap(choose)), (shape(64, 2), shape(64, 151_936))).as_text()
+    rows = [int(size) for size in re.findall(r'= \(f32\[64,(\d+)\]\S*, \S+ sort\(', text)]
+    assert rows and max(rows) <= SORTED_AT_ONCE
+    once, _ = program_cost(text)
+    assert once.bytes < 1.5 * 4 * 64 * 151_936
 
 
 def products(jaxpr, in_kernel=False):

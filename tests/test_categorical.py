@@ -142,6 +142,19 @@ def test_blocks_tell_what_the_whole_row_tells(size):
     np.testing.assert_allclose(log_probs, values, atol=1e-5)
 
 
+def test_one_pass_tells_what_two_tell():
+    """Guards what accelerators do, of which other tests see nothing on a CPU: blocks without a possible token, and of
+    the largest numbers there are."""
+    blocks = 30 + 9 * jax.random.normal(jax.random.key(4), (37, 128))
+    blocks = jnp.where(jax.random.bernoulli(jax.random.key(5), 0.3, blocks.shape), -INF, blocks)
+    huge = jnp.finfo(blocks.dtype).max
+    blocks = blocks.at[3].set(-INF).at[5, 100:].set(huge).at[7].set(-huge).at[9, 1:].set(-INF)
+    one, two = jax.jit(categorical._in_one_pass)(blocks), jax.jit(categorical._in_two_passes)(blocks)
+    np.testing.assert_array_equal(one[0], two[0])
+    for ours, theirs in zip(one[1:], two[1:], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_an_offset_of_the_logits_changes_no_digit():
     """Guards log-probabilities, and with them supports, that are rounded at the size of the logits."""
     logits = jnp.round(64 * jax.random.normal(jax.random.key(3), (7, 1009))) / 16  # sums with 96 are exact

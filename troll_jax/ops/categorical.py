@@ -1,6 +1,6 @@
 """Categorical distributions over a whole vocabulary: draws, entropy and top-k, in as few passes as possible.
 
-A row of logits is cut into blocks of 64 neighbouring tokens. Drawing, the entropy and the most probable tokens then
+A row of logits is cut into blocks of 128 neighbouring tokens. Drawing, the entropy and the most probable tokens then
 need no more than the maximum and the sum of every block, and the entries of few of them. The vocabulary may lie in
 parts on several devices, each with blocks of its own: below `jax.shard_map`, over the axis of that name, only maxima,
 sums and the few blocks travel.
@@ -11,9 +11,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from troll_jax.ops.collectives import all_gather, axis_index, pmax, psum
-from troll_jax.ops.top_k import BLOCK, to_blocks
+from troll_jax.ops.collectives import all_gather, axis_index, pmax
+from troll_jax.ops.top_k import BLOCK, best_blocks, to_blocks
 from troll_jax.ops.top_k import top_k as largest_k
+from troll_jax.sharding import platform
 
 
 def entropy(log_probs: jax.Array) -> jax.Array:
@@ -29,7 +30,7 @@ def total_variation(log_p: jax.Array, log_q: jax.Array) -> jax.Array:
 class Blocks(NamedTuple):
     """A row of logits in n blocks. On several devices each holds the entries of its own n' of them."""
 
-    logits: jax.Array  # [n', 64], past the end of a part −inf
+    logits: jax.Array  # [n', 128], past the end of a part −inf
     tokens: jax.Array  # [n] int32, the first token of each
     maxima: jax.Array  # [n]
     sums: jax.Array  # [n], Σ exp(logit − largest of all)
@@ -39,7 +40,7 @@ class Blocks(NamedTuple):
 
 
 def summarise(logits: jax.Array, axis_name: str | None = None) -> Blocks:
-    """Two passes over logits, of which at least one is above −inf: for the maxima, and for the sums.
+    """One pass over logits, of which at least one is above −inf; on a CPU two.
 
     Args:
       logits: [V]; or a device's part of them, all of the same size.
@@ -47,17 +48,42 @@ def summarise(logits: jax.Array, axis_name: str | None = None) -> Blocks:
     """
     first = axis_index(axis_name) * logits.size
     blocks = to_blocks(logits)
-    maxima = all_gather(jnp.max(blocks, axis=1), axis_name)
+    tokens = first + BLOCK * jnp.arange(len(blocks), dtype=jnp.int32)
+    sums = _in_two_passes(blocks) if platform() == 'cpu' else _in_one_pass(blocks)
+    tokens, maxima, *sums = (all_gather(x, axis_name) for x in (tokens, *sums))
     highest = jnp.max(maxima)
-    centred = blocks - highest
-    weights = jnp.exp(centred)
-    sums = all_gather(jnp.sum(weights, axis=1), axis_name)
-    # Σ w (x − highest), with 0 · −inf = 0.
-    moment = psum(jnp.sum(weights * jnp.maximum(centred, jnp.finfo(centred.dtype).min)), axis_name)
+    sums, moments = _relative_to(highest, maxima, *sums)
     total = jnp.sum(sums)
-    tokens = all_gather(first + BLOCK * jnp.arange(len(blocks), dtype=jnp.int32), axis_name)
     log_sum = jnp.log(total)
-    return Blocks(blocks, tokens, maxima, sums, highest, log_sum, log_sum - moment / total)
+    return Blocks(blocks, tokens, maxima, sums, highest, log_sum, log_sum - jnp.sum(moments) / total)
+
+
+def _relative_to(maximum, other, total, moment) -> tuple[jax.Array, jax.Array]:
+    """Σ w and Σ w (logit − maximum) of logits, w = exp(logit − maximum), from the same sums with another maximum."""
+    # Of −inf alone the maximum is −inf as well. From −10⁶ on w is zero, and 0 · −inf would not be.
+    below = jnp.maximum(other - jnp.maximum(maximum, jnp.finfo(other.dtype).min), -1e6)
+    scale = jnp.exp(below)
+    return scale * total, scale * (moment + total * below)
+
+
+def _in_two_passes(blocks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Of each block [n] the maximum, and with it Σ w and Σ w (logit − maximum)."""
+    # Left to itself XLA takes the maximum of all in a pass of its own over the logits, and not from these.
+    maxima = jax.lax.optimization_barrier(jnp.max(blocks, axis=1))
+    weights, moments = _relative_to(maxima[:, None], blocks, 1.0, 0.0)
+    return maxima, jnp.sum(weights, axis=1), jnp.sum(moments, axis=1)
+
+
+def _in_one_pass(blocks: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same by joining parts of a block. That takes two exponentials per logit, too many for a CPU."""
+
+    def join(a, b):
+        maximum = jnp.maximum(a[0], b[0])
+        return maximum, *jax.tree.map(jnp.add, _relative_to(maximum, *a), _relative_to(maximum, *b))
+
+    parts = blocks, jnp.ones_like(blocks), jnp.zeros_like(blocks)
+    zero = jnp.zeros((), blocks.dtype)
+    return tuple(jax.lax.reduce(parts, (zero - jnp.inf, zero, zero), join, (1,)))
 
 
 def _normalised(blocks: Blocks, logits: jax.Array) -> jax.Array:
@@ -66,12 +92,12 @@ def _normalised(blocks: Blocks, logits: jax.Array) -> jax.Array:
 
 
 def _entries(blocks: Blocks, index: jax.Array, axis_name: str | None) -> jax.Array:
-    """The logits [..., 64] of some blocks [...]."""
+    """The logits [m, 128] of some blocks [m]."""
     if axis_name is None:
         return blocks.logits[index]
     local = index - axis_index(axis_name) * len(blocks.logits)
     here = (local >= 0) & (local < len(blocks.logits))
-    return pmax(jnp.where(here[..., None], blocks.logits[jnp.where(here, local, 0)], -jnp.inf), axis_name)
+    return pmax(jnp.where(here[:, None], blocks.logits[jnp.where(here, local, 0)], -jnp.inf), axis_name)
 
 
 class Token(NamedTuple):
@@ -84,9 +110,11 @@ class Token(NamedTuple):
 UNIFORMS = 2
 """Random numbers of a draw: the second one continues the first, which has 23 bits."""
 
+_GROUP = 32  # blocks
+
 
 def draw(uniforms: jax.Array, blocks: Blocks, axis_name: str | None = None) -> Token:
-    """Draws a token by inverting the cumulative distribution: first of 64 blocks at a time, of these, of one's entries.
+    """Draws a token by inverting the cumulative distribution: first of 32 blocks at a time, of these, of one's entries.
 
     Two random numbers per draw instead of one per entry, and no cumulative sum over the vocabulary. Each stage goes on
     with what is left of the number, whose digits are not lost in sums of one. What the first sum rounds is about 1e-6
@@ -100,11 +128,11 @@ def draw(uniforms: jax.Array, blocks: Blocks, axis_name: str | None = None) -> T
       Token, never one of probability zero.
     """
     first, rest = uniforms[0], 2.0**-23 * uniforms[1]
-    groups = to_blocks(blocks.sums / jnp.sum(blocks.sums), fill=0.0)
+    groups = to_blocks(blocks.sums / jnp.sum(blocks.sums), block=_GROUP, fill=0.0)
     group, first = _choose(first, rest, jnp.sum(groups, axis=1))
     within, first = _choose(first, rest, groups[group])
-    block = group * BLOCK + within
-    entries = _entries(blocks, block, axis_name)
+    block = group * _GROUP + within
+    (entries,) = _entries(blocks, block[None], axis_name)
     place, _ = _choose(first, rest, jnp.exp(_normalised(blocks, entries)))
     return _token(blocks, block, entries, place)
 
@@ -115,10 +143,10 @@ def _choose(first: jax.Array, rest: jax.Array, weights: jax.Array) -> tuple[jax.
     The entries of a parallel sum are rounded apart from each other: it may rise a little where nothing is added, and
     the target may be the sum itself. So it is the first possible entry above the target, or the last possible one.
     """
-    cumulative, possible = jnp.cumsum(weights), weights > 0
-    above = possible & (cumulative > first + rest)
-    last = possible.size - 1 - jnp.argmax(possible[::-1])
-    index = jnp.where(jnp.any(above), jnp.argmax(above), last)
+    cumulative, possible, index = jnp.cumsum(weights), weights > 0, jnp.arange(weights.size)
+    above = jnp.min(jnp.where(possible & (cumulative > first + rest), index, weights.size))
+    last = jnp.max(jnp.where(possible, index, 0))
+    index = jnp.minimum(above, last)
     return index, first - jnp.where(index > 0, cumulative[index - 1], 0.0)
 
 
@@ -129,7 +157,7 @@ def _token(blocks: Blocks, block: jax.Array, entries: jax.Array, within: jax.Arr
 def most_probable(blocks: Blocks, axis_name: str | None = None) -> Token:
     """The token with the largest logit, of equal ones the first."""
     block = jnp.argmax(blocks.maxima)
-    entries = _entries(blocks, block, axis_name)
+    (entries,) = _entries(blocks, block[None], axis_name)
     return _token(blocks, block, entries, jnp.argmax(entries))
 
 
@@ -138,10 +166,8 @@ def largest(blocks: Blocks, k: int, axis_name: str | None = None) -> tuple[jax.A
 
     They lie in the k blocks with the largest maxima. Impossible tokens, and those past the vocabulary, are −1 and −inf.
     """
-    count = len(blocks.maxima)
-    # In the order of the vocabulary, for ties.
-    best = jnp.arange(count) if k >= count else jnp.sort(jax.lax.top_k(blocks.maxima, k)[1])
-    logits, places = jax.lax.top_k(_entries(blocks, best, axis_name).reshape(-1), k)
+    best = best_blocks(blocks.maxima, k)
+    logits, places = largest_k(_entries(blocks, best, axis_name).reshape(-1), k, block=BLOCK // 8)
     tokens = blocks.tokens[best[places // BLOCK]] + places % BLOCK
     return jnp.where(logits > -jnp.inf, tokens, -1), _normalised(blocks, logits)
 
