@@ -32,8 +32,10 @@ from troll_jax.settings import Compute, Method, Run, Sampling, check_together
 from troll_jax.types import TrainState
 
 
-def train(experiment: Experiment, sampling: Sampling, method: Method, compute: Compute, run: Run) -> None:
+def train(experiment: Experiment, sampling: Sampling, method: Method, compute: Compute, run: Run) -> bool:
     """Repeats: sample and grade responses, score them, assign advantages, update minibatch by minibatch.
+
+    Returns False if a signal has interrupted it.
 
     Args:
       experiment: model, task, lengths and validation sets.
@@ -96,6 +98,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
             if method.old_policy == 'rollout':
                 warn_of_noise(row)
             training.record(step, state, row, updates)
+    return not training.interrupted
 
 
 def training_step(
