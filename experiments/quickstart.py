@@ -29,7 +29,7 @@ from troll_jax.metrics import read_metrics
 
 METHODS = ('troll', 'clip')
 SAMPLES = 8  # per held-out problem
-SETTINGS_OF_RUNS = {
+RUNS = {  # the ending of the runs' names
     '': ('8 updates per rollout batch, learning rate 2e-4', ['Run.steps = 24', 'Run.evaluate_every = 8']),
     '_stale': (
         '32 updates per rollout batch, learning rate 1e-3',
@@ -39,20 +39,27 @@ SETTINGS_OF_RUNS = {
 
 
 def share_programs(platform: str | None) -> None:
-    """Keeps what is compiled in `.jax_cache` for the next run, and names the platform, unless the environment does."""
+    """Keeps what is compiled in `.jax_cache`, for later runs; chooses a platform. Environment variables win."""
     config = jax.config
     config.update('jax_platforms', config.jax_platforms or platform)
     config.update('jax_compilation_cache_dir', config.jax_compilation_cache_dir or os.path.abspath('.jax_cache'))
     config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
-def evaluate(run_dir: Path, step: int) -> dict:
+def evaluate(run_dir: Path, step: int, slots: int | None) -> dict:
     config = Config([run_dir / 'config.gin'], commands=[evaluation])
-    return config.function(evaluation, str(run_dir), config)(step=step, samples_per_prompt=SAMPLES)['test']
+    command = config.function(evaluation, str(run_dir), config)
+    return command(step=step, samples_per_prompt=SAMPLES, slots=slots)['test']
 
 
 def train_and_evaluate(
-    folder: Path, method: str, name: str, files: Sequence[str], bindings: Sequence[str], before: dict | None = None
+    folder: Path,
+    method: str,
+    name: str,
+    files: Sequence[str],
+    bindings: Sequence[str],
+    before: dict | None = None,
+    slots: int | None = None,
 ) -> tuple[dict, dict, list[dict]]:
     """Trains a run `name` in a folder.
 
@@ -62,6 +69,7 @@ def train_and_evaluate(
       name: name of the run.
       files, bindings: its other settings.
       before: evaluation of the start model; None: it is made.
+      slots: decode slots of the evaluation; None: as many as in training.
 
     Returns:
       Its part of `summary.json`, the evaluation of the start model, and the metrics of all steps.
@@ -69,15 +77,15 @@ def train_and_evaluate(
     run_dir = folder / name
     shutil.rmtree(run_dir, ignore_errors=True)
     files = [*files, f'configs/objectives/{method}.gin']
-    print(f'\n{run_dir}', flush=True)
+    print(f'\ntraining {run_dir}', flush=True)
     start = time.perf_counter()
     config = Config(files, [f"Run.folder = '{run_dir}'", *bindings])
     if not train(*map(config.build, SETTINGS)):
         raise KeyboardInterrupt
     seconds = time.perf_counter() - start
     rows = read_metrics(run_dir / 'metrics.jsonl')
-    before = before or evaluate(run_dir, 0)
-    after = evaluate(run_dir, rows[-1]['step'])
+    before = before or evaluate(run_dir, 0, slots)
+    after = evaluate(run_dir, rows[-1]['step'], slots)
     summary = {
         'success_before': before['success']['mean'],
         'success_after': after['success']['mean'],
@@ -97,11 +105,11 @@ def quickstart(folder: Path, seed: int) -> dict[str, dict]:
     start = time.perf_counter()
     model = folder / 'model'
     shutil.rmtree(model, ignore_errors=True)
-    print(model, flush=True)
+    print(f'making {model}', flush=True)
     bindings = [f"warm_start.folder = '{model}'", f'warm_start.seed = {seed}']
     Config(['configs/arithmetic_model.gin'], bindings, [warm_start]).function(warm_start)()
     summary, groups, before = {}, {}, None
-    for ending, (title, bindings) in SETTINGS_OF_RUNS.items():
+    for ending, (title, bindings) in RUNS.items():
         groups[title] = {}
         for method in METHODS:
             summary[method + ending], before, groups[title][method] = train_and_evaluate(
@@ -111,6 +119,7 @@ def quickstart(folder: Path, seed: int) -> dict[str, dict]:
                 ['configs/quickstart.gin'],
                 [f"Experiment.model = '{model}'", f'Sampling.seed = {seed}', *bindings],
                 before,
+                slots=512,  # one program for all
             )
     (folder / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
     draw_runs(groups, [PANELS[0], PANELS[2]]).savefig(folder / 'curves.png', dpi=110)

@@ -63,9 +63,10 @@ def command_line(description: str, name: str, help: str) -> argparse.ArgumentPar
 
 
 def start_log(level: int = logging.INFO) -> None:
+    """Turns on the log."""
     # Force: libraries have set up logging of their own when they were imported, and nothing of ours would be seen.
     logging.basicConfig(level=level, format='%(levelname)s %(name)s: %(message)s', force=True)
-    logging.getLogger('absl').setLevel(logging.WARNING)  # in which Orbax tells of every array
+    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns that checkpoints that are only read are only read
 
 
 def begin(arguments: argparse.Namespace, level: int = logging.INFO) -> None:
