@@ -35,14 +35,15 @@ from troll_jax.types import TrainState
 def train(experiment: Experiment, sampling: Sampling, method: Method, compute: Compute, run: Run) -> bool:
     """Repeats: sample and grade responses, score them, assign advantages, update minibatch by minibatch.
 
-    Returns False if a signal has interrupted it.
-
     Args:
       experiment: model, task, lengths and validation sets.
       sampling: prompts per step, samples per prompt, temperature, seed, and the support that is recorded.
       method: rewards, advantages, loss, regularisers, critic, optimizer and minibatch size.
       compute: mesh, kernels and memory budgets.
       run: folder, number of steps, evaluation, checkpoints and logging.
+
+    Returns:
+      False if a signal has interrupted it.
 
     Raises:
       ValueError: settings that contradict each other, before any weight is loaded.
