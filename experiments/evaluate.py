@@ -230,7 +230,6 @@ def main() -> None:
     parser.add_argument('--step', type=int, help='of the checkpoint; the latest by default')
     arguments = parser.parse_intermixed_args()
     begin(arguments, level=logging.WARNING)
-    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns that checkpoints that are only read are only read
     logging.getLogger('experiments').setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
     (source, *files), bindings = files_and_bindings(arguments)
     found = find_source(source)

@@ -11,21 +11,25 @@ problems. Prints the results as a table, and writes `summary.json` and `curves.p
 import argparse
 import json
 import os
-import shlex
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
+from experiments.evaluate import evaluation
 from experiments.plot import PANELS, draw_runs
-from experiments.plumbing.command import run_command
+from experiments.plumbing.command import run_command, start_log
+from experiments.plumbing.gin_files import Config
+from experiments.plumbing.names import SETTINGS
+from experiments.train import train
+from experiments.warm_start import warm_start
 from troll_jax.metrics import read_metrics
 
 METHODS = ('troll', 'clip')
 SAMPLES = 8  # per held-out problem
-SETTINGS = {
+RUNS = {  # the ending of the runs' names
     '': ('8 updates per rollout batch, learning rate 2e-4', ['Run.steps = 24', 'Run.evaluate_every = 8']),
     '_stale': (
         '32 updates per rollout batch, learning rate 1e-3',
@@ -34,25 +38,28 @@ SETTINGS = {
 }
 
 
-def run(*command: str) -> float:
-    """Runs a module of this repository and returns the seconds it took. If it fails, this ends with its status."""
-    print(f'\n$ python -m {shlex.join(command)}', flush=True)
-    start = time.perf_counter()
-    # The commands share most of their programs; what one has compiled need not be compiled again by the next.
-    defaults = {'JAX_COMPILATION_CACHE_DIR': os.path.abspath('.jax_cache')}
-    if status := subprocess.run([sys.executable, '-m', *command], env=defaults | os.environ).returncode:
-        # Its own words are above, unless it was killed, such as for memory.
-        sys.exit(status if status > 0 else f'error: {command[0]} was killed by signal {-status}')
-    return time.perf_counter() - start
+def share_programs(platform: str | None) -> None:
+    """Keeps what is compiled in `.jax_cache`, for later runs; chooses a platform. Environment variables win."""
+    config = jax.config
+    config.update('jax_platforms', config.jax_platforms or platform)
+    config.update('jax_compilation_cache_dir', config.jax_compilation_cache_dir or os.path.abspath('.jax_cache'))
+    config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
-def evaluate(run_dir: Path, step: int) -> dict:
-    run('experiments.evaluate', str(run_dir), '--step', str(step), f'evaluation.samples_per_prompt = {SAMPLES}')
-    return json.loads((run_dir / f'evaluation_{step}_test_{SAMPLES}.json').read_text())
+def evaluate(run_dir: Path, step: int, slots: int | None) -> dict:
+    config = Config([run_dir / 'config.gin'], commands=[evaluation])
+    command = config.function(evaluation, str(run_dir), config)
+    return command(step=step, samples_per_prompt=SAMPLES, slots=slots)['test']
 
 
 def train_and_evaluate(
-    folder: Path, method: str, name: str, files: Sequence[str], bindings: Sequence[str], before: dict | None = None
+    folder: Path,
+    method: str,
+    name: str,
+    files: Sequence[str],
+    bindings: Sequence[str],
+    before: dict | None = None,
+    slots: int | None = None,
 ) -> tuple[dict, dict, list[dict]]:
     """Trains a run `name` in a folder.
 
@@ -62,6 +69,7 @@ def train_and_evaluate(
       name: name of the run.
       files, bindings: its other settings.
       before: evaluation of the start model; None: it is made.
+      slots: decode slots of the evaluation; None: as many as in training.
 
     Returns:
       Its part of `summary.json`, the evaluation of the start model, and the metrics of all steps.
@@ -69,10 +77,15 @@ def train_and_evaluate(
     run_dir = folder / name
     shutil.rmtree(run_dir, ignore_errors=True)
     files = [*files, f'configs/objectives/{method}.gin']
-    seconds = run('experiments.train', *files, f"Run.folder = '{run_dir}'", *bindings)
+    print(f'\ntraining {run_dir}', flush=True)
+    start = time.perf_counter()
+    config = Config(files, [f"Run.folder = '{run_dir}'", *bindings])
+    if not train(*map(config.build, SETTINGS)):
+        raise KeyboardInterrupt
+    seconds = time.perf_counter() - start
     rows = read_metrics(run_dir / 'metrics.jsonl')
-    before = before or evaluate(run_dir, 0)
-    after = evaluate(run_dir, rows[-1]['step'])
+    before = before or evaluate(run_dir, 0, slots)
+    after = evaluate(run_dir, rows[-1]['step'], slots)
     summary = {
         'success_before': before['success']['mean'],
         'success_after': after['success']['mean'],
@@ -88,18 +101,15 @@ def train_and_evaluate(
 
 def quickstart(folder: Path, seed: int) -> dict[str, dict]:
     """Runs the whole comparison and returns what goes into `summary.json`."""
-    os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # where the model is so small, any other device is slower
+    share_programs('cpu')  # where the model is so small, any other device is slower
     start = time.perf_counter()
     model = folder / 'model'
     shutil.rmtree(model, ignore_errors=True)
-    run(
-        'experiments.warm_start',
-        'configs/arithmetic_model.gin',
-        f"warm_start.folder = '{model}'",
-        f'warm_start.seed = {seed}',
-    )
+    print(f'making {model}', flush=True)
+    bindings = [f"warm_start.folder = '{model}'", f'warm_start.seed = {seed}']
+    Config(['configs/arithmetic_model.gin'], bindings, [warm_start]).function(warm_start)()
     summary, groups, before = {}, {}, None
-    for ending, (title, bindings) in SETTINGS.items():
+    for ending, (title, bindings) in RUNS.items():
         groups[title] = {}
         for method in METHODS:
             summary[method + ending], before, groups[title][method] = train_and_evaluate(
@@ -109,6 +119,7 @@ def quickstart(folder: Path, seed: int) -> dict[str, dict]:
                 ['configs/quickstart.gin'],
                 [f"Experiment.model = '{model}'", f'Sampling.seed = {seed}', *bindings],
                 before,
+                slots=512,  # one program for all
             )
     (folder / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
     draw_runs(groups, [PANELS[0], PANELS[2]]).savefig(folder / 'curves.png', dpi=110)
@@ -142,6 +153,7 @@ def main() -> None:
     )
     parser.add_argument('--seed', type=int, default=0, help='of the model and of the runs')
     arguments = parser.parse_args()
+    start_log()
     quickstart(arguments.folder, arguments.seed)
 
 

@@ -13,14 +13,14 @@ way with two steps.
 
 import argparse
 import json
-import os
 import shutil
 import time
 from pathlib import Path
 
+from experiments.export import export
 from experiments.plot import plot_runs
-from experiments.plumbing.command import run_command
-from experiments.quickstart import METHODS, SAMPLES, print_table, run, train_and_evaluate
+from experiments.plumbing.command import run_command, start_log
+from experiments.quickstart import METHODS, SAMPLES, print_table, share_programs, train_and_evaluate
 
 PRESETS = {
     'cpu': (['configs/smollm2.gin'], []),
@@ -33,8 +33,7 @@ SHOWN = 10  # problems in samples.md
 def smollm2(preset: str, model: str, folder: Path, seed: int) -> dict[str, dict]:
     """Runs the whole comparison and returns what goes into `summary.json`."""
     start = time.perf_counter()
-    if preset != 'gpu':
-        os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+    share_programs(None if preset == 'gpu' else 'cpu')
     files, bindings = PRESETS[preset]
     bindings = [f"Experiment.model = '{whole(model, folder)}'", f'Sampling.seed = {seed}', *bindings]
     summary, rows, before = {}, {}, None
@@ -42,7 +41,7 @@ def smollm2(preset: str, model: str, folder: Path, seed: int) -> dict[str, dict]
         summary[method], before, rows[method] = train_and_evaluate(folder, method, method, files, bindings, before)
     best = max(METHODS, key=lambda method: summary[method]['success_after'])
     shutil.rmtree(folder / 'export', ignore_errors=True)
-    run('experiments.export', str(folder / best), str(folder / 'export'))
+    export(str(folder / best), str(folder / 'export'))
     (folder / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
     (folder / 'samples.md').write_text(samples(folder, rows[METHODS[0]][-1]['step']))
     plot_runs(rows, folder / 'curves.png')
@@ -92,6 +91,7 @@ def main() -> None:
     )
     parser.add_argument('--seed', type=int, default=0, help='of both runs')
     arguments = parser.parse_args()
+    start_log()
     smollm2(arguments.preset, arguments.model, arguments.folder, arguments.seed)
 
 

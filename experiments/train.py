@@ -32,7 +32,7 @@ from troll_jax.settings import Compute, Method, Run, Sampling, check_together
 from troll_jax.types import TrainState
 
 
-def train(experiment: Experiment, sampling: Sampling, method: Method, compute: Compute, run: Run) -> None:
+def train(experiment: Experiment, sampling: Sampling, method: Method, compute: Compute, run: Run) -> bool:
     """Repeats: sample and grade responses, score them, assign advantages, update minibatch by minibatch.
 
     Args:
@@ -41,6 +41,9 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
       method: rewards, advantages, loss, regularisers, critic, optimizer and minibatch size.
       compute: mesh, kernels and memory budgets.
       run: folder, number of steps, evaluation, checkpoints and logging.
+
+    Returns:
+      False if a signal has interrupted it.
 
     Raises:
       ValueError: settings that contradict each other, before any weight is loaded.
@@ -95,6 +98,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
             if method.old_policy == 'rollout':
                 warn_of_noise(row)
             training.record(step, state, row, updates)
+    return not training.interrupted
 
 
 def training_step(

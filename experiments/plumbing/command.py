@@ -62,15 +62,20 @@ def command_line(description: str, name: str, help: str) -> argparse.ArgumentPar
     return parser
 
 
+def start_log(level: int = logging.INFO) -> None:
+    """Turns on the log."""
+    # Force: libraries have set up logging of their own when they were imported, and nothing of ours would be seen.
+    logging.basicConfig(level=level, format='%(levelname)s %(name)s: %(message)s', force=True)
+    logging.getLogger('absl').setLevel(logging.ERROR)  # Orbax warns that checkpoints that are only read are only read
+
+
 def begin(arguments: argparse.Namespace, level: int = logging.INFO) -> None:
     """Turns on the log and joins the other processes. Comes before anything that asks JAX for its devices.
 
     Raises:
       ValueError: where the other processes are is not known.
     """
-    # Force: libraries have set up logging of their own when they were imported, and nothing of ours would be seen.
-    logging.basicConfig(level=level, format='%(levelname)s %(name)s: %(message)s', force=True)
-    logging.getLogger('absl').setLevel(logging.WARNING)  # in which Orbax tells of every array
+    start_log(level)
     where = (arguments.coordinator, arguments.num_processes, arguments.process_id)
     if not arguments.distributed and where == (None, None, None):
         return

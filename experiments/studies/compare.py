@@ -16,10 +16,10 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from experiments import quickstart
 from experiments.evaluate import summarise
 from experiments.plumbing.gin_files import Config
 from experiments.train import training_step
+from experiments.warm_start import warm_start
 from troll_jax.collect import make_collector
 from troll_jax.evaluate import Estimate, evaluate, over_seeds
 from troll_jax.experiment import Experiment
@@ -210,7 +210,7 @@ def run_all(suite: Suite, folder: Path, methods: Sequence[str], seeds: int) -> N
     config = Config([suite.task])
     experiment, sampling, compute = (config.build(kind) for kind in (Experiment, Sampling, Compute))
     if experiment.model == 'runs/quickstart/model' and not Path(experiment.model).exists():
-        quickstart.run('experiments.warm_start', 'configs/arithmetic_model.gin')
+        Config(['configs/arithmetic_model.gin'], commands=[warm_start]).function(warm_start)()
     with compute.grader(experiment.task) as grader:
         bench = Bench(suite, experiment, sampling, compute, grader)
         learner = cache(bench.learner)
