@@ -243,7 +243,7 @@ def test_steps_of_a_call_change_nothing(steps):
     assert result.stats.steps % min(steps, RESPONSE) == 0
 
 
-LONG, ROOM = 40, 120  # tokens: a prompt of several pages, and a response of several
+LONG, ROOM = 40, 250  # tokens: a prompt of several pages, and a response of several
 
 
 @functools.cache
@@ -271,7 +271,7 @@ def long_rollout(steps: int = 1, cache_gb: float | None = None, slots: int | Non
         return run(params, Prompts(tokens, lengths), keys_of(8), limits)
 
 
-@pytest.mark.parametrize(('steps', 'devices'), [(1, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize(('steps', 'devices'), [(1, 1), (4, 2)])
 def test_responses_do_not_depend_on_the_memory(steps, devices):
     """Guards eviction: pages that two sequences write, prompts that are gone when they are needed again, tokens that a
     prefill puts elsewhere. The cache has a quarter of the pages that all sequences take together."""
@@ -286,7 +286,7 @@ def test_responses_do_not_depend_on_the_memory(steps, devices):
 
 def test_cache_that_is_too_small_is_refused():
     """Guards a rollout that would wait for pages forever."""
-    with pytest.raises(ValueError, match=r'0\.00 GB .* prompt of 40 tokens with a response of 120 takes 0\.00'):
+    with pytest.raises(ValueError, match=r'0\.00 GB .* prompt of 40 tokens with a response of 250 takes 0\.00'):
         long_rollout(cache_gb=1e-6)
 
 
