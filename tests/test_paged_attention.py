@@ -133,31 +133,32 @@ def no_cache():
 @pytest.mark.usefixtures('no_cache')
 def test_what_is_compiled_for_decoding(topology, tensor, heads, kv_heads, head_dim, implementation, launches):
     """Guards a pool that is copied or transposed, a loop over slots, collectives, and many small kernels per layer."""
-    steps, slots = 4, 64
+    steps, slots = 16, 64
     config = SimpleNamespace(kv_heads=kv_heads, head_dim=head_dim, compute_dtype='bfloat16')
     mesh = make_mesh(1, -1, tensor, devices=describe(topology)[1])
 
-    def decode(pool, q, k, v, table, positions):
+    def decode(pool, q, k, v, table, positions, source, target):
         def step(carry, _):
             pool, q, positions = carry
             k_new, v_new = (x + positions[:, :, None, None].astype(x.dtype) for x in (k, v))
             mixed, pool = paged_attention(q, k_new, v_new, pool, table, positions, implementation=implementation)
             return (pool, mixed, positions + 1), None
 
+        pool = copy_pages(pool, source, target, implementation=implementation)
         return jax.lax.scan(step, (pool, q, positions), length=steps)[0]
 
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         shards = axis_size('batch')
-        array = lambda axes, dtype, *shape: jax.ShapeDtypeStruct(
-            (shape[0] * shards, *shape[1:]), dtype, sharding=named_sharding(mesh, axes)
+        array = lambda shape, axes, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
+            shape, dtype, sharding=named_sharding(mesh, axes)
         )
-        of_heads = lambda name, count: array(('batch', None, name, None), jnp.bfloat16, slots, 1, count, head_dim)
-        integers = lambda *shape: array(('batch', None), jnp.int32, *shape)
+        of_heads = lambda name, count: array((slots * shards, 1, count, head_dim), ('batch', None, name, None))
+        tables = [array((slots * shards, width), ('batch', None), jnp.int32) for width in (16, 1)]
+        pages = [array((slots * shards,), ('batch',), jnp.int32)] * 2
         pool = jax.eval_shape(lambda: init_pool(config, 1000 * shards, 32, implementation))
-        shardings = [named_sharding(mesh, axes) for axes in IMPLEMENTATIONS[implementation].axes]
-        pool = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=y) for x, y in zip(pool, shardings, strict=True))
-        kv, tables = of_heads('kv_heads', kv_heads), (integers(slots, 16), integers(slots, 1))
-        program = jax.jit(decode, donate_argnums=0).trace(pool, of_heads('heads', heads), kv, kv, *tables)
+        pool = tuple(array(x.shape, axes) for x, axes in zip(pool, IMPLEMENTATIONS[implementation].axes, strict=True))
+        q, k = of_heads('heads', heads), of_heads('kv_heads', kv_heads)
+        program = jax.jit(decode, donate_argnums=0).trace(pool, q, k, k, *tables, *pages)
         text = compile_program(program).as_text()
     size = math.prod(pool[0].sharding.shard_shape(pool[0].shape))
     moved = re.findall(r'= \w+\[([\d,]+)\]\S* (?:copy|transpose|copy-start)\(', text)

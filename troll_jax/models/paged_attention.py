@@ -22,7 +22,7 @@ PAGE_SIZE = 32  # tokens: on CPUs measured to be fast, on accelerators several p
 _TILE = 16  # XLA: sequences that attend at a time, as measured on a CPU
 _BLOCK_TOKENS = 128  # Triton and ragged: keys that are multiplied at a time
 _SPLIT_TOKENS, _SPLITS = 1024, 8  # Triton: a longer block table is read in parts, by as many programs
-_IN_FLIGHT = 32  # ragged: DMAs at a time
+_IN_FLIGHT = 32  # ragged: rows that are being written at a time
 _NOTHING = float(jnp.finfo(jnp.float32).min)  # the logit of a key that is not seen
 _AXES = {'n': 'batch', 'p': None, 'k': 'kv_heads', 'c': 'kv_heads', 'f': None}
 
@@ -52,7 +52,14 @@ def best_paged_implementation(device: jax.Device, compute_dtype: str, head_dim: 
 
 
 def init_pool(config, pages: int, page_size: int, implementation: str) -> Pool:
-    """Zeros for `pages` pages, those of all shards together, of `page_size` tokens each."""
+    """Zeros for one layer.
+
+    Args:
+      config: a decoder's configuration.
+      pages: number of pages of all shards together.
+      page_size: tokens of a page, see `PAGE_SIZE`.
+      implementation: one of `IMPLEMENTATIONS`.
+    """
     kind, devices = IMPLEMENTATIONS[implementation], axis_size('kv_heads')
     kv_heads, head_dim = kind.padded(config.kv_heads // devices, config.head_dim)
     sizes = {'n': pages, 'p': page_size, 'k': devices * kv_heads, 'c': devices * kv_heads * 2, 'f': head_dim}
@@ -150,7 +157,7 @@ def _attend_xla(q, pool: Pool, block_table, positions, *, kv_heads: int) -> jax.
 
 
 def _read(pool: jax.Array, source: jax.Array) -> jax.Array:
-    # A compiler that reads while it writes copies the pool first.
+    """pool[source], read before anything is written: a compiler that does both at a time copies the pool first."""
     return jax.lax.optimization_barrier(pool.at[source].get(mode='clip'))
 
 
@@ -162,7 +169,7 @@ def _copy_xla(pool: Pool, source, target) -> Pool:
 
 
 def _put(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """pool[k, at[i]] = new[i, k] for at[i] in range. Flat, as a scatter to the first axis alone moves no pool."""
+    """pool[k, at[i]] = new[i, k] for at[i] in range. A scatter to another axis would transpose the pool."""
     heads, rows = pool.shape[:2]
     index = jnp.where((at < rows)[:, None], jnp.arange(heads)[None] * rows + at[:, None], heads * rows).reshape(-1)
     new = new.astype(pool.dtype).reshape(-1, *pool.shape[2:])
@@ -275,7 +282,7 @@ def _attend_ragged(q, pool: Pool, block_table, positions, *, kv_heads: int) -> j
 
 
 def _copy_ragged(pool: Pool, source, target) -> Pool:
-    return tuple(_put_rows(x, x[source], target) for x in pool)
+    return tuple(_put_rows(x, x.at[source].get(mode='clip'), target) for x in pool)
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
