@@ -22,7 +22,7 @@ PAGE_SIZE = 32  # tokens: on CPUs measured to be fast, on accelerators several p
 _TILE = 16  # XLA: sequences that attend at a time, as measured on a CPU
 _BLOCK_TOKENS = 128  # Triton and ragged: keys that are multiplied at a time
 _SPLIT_TOKENS, _SPLITS = 1024, 8  # Triton: a longer block table is read in parts, by as many programs
-_IN_FLIGHT = 32  # ragged: DMAs at a time
+_IN_FLIGHT = 32  # ragged: rows that are being written at a time
 _NOTHING = float(jnp.finfo(jnp.float32).min)  # the logit of a key that is not seen
 _AXES = {'n': 'batch', 'p': None, 'k': 'kv_heads', 'c': 'kv_heads', 'f': None}
 
@@ -33,7 +33,6 @@ class Implementation(NamedTuple):
     layout: tuple[str, ...]  # of each array of a pool: n pages, p tokens, k KV heads, f head_dim, c keys and values
     write: Callable[..., Pool]  # (pool, k, v [N, KH, F], page, offset [N]); page NP: nothing
     attend: Callable[..., jax.Array]  # (q, pool, block_table, positions, kv_heads) → mixed
-    copy: Callable[..., Pool]  # (pool, source, target)
     padded: Callable[[int, int], tuple[int, int]] = lambda *sizes: sizes  # KH and F of one device as they are kept
 
     @property
@@ -52,11 +51,20 @@ def best_paged_implementation(device: jax.Device, compute_dtype: str, head_dim: 
 
 
 def init_pool(config, pages: int, page_size: int, implementation: str) -> Pool:
-    """Zeros for `pages` pages, those of all shards together, of `page_size` tokens each."""
+    """Zeros for one layer.
+
+    Args:
+      config: a decoder's configuration.
+      pages: number of pages of all shards together.
+      page_size: tokens of a page, see `PAGE_SIZE`.
+      implementation: one of `IMPLEMENTATIONS`.
+    """
     kind, devices = IMPLEMENTATIONS[implementation], axis_size('kv_heads')
     kv_heads, head_dim = kind.padded(config.kv_heads // devices, config.head_dim)
     sizes = {'n': pages, 'p': page_size, 'k': devices * kv_heads, 'c': devices * kv_heads * 2, 'f': head_dim}
-    zeros = (jnp.zeros([sizes[name] for name in order], config.compute_dtype) for order in kind.layout)
+    # To write a token to bfloat16, XLA on a CPU would convert the whole pool.
+    dtype = 'float32' if implementation == 'xla' and platform() == 'cpu' else config.compute_dtype
+    zeros = (jnp.zeros([sizes[name] for name in order], dtype) for order in kind.layout)
     return tuple(constrain(x, *axes) for x, axes in zip(zeros, kind.axes, strict=True))
 
 
@@ -104,7 +112,14 @@ def write_and_attend(kind: Implementation, q, k, v, pool: Pool, block_table, pos
 def copy_pages(pool: Pool, source: jax.Array, target: jax.Array, *, implementation: str) -> Pool:
     """Copies page `source` to page `target`, [S] int32 each, ids within a shard; to a page ≥ NP: nothing."""
     kind = IMPLEMENTATIONS[implementation]
-    return shard_map(kind.copy, (kind.axes, ('batch',), ('batch',)), kind.axes)(pool, source, target)
+
+    def copy(x, order, source, target):
+        before = (slice(None),) * order.index('n')
+        pages = x.at[*before, source].get(mode='clip')
+        return x.at[*before, target].set(pages, mode='drop', unique_indices=True)
+
+    shard = lambda pool, *ids: tuple(copy(x, order, *ids) for x, order in zip(pool, kind.layout, strict=True))
+    return shard_map(shard, (kind.axes, ('batch',), ('batch',)), kind.axes)(pool, source, target)
 
 
 # XLA: k [NP, KH, F, PS], v [NP, KH, PS, F]. A CPU multiplies by these orders fastest.
@@ -149,31 +164,12 @@ def _attend_xla(q, pool: Pool, block_table, positions, *, kv_heads: int) -> jax.
     return mixed[jnp.argsort(order)].swapaxes(1, 2).reshape(q.shape)
 
 
-def _read(pool: jax.Array, source: jax.Array) -> jax.Array:
-    # A compiler that reads while it writes copies the pool first.
-    return jax.lax.optimization_barrier(pool.at[source].get(mode='clip'))
-
-
-def _copy_xla(pool: Pool, source, target) -> Pool:
-    return tuple(x.at[target].set(_read(x, source), mode='drop') for x in pool)
-
-
 # Triton: k and v [KH, NP, PS, F].
 
 
-def _put(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """pool[k, at[i]] = new[i, k] for at[i] in range. Flat, as a scatter to the first axis alone moves no pool."""
-    heads, rows = pool.shape[:2]
-    index = jnp.where((at < rows)[:, None], jnp.arange(heads)[None] * rows + at[:, None], heads * rows).reshape(-1)
-    new = new.astype(pool.dtype).reshape(-1, *pool.shape[2:])
-    flat = pool.reshape(-1, *pool.shape[2:])
-    return flat.at[index].set(new, mode='drop', unique_indices=True).reshape(pool.shape)
-
-
 def _write_triton(pool: Pool, k, v, page, offset) -> Pool:
-    by_token = lambda x: x.reshape(x.shape[0], -1, x.shape[3])
-    at = page * pool[0].shape[2] + offset
-    return tuple(_put(by_token(x), new, at).reshape(x.shape) for x, new in zip(pool, (k, v), strict=True))
+    put = lambda x, new: x.at[:, page, offset].set(new.swapaxes(0, 1), mode='drop', unique_indices=True)
+    return tuple(put(x, new.astype(x.dtype)) for x, new in zip(pool, (k, v), strict=True))
 
 
 def _attend_triton(q, pool: Pool, block_table, positions, *, kv_heads: int) -> jax.Array:
@@ -199,10 +195,6 @@ def _attend_triton(q, pool: Pool, block_table, positions, *, kv_heads: int) -> j
     return mixed[:, None]
 
 
-def _copy_triton(pool: Pool, source, target) -> Pool:
-    return tuple(_put(x, _read(x.swapaxes(0, 1), source), target) for x in pool)
-
-
 # Ragged: one array [NP, PS, 2·KH', F'], the key and the value of each head next to each other. The kernel wants F to
 # fill 128 lanes, to which a TPU would pad it in any case, and heads that fill tiles: 1, 2, 4 or a multiple of 8.
 
@@ -216,18 +208,21 @@ def _pad(x: jax.Array, *sizes: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] + [(0, size - old) for size, old in zip(sizes, x.shape[1:], strict=True)])
 
 
-def _put_rows(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
-    """pool[at[i]] = new[i] for at[i] in range, by DMA: a TPU's scatter is a serial loop."""
+def _write_ragged(pool: Pool, k, v, page, offset) -> Pool:
+    """By DMA, as a TPU's scatter goes token by token."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    def kernel(at, new, _, pool, semaphore):
+    (both,) = pool
+    new = _pad(jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[2]), *both.shape[2:]).astype(both.dtype)
+
+    def kernel(page, offset, new, _, pool, semaphore):
         count = new.shape[0]
 
         def move(i, act):
-            row = at[jnp.clip(i, 0, count - 1)]
-            there = (i >= 0) & (i < count) & (row < pool.shape[0])
-            pl.when(there)(lambda: act(pltpu.make_async_copy(new.at[i], pool.at[row], semaphore)))
+            there = (i >= 0) & (i < count) & (page[jnp.clip(i, 0, count - 1)] < pool.shape[0])
+            copy = lambda: pltpu.make_async_copy(new.at[i], pool.at[page[i], offset[i]], semaphore)
+            pl.when(there)(lambda: act(copy()))
 
         def step(i, _):
             move(i, lambda copy: copy.start())
@@ -237,21 +232,14 @@ def _put_rows(pool: jax.Array, new: jax.Array, at: jax.Array) -> jax.Array:
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=1,
+        num_scalar_prefetch=2,
         in_specs=[anywhere, anywhere],
         out_specs=anywhere,
         grid=(1,),
         scratch_shapes=[pltpu.SemaphoreType.DMA],
     )
-    call = pl.pallas_call(kernel, jax.typeof(pool), grid_spec=grid, input_output_aliases={2: 0}, name='put_rows')
-    return call(at, new.astype(pool.dtype), pool)
-
-
-def _write_ragged(pool: Pool, k, v, page, offset) -> Pool:
-    (both,) = pool
-    new = _pad(jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[2]), *both.shape[2:])
-    rows = both.reshape(-1, *both.shape[2:])
-    return (_put_rows(rows, new, page * both.shape[1] + offset).reshape(both.shape),)
+    call = pl.pallas_call(kernel, jax.typeof(both), grid_spec=grid, input_output_aliases={3: 0}, name='write_tokens')
+    return (call(page, offset, new, both),)
 
 
 def _attend_ragged(q, pool: Pool, block_table, positions, *, kv_heads: int) -> jax.Array:
@@ -274,12 +262,8 @@ def _attend_ragged(q, pool: Pool, block_table, positions, *, kv_heads: int) -> j
     return mixed[:, :heads, :head_dim].reshape(q.shape)
 
 
-def _copy_ragged(pool: Pool, source, target) -> Pool:
-    return tuple(_put_rows(x, x[source], target) for x in pool)
-
-
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    'xla': Implementation(('nkfp', 'nkpf'), _write_xla, _attend_xla, _copy_xla),
-    'triton': Implementation(('knpf', 'knpf'), _write_triton, _attend_triton, _copy_triton),
-    'ragged': Implementation(('npcf',), _write_ragged, _attend_ragged, _copy_ragged, padded=_padded_ragged),
+    'xla': Implementation(('nkfp', 'nkpf'), _write_xla, _attend_xla),
+    'triton': Implementation(('knpf', 'knpf'), _write_triton, _attend_triton),
+    'ragged': Implementation(('npcf',), _write_ragged, _attend_ragged, padded=_padded_ragged),
 }
