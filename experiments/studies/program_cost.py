@@ -265,9 +265,11 @@ def _cost(computations, name: str) -> Cost:
         names = _operands(instruction)
         operands = [sizes.get(operand, 0) for operand in names]
         result = sizes[instruction.name]
-        if _opcodes(computations, instruction) & {'dynamic-update-slice', 'scatter'}:
+        in_place = _opcodes(computations, instruction) & {'dynamic-update-slice', 'scatter'}
+        if in_place or 'output_to_operand_aliasing' in instruction.rest:
             # In place: the large operand, of the result's size, stays where it is.
-            moved += 2 * sum(size for size in operands if size < max(operands))
+            small = {name for name in names if sizes.get(name, 0) < max(operands)} & sizes.keys()
+            moved += 2 * sum(_bytes_read(computations, [instruction], name, sizes[name]) for name in small)
         else:
             read = (_bytes_read(computations, [instruction], name, sizes[name]) for name in set(names) & sizes.keys())
             moved += sum(read) + result
