@@ -126,8 +126,8 @@ def no_cache():
     [
         ('h100:1', 1, 16, 8, 128, 'triton', 5),
         ('h100:8', 2, 14, 2, 64, 'triton', 5),
-        ('v5e:2x4', 2, 16, 8, 128, 'ragged', 20),
-        ('v5e:2x4', 1, 9, 3, 64, 'ragged', 20),
+        ('v5e:2x4', 2, 16, 8, 128, 'ragged', 16),
+        ('v5e:2x4', 1, 9, 3, 64, 'ragged', 16),
     ],
 )
 @pytest.mark.usefixtures('no_cache')
