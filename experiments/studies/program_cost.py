@@ -194,7 +194,7 @@ def sub_jaxprs(params: dict) -> list[Jaxpr]:
 
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$')
-_ARRAY = re.compile(r'\b(pred|bf16|[fsuc]\d+\w*)\[([\d,]*)\]')
+_ARRAY = re.compile(r'\b(pred|bf16|[fsuc]\d+\w*)\[([\d,]*)\](\{[^{}]*\})?')  # dtype, sizes, layout
 _COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'collective-permute')
 # What moves no bytes of its own: names for what is there already.
 _FREE = {
@@ -218,8 +218,9 @@ def count_rematerialised(text: str) -> int:
 def program_cost(text: str) -> tuple[Cost, Cost]:
     """Cost of a compiled program, `compiled.as_text()`: once, and per iteration of loops of unknown length.
 
-    Every instruction that is not fused into another is a launch, reads its operands and writes its result. For bytes
-    that is an upper bound of what has to move: what stays in fast memory from one instruction to the next counts too.
+    Every instruction that is not fused into another is a launch, reads its operands and writes its result. What a TPU's
+    compiler keeps in VMEM does not count. Else this is an upper bound of the bytes that have to move: what a cache holds
+    from one instruction to the next counts too.
     """
     computations, entry = {}, ''
     for line in text.splitlines():
@@ -255,7 +256,7 @@ def _runs(computations, name: str, count: int, unknown: bool):
 def _cost(computations, name: str) -> Cost:
     """The cost of one computation without its loops; collectives also of those that are fused into others."""
     moved, launches, host_waits = 0.0, 0, 0
-    sizes = {instruction.name: _bytes(instruction.shape) for instruction in computations[name]}
+    sizes = {instruction.name: _bytes(instruction.shape, in_vmem=False) for instruction in computations[name]}
     for instruction in computations[name]:
         is_loop = instruction.opcode == 'while' and _trip_count(computations, instruction.rest) is None
         host_waits += is_loop or instruction.opcode == 'conditional'
@@ -265,6 +266,10 @@ def _cost(computations, name: str) -> Cost:
         names = _operands(instruction)
         operands = [sizes.get(operand, 0) for operand in names]
         result = sizes[instruction.name]
+        if instruction.opcode in ('copy-start', 'slice-start'):
+            ends = _ARRAY.findall(instruction.shape)[:2]  # of the source all, of the target what is moved
+            moved += _array_bytes(*ends[1][:2]) * sum('S(1)' not in layout for *_, layout in ends)
+            continue
         in_place = _opcodes(computations, instruction) & {'dynamic-update-slice', 'scatter'}
         if in_place or 'output_to_operand_aliasing' in instruction.rest:
             # In place: the large operand, of the result's size, stays where it is.
@@ -297,7 +302,7 @@ def _bytes_read(computations, instructions: list[_Instruction], name: str, size:
         if user.opcode in ('dynamic-slice', 'gather', 'slice') and name not in operands[1:]:
             total += _bytes(user.shape)
         elif user.opcode == 'bitcast':
-            total += _bytes_read(computations, instructions, user.name, size)
+            total += _bytes_read(computations, instructions, user.name, size) or size  # 0: it is the result
         elif user.opcode == 'fusion':
             for position in (i for i, operand in enumerate(operands) if operand == name):
                 inner = computations[_called(user.rest)[0]]
@@ -346,13 +351,19 @@ def _trip_count(computations, rest: str) -> int | None:
     return int(constants[0]) if simple and len(constants) == 1 else None
 
 
-def _bytes(shape: str) -> int:
-    """The bytes of an array or a tuple of arrays, as a compiled program writes its shape."""
-    total = 0
-    for dtype, sizes in _ARRAY.findall(shape):
-        bits = 8 if dtype == 'pred' else int(re.search(r'\d+', dtype)[0])
-        total += math.prod(int(n) for n in sizes.split(',') if n) * bits // 8
-    return total
+def _bytes(shape: str, in_vmem: bool = True) -> int:
+    """The bytes of an array or a tuple of arrays, as a compiled program writes its shape.
+
+    Args:
+      in_vmem: false: without those that a TPU keeps in its fast memory, which the compiler marks S(1).
+    """
+    found = _ARRAY.findall(shape)
+    return sum(_array_bytes(dtype, sizes) for dtype, sizes, layout in found if in_vmem or 'S(1)' not in layout)
+
+
+def _array_bytes(dtype: str, sizes: str) -> int:
+    bits = 8 if dtype == 'pred' else int(re.search(r'\d+', dtype)[0])
+    return math.prod(int(n) for n in sizes.split(',') if n) * bits // 8
 
 
 class Bound(NamedTuple):

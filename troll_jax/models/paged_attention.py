@@ -21,7 +21,8 @@ Pool = tuple[jax.Array, ...]  # keys and values of one layer, in the layout of a
 PAGE_SIZE = 32  # tokens: on CPUs measured to be fast, on accelerators several pages make a block
 _TILE = 16  # XLA: sequences that attend at a time, as measured on a CPU
 _BLOCK_TOKENS = 128  # Triton and ragged: keys that are multiplied at a time
-_SPLIT_TOKENS, _SPLITS = 1024, 8  # Triton: a longer block table is read in parts, by as many programs
+_SPLIT_TOKENS, _SPLITS = 1024, 8  # Triton: a longer block table is read in parts, by as many programs,
+_PROGRAMS = 512  # unless there are so many as it is, several for each multiprocessor
 _IN_FLIGHT = 32  # ragged: rows that are being written at a time
 _NOTHING = float(jnp.finfo(jnp.float32).min)  # the logit of a key that is not seen
 _AXES = {'n': 'batch', 'p': None, 'k': 'kv_heads', 'c': 'kv_heads', 'f': None}
@@ -182,7 +183,8 @@ def _attend_triton(q, pool: Pool, block_table, positions, *, kv_heads: int) -> j
         k, v = (x.reshape(kv_heads, sequences, -1, head_dim).transpose(1, 2, 0, 3) for x in found)
         return attention(q, k, v, jnp.arange(k.shape[1])[None, None] <= positions[:, :, None])
     together = math.gcd(columns, max(1, _BLOCK_TOKENS // page_size))
-    splits = math.gcd(columns // together, _SPLITS) if columns * page_size > _SPLIT_TOKENS else 1
+    split = columns * page_size > _SPLIT_TOKENS and sequences * kv_heads < _PROGRAMS
+    splits = math.gcd(columns // together, _SPLITS) if split else 1
     mixed = triton.paged_attention(
         q[:, 0] * head_dim**-0.5,
         *pool,
