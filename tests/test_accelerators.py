@@ -191,7 +191,8 @@ def test_float32_is_float32(attention, dtype):
                 is_float32 = all(x.aval.dtype == jnp.float32 for x in equation.invars)
                 assert is_float32 or dtype == 'bfloat16'
                 highest = equation.params['precision'] == (jax.lax.Precision.HIGHEST,) * 2
-                if is_float32 and (dtype == 'float32' or attention == 'xla'):
+                on_cpu = dtype == 'bfloat16' and name in ('prefill', 'decode')  # whose caches are float32 there
+                if is_float32 and (dtype == 'float32' or attention == 'xla') and not on_cpu:
                     assert highest, (name, equation)
                 elif in_kernel or not is_float32:  # splash attention multiplies some in float32, for whatever they are
                     assert not highest, (name, equation)

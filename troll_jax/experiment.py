@@ -85,7 +85,7 @@ class StartModel:
         return dataclasses.replace(
             config,
             attention=compute.attention or best_implementation(device, *sizes),
-            decode_attention=best_paged_implementation(device, *sizes),
+            decode_attention=compute.decode_attention or best_paged_implementation(device, *sizes),
         )
 
     def load_params(self, compute: Compute) -> Any:

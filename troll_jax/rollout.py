@@ -37,8 +37,8 @@ from troll_jax.sharding import (
 )
 from troll_jax.types import Prompts, Rollout, RolloutStats, SparseLogProbs
 
-MOST_SLOTS = 256
-"""Decode slots of a device where nothing else is said: beyond these a step takes longer in proportion."""
+MOST_SLOTS = 512
+"""Decode slots of a shard where nothing else is said: beyond these a step takes longer in proportion."""
 MEMORY_SHARE = 0.9
 """Of a device's memory, with all that is there already, that the KV cache may fill up; the rest is for temporaries."""
 
@@ -80,7 +80,7 @@ class Sampler:
       top_k, top_p: for evaluation, bounds that leave only the most probable tokens, see `categorical.truncate`. The
         truncated distribution is recorded, and an update compares with the whole one.
       slots: decode slots, responses that are decoded at a time, on all devices together. A matter of speed: no response
-        depends on it. None: as many as there are requests, at most 256 on each device.
+        depends on it. None: as many as there are requests, at most 512 for each shard of the batch.
       cache_gb: memory of the KV cache on each device. A request waits, or starts again where it was, if there is no
         room for it; no response depends on it. None: what is free; on a CPU what all slots may need.
       prefill_chunk: tokens of each sequence that a prefill takes at a time.
@@ -161,7 +161,7 @@ class Sampler:
         limits = np.full(count, self.max_response_length) if limits is None else np.asarray(limits)
         self.check(prompts, keys, limits)
         weights = jax.block_until_ready(self.begin(params))
-        sizes = self.sizes(batch, length, self._free_memory())
+        sizes = self._first_sizes(batch, length)
         cache = self.init_cache(weights, sizes)
         keys = np.asarray(_sample_keys(keys, self.samples_per_prompt))
         scheduler = Scheduler(
@@ -277,9 +277,8 @@ class Sampler:
         pages = slots * width + min(prompts, slots + rows) * prompt_width
         memory = memory if self.cache_gb is None else 1e9 * self.cache_gb
         if memory is not None:
-            config = self.config
-            heads = config.kv_heads // axis_size('kv_heads')
-            page = 2 * size * heads * config.head_dim * jnp.dtype(config.compute_dtype).itemsize * config.layers
+            pool = jax.eval_shape(partial(self._pool, shards))
+            page = self.config.layers * sum(x.size * x.dtype.itemsize for x in pool) // (shards * axis_size('kv_heads'))
             if memory // page < least:
                 raise ValueError(
                     f'the KV cache has {memory / 1e9:.2f} GB on each device, but a prompt of {length} tokens with a '
@@ -313,10 +312,12 @@ class Sampler:
         """(weights, sizes) → an empty KV cache, a pool of pages for each layer, on the devices of the weights."""
 
         def init_cache(weights, sizes: Sizes):
-            pages, config = sizes.shards * sizes.pages, self.config
-            return [init_pool(config, pages, PAGE_SIZE, config.decode_attention) for _ in range(config.layers)]
+            return [self._pool(sizes.shards * sizes.pages) for _ in range(self.config.layers)]
 
         return jax.jit(init_cache, static_argnums=1, keep_unused=True)
+
+    def _pool(self, pages: int):
+        return init_pool(self.config, pages, PAGE_SIZE, self.config.decode_attention)
 
     @cached_property
     def prefill(self):
@@ -397,6 +398,17 @@ class Sampler:
         tokens, *others = jax.vmap(one_row)(scores, uniforms)
         # A policy of NaN draws anything: still a token of the vocabulary, and not of the padding of its last block.
         return jnp.minimum(tokens, (self.config.tokenizer_size or self.config.vocab_size) - 1), *others
+
+    @cached_property
+    def _sizes_by_prompts(self) -> dict:
+        return {}
+
+    def _first_sizes(self, batch: int, length: int) -> Sizes:
+        """The sizes that such a rollout had the first time: by what is free later it would compile again."""
+        key = batch, length, current_mesh()
+        if key not in self._sizes_by_prompts:
+            self._sizes_by_prompts[key] = self.sizes(batch, length, self._free_memory())
+        return self._sizes_by_prompts[key]
 
     def _free_memory(self) -> float | None:
         """Bytes that the cache may take on each device, the same on all processes; None where no one can say."""

@@ -17,6 +17,7 @@ from troll_jax.critic import Critic
 from troll_jax.data.tasks import Task
 from troll_jax.models.attention import IMPLEMENTATIONS
 from troll_jax.models.layers import COMPUTE_DTYPES, REMAT_POLICIES
+from troll_jax.models.paged_attention import IMPLEMENTATIONS as PAGED_IMPLEMENTATIONS
 from troll_jax.ops.losses import Objective
 from troll_jax.ops.needs import needs
 from troll_jax.ops.ranges import check_range
@@ -185,9 +186,10 @@ class Compute:
       dtype: compute dtype of activations and products, 'bfloat16' or 'float32'. Parameters and probabilities are
         float32.
       attention: kernel for whole sequences: 'xla', 'cudnn' or 'splash'; None is the best on these devices.
+      decode_attention: kernel for decoding: 'xla', 'triton' or 'ragged'; None is the best on these devices.
       remat: rematerialisation in the backward pass, to save memory: None, 'dots' or 'full'.
       slots: decode slots, responses that are decoded at a time on all devices together, a matter of speed. None: one
-        for every response of a rollout batch, at most 256 on each device.
+        for every response of a rollout batch, at most 512 for each shard of the batch.
       cache_gb: memory of the sampler's KV cache on each device; requests wait if it is full. None: all that is free.
       gather_weights: gathers the weights for decoding once per rollout, see `Sampler`.
       row_tokens: S, tokens of the rows into which responses are packed, at least as many as a prompt and its response
@@ -209,6 +211,7 @@ class Compute:
     tensor: int = 1
     dtype: Literal[*COMPUTE_DTYPES] = 'bfloat16'
     attention: Literal[None, *IMPLEMENTATIONS] = None
+    decode_attention: Literal[None, *PAGED_IMPLEMENTATIONS] = None
     remat: Literal[None, *REMAT_POLICIES] = None
     slots: int | None = None
     cache_gb: float | None = None

@@ -219,8 +219,8 @@ def program_cost(text: str) -> tuple[Cost, Cost]:
     """Cost of a compiled program, `compiled.as_text()`: once, and per iteration of loops of unknown length.
 
     Every instruction that is not fused into another is a launch, reads its operands and writes its result. What a TPU's
-    compiler keeps in VMEM does not count. Else this is an upper bound of the bytes that have to move: what a cache holds
-    from one instruction to the next counts too.
+    compiler keeps in VMEM does not count. Else this is an upper bound of the bytes that have to move: what a cache
+    holds from one instruction to the next counts too.
     """
     computations, entry = {}, ''
     for line in text.splitlines():
