@@ -386,7 +386,7 @@ class Sampler:
         def one_row(scores, uniforms):
             if self.truncates:
                 scores = categorical.truncate(scores, top_k=self.top_k, top_p=self.top_p)
-            blocks = categorical.summarise(scores, axis_name)
+            blocks = categorical.summarise(scores, axis_name, one_pass=platform() != 'cpu')
             if self.temperature:
                 token, log_prob = categorical.draw(uniforms, blocks, axis_name)
             else:

@@ -13,13 +13,11 @@ Axis glossary (a prime marks another size or a part: K' of another list, V' on o
     V   vocabulary, D model width, I and O inputs and outputs of a weight
 
     H   query heads, KH key-value heads, F head dimension
-    X   queries of a sequence per key-value head: H/KH of a response, G·H/KH of a prompt
-    L   positions of a contiguous KV cache
-    E   shards of a rollout batch, each with a queue, decode slots and pages on its own devices; beside E, B and R are
-        those of a shard
-    U   decode slots of a shard, Q its places for prompts, A prompts admitted to one prefill
-    W   sequences that own pages of a paged KV cache: Q prompts or U responses
-    NP  pages of a paged KV cache, J of one sequence at most, PS tokens of a page
+    X   queries per key-value head, H/KH
+    L   positions of keys and values
+    E   shards of a batch, each with decode slots and pages on its own devices
+    U   decode slots of a shard, A rows of a prefill, N steps of a decode program
+    NP  pages of a shard's KV cache, J of one sequence at most, PS tokens of a page
 """
 
 from typing import Any, NamedTuple

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from troll_jax.ops.collectives import all_gather, axis_index, pmax
 from troll_jax.ops.top_k import BLOCK, best_blocks, to_blocks
 from troll_jax.ops.top_k import top_k as largest_k
-from troll_jax.sharding import platform
 
 
 def entropy(log_probs: jax.Array) -> jax.Array:
@@ -39,17 +38,18 @@ class Blocks(NamedTuple):
     entropy: jax.Array  # [] nats
 
 
-def summarise(logits: jax.Array, axis_name: str | None = None) -> Blocks:
+def summarise(logits: jax.Array, axis_name: str | None = None, *, one_pass: bool = False) -> Blocks:
     """One pass over logits, of which at least one is above −inf; on a CPU two.
 
     Args:
       logits: [V]; or a device's part of them, all of the same size.
       axis_name: mesh axis over which the vocabulary is split, in its order; None: it is not.
+      one_pass: reads the logits once, for two exponentials each: better on accelerators, worse on a CPU.
     """
     first = axis_index(axis_name) * logits.size
     blocks = to_blocks(logits)
     tokens = first + BLOCK * jnp.arange(len(blocks), dtype=jnp.int32)
-    sums = _in_two_passes(blocks) if platform() == 'cpu' else _in_one_pass(blocks)
+    sums = _in_one_pass(blocks) if one_pass else _in_two_passes(blocks)
     tokens, maxima, *sums = (all_gather(x, axis_name) for x in (tokens, *sums))
     highest = jnp.max(maxima)
     sums, moments = _relative_to(highest, maxima, *sums)
