@@ -16,7 +16,8 @@ Axis glossary (a prime marks another size or a part: K' of another list, V' on o
     X   queries per key-value head, H/KH
     L   positions of keys and values
     E   shards of a batch, each with decode slots and pages on its own devices
-    U   decode slots of a shard, A rows of a prefill, N steps of a decode program
+    U   decode slots of a shard, A rows of a prefill; W sequences, of these or of those, of all shards
+    C   tokens of a sequence that a prefill takes at a time, N steps of a decode program
     NP  pages of a shard's KV cache, J of one sequence at most, PS tokens of a page
 """
 

@@ -79,19 +79,19 @@ def paged_attention(
     *,
     implementation: str,
 ) -> tuple[jax.Array, Pool]:
-    """Writes the next C tokens of S sequences to their pages, and attends from them to all up to themselves.
+    """Writes the next C tokens of W sequences to their pages, and attends from them to all up to themselves.
 
     Args:
-      q: [S, C, H, F], k and v: [S, C, KH, F]; S counts the sequences of all shards.
+      q: [W, C, H, F], k and v: [W, C, KH, F]; W counts the sequences of all shards.
       pool: see `init_pool`; donate it.
-      block_table: [S, J] int32, the pages of each sequence in order, ids within its shard. Entries past a sequence's
+      block_table: [W, J] int32, the pages of each sequence in order, ids within its shard. Entries past a sequence's
         end are 0, or any page.
-      positions: [S, C] int32, of each token in its sequence, rising by one within a row; −1: no token. Those come after
+      positions: [W, C] int32, of each token in its sequence, rising by one within a row; −1: no token. Those come after
         all others of a row, are not written, and their output means nothing but is finite.
       implementation: one of `IMPLEMENTATIONS`, see `best_paged_implementation`. Logits and probabilities are float32.
 
     Returns:
-      [S, C, H, F] in the dtype of `q`, and the pool.
+      [W, C, H, F] in the dtype of `q`, and the pool.
     """
     kind = IMPLEMENTATIONS[implementation]
     of_heads, of_kv_heads = (('batch', None, name, None) for name in ('heads', 'kv_heads'))
@@ -111,7 +111,7 @@ def write_and_attend(kind: Implementation, q, k, v, pool: Pool, block_table, pos
 
 
 def copy_pages(pool: Pool, source: jax.Array, target: jax.Array, *, implementation: str) -> Pool:
-    """Copies page `source` to page `target`, [S] int32 each, ids within a shard; to a page ≥ NP: nothing."""
+    """Copies page `source` to page `target`, [W] int32 each, ids within a shard; to a page ≥ NP: nothing."""
     kind = IMPLEMENTATIONS[implementation]
 
     def copy(x, order, source, target):
@@ -179,7 +179,7 @@ def _attend_triton(q, pool: Pool, block_table, positions, *, kv_heads: int) -> j
 
     (sequences, chunk, _, head_dim), columns, page_size = q.shape, block_table.shape[1], pool[0].shape[2]
     if chunk > 1:
-        found = (x.at[:, block_table].get(mode='clip') for x in pool)  # [KH, S, J, PS, F]
+        found = (x.at[:, block_table].get(mode='clip') for x in pool)  # [KH, W, J, PS, F]
         k, v = (x.reshape(kv_heads, sequences, -1, head_dim).transpose(1, 2, 0, 3) for x in found)
         return attention(q, k, v, jnp.arange(k.shape[1])[None, None] <= positions[:, :, None])
     together = math.gcd(columns, max(1, _BLOCK_TOKENS // page_size))

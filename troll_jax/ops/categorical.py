@@ -39,7 +39,7 @@ class Blocks(NamedTuple):
 
 
 def summarise(logits: jax.Array, axis_name: str | None = None, *, one_pass: bool = False) -> Blocks:
-    """One pass over logits, of which at least one is above −inf; on a CPU two.
+    """Blocks of logits, of which at least one is above −inf, in two passes or one over them.
 
     Args:
       logits: [V]; or a device's part of them, all of the same size.
