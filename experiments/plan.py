@@ -31,7 +31,12 @@ def print_table(rows: list[dict]) -> None:
     print('|', ' | '.join(columns), '|')
     print('|', ' | '.join(['---'] * len(columns)), '|')
     for row in rows:
-        head = f'| {row["topology"]} | {row["program"]} |'
+        room = (
+            f', {row["slots"]} slots, {row["cached_tokens"]:,} tokens'
+            if row['program'] == 'decode' and 'slots' in row
+            else ''
+        )
+        head = f'| {row["topology"]} | {row["program"]}{room} |'
         if row['limit'] is None:
             print(f'{head} | | over {row["needed_gb"]:.1f} of {row["memory_gb"]:.0f} GB | NO |' + ' |' * 8)
             continue

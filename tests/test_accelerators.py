@@ -183,7 +183,7 @@ def test_float32_is_float32(attention, dtype):
     with jax.sharding.use_abstract_mesh(compute.mesh.abstract_mesh):
         built = learner(config, compute)
         programs = built.programs()
-        programs |= sampler.programs(built.shapes.params, 2, PROMPT)
+        programs |= sampler.programs(built.shapes.params, sampler.sizes(2, PROMPT))
         for name, (program, arguments) in programs.items():
             found = list(products(program.trace(*arguments).jaxpr.jaxpr))
             assert found and any(in_kernel for _, in_kernel in found) == (attention == 'splash' and name in WHOLE)

@@ -433,7 +433,7 @@ def test_mesh_does_not_matter(shape, gather):
         put = lambda x: jax.device_put(x, named_sharding(mesh, ('batch', *[None] * (x.ndim - 1))))
         arguments = params, jax.tree.map(put, some_prompts(8)), put(keys_of(8))
         result = run(*arguments)
-        programs = run.programs(params, 8, PROMPT, shape_of=compiled_shapes)
+        programs = run.programs(params, run.sizes(8, PROMPT), shape_of=compiled_shapes)
         text = ''.join(program.lower(*inputs).compile().as_text() for program, inputs in programs.values())
     assert_same_responses(result, many())
     assert result.stats.steps < 2 * steps_of_a_queue(many().response_lengths, 8)

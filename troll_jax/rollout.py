@@ -24,10 +24,10 @@ from troll_jax.models.paged_attention import PAGE_SIZE, copy_pages, init_pool
 from troll_jax.ops import categorical
 from troll_jax.ops.ranges import check_range
 from troll_jax.ops.support import select
+from troll_jax.record import Record, Steps
 from troll_jax.scheduler import Block, Prefill, Scheduler
 from troll_jax.sharding import (
     RULES,
-    addressable_part,
     axis_size,
     constrain,
     current_mesh,
@@ -35,23 +35,12 @@ from troll_jax.sharding import (
     platform,
     shard_map,
 )
-from troll_jax.types import Prompts, Rollout, RolloutStats, SparseLogProbs
+from troll_jax.types import Prompts, Rollout, RolloutStats
 
 MOST_SLOTS = 512
 """Decode slots of a shard where nothing else is said: beyond these a step takes longer in proportion."""
 MEMORY_SHARE = 0.9
 """Of a device's memory, with all that is there already, that the KV cache may fill up; the rest is for temporaries."""
-
-
-class Steps(NamedTuple):
-    """N decode steps of all slots. Of each slot the first `counts` are valid."""
-
-    tokens: jax.Array  # [N, E · U] int32, on every device
-    counts: jax.Array  # [E · U] int32, on every device
-    stop_token: jax.Array  # [E · U] int32, with which the response ended; −1: it did not. On every device
-    log_probs: jax.Array  # [N, E · U] float32
-    entropy: jax.Array  # [N, E · U] float32
-    support: SparseLogProbs  # [N, E · U, K]
 
 
 class Sizes(NamedTuple):
@@ -174,7 +163,7 @@ class Sampler:
             width=sizes.width,
             steps=self.decode_steps,
         )
-        record = _Record(count, self.max_response_length, self.support_size)
+        record = Record(count, self.max_response_length, self.support_size)
         blocks, prefills, seconds, decoded = 0, 0, [0.0, 0.0], None
         while scheduler.work_is_left:
             begin = time.perf_counter()
@@ -205,24 +194,20 @@ class Sampler:
         """Traces all programs on shapes; nothing is compiled. Returns those of a rollout, without its `stats`."""
         batch, length = prompts.tokens.shape
         self.check(prompts, keys)
-        for program, arguments in self.programs(params, batch, length).values():
+        for program, arguments in self.programs(params, self.sizes(batch, length)).values():
             jax.eval_shape(program, *arguments)
-        record = _Record(batch * self.samples_per_prompt, self.max_response_length, self.support_size)
+        record = Record(batch * self.samples_per_prompt, self.max_response_length, self.support_size)
         some = Prompts(*(np.zeros(x.shape, np.int32) for x in prompts))
         return jax.eval_shape(lambda: record.rollout(some, None))
 
-    def programs(
-        self, params, batch: int, length: int, *, memory: float | None = None, shape_of=jax.eval_shape
-    ) -> dict:
+    def programs(self, params, sizes: Sizes, *, shape_of=jax.eval_shape) -> dict:
         """The programs 'prefill' and 'decode', each with shapes of its arguments.
 
         Args:
           params: the decoder's, or their shapes.
-          batch, length: B prompts of at most P tokens.
-          memory: bytes that are free on each device; None: as much as the slots may need.
+          sizes: see `sizes`.
           shape_of: (program, *arguments) → shapes of what it returns.
         """
-        sizes = self.sizes(batch, length, memory)
         weights = shape_of(self.begin, params)
         cache = shape_of(jax.jit(lambda weights: self.init_cache(weights, sizes), keep_unused=True), weights)
         integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -417,55 +402,6 @@ class Sampler:
             return None
         free = MEMORY_SHARE * stats['bytes_limit'] - stats['bytes_in_use']
         return float(np.min(multihost_utils.process_allgather(np.float32(free))))
-
-
-class _Record:
-    """The responses of a rollout in the host's memory, and what was recorded of them."""
-
-    def __init__(self, count: int, length: int, support_size: int):
-        floats = lambda *shape: np.zeros((count, length, *shape), np.float32)
-        integers = lambda *shape: np.zeros((count, *shape), np.int32)
-        self.tokens, self.lengths, self.stop_token = integers(length), integers(), integers() - 1
-        support = SparseLogProbs(integers(length, support_size), floats(support_size))
-        self.of_tokens = floats(), floats(), support  # log-probabilities, entropy; those of this process
-        self.mine = np.zeros(count, bool)
-
-    def add(self, block: Block, steps: Steps) -> None:
-        """Adds what was decoded of the rows of a block."""
-        tokens, counts, stop_token = (np.asarray(x) for x in steps[:3])
-        n, slot = np.nonzero(np.arange(len(tokens))[:, None] < counts[None])
-        row, t = block.rows[slot], block.t[slot] + n
-        self.tokens[row, t] = tokens[n, slot]
-        np.maximum.at(self.lengths, row, t + 1)
-        busy = block.rows >= 0
-        self.stop_token[block.rows[busy]] = stop_token[busy]
-        for all, new in zip(jax.tree.leaves(self.of_tokens), jax.tree.leaves(steps[3:]), strict=True):
-            slots, new = addressable_part(new, axis=1)
-            place = np.full(len(counts), -1)
-            place[slots] = np.arange(len(slots))
-            here = place[slot] >= 0
-            all[row[here], t[here]] = new[n[here], place[slot[here]]]
-            self.mine[row[here]] = True
-
-    def gather(self) -> None:
-        """Gives every process what the others have recorded."""
-        rows = np.flatnonzero(self.mine)
-        most = int(np.max(multihost_utils.process_allgather(len(rows))))
-        rows = np.resize(rows, most)  # some twice, which changes nothing; or, of a process without any, all of row 0
-        everywhere = multihost_utils.process_allgather(rows)
-        for x in jax.tree.leaves(self.of_tokens):
-            x[everywhere] = multihost_utils.process_allgather(x[rows])
-
-    def rollout(self, prompts: Prompts, stats: RolloutStats | None) -> Rollout:
-        """The rollout of these prompts."""
-        count, length = self.tokens.shape
-        group = count // len(prompts.tokens)
-        prompt_lengths = np.repeat(prompts.lengths, group)
-        tokens = np.pad(np.repeat(prompts.tokens, group, axis=0), [(0, 0), (0, length)])
-        index = np.arange(tokens.shape[1])[None] - prompt_lengths[:, None]
-        response = (index >= 0) & (index < self.lengths[:, None])
-        tokens[response] = self.tokens[np.arange(length)[None] < self.lengths[:, None]]
-        return Rollout(tokens, prompt_lengths, self.lengths, self.stop_token, *self.of_tokens, stats)
 
 
 def _chunks(jobs: list[list[Prefill]], sizes: Sizes):

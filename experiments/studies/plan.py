@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from experiments.plumbing.gin_files import Config
 from experiments.studies.program_cost import (
@@ -28,7 +27,6 @@ from troll_jax.learn import Learner
 from troll_jax.models.paged_attention import PAGE_SIZE
 from troll_jax.rollout import MEMORY_SHARE, Sampler
 from troll_jax.settings import Compute, Method, Sampling, check_together, minibatch_shape
-from troll_jax.sharding import named_sharding
 
 PROGRAMS = ('recompute', 'reference', 'values', 'critic', 'update', 'prefill', 'decode')
 
@@ -68,10 +66,6 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
         max_response_length=experiment.max_response_length,
     )
 
-    def array(shape: tuple[int, ...], dtype=jnp.int32, axes=('batch',)) -> jax.ShapeDtypeStruct:
-        sharding = named_sharding(mesh, (*axes, *[None] * (len(shape) - len(axes))))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
     state = learner.shapes
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         on_chips = partial(examine, chip=chip, devices=len(devices))
@@ -94,38 +88,26 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
                 tokens, iterations = minibatch * length, shape.micro_batches
                 results.append(on_chips(name, program, arguments, tokens=tokens, iterations=iterations, beside=others))
         if of_sampler := [name for name in ('prefill', 'decode') if name in programs]:
+            beside = bytes_on_device(state)  # all that is trained stays on the devices
             try:
                 weights = compiled_shapes(sampler.begin, state.params)
+                free = MEMORY_SHARE * chip.memory - beside - bytes_on_device(weights)
+                sizes = sampler.sizes(prompts, experiment.max_prompt_length, free)
             except TooLarge as error:
-                return label(results + [does_not_fit(name, chip, error) for name in of_sampler])
-            # All that is trained stays on the devices beside the weights that are decoded with.
-            beside = bytes_on_device(state)
-            free = MEMORY_SHARE * chip.memory - beside - bytes_on_device(weights)
+                return label(results + [does_not_fit(name, chip, error.gb) for name in of_sampler])
+            except ValueError:  # no room for the cache
+                needed = (chip.memory - free) / 1e9
+                return label(results + [does_not_fit(name, chip, needed) for name in of_sampler])
             shape_of = lambda program, *inputs: (
                 weights if program is sampler.begin else compiled_shapes(program, *inputs)
             )
-            sizes = sampler.sizes(prompts, experiment.max_prompt_length, free)
-            every = sampler.programs(
-                state.params, prompts, experiment.max_prompt_length, memory=free, shape_of=shape_of
-            )
+            every = sampler.programs(state.params, sizes, shape_of=shape_of)
             tokens = {'prefill': sizes.rows * sizes.chunk, 'decode': sizes.slots}
+            parts = {'prefill': 1, 'decode': sampler.decode_steps}
+            room = {'slots': sizes.shards * sizes.slots, 'cached_tokens': sizes.shards * sizes.pages * PAGE_SIZE}
             for name in of_sampler:
-                program, arguments = every[name]
-                row = on_chips(
-                    name,
-                    program,
-                    arguments,
-                    tokens=sizes.shards * tokens[name],
-                    beside=beside,
-                    parts=sampler.decode_steps if name == 'decode' else 1,
-                )
-                results.append(
-                    row
-                    | {
-                        'slots': sizes.shards * sizes.slots,
-                        'cached_tokens': sizes.pages * sizes.shards * PAGE_SIZE,
-                    }
-                )
+                work = {'tokens': sizes.shards * tokens[name], 'parts': parts[name], 'beside': beside}
+                results.append(on_chips(name, *every[name], **work) | room)
         return label(results)
 
 
@@ -160,7 +142,7 @@ def examine(
     try:
         compiled = compile_program(traced)
     except TooLarge as error:
-        return does_not_fit(name, chip, error)
+        return does_not_fit(name, chip, error.gb)
     seconds = time.perf_counter() - begin
     memory = compiled.memory_analysis()
     needed = bytes_needed(compiled) + beside
@@ -190,9 +172,9 @@ def examine(
     }
 
 
-def does_not_fit(name: str, chip: Chip, error: TooLarge) -> dict:
+def does_not_fit(name: str, chip: Chip, gb: float) -> dict:
     unknown = 'tflop moved_gb sent_gb bound_s limit launches host_waits remat tokens_per_second'.split()
-    row = {'program': name, 'needed_gb': error.gb, 'memory_gb': chip.memory / 1e9, 'fits': False}
+    row = {'program': name, 'needed_gb': gb, 'memory_gb': chip.memory / 1e9, 'fits': False}
     return row | dict.fromkeys(unknown)
 
 
