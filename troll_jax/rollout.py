@@ -39,7 +39,7 @@ from troll_jax.types import Prompts, Rollout, RolloutStats
 
 MOST_SLOTS = 512
 """Decode slots of a shard where nothing else is said: beyond these a step takes longer in proportion."""
-MEMORY_SHARE = 0.9
+MEMORY_SHARE = 0.85
 """Of a device's memory, with all that is there already, that the KV cache may fill up; the rest is for temporaries."""
 
 
