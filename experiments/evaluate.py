@@ -112,7 +112,7 @@ def evaluation(
       split: 'test' or 'train'.
       samples_per_prompt: n, for mean@n and pass@k with k up to n, of every set. None: the number of the set.
       temperature: sampling temperature; None is 0, greedy, for one sample and 1 for several.
-      slots: decode slots, on all devices together. None: as in training.
+      slots: decode slots, on all devices together. None: `Compute.slots`.
       top_k, top_p: sample from the most probable tokens only; off by default.
       seed: seed of the sampling.
       folder: folder to write to; None is the run's, or `runs/evaluation_<source>`.

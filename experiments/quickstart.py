@@ -39,7 +39,7 @@ RUNS = {  # the ending of the runs' names
 
 
 def share_programs(platform: str | None) -> None:
-    """Keeps what is compiled in `.jax_cache`, for later runs; chooses a platform. Environment variables win."""
+    """Keeps all that is compiled in `.jax_cache`, and chooses a platform, where environment variables name none."""
     config = jax.config
     config.update('jax_platforms', config.jax_platforms or platform)
     config.update('jax_compilation_cache_dir', config.jax_compilation_cache_dir or os.path.abspath('.jax_cache'))

@@ -11,11 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from troll_jax.data.prompts import LONG_PROMPTS, PromptSet, distinct_rows, encode_prompts, hold_out
 from troll_jax.data.tasks import Task
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
-from troll_jax.models.attention import best_implementation
-from troll_jax.models.decoder import DecoderConfig
+from troll_jax.models.decoder import DecoderConfig, with_best_kernels
 from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_config, load_pretrained
-from troll_jax.models.paged_attention import best_paged_implementation
 from troll_jax.ops.ranges import check_range
 from troll_jax.rollout import Sampler
 from troll_jax.settings import Compute
@@ -81,12 +79,8 @@ class StartModel:
                 f'for {hf_config.max_position_embeddings}; lower its lengths'
             )
         config = decoder_config(hf_config, compute_dtype=compute.dtype, remat=compute.remat)
-        device, sizes = compute.mesh.devices.flat[0], (config.compute_dtype, config.head_dim)
-        return dataclasses.replace(
-            config,
-            attention=compute.attention or best_implementation(device, *sizes),
-            decode_attention=compute.decode_attention or best_paged_implementation(device, *sizes),
-        )
+        device = compute.mesh.devices.flat[0]
+        return with_best_kernels(config, device, compute.attention, compute.decode_attention)
 
     def load_params(self, compute: Compute) -> Any:
         """Loads the weights of the model onto the mesh."""

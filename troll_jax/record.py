@@ -34,13 +34,13 @@ class Record:
         self.mine = np.zeros(count, bool)
 
     def add(self, block: Block, steps: Steps) -> None:
-        """Adds what was decoded of the rows of a block."""
-        tokens, counts, stop_token = (np.asarray(x) for x in steps[:3])
+        """Adds what was decoded of the rows of a block. The first three arrays are in numpy."""
+        tokens, counts, stop_token = steps[:3]
         n, slot = np.nonzero(np.arange(len(tokens))[:, None] < counts[None])
         row, t = block.rows[slot], block.t[slot] + n
         self.tokens[row, t] = tokens[n, slot]
-        np.maximum.at(self.lengths, row, t + 1)
         busy = block.rows >= 0
+        self.lengths[block.rows[busy]] = (block.t + counts)[busy]
         self.stop_token[block.rows[busy]] = stop_token[busy]
         for all, new in zip(jax.tree.leaves(self.of_tokens), jax.tree.leaves(steps[3:]), strict=True):
             slots, new = addressable_part(new, axis=1)
@@ -53,11 +53,12 @@ class Record:
     def gather(self) -> None:
         """Gives every process what the others have recorded."""
         rows = np.flatnonzero(self.mine)
-        most = int(np.max(multihost_utils.process_allgather(len(rows))))
-        rows = np.resize(rows, most)  # some twice, which changes nothing; or, of a process without any, all of row 0
-        everywhere = multihost_utils.process_allgather(rows)
+        counts = multihost_utils.process_allgather(len(rows))
+        rows = np.pad(rows, (0, counts.max() - len(rows)))
+        has = np.arange(counts.max())[None] < counts[:, None]
+        everywhere = multihost_utils.process_allgather(rows)[has]
         for x in jax.tree.leaves(self.of_tokens):
-            x[everywhere] = multihost_utils.process_allgather(x[rows])
+            x[everywhere] = multihost_utils.process_allgather(x[rows])[has]
 
     def rollout(self, prompts: Prompts, stats: RolloutStats | None) -> Rollout:
         """The rollout of these prompts."""

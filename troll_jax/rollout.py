@@ -3,11 +3,12 @@
 All requests of a rollout, G samples of each of B prompts, are known when it begins. A fixed number of decode slots
 works through them, over a paged KV cache. The host runs three programs: one lays the weights out for decoding; one
 prefills, a chunk of some sequences at a time; one decodes a fixed number of tokens in every slot, without waiting for
-the host. In between, `scheduler.py` gives slots and pages to requests. Shapes depend on no length, so nothing compiles
-twice.
+the host. In between, `scheduler.py` gives slots and pages to requests. Shapes depend on no length; a second form of the
+prefill is compiled where a response has lost its slot for want of memory.
 """
 
 import dataclasses
+import os
 import time
 from collections.abc import Sequence
 from functools import cached_property, partial
@@ -41,6 +42,10 @@ MOST_SLOTS = 512
 """Decode slots of a shard where nothing else is said: beyond these a step takes longer in proportion."""
 MEMORY_SHARE = 0.85
 """Of a device's memory, with all that is there already, that the KV cache may fill up; the rest is for temporaries."""
+CPU_MEMORY_SHARE = 0.5
+"""The same of a host's memory, whatever is there already."""
+PREFILL_TOKENS = 4096
+"""Tokens of a shard that are prefilled at a time: attention holds the logits of all of them."""
 
 
 class Sizes(NamedTuple):
@@ -71,7 +76,7 @@ class Sampler:
       slots: decode slots, responses that are decoded at a time, on all devices together. A matter of speed: no response
         depends on it. None: as many as there are requests, at most 512 for each shard of the batch.
       cache_gb: memory of the KV cache on each device. A request waits, or starts again where it was, if there is no
-        room for it; no response depends on it. None: what is free; on a CPU what all slots may need.
+        room for it; no response depends on it. None: what is free, as far as all slots may need it.
       prefill_chunk: tokens of each sequence that a prefill takes at a time.
       steps: decode steps between two looks of the host; a slot whose response has ended is idle until then. None: 16,
         and 4 on a CPU, which need not be waited for.
@@ -98,6 +103,7 @@ class Sampler:
     prefill_chunk: int = 256
     steps: int | None = None
     gather_weights: bool = True
+    _free: dict = dataclasses.field(init=False, default_factory=dict)
 
     def __post_init__(self):
         vocab_size = self.config.tokenizer_size or self.config.vocab_size
@@ -150,7 +156,7 @@ class Sampler:
         limits = np.full(count, self.max_response_length) if limits is None else np.asarray(limits)
         self.check(prompts, keys, limits)
         weights = jax.block_until_ready(self.begin(params))
-        sizes = self._first_sizes(batch, length)
+        sizes = self.sizes(batch, length, self._free_memory())
         cache = self.init_cache(weights, sizes)
         keys = np.asarray(_sample_keys(keys, self.samples_per_prompt))
         scheduler = Scheduler(
@@ -170,6 +176,10 @@ class Sampler:
             for jobs in scheduler.schedule(sizes.rows):
                 for arguments in _chunks(jobs, sizes):
                     cache = self.prefill(weights, cache, *arguments)
+                    if (
+                        platform() == 'cpu'
+                    ):  # several programs in flight on several devices of a CPU wait for each other
+                        jax.block_until_ready(cache)
                 prefills += 1
             jax.block_until_ready(cache)
             between = time.perf_counter()
@@ -179,11 +189,12 @@ class Sampler:
                 record.add(*decoded)  # while the devices decode
             tokens, counts, stop_token = (np.asarray(x) for x in steps[:3])  # waits; the same on every process
             scheduler.record(tokens, counts, stop_token >= 0)
-            decoded = block, steps
+            decoded = block, Steps(tokens, counts, stop_token, *steps[3:])
             blocks += 1
             seconds[0] += between - begin
             seconds[1] += time.perf_counter() - between
         record.add(*decoded)
+        del weights, cache, steps, decoded
         if jax.process_count() > 1:
             record.gather()
         slots = sizes.shards * sizes.slots
@@ -224,6 +235,8 @@ class Sampler:
         """Raises a ValueError with the numbers, before anything is compiled."""
         shards = axis_size('batch')
         batch, length = prompts.tokens.shape
+        if not batch:
+            raise ValueError('no prompts; expected at least one')
         if keys.shape != (batch,):
             raise ValueError(f'{batch} prompts need as many keys; got keys of shape {keys.shape}')
         if limits is not None and limits.shape != (batch * self.samples_per_prompt,):
@@ -253,9 +266,10 @@ class Sampler:
           ValueError: the cache does not hold a prompt and a response of full length.
         """
         shards, size = axis_size('batch'), PAGE_SIZE
-        requests, prompts = -(-batch * self.samples_per_prompt // shards), -(-batch // shards)
+        prompts, chunk = -(-batch // shards), min(self.prefill_chunk, length)
+        requests = prompts * self.samples_per_prompt  # of a shard, which keeps the samples of its prompts
         slots = min(MOST_SLOTS if self.slots is None else self.slots // shards, requests)
-        rows = min(-(-slots // (4 * self.samples_per_prompt)), prompts)
+        rows = min(-(-slots // (4 * self.samples_per_prompt)), prompts, -(-PREFILL_TOKENS // chunk))
         width, prompt_width = (-(-tokens // size) for tokens in (length + self.max_response_length, length))
         # A sequence on its own needs the pages of its prompt, and for its last tokens and its response others.
         least = width + 1
@@ -271,7 +285,7 @@ class Sampler:
                     'Compute.cache_gb or Compute.tensor, or free memory'
                 )
             pages = min(pages, int(memory // page))
-        return Sizes(shards, slots, rows, min(self.prefill_chunk, length), pages, prompt_width, width)
+        return Sizes(shards, slots, rows, chunk, pages, prompt_width, width + -width % 4)  # kernels read several pages
 
     @property
     def decode_steps(self) -> int:
@@ -343,7 +357,9 @@ class Sampler:
 
             carry = cache, block.tokens, block.t, block.lengths > 0, jnp.full_like(block.t, -1)
             (cache, _, t, _, stop_token), (tokens, *chosen) = jax.lax.scan(step, carry, length=self.decode_steps)
-            return cache, Steps(*map(constrain, (tokens, t - block.t, stop_token)), *chosen)
+            everywhere = map(constrain, (tokens, t - block.t, stop_token))
+            by_slot = lambda x: constrain(x, None, 'batch', *[None] * (x.ndim - 2))
+            return cache, Steps(*everywhere, *jax.tree.map(by_slot, chosen))
 
         return jax.jit(decode, donate_argnames='cache')
 
@@ -384,24 +400,20 @@ class Sampler:
         # A policy of NaN draws anything: still a token of the vocabulary, and not of the padding of its last block.
         return jnp.minimum(tokens, (self.config.tokenizer_size or self.config.vocab_size) - 1), *others
 
-    @cached_property
-    def _sizes_by_prompts(self) -> dict:
-        return {}
+    def _free_memory(self) -> float:
+        """Bytes that the cache may take on each device, the same on all processes and in all rollouts.
 
-    def _first_sizes(self, batch: int, length: int) -> Sizes:
-        """The sizes that such a rollout had the first time: by what is free later it would compile again."""
-        key = batch, length, current_mesh()
-        if key not in self._sizes_by_prompts:
-            self._sizes_by_prompts[key] = self.sizes(batch, length, self._free_memory())
-        return self._sizes_by_prompts[key]
-
-    def _free_memory(self) -> float | None:
-        """Bytes that the cache may take on each device, the same on all processes; None where no one can say."""
-        stats = jax.local_devices()[0].memory_stats()
-        if self.cache_gb is not None or not stats or 'bytes_limit' not in stats:
-            return None
-        free = MEMORY_SHARE * stats['bytes_limit'] - stats['bytes_in_use']
-        return float(np.min(multihost_utils.process_allgather(np.float32(free))))
+        By what is free later, it would have other shapes, and programs would be compiled again.
+        """
+        if current_mesh() not in self._free:
+            stats = jax.local_devices()[0].memory_stats()
+            if stats and 'bytes_limit' in stats:
+                free = MEMORY_SHARE * stats['bytes_limit'] - stats['bytes_in_use']
+            else:
+                total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+                free = CPU_MEMORY_SHARE * total / jax.local_device_count()
+            self._free[current_mesh()] = float(np.min(multihost_utils.process_allgather(np.float32(free))))
+        return self._free[current_mesh()]
 
 
 def _chunks(jobs: list[list[Prefill]], sizes: Sizes):

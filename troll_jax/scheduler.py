@@ -55,17 +55,15 @@ class _Request:
     response: list[int] = dataclasses.field(default_factory=list)  # tokens so far
     slot: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)  # its own, after the full ones of the prompt
+    most: int = 0  # of them, for the longest response
     source: int | None = None  # the prompt's page that the first of them is to become a copy of
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt.tokens) + len(self.response)
 
 
 class _Shard:
     """Slots and pages of one device, or of the devices that share its batch."""
 
-    def __init__(self, slots: int, pages: int, page_size: int):
+    def __init__(self, table: np.ndarray, pages: int, page_size: int):
+        self.table, slots = table, len(table)  # [U, J]
         self.idle, self.free, self.size = list(range(slots))[::-1], list(range(pages))[::-1], page_size
         self.waiting: deque[_Request] = deque()
         self.running: list[_Request] = []  # the oldest first
@@ -111,20 +109,23 @@ class _Shard:
                 return False
         self.waiting.popleft()
         request.slot, request.pages = self.idle.pop(), self.take(count)
+        request.most = count + self.wanted(request, request.limit)
+        pages = prompt.pages[:shared] + request.pages
+        self.table[request.slot] = pages + [0] * (self.table.shape[1] - len(pages))
         self.running.append(request)
-        self.growing += self.wanted(request, request.limit) > 0
+        self.growing += len(request.pages) < request.most
         prompt.decoding += 1
         if request.response:  # evicted before
             begin = shared * self.size
             tokens = np.append(prompt.tokens, np.array(request.response, np.int32))[begin:-1]
-            self.resumed.append(Prefill(tokens, begin, prompt.pages[:shared] + request.pages))
+            self.resumed.append(Prefill(tokens, begin, pages))
         elif len(prompt.pages) > shared:
             request.source = prompt.pages[shared]
         return True
 
     def grow(self, steps: int) -> int:
         """Gives running requests the pages of their next steps. Returns how many were evicted for that."""
-        evicted = 0
+        evicted = self.growing = 0
         for request in list(self.running):
             while request.slot >= 0 and len(self.free) < (count := self.wanted(request, steps)):
                 if not self.drop_prompt():
@@ -132,8 +133,11 @@ class _Shard:
                     self.leave(self.running[-1])
                     evicted += 1
             if request.slot >= 0:
-                request.pages += self.take(count)
-        self.growing = sum(self.wanted(request, request.limit) > 0 for request in self.running)
+                if count:
+                    begin = self.shared(request.prompt) + len(request.pages)
+                    self.table[request.slot, begin : begin + count] = taken = self.take(count)
+                    request.pages += taken
+                self.growing += len(request.pages) < request.most
         return evicted
 
     def drop_prompt(self, besides: _Prompt | None = None) -> bool:
@@ -187,8 +191,9 @@ class Scheduler:
         width: int,
         steps: int,
     ):
-        self.shards = [_Shard(slots, pages, page_size) for _ in range(shards)]
-        self.slots, self.pages, self.width, self.steps = slots, pages, width, steps
+        self.table = np.zeros((shards, slots, width), np.int32)
+        self.shards = [_Shard(table, pages, page_size) for table in self.table]
+        self.slots, self.pages, self.steps = slots, pages, steps
         self.limits, self.samples = limits, len(limits) // len(prompts)
         self.queue = deque(_Prompt(i * self.samples, tokens, self.samples) for i, tokens in enumerate(prompts))
         self.evictions = 0
@@ -211,8 +216,9 @@ class Scheduler:
         while filling:  # one request for each shard in turn
             filling = [shard for shard in filling if shard.idle and self._has_next(shard) and shard.start(self.steps)]
         for shard in self.shards:  # the next prompts take the rows that a prefill has left
-            while len(shard.prefills) % rows and self.queue and shard.prefill(self.queue[0], spare=2 * self.slots):
-                self._take_prompt(shard)
+            for _ in range(-len(shard.prefills) % rows):
+                if self.queue and shard.prefill(self.queue[0], spare=2 * self.slots):
+                    self._take_prompt(shard)
         for kind in ('prefills', 'resumed'):
             of_shards = [getattr(shard, kind) for shard in self.shards]
             for begin in range(0, max(map(len, of_shards)), rows):
@@ -231,22 +237,21 @@ class Scheduler:
     def block(self) -> Block:
         """What the decode program has to know for the next steps."""
         count = len(self.shards) * self.slots
-        full = lambda value, *shape: np.full((count, *shape), value, np.int32)
-        block = Block(full(-1), full(0), full(0), full(0), full(0), full(0, self.width), full(0), full(self.pages))
+        full = lambda value: np.full(count, value, np.int32)
+        table = self.table.reshape(count, -1).copy()
+        block = Block(full(-1), full(0), full(0), full(0), full(0), table, full(0), full(self.pages))
+        slots, values = [], []
         for e, shard in enumerate(self.shards):
             for request in shard.running:
-                slot = e * self.slots + request.slot
-                prompt = request.prompt
-                pages = prompt.pages[: shard.shared(prompt)] + request.pages
-                block.rows[slot] = request.row
-                block.tokens[slot] = request.response[-1] if request.response else prompt.tokens[-1]
-                block.lengths[slot] = request.length
-                block.t[slot] = len(request.response)
-                block.limits[slot] = request.limit
-                block.table[slot, : len(pages)] = pages
+                slot, prompt, t = e * self.slots + request.slot, request.prompt.tokens, len(request.response)
+                slots.append(slot)
+                token = request.response[-1] if t else prompt[-1]
+                values.append((request.row, token, len(prompt) + t, t, request.limit))
                 if request.source is not None:
                     block.source[slot], block.target[slot] = request.source, request.pages[0]
                     request.source = None
+        for x, column in zip(block[:5], np.array(values, np.int32).T, strict=True):
+            x[slots] = column
         return block
 
     def record(self, tokens: np.ndarray, counts: np.ndarray, stopped: np.ndarray) -> None:

@@ -39,7 +39,6 @@ from troll_jax.data.tasks.gsm8k import GSM8K
 from troll_jax.data.tokenizer import character_tokenizer
 from troll_jax.learn import Learner, abstract_state, start_state
 from troll_jax.models import decoder as decoders
-from troll_jax.models.attention import best_implementation
 from troll_jax.ops.advantages import group_normalised
 from troll_jax.ops.aggregation import token_mean
 from troll_jax.ops.losses import ppo_clip, troll
@@ -122,8 +121,7 @@ def one_device(device: jax.Device | None = None) -> jax.sharding.Mesh:
 
 def model_for(config: decoders.DecoderConfig, dtype: str = 'bfloat16') -> decoders.DecoderConfig:
     """With the attention that training would choose on this device."""
-    attention = best_implementation(jax.devices()[0], dtype, config.head_dim)
-    return dataclasses.replace(config, compute_dtype=dtype, attention=attention)
+    return decoders.with_best_kernels(dataclasses.replace(config, compute_dtype=dtype), jax.devices()[0])
 
 
 def first_that_fits(sizes: Sequence[int], run: Callable[[int], Any]) -> Any:
@@ -244,7 +242,7 @@ def decode(bench: Bench) -> None:
         bench.trace(f'decode_{slots}', lambda: sample(16))
         return room
 
-    # All with the room that the most slots leave, because the size of a page follows from it.
+    # All with the room that the most slots leave.
     most, *fewer = sizes.slots
     room = first_that_fits(sizes.rooms, functools.partial(measure, most))
     for slots in fewer:

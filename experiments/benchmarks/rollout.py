@@ -64,13 +64,14 @@ def random_model(config, with_torch: bool):
     """Our config and parameters; and the PyTorch model that they are of, or None."""
     dtype = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
     if not with_torch:
-        ours = decoder_config(config, compute_dtype=dtype)
+        ours = decoders.with_best_kernels(decoder_config(config, compute_dtype=dtype), jax.devices()[0])
         return ours, decoders.init(ours, jax.random.key(0)), None
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        return *load_pretrained(folder, compute_dtype=dtype), model
+        ours, params = load_pretrained(folder, compute_dtype=dtype)
+        return decoders.with_best_kernels(ours, jax.devices()[0]), params, model
 
 
 def work(vocab_size: int, median: float, longest: int) -> tuple[Prompts, np.ndarray]:

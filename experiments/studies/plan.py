@@ -91,11 +91,13 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
             beside = bytes_on_device(state)  # all that is trained stays on the devices
             try:
                 weights = compiled_shapes(sampler.begin, state.params)
-                free = MEMORY_SHARE * chip.memory - beside - bytes_on_device(weights)
+                free = MEMORY_SHARE * chip.memory - beside - bytes_on_device(weights)  # for the cache
                 sizes = sampler.sizes(prompts, experiment.max_prompt_length, free)
             except TooLarge as error:
                 return label(results + [does_not_fit(name, chip, error.gb) for name in of_sampler])
-            except ValueError:  # no room for the cache
+            except ValueError:
+                if compute.cache_gb is not None:
+                    raise
                 needed = (chip.memory - free) / 1e9
                 return label(results + [does_not_fit(name, chip, needed) for name in of_sampler])
             shape_of = lambda program, *inputs: (

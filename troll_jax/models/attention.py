@@ -1,6 +1,6 @@
-"""Attention of packed rows, by the best kernel of a platform, and of prefill over a contiguous KV cache.
+"""Attention of packed rows, by the best kernel of a platform, and plain attention under any mask.
 
-Attention for decoding is in `paged_attention.py`. Axis letters: `troll_jax/types.py`.
+Attention over the KV cache is in `paged_attention.py`. Axis letters: `troll_jax/types.py`.
 """
 
 import re

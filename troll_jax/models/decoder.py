@@ -11,6 +11,7 @@ All layers are one: their parameters are stacked on a leading axis and `jax.lax.
 the compiled program nor the compile time grows with depth. Axis letters: `troll_jax/types.py`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,9 +20,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from troll_jax.models.attention import packed_attention
+from troll_jax.models.attention import best_implementation, packed_attention
 from troll_jax.models.layers import REMAT_POLICIES, DecoderConfig, Layer, RMSNorm, exact_products, weight
-from troll_jax.models.paged_attention import Pool, paged_attention
+from troll_jax.models.paged_attention import Pool, best_paged_implementation, paged_attention
 from troll_jax.models.rotary import Angles, angles_where, rotary_angles, rotary_frequencies
 from troll_jax.sharding import RULES, constrain, named_sharding
 
@@ -126,6 +127,28 @@ class Decoder(nnx.Module):
             x = constrain(table[tokens].astype(self.config.compute_dtype), 'batch', 'length', None)
             frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
             return x, rotary_angles(positions, frequencies)
+
+
+def with_best_kernels(
+    config: DecoderConfig, device: jax.Device, attention: str | None = None, decode_attention: str | None = None
+) -> DecoderConfig:
+    """The configuration with the attention kernels that are named, or else are the fastest on such a device.
+
+    Raises:
+      ValueError: a kernel for decoding that such a device does not have.
+    """
+    sizes = config.compute_dtype, config.head_dim
+    best = best_paged_implementation(device, *sizes)
+    if decode_attention not in (None, 'xla', best):
+        raise ValueError(
+            f'decode_attention = {decode_attention!r} does not run on {device.platform} with {sizes[0]} and heads of '
+            f"{sizes[1]}; expected 'xla' or {best!r}, or None for the fastest"
+        )
+    return dataclasses.replace(
+        config,
+        attention=attention or best_implementation(device, *sizes),
+        decode_attention=decode_attention or best,
+    )
 
 
 def abstract(config: DecoderConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, dict[str, Any]]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from troll_jax.models.attention import IMPLEMENTATIONS
+from troll_jax.models.paged_attention import IMPLEMENTATIONS as PAGED_IMPLEMENTATIONS
 from troll_jax.models.rotary import Angles, RopeScaling, rotate
 from troll_jax.sharding import constrain
 
@@ -63,8 +64,9 @@ class DecoderConfig:
             raise ValueError(f'compute_dtype must be one of {COMPUTE_DTYPES}; got {self.compute_dtype!r}')
         if self.remat is not None and self.remat not in REMAT_POLICIES:
             raise ValueError(f'remat must be None or one of {tuple(REMAT_POLICIES)}; got {self.remat!r}')
-        if self.attention not in IMPLEMENTATIONS:
-            raise ValueError(f'attention must be one of {tuple(IMPLEMENTATIONS)}; got {self.attention!r}')
+        for name, known in [('attention', IMPLEMENTATIONS), ('decode_attention', PAGED_IMPLEMENTATIONS)]:
+            if getattr(self, name) not in known:
+                raise ValueError(f'{name} must be one of {tuple(known)}; got {getattr(self, name)!r}')
 
 
 def exact_products(dtype: str) -> contextlib.AbstractContextManager:
