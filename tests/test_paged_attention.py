@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.tpu import ragged_paged_attention as ragged
 
 from experiments.studies.program_cost import compile_program, describe, program_cost
+from troll_jax.models import paged_attention as module
 from troll_jax.models.paged_attention import (
     IMPLEMENTATIONS,
     best_paged_implementation,
@@ -79,6 +80,13 @@ def test_attention_over_pages_equals_attention_over_contiguous_keys(implementati
     with jax.set_mesh(make_mesh(*sizes)) if sizes else nullcontext():
         head_dim = 16 if implementation == 'triton' else 5
         check(implementation, 1 if sizes else 6, shards=axis_size('batch'), head_dim=head_dim)
+
+
+def test_a_long_block_table_is_read_in_parts(monkeypatch):
+    """Guards partial softmaxes that are merged, of parts without a token too."""
+    monkeypatch.setattr(module, '_SPLIT_TOKENS', 8)
+    monkeypatch.setattr(module, '_BLOCK_TOKENS', PAGE)
+    check('triton', 2, head_dim=16)
 
 
 def test_the_layout_and_the_writes_of_a_tpu(monkeypatch):
