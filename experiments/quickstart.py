@@ -46,20 +46,14 @@ def share_programs(platform: str | None) -> None:
     config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
-def evaluate(run_dir: Path, step: int, slots: int | None) -> dict:
+def evaluate(run_dir: Path, step: int) -> dict:
     config = Config([run_dir / 'config.gin'], commands=[evaluation])
     command = config.function(evaluation, str(run_dir), config)
-    return command(step=step, samples_per_prompt=SAMPLES, slots=slots)['test']
+    return command(step=step, samples_per_prompt=SAMPLES)['test']
 
 
 def train_and_evaluate(
-    folder: Path,
-    method: str,
-    name: str,
-    files: Sequence[str],
-    bindings: Sequence[str],
-    before: dict | None = None,
-    slots: int | None = None,
+    folder: Path, method: str, name: str, files: Sequence[str], bindings: Sequence[str], before: dict | None = None
 ) -> tuple[dict, dict, list[dict]]:
     """Trains a run `name` in a folder.
 
@@ -69,7 +63,6 @@ def train_and_evaluate(
       name: name of the run.
       files, bindings: its other settings.
       before: evaluation of the start model; None: it is made.
-      slots: decode slots of the evaluation; None: as many as in training.
 
     Returns:
       Its part of `summary.json`, the evaluation of the start model, and the metrics of all steps.
@@ -84,8 +77,8 @@ def train_and_evaluate(
         raise KeyboardInterrupt
     seconds = time.perf_counter() - start
     rows = read_metrics(run_dir / 'metrics.jsonl')
-    before = before or evaluate(run_dir, 0, slots)
-    after = evaluate(run_dir, rows[-1]['step'], slots)
+    before = before or evaluate(run_dir, 0)
+    after = evaluate(run_dir, rows[-1]['step'])
     summary = {
         'success_before': before['success']['mean'],
         'success_after': after['success']['mean'],
@@ -119,7 +112,6 @@ def quickstart(folder: Path, seed: int) -> dict[str, dict]:
                 ['configs/quickstart.gin'],
                 [f"Experiment.model = '{model}'", f'Sampling.seed = {seed}', *bindings],
                 before,
-                slots=512,  # one program for all
             )
     (folder / 'summary.json').write_text(json.dumps(summary, indent=2) + '\n')
     draw_runs(groups, [PANELS[0], PANELS[2]]).savefig(folder / 'curves.png', dpi=110)
