@@ -33,7 +33,7 @@ from troll_jax.types import TrainState
 
 
 def train(experiment: Experiment, sampling: Sampling, method: Method, compute: Compute, run: Run) -> bool:
-    """Repeats: sample and grade responses, score them, assign advantages, update minibatch by minibatch.
+    """Repeats: sample and grade, score, assign advantages, update by minibatches. False if a signal interrupts it.
 
     Args:
       experiment: model, task, lengths and validation sets.
@@ -41,9 +41,6 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
       method: rewards, advantages, loss, regularisers, critic, optimizer and minibatch size.
       compute: mesh, kernels and memory budgets.
       run: folder, number of steps, evaluation, checkpoints and logging.
-
-    Returns:
-      False if a signal has interrupted it.
 
     Raises:
       ValueError: settings that contradict each other, before any weight is loaded.

