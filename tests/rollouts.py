@@ -67,13 +67,6 @@ def assert_same_responses(got, expected, rows=slice(None)):
     np.testing.assert_allclose(got.support.log_probs, expected.support.log_probs[rows], atol=1e-5)
 
 
-def compiled_shapes(program, *arguments):
-    """The shapes of what a program returns, with the shardings that its compiler chooses."""
-    traced = program.trace(*arguments)
-    shape = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.tree.map(shape, traced.out_info, traced.lower().compile().output_shardings)
-
-
 def responses(result) -> list[list[int]]:
     """The response tokens of every row, up to its length."""
     bounds = zip(result.tokens, result.prompt_lengths, result.response_lengths, strict=True)

@@ -88,7 +88,7 @@ class _Shard:
         return taken
 
     def prefill(self, prompt: _Prompt, spare: int) -> bool:
-        """Gives a prompt its pages, if more than `spare` others are left, and has it prefilled."""
+        """Gives a prompt its pages, if `spare` others are left, and has it prefilled."""
         count = -(-(len(prompt.tokens) - 1) // self.size)
         if len(self.free) < count + spare:
             return False
