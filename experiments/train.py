@@ -89,8 +89,8 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
             greedy_sampler=greedy_sampler if method.needs_greedy_reward else None,
         )
         for step in training.steps():
-            # B groups of G graded responses by the current policy. Dynamic sampling happens here.
-            experience = collect(state.params, int(state.progress.draws))
+            # B groups of G graded responses by the current policy, or an earlier one. Dynamic sampling happens here.
+            experience = collect(learner.sampling_params(state), int(state.progress.draws))
             state, row, updates = training_step(learner, state, experience, partial(training.save_rollout, step))
             if method.old_policy == 'rollout':
                 warn_of_noise(row)
@@ -106,7 +106,7 @@ def training_step(
     Args:
       learner: pieces of the step.
       state: state before it, which is consumed.
-      experience: graded responses by the policy of `state`.
+      experience: graded responses, by `learner.sampling_params(state)`.
       save: is given the minibatches before the first update.
     """
     begin, step, method = time.perf_counter(), int(state.progress.step), learner.method
@@ -115,6 +115,7 @@ def training_step(
     # Advantages per group of samples; or per token, by GAE. Whitened over the rollout batch if the method asks for it.
     batches, metrics = learner.assign_advantages(scored, experience)
     save(batches)
+    state = learner.keep_policy(state)  # for Sampling.lag
     # One optimizer step per minibatch. All but the first are off-policy: here the trust region acts.
     updates, scored = [], None  # a minibatch leaves the devices after its update
     while batches:
@@ -122,7 +123,7 @@ def training_step(
         updates.append(updated)
     state = learner.end_step(state, experience.draws)  # progress; the policy becomes the reference when that is due
 
-    row = experience.metrics | summarise(updates) | metrics
+    row = experience.metrics | summarise(updates, learner.lag) | metrics
     seconds = time.perf_counter() - begin
     tokens = int(experience.rollout.response_lengths.sum())
     return state, row | {'update/tokens_per_second': tokens / seconds, 'seconds/update': seconds}, updates
@@ -133,7 +134,7 @@ def trace_programs(sampler: Sampler, learner: Learner, sampling: Sampling, metho
     batch = sampling.prompts_per_step
     some = jax.eval_shape(lambda: prompts[:batch])
     keys = jax.eval_shape(partial(jax.random.split, num=batch), jax.random.key(0))
-    rollout = sampler.shapes(learner.shapes.params, some, keys)
+    rollout = sampler.shapes(learner.sampling_params(learner.shapes), some, keys)
     learner.trace(rollout, batch)
     lengths, grades = np.ones(2, np.int32), np.zeros(2, np.float32)
     weigh(method.rewards, Responses(['', ''], lengths, rollout.log_probs.shape[1], grades))

@@ -190,7 +190,8 @@ def test_a_number_out_of_its_range_is_an_error_before_anything_is_written(tmp_pa
         ("Compute.dtype = 'float16'", "Compute.dtype is 'float16'; expected one of"),
         ('dppo.bound = 0.1', "reads 'dppo.bound'"),
         (
-            "Method.old_policy = 'recompute'\nMethod.importance_limit = 0.5",
+            "Method.old_policy = 'recompute'\nMethod.importance = @truncated_importance\n"
+            'truncated_importance.limit = 0.5',
             'limit of the importance .* at least 1; got 0.5',
         ),
         ('default_tail.probability = -1.0', 'probability of the default tail must be between 0 and 1; got -1.0'),

@@ -23,6 +23,7 @@ from troll_jax.data.tokenizer import character_tokenizer
 from troll_jax.experiment import Experiment
 from troll_jax.ops.advantages import gae, group_normalised
 from troll_jax.ops.aggregation import token_mean
+from troll_jax.ops.importance import truncated_importance
 from troll_jax.ops.losses import LossInputs, LossOutputs, ppo_clip, troll
 from troll_jax.ops.regularisers import entropy_bonus, kl_to_reference
 from troll_jax.ops.support import bucket_tail, default_tail
@@ -396,7 +397,7 @@ def test_long_prompts_are_cut_if_asked(experiment):
     ('build', 'said'),
     [
         (lambda: method(advantages=gae), 'set Method.critic'),
-        (lambda: method(importance_limit=2.0), 'set old_policy to'),
+        (lambda: method(importance=truncated_importance), 'set old_policy to'),
         (lambda: method(objective=token_mean), 'Method.objective is token_mean; expected a function of LossInputs'),
         (lambda: method(optimizer=optax.sgd(0.1)), 'Method.optimizer is .*expected a function of nothing'),
         (lambda: method(advantages=token_mean), 'which needs token_mean.max_length'),

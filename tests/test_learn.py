@@ -31,6 +31,7 @@ from troll_jax.learn import Learner, summarise
 from troll_jax.models import decoder as decoders
 from troll_jax.ops.advantages import gae, greedy_baseline, group_normalised, mean_centred, no_baseline
 from troll_jax.ops.aggregation import token_mean
+from troll_jax.ops.importance import truncated_importance
 from troll_jax.ops.losses import LossOutputs, importance_weighted, troll
 from troll_jax.ops.regularisers import k1, kl_to_reference
 from troll_jax.ops.support import bucket_tail, default_tail
@@ -328,7 +329,7 @@ def assert_equal(one, other):
             'critic': Critic(optimizer=lambda: SGD),
             'whiten_advantages': True,
             'old_policy': 'recompute',
-            'importance_limit': 1.01,
+            'importance': functools.partial(truncated_importance, limit=1.01),
             'regularisers': [functools.partial(kl_to_reference, coefficient=0.1)],
             'refresh_reference_every': 1,
         },
@@ -410,7 +411,7 @@ def test_an_objective_of_ones_own_is_counted():
         ({'refresh_reference_every': 3}, 'refresh_reference_every = 3 without a reference model; expected 0'),
         ({'reward_penalty': lambda row: row.entropy}, 'reward_penalty must compare with a reference model'),
         ({'old_policy': 'rollouts'}, "old_policy is 'rollouts'; expected one of"),
-        ({'importance_limit': 2.0}, 'set old_policy to'),
+        ({'importance': truncated_importance}, 'set old_policy to'),
         (
             {'reward_penalty': functools.partial(kl_to_reference, coefficient=0.1), 'mask_truncated': True},
             'reward_penalty and mask_truncated do not go together',

@@ -19,7 +19,6 @@ from troll_jax.ops.regularisers import (
     kl_to_old,
     kl_to_reference,
     regularised,
-    truncated_importance_weights,
 )
 from troll_jax.ops.support import bucket_tail
 from troll_jax.types import SparseLogProbs
@@ -86,14 +85,6 @@ def test_estimates_of_the_divergence():
     np.testing.assert_allclose(gradient(k2), forward, atol=1e-6)
     np.testing.assert_allclose(gradient(k3), backward, atol=1e-6)
     assert np.abs(forward).max() > 0.05 and np.abs(forward - backward).max() > 0.05
-
-
-def test_truncated_importance_weights_by_hand():
-    """Guards which of the two is above the line, the limit, and that nothing is learnt through the weight."""
-    trainer, sampler = jnp.log(jnp.array([0.5, 0.1, 0.9, 1.0])), jnp.log(jnp.array([0.25, 0.2, 0.1, 1e-30]))
-    np.testing.assert_allclose(truncated_importance_weights(trainer, sampler, limit=3.0), [2, 0.5, 3, 3], rtol=1e-5)
-    gradient = jax.grad(lambda x: jnp.sum(truncated_importance_weights(x, sampler)))(trainer)
-    assert np.all(gradient == 0)
 
 
 def with_reference(scores, reference, kept: int) -> LossInputs:

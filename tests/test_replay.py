@@ -69,7 +69,9 @@ def run(tmp_path_factory) -> Path:
     ]
     last = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr('experiments.train.summarise', lambda updates: last.append(updates[-1]) or summarise(updates))
+        patch.setattr(
+            'experiments.train.summarise', lambda updates, lag: last.append(updates[-1]) or summarise(updates, lag)
+        )
         train(*settings([CONFIGS / 'quickstart.gin', CONFIGS / 'objectives/troll.gin'], bindings))
     (folder / 'run/kl_max_of_the_last_update').write_text(str(last[-1].policy.metrics['kl_max']))
     return folder / 'run'

@@ -22,12 +22,14 @@ from troll_jax.checkpoint import Checkpoints
 from troll_jax.metrics import read_metrics
 from troll_jax.models.hf_weights import load_config
 
-# All that a state can hold: a critic, a reference model that is replaced after the resume, draws that are not steps.
+# All that a state can hold: a critic, a reference model that is replaced after the resume, draws that are not steps,
+# policies that are still to sample.
 STATEFUL = [
     'Method.regularisers = [@kl_to_reference]',
     'kl_to_reference.coefficient = 0.01',
     'Method.refresh_reference_every = 3',
     'Sampling.max_draws = 2',
+    'Sampling.lag = 3',
     'Run.keep_best = True',
 ]
 
@@ -46,7 +48,12 @@ def test_resuming_equals_not_stopping(tmp_path, model, method, bindings):
     assert [row['step'] for row in parts] == [0, 1, 2, 3, 4]
     assert without_times(parts) == without_times(whole)
     states = [everything(tmp_path / name, 4) for name in ('parts', 'whole')]
-    assert states[0].keys() == {'progress', 'params', 'opt_state', *(('critic', 'reference') if bindings else ())}
+    assert states[0].keys() == {
+        'progress',
+        'params',
+        'opt_state',
+        *(('critic', 'reference', 'past') if bindings else ()),
+    }
     assert_same(*states)
     if bindings:
         assert states[0]['progress']['draws'] > 4 == states[0]['progress']['step']

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from updates import CONFIG, PACKED, SCORING, assert_same, batch, nearby_params, policy_params, run, updater
 
+from troll_jax.ops.importance import truncated_importance
 from troll_jax.ops.losses import ppo_clip
 from troll_jax.ops.regularisers import kl_to_reference
 from troll_jax.ops.support import bucket_tail, default_tail
@@ -40,7 +41,10 @@ def test_recompute_weighs_advantages():
     data = batch(PACKED[1])
     plain, *_ = jax.tree.map(np.asarray, make_recompute(CONFIG, scoring)(nearby_params(), data))
     weighted, _, importance = jax.tree.map(
-        np.asarray, make_recompute(CONFIG, scoring, importance_limit=1.1)(nearby_params(), data)
+        np.asarray,
+        make_recompute(CONFIG, scoring, importance=functools.partial(truncated_importance, limit=1.1))(
+            nearby_params(), data
+        ),
     )
     ratio = np.exp(plain.old_log_probs - data.old_log_probs)
     learnt = data.loss_weights > 0

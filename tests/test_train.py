@@ -210,7 +210,7 @@ def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
         ('Method.old_policy = "sampler"', "is 'sampler'; expected one of .*'recompute'"),
         ('Sampling.samples_per_prompt = 1', 'at least two'),
         ('Sampling.samples_per_prompt = 0', 'samples_per_prompt must be above 0; got 0'),
-        ('Method.importance_limit = 2.0', "importance_limit = 2.0 .* old_policy to 'recompute'"),
+        ('Method.importance = @truncated_importance', "importance .* old_policy to 'recompute'"),
         ('Sampling.prompts_per_step = 64', '64 and there are 60 prompts'),
         ('Sampling.support_size = 18', 'vocabulary size 17; got 18'),
         ('Sampling.support_mass = 1.5', 'mass .* got 1.5'),

@@ -14,7 +14,7 @@ from orbax.checkpoint import checkpoint_managers as managers
 
 from troll_jax.types import CriticState, Progress, TrainState
 
-_OPTIONAL = ('critic', 'reference')  # items of a state that not every run has
+_OPTIONAL = ('critic', 'reference', 'past')  # items of a state that not every run has
 _SCORE = 'score'  # by which the best checkpoint is found
 
 _logger = logging.getLogger(__name__)

@@ -95,7 +95,7 @@ class Learner:
         self._shape = minibatch_shape(sampling, method, compute, max_prompt_length + max_response_length)
         self._optimizer, policy = compute.place_optimizer(method.optimizer()), scoring(sampling, method, compute)
         self._update = make_update(config, self._optimizer, regularised(method.objective, method.regularisers), policy)
-        self._recompute = make_recompute(config, policy, importance_limit=method.importance_limit)
+        self._recompute = make_recompute(config, policy, importance=method.importance)
         self._reference = make_reference(config, policy, penalty=method.reward_penalty)
         if method.critic is not None:
             optimizer = compute.place_optimizer(method.critic.optimizer())
@@ -110,10 +110,12 @@ class Learner:
             compute.mesh,
             critic_optimizer=None if method.critic is None else self._critic_optimizer,
             has_reference=method.has_reference,
+            lag=sampling.lag,
         )
-        self._copy_reference = jax.jit(
+        self.lag = sampling.lag
+        self._copy = jax.jit(
             lambda params: jax.tree.map(jnp.copy, decoders.cast_weights(params, config.compute_dtype)),
-            out_shardings=jax.tree.map(lambda x: x.sharding, self.shapes.reference),
+            out_shardings=jax.tree.map(lambda x: x.sharding, self.shapes.params),
         )
         self._group_advantages = jax.jit(self._group_advantages_of)
         self._token_advantages = jax.jit(self._token_advantages_of)
@@ -126,8 +128,18 @@ class Learner:
         if self.method.critic is not None:
             critic = init_critic(params, self._critic_optimizer, self.shapes.critic)
         if self.method.has_reference:
-            reference = self._copy_reference(params)
-        return state._replace(critic=critic, reference=reference)
+            reference = self._copy(params)
+        past = self.shapes.past and tuple(self._copy(params) for _ in self.shapes.past)
+        return state._replace(critic=critic, reference=reference, past=past)
+
+    def sampling_params(self, state: TrainState) -> Any:
+        """The parameters to sample the next rollout batch with: those of `Sampling.lag` steps before."""
+        return state.past[0] if state.past else state.params
+
+    @_on_mesh
+    def keep_policy(self, state: TrainState) -> TrainState:
+        """Before its updates, takes a copy of the policy to sample with later and drops the oldest; nothing without lag."""
+        return state._replace(past=(*state.past[1:], self._copy(state.params))) if state.past else state
 
     def pack(self, rollout: Rollout, graded: np.ndarray | None = None) -> Minibatches:
         """Cuts a rollout into minibatches, and packs each into rows; on the host, in numpy.
@@ -159,7 +171,7 @@ class Learner:
             batches = [place(batch, self.mesh, (None, 'batch')) for batch in batches]
         if method.old_policy == 'recompute':
             batches, noise, importance = zip(*[self._recompute(state.params, batch) for batch in batches], strict=True)
-            metrics['update/kl_noise'] = np.mean(noise)
+            metrics[first_kl(self.lag)] = np.mean(noise)
         if method.has_reference:
             batches, found = zip(*[self._reference(state.reference, batch) for batch in batches], strict=True)
             if not method.loss_needs_reference:
@@ -227,7 +239,7 @@ class Learner:
         progress = state.progress._replace(step=done, draws=state.progress.draws + draws)
         state = state._replace(progress=progress)
         if every and int(done) % every == 0:
-            state = state._replace(reference=self._copy_reference(state.params))
+            state = state._replace(reference=self._copy(state.params))
         return state
 
     def programs(self) -> dict[str, tuple[Callable, tuple]]:
@@ -299,18 +311,21 @@ def abstract_state(
     *,
     critic_optimizer: optax.GradientTransformation | None = None,
     has_reference: bool = False,
+    lag: int = 0,
 ) -> TrainState:
     """Shapes and shardings of all that is trained."""
     params, opt_state = abstract_policy(config, optimizer, mesh)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    as_reference = jax.eval_shape(partial(decoders.cast_weights, dtype=config.compute_dtype), params)
+    cast = jax.eval_shape(partial(decoders.cast_weights, dtype=config.compute_dtype), params)
     like = lambda x, sharded: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded.sharding)
+    fixed = jax.tree.map(like, cast, params)  # a policy that does not change
     return TrainState(
         progress=jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated), START),
         params=params,
         opt_state=opt_state,
         critic=None if critic_optimizer is None else abstract_critic(config, critic_optimizer, mesh),
-        reference=jax.tree.map(like, as_reference, params) if has_reference else None,
+        reference=fixed if has_reference else None,
+        past=(fixed,) * lag or None,
     )
 
 
@@ -321,15 +336,19 @@ def start_state(params, optimizer: optax.GradientTransformation, shapes: TrainSt
     return TrainState(progress, params, jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params))
 
 
-def summarise(updates: Sequence[Updated]) -> dict[str, float]:
+def first_kl(lag: int) -> str:
+    """The metric of the KL between sampler and policy before any update: without lag it is noise between the two."""
+    return 'update/kl_lag' if lag else 'update/kl_noise'
+
+
+def summarise(updates: Sequence[Updated], lag: int = 0) -> dict[str, float]:
     """Metrics of a step: means over its updates; a maximum stays one. Updates that were skipped are only counted."""
     of_policy = fetch([update.policy.metrics for update in updates if update.policy is not None])
     of_critic = fetch([update.critic for update in updates if update.critic is not None])
     metrics = _summarise('update', of_policy) | _summarise('critic', of_critic)
     if of_policy:
-        # Before the first update the policy is the one that sampled: what is left is the noise between the two.
         first = next((log for log in of_policy if not log['skipped']), of_policy[0])
-        metrics['update/kl_noise'] = first['kl_mean']
+        metrics[first_kl(lag)] = first['kl_mean']
     return metrics
 
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.head import HeadOutput, sparse_head
+from troll_jax.ops.importance import Importance
 from troll_jax.ops.losses import LossInputs, ReferenceView
 from troll_jax.ops.needs import give, needs
 from troll_jax.ops.projection import kl_divergence
-from troll_jax.ops.regularisers import Regulariser, evaluate, truncated_importance_weights
+from troll_jax.ops.regularisers import Regulariser, evaluate
 from troll_jax.ops.support import bucket_tail
 from troll_jax.sharding import constrain
 from troll_jax.types import Batch, Reference, SparseLogProbs
@@ -32,18 +33,17 @@ class Scoring(NamedTuple):
 
 
 def make_recompute(
-    config: decoders.DecoderConfig, scoring: Scoring, *, importance_limit: float | None = None
+    config: decoders.DecoderConfig, scoring: Scoring, *, importance: Importance | None = None
 ) -> Callable[[dict, Batch], tuple[Batch, jax.Array, jax.Array]]:
-    """Builds the jitted recompute(params, batch) → (batch, kl [], importance [M, Z, S]).
+    """Builds the jitted recompute(params, batch) → (batch, kl [], weights [M, Z, S]).
 
     Replaces the π_old that the sampler recorded by that of a forward pass of training, as the paper does. `kl` is the
-    mean over the tokens of KL(recomputed ‖ recorded), the noise between the two, and `importance` what advantages are
-    to be multiplied by. The parameters must be the ones that sampled.
+    mean over the tokens of KL(recomputed ‖ recorded), and `weights` are what advantages are to be multiplied by.
 
     Args:
       config: sizes of the decoder.
       scoring: temperature, tail rule and support.
-      importance_limit: limit of `truncated_importance_weights`; None: all are 1.
+      importance: weights from the ratio of recomputed to recorded; None: all are 1.
     """
     graphdef, _ = decoders.abstract(config)
 
@@ -60,11 +60,12 @@ def make_recompute(
 
         empty = batch.old_log_probs, batch.old, jnp.zeros_like(batch.loss_weights)
         log_probs, old, kl = for_each_micro_batch(one, batch, empty)
-        importance = jnp.ones_like(log_probs)
-        if importance_limit is not None:
-            importance = truncated_importance_weights(log_probs, batch.old_log_probs, limit=importance_limit)
+        weights, mask = jnp.ones_like(log_probs), batch.loss_weights > 0
+        if importance is not None:
+            responses = jnp.where(mask, batch.segment_ids, 0)
+            weights = jax.vmap(jax.vmap(importance))(log_probs - batch.old_log_probs, responses)
         batch = batch._replace(old_log_probs=log_probs, old=old)
-        return batch, jnp.sum(kl) / jnp.maximum(jnp.sum(batch.loss_weights > 0), 1), importance
+        return batch, jnp.sum(kl) / jnp.maximum(jnp.sum(mask), 1), weights
 
     return recompute
 

@@ -18,6 +18,7 @@ from troll_jax.data.tasks import Task
 from troll_jax.models.attention import IMPLEMENTATIONS
 from troll_jax.models.layers import COMPUTE_DTYPES, REMAT_POLICIES
 from troll_jax.models.paged_attention import IMPLEMENTATIONS as PAGED_IMPLEMENTATIONS
+from troll_jax.ops.importance import Importance
 from troll_jax.ops.losses import Objective
 from troll_jax.ops.needs import needs
 from troll_jax.ops.ranges import check_range
@@ -46,6 +47,8 @@ class Sampling:
       support_mass: 1 − δ, the probability that these tokens are to hold, in (0, 1].
       max_draws: dynamic sampling, if more than 1: zero-variance groups are replaced by those of up to so many batches
         of prompts in all (DAPO), see `troll_jax.collect`.
+      lag: k: a rollout batch is sampled by the policy of k steps before, the first k by the start model, as an
+        asynchronous system would with k steps between its sampler and its trainer. Exact and reproducible.
       seed: seed of data order and sampling.
       level: curriculum: function of the number of batches of prompts before (as many as steps, unless `max_draws` is
         above 1) to the highest level of the next one, such as `ops.schedules.linear_level`. The task's rows have a
@@ -61,6 +64,7 @@ class Sampling:
     support_size: int = 64
     support_mass: float = 1 - 1e-5
     max_draws: int = 1
+    lag: int = 0
     seed: int = 0
     level: Callable[[int], float] | None = None
 
@@ -69,7 +73,7 @@ class Sampling:
         _check_above_zero(
             self, 'prompts_per_step', 'samples_per_prompt', 'temperature', 'support_size', 'support_mass', 'max_draws'
         )
-        _check_not_negative(self, 'seed')
+        _check_not_negative(self, 'lag', 'seed')
         check_range('support_mass', self.support_mass, lambda x: x <= 1, 'a probability, in (0, 1]')
         if self.max_draws > 1 and self.samples_per_prompt < 2:
             raise ValueError(
@@ -96,8 +100,8 @@ class Method:
         updates; all but the first are off-policy.
       old_policy: source of π_old: 'rollout', the sampler's record, or 'recompute', a forward pass of training over all
         responses before the first update, as in the paper.
-      importance_limit: limit C; with 'recompute', advantages are weighted by the ratio of trainer to sampler up to this
-        limit, see `truncated_importance_weights`; None does not weight.
+      importance: with 'recompute', weights of the advantages from the ratio of π_old to the sampler, such as
+        `truncated_importance`, see `troll_jax.ops.importance`; None does not weight.
       rewards: name, weight and function of each reward term, see `troll_jax.rewards.terms`; logged one by one.
       whiten_advantages: normalises advantages over the rollout batch, with a critic over all tokens; see `whiten`.
       mask_truncated: sets the loss weight of responses that the length limit cut to zero. Their rewards still count for
@@ -119,7 +123,7 @@ class Method:
     optimizer: Optimizer
     minibatch_prompts: int
     old_policy: Literal['rollout', 'recompute'] = 'rollout'
-    importance_limit: float | None = None
+    importance: Importance | None = None
     rewards: Sequence[tuple[str, float, RewardTerm]] = (('task', 1.0, task_reward),)
     whiten_advantages: bool = False
     mask_truncated: bool = False
@@ -133,10 +137,10 @@ class Method:
         _check_above_zero(self, 'minibatch_prompts')
         _check_not_negative(self, 'refresh_reference_every')
         check_names(self.rewards)
-        if self.importance_limit is not None and self.old_policy != 'recompute':
+        if self.importance is not None and self.old_policy != 'recompute':
             raise ValueError(
-                f'importance_limit = {self.importance_limit} compares the sampler with what the trainer recomputes; '
-                f"set old_policy to 'recompute', or leave it out; got {self.old_policy!r}"
+                'importance compares the sampler with what the trainer recomputes; set old_policy to '
+                f"'recompute', or leave it out; got {self.old_policy!r}"
             )
         if needs(self.advantages, 'values') and self.critic is None:
             raise ValueError('these advantages take the values of a critic, and there is none; set Method.critic')

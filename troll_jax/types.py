@@ -131,3 +131,4 @@ class TrainState(NamedTuple):
     opt_state: Any  # as optax returns it
     critic: CriticState | None = None
     reference: Any = None  # parameters of the reference model, in the dtype that it computes in
+    past: tuple[Any, ...] | None = None  # policies that are still to sample, oldest first, in the same dtype

@@ -32,6 +32,7 @@ _RENAMED = {
     'train.max_tokens': 'Sampling.support_size',
     'train.mass': 'Sampling.support_mass',
     'Experiment.compute_dtype': 'Compute.dtype',
+    'Method.importance_limit': 'Method.importance = @truncated_importance, and truncated_importance.limit',
     'adamw.offload': 'Compute.offload_optimizer',
     'critic/adamw.offload': 'Compute.offload_optimizer',
     'Experiment.mesh': 'Compute.data, Compute.fsdp and Compute.tensor',

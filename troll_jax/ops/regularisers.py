@@ -118,24 +118,3 @@ def k3(log_probs: jax.Array, other_log_probs: jax.Array) -> jax.Array:
     near, slope = jnp.where(is_far, 0.0, x), math.expm1(LOG_RATIO_LIMIT)
     far = slope * (x - LOG_RATIO_LIMIT) + (slope - LOG_RATIO_LIMIT)
     return jnp.where(is_far, far, jnp.expm1(near) - near)
-
-
-def truncated_importance_weights(
-    log_probs: jax.Array, sampler_log_probs: jax.Array, *, limit: float = 2.0
-) -> jax.Array:
-    """min(π_trainer / π_sampler, limit): what is sampled by one policy and learnt from as if by another.
-
-    Sampler and trainer compute the same policy with different kernels, and their probabilities differ. Multiplied by
-    this weight, an advantage counts for how likely the trainer finds the token (Yao et al., 2025,
-    fengyao.notion.site/off-policy-rl; truncated as by Ionides, 2008, who gives up some bias for variance).
-
-    Args:
-      log_probs: [...] of the sampled tokens, as the trainer computes them.
-      sampler_log_probs: [...] as the sampler recorded them.
-      limit: C, at least 1.
-
-    Raises:
-      ValueError: a limit that tokens of equal probability exceed.
-    """
-    check_range('limit of the importance weights', limit, lambda x: x >= 1, 'at least 1')
-    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(jnp.minimum(log_probs - sampler_log_probs, 20.0)), limit))
