@@ -138,7 +138,7 @@ class Learner:
 
     @_on_mesh
     def keep_policy(self, state: TrainState) -> TrainState:
-        """Before its updates, takes a copy of the policy to sample with later and drops the oldest; nothing without lag."""
+        """Takes a copy of the policy before its updates, to sample with later, and drops the oldest; none without lag."""
         return state._replace(past=(*state.past[1:], self._copy(state.params))) if state.past else state
 
     def pack(self, rollout: Rollout, graded: np.ndarray | None = None) -> Minibatches:

@@ -47,7 +47,8 @@ def masked_importance(
     """w where it is in [lower, upper], else 0: what the policies disagree about is not learnt from.
 
     With 'token' as in IcePop (Ling team, 2025, ringtech.notion.site/icepop), with 'sequence' and 'geometric' whole
-    responses are left out (Liu et al., 2025, When Speed Kills Stability, yingru.notion.site). Arguments and errors as of `truncated_importance`.
+    responses are left out (Liu et al., 2025, When Speed Kills Stability, yingru.notion.site). Arguments and errors as
+    of `truncated_importance`.
 
     Args:
       lower: at most 1.
