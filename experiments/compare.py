@@ -1,9 +1,10 @@
 """Many short runs of one task: estimators × policy objectives, over learning rates and staleness.
 
-    python -m experiments.compare [--suite quickstart | smollm2] [--seeds 5] [--methods GRPO/TROLL GSPO/Clip …]
+    python -m experiments.compare [--suite quickstart | smollm2 | lag | long] [--seeds 5] [--methods GRPO/TROLL …]
 
-All start from one model, make as many updates of as many responses, and differ in method, learning rate
-and in how many updates are made of one rollout batch (its staleness). Finished runs are lines of `results.jsonl` in the
+All start from one model, make as many updates of as many responses, and differ in method, learning rate, in how many
+updates are made of one rollout batch (its staleness), and in how many steps lie between the policy that samples and the
+one that learns (its lag). Finished runs are lines of `results.jsonl` in the
 folder, so that the command resumes where it was stopped. Draws `comparison.png` and writes `comparison.md` from the
 lines that are there; `--only-draw` does nothing else. Where there is no warm-started model yet, it is made first.
 """

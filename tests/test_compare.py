@@ -7,9 +7,9 @@ from experiments.studies import compare
 from troll_jax.settings import Method
 
 
-def row(method='GRPO/Clip', learning_rate=2e-4, staleness=2, seed=0, success=0.5) -> dict:
-    names = ('method', 'learning_rate', 'staleness', 'seed', 'success')
-    return dict(zip(names, (method, learning_rate, staleness, seed, success), strict=True))
+def row(method='GRPO/Clip', learning_rate=2e-4, staleness=2, lag=0, seed=0, success=0.5) -> dict:
+    names = ('method', 'learning_rate', 'staleness', 'lag', 'seed', 'success')
+    return dict(zip(names, (method, learning_rate, staleness, lag, seed, success), strict=True))
 
 
 def test_runs_differ_in_their_setting_alone(tmp_path, model):

@@ -138,7 +138,7 @@ class Learner:
 
     @_on_mesh
     def keep_policy(self, state: TrainState) -> TrainState:
-        """Takes a copy of the policy before its updates, to sample with later, and drops the oldest; none without lag."""
+        """With lag, copies the policy before its updates, to sample with later, and drops the oldest copy."""
         return state._replace(past=(*state.past[1:], self._copy(state.params))) if state.past else state
 
     def pack(self, rollout: Rollout, graded: np.ndarray | None = None) -> Minibatches:
@@ -229,7 +229,8 @@ class Learner:
             new, critic = self._update_critic(state.critic, batch)
             state = state._replace(critic=new)
         if not critic_only:
-            state, policy = self._update(state, batch)
+            new, policy = self._update(state._replace(past=None), batch)
+            state = new._replace(past=state.past)
         return state, Updated(policy, critic)
 
     @_on_mesh
@@ -260,7 +261,7 @@ class Learner:
             found['values'] = self._values, (shapes.critic.params, batch)
             batch = batch._replace(values=floats, returns=floats)
             found['critic'] = self._update_critic, (shapes.critic, batch)
-        return found | {'update': (self._update, (shapes, batch))}
+        return found | {'update': (self._update, (shapes._replace(past=None), batch))}
 
     def trace(self, rollout: Rollout, prompts: int) -> None:
         """Traces all programs for a rollout's shapes: what they refuse is an error before weights are loaded."""

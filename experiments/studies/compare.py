@@ -58,7 +58,7 @@ OBJECTIVES = {
 
 
 class Suite(NamedTuple):
-    """Runs that are compared: methods × levels of staleness × learning rates × seeds."""
+    """Runs that are compared: methods × levels of staleness × lags × learning rates × seeds."""
 
     task: str  # a gin file
     methods: Sequence[str]  # estimator/objective
@@ -66,12 +66,13 @@ class Suite(NamedTuple):
     learning_rates: Sequence[float]
     staleness: Sequence[int]  # updates per rollout batch
     samples: int  # per held-out problem, at temperature 1
+    lags: Sequence[int] = (0,)  # steps between the policy that samples and the one that learns
 
     def settings(self, methods: Sequence[str], seeds: int) -> Iterator['Setting']:
         """All runs, seed by seed, so that the results are balanced whenever the command is stopped."""
         for seed in range(seeds):
-            for method, staleness, rate in product(methods, self.staleness, self.learning_rates):
-                yield Setting(method, rate, staleness, seed)
+            for method, lag, staleness, rate in product(methods, self.lags, self.staleness, self.learning_rates):
+                yield Setting(method, rate, staleness, lag, seed)
 
 
 SUITES = {
@@ -91,7 +92,26 @@ SUITES = {
         staleness=(4, 16),
         samples=8,
     ),
+    'lag': Suite(
+        'configs/quickstart.gin',
+        [f'GRPO/{objective}' for objective in OBJECTIVES],
+        updates=192,
+        learning_rates=(5e-4,),
+        staleness=(8,),
+        lags=(0, 1, 4, 16),
+        samples=4,
+    ),
+    'long': Suite(
+        'configs/quickstart.gin',
+        [f'GRPO/{objective}' for objective in OBJECTIVES],
+        updates=4000,
+        learning_rates=(5e-4,),
+        staleness=(4,),
+        lags=(4,),
+        samples=4,
+    ),
 }
+AXES = {'staleness': 'updates per rollout batch', 'lag': 'steps of lag', 'learning_rate': 'learning rate'}
 
 
 class Setting(NamedTuple):
@@ -100,6 +120,7 @@ class Setting(NamedTuple):
     method: str  # of a suite
     learning_rate: float
     staleness: int
+    lag: int
     seed: int
 
 
@@ -129,14 +150,14 @@ class Bench:
         )
         self.evaluator = sampler(samples_per_prompt=suite.samples)
 
-    def learner(self, method: str) -> Learner:
+    def learner(self, method: str, lag: int) -> Learner:
         """The learner of a method. The learning rate is part of its optimizer's state: one program for all."""
         settings = read(self.suite.task, method).build(Method)
         adamw = settings.optimizer
         optimizer = lambda: optax.inject_hyperparams(lambda learning_rate: adamw(learning_rate=learning_rate))(0.0)
         return Learner(
             self.model.config,
-            self.sampling,
+            replace(self.sampling, lag=lag),
             replace(settings, optimizer=optimizer),
             self.compute,
             max_prompt_length=self.experiment.max_prompt_length,
@@ -176,7 +197,7 @@ class Bench:
         )
         found = summarise(result)
         mean = lambda name: float(np.mean([row[f'update/{name}'] for row in rows]))
-        last = rows[-1].get('critic/explained_variance')
+        rewards, last = np.array([row['reward/mean'] for row in rows]), rows[-1].get('critic/explained_variance')
         critic = {} if last is None or not np.isfinite(last) else {'explained_variance': float(last)}
         constrained = 'projected_share' if 'update/projected_share' in rows[0] else 'clipped_share'
         return (
@@ -187,7 +208,7 @@ class Bench:
                 'high': found['success']['high'],
                 f'pass@{self.suite.samples}': found[f'pass@{self.suite.samples}']['mean'],
                 'response_length': found['response_length'],
-                'rewards': [round(float(row['reward/mean']), 4) for row in rows],
+                'rewards': [round(float(part.mean()), 4) for part in np.array_split(rewards, min(len(rows), 100))],
                 'entropy': float(rows[-1]['rollout/entropy']),
                 'kl_mean': mean('kl_mean'),
                 'kl_p99': mean('kl_p99'),
@@ -217,7 +238,7 @@ def run_all(suite: Suite, folder: Path, methods: Sequence[str], seeds: int) -> N
         with jax.set_mesh(compute.mesh):
             for i, setting in enumerate(todo):
                 start = time.perf_counter()
-                row = bench.run(setting, learner(setting.method))
+                row = bench.run(setting, learner(setting.method, setting.lag))
                 row['seconds'] = round(time.perf_counter() - start, 1)
                 with path.open('a') as file:
                     file.write(json.dumps(row, ensure_ascii=False) + '\n')
@@ -225,7 +246,8 @@ def run_all(suite: Suite, folder: Path, methods: Sequence[str], seeds: int) -> N
 
 
 def read_results(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [{'lag': 0} | json.loads(line) for line in lines]
 
 
 def success_of(rows: list[dict], **fixed) -> Estimate | None:
@@ -248,13 +270,13 @@ def success_of(rows: list[dict], **fixed) -> Estimate | None:
 
 
 def draw(rows: list[dict]) -> Figure:
-    """Success against learning rate, over all levels of staleness, and the other way round; a column per estimator."""
+    """Success against each axis that varies, over all values of the others; a column per estimator."""
     estimators = [
         estimator for estimator in ESTIMATORS if any(row['method'].startswith(f'{estimator}/') for row in rows)
     ]
-    kinds = {name: sorted({row[name] for row in rows}) for name in ('learning_rate', 'staleness')}
-    figure = Figure(figsize=(4 * len(estimators), 7), layout='constrained')
-    axes = figure.subplots(2, len(estimators), sharey=True, squeeze=False)
+    kinds = varying(rows)
+    figure = Figure(figsize=(4 * len(estimators), 3.5 * len(kinds)), layout='constrained')
+    axes = figure.subplots(len(kinds), len(estimators), sharey=True, squeeze=False)
     for column, estimator in enumerate(estimators):
         for axis, (name, values) in zip(axes[:, column], kinds.items(), strict=True):
             for offset, objective in enumerate(OBJECTIVES):
@@ -271,8 +293,7 @@ def draw(rows: list[dict]) -> Figure:
                         label=objective,
                     )
             axis.set_xticks(range(len(values)), [f'{value:g}' for value in values])
-            label = {'learning_rate': 'learning rate', 'staleness': 'updates per rollout batch'}[name]
-            axis.set(title=estimator, xlabel=label, ylim=(0, 1))
+            axis.set(title=estimator, xlabel=AXES[name], ylim=(0, 1))
             axis.grid(alpha=0.3)
         axes[0, 0].legend(fontsize=8)
     for axis in axes[:, 0]:
@@ -280,17 +301,23 @@ def draw(rows: list[dict]) -> Figure:
     return figure
 
 
+def varying(rows: list[dict]) -> dict[str, list]:
+    """The values of each axis that has several; of the learning rate if none has."""
+    values = {name: sorted({row[name] for row in rows}) for name in AXES}
+    return {name: found for name, found in values.items() if len(found) > 1} or {
+        'learning_rate': values['learning_rate']
+    }
+
+
 def table(rows: list[dict]) -> str:
     """Success of every method at every setting, in Markdown."""
     methods = dict.fromkeys(row['method'] for row in rows)
-    cells = list(product(*(sorted({row[name] for row in rows}) for name in ('staleness', 'learning_rate'))))
-    lines = [
-        '| updates per rollout batch | ' + ' | '.join(str(staleness) for staleness, _ in cells) + ' | all |',
-        '| --- ' * (len(cells) + 2) + '|',
-        '| learning rate | ' + ' | '.join(f'{rate:g}' for _, rate in cells) + ' | |',
-    ]
+    kinds = varying(rows)
+    cells = [dict(zip(kinds, values, strict=True)) for values in product(*kinds.values())]
+    lines = [f'| {AXES[name]} | ' + ' | '.join(f'{cell[name]:g}' for cell in cells) + ' | all |' for name in kinds]
+    lines.insert(1, '| --- ' * (len(cells) + 2) + '|')
     for method in methods:
-        found = [success_of(rows, method=method, staleness=s, learning_rate=rate) for s, rate in cells]
+        found = [success_of(rows, method=method, **cell) for cell in cells]
         found.append(success_of(rows, method=method))
         shown = [f'{x.mean:.3f} ± {(x.high - x.low) / 2:.3f}' if x is not None else '' for x in found]
         lines.append(f'| {method.replace("/", ", ")} | ' + ' | '.join(shown) + ' |')
