@@ -6,7 +6,7 @@ prompt; a regulariser with `reference` needs a reference model; a tail rule with
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -24,3 +24,19 @@ def needs(function: Callable | None, name: str) -> bool:
 def give(function: Callable, **inputs: Any) -> dict[str, Any]:
     """Those of `inputs` that a function needs, to be passed by name."""
     return {name: value for name, value in inputs.items() if needs(function, name)}
+
+
+def by_name(function: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `inputs` that a function takes by name, all if it takes any. Raises a ValueError if it needs others."""
+    parameters = inspect.signature(function).parameters
+    kinds = {p.kind for p in parameters.values()}
+    if missing := [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind < p.VAR_KEYWORD and name not in inputs
+        if p.kind is not p.VAR_POSITIONAL
+    ]:
+        name = getattr(function, '__name__', repr(function))
+        raise ValueError(f'{name} takes {missing}, which nothing gives it; expected some of {sorted(inputs)}')
+    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
+    return {name: value for name, value in inputs.items() if takes_any or name in parameters}
