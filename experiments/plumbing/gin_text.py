@@ -26,7 +26,7 @@ def to_bindings(*settings: Any) -> dict[str, str]:
 def to_gin(*settings: Any) -> str:
     """Settings as a gin file. An argument of a function that was set is written even if it is the default."""
     writer = _Writer(settings, with_defaults=True)
-    lines = [f'include {str(FILES[x])!r}' if x in FILES else f'import {x}' for x in sorted(writer.modules)]
+    lines = [f'include {FILES[x].__file__!r}' if x in FILES else f'import {x}' for x in sorted(writer.modules)]
     for name, value in sorted(writer.lines.items(), key=lambda line: line[0].lower()):
         comment = '# not in a gin file: ' if _UNNAMED in value else ''
         lines.append(f'{comment}{name} = {value.replace(_UNNAMED, "")}')
@@ -136,8 +136,8 @@ class _Writer:
         for name, known in NAMES.items():
             if known is target:
                 return name
-        for module in FILES:  # what it is called there, be it a closure
-            for name, value in vars(sys.modules[module]).items():
+        for module, file in FILES.items():  # what it is called there, be it a closure
+            for name, value in vars(file).items():
                 if value is target and callable(value):
                     self.modules.add(module)
                     return f'{module}.{name}'

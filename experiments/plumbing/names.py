@@ -47,7 +47,7 @@ NAMES: dict[str, Callable] = {
 # @AMC() is MathEval of this benchmark, with all bindings of MathEval that AMC has none of its own for.
 NAMES |= {name.replace('-', '_'): functools.partial(MathEval, benchmark=name) for name in BENCHMARKS}
 
-FILES: dict[str, Path] = {}  # modules that were named with their file
+FILES: dict[str, ModuleType] = {}  # modules that were named with their file
 
 
 def load_file(file: Path) -> ModuleType:
@@ -72,5 +72,5 @@ def load_file(file: Path) -> ModuleType:
     found = getattr(module, '__file__', None)
     if found is None or Path(found).resolve() != file:
         raise ValueError(f'{str(file)!r} has the name of another module, {module}; rename it')
-    FILES[file.stem] = file
+    FILES[file.stem] = module
     return module
