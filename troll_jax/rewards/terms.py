@@ -88,7 +88,11 @@ def trl_reward(responses: Responses, *, function: Callable[..., Any], conversati
     else:
         prompts = [messages[-1]['content'] for messages in prompts]
     inputs = {'prompts': prompts, 'completions': completions, 'completion_ids': [x.tolist() for x in responses.tokens]}
-    rewards = function(**by_name(function, inputs | {'answer': responses.answers} | dict(responses.columns)))
+    try:
+        inputs = by_name(function, inputs | {'answer': responses.answers} | dict(responses.columns))
+    except ValueError as error:
+        raise ValueError(f'{error}; the `columns` of a task name further ones of its rows') from error
+    rewards = function(**inputs)
     return np.array([0.0 if reward is None else reward for reward in rewards], np.float32)
 
 
