@@ -26,7 +26,7 @@ from troll_jax.collect import Experience, gather_responses, make_collector
 from troll_jax.data.prompts import PromptSet, draw_indices
 from troll_jax.experiment import Experiment
 from troll_jax.learn import Learner, Updated, summarise
-from troll_jax.rewards.terms import weigh
+from troll_jax.rewards.terms import read_rows, weigh
 from troll_jax.rollout import Sampler
 from troll_jax.settings import Compute, Method, Run, Sampling, check_together
 from troll_jax.types import TrainState
@@ -48,7 +48,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
     check_together(sampling, method, compute, experiment.max_length)
     training = TrainingRun((experiment, sampling, method), compute, run)
     model = experiment.load_model(compute)  # tokenizer and sizes; no weights yet
-    prompts = experiment.load_prompts('train', model.tokenizer)
+    prompts = experiment.load_prompts('train', model.tokenizer, keep_rows=read_rows(method.rewards))
     # An error if there are too few.
     draw_indices(prompts, sampling.prompts_per_step, seed=sampling.seed, draw=0, level=sampling.level)
 

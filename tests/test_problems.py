@@ -63,7 +63,9 @@ def test_verls_data_and_score(tmp_path):
     assert row['messages'] == CHAT
     assert [task.grade(text, row['answer']) for text in ('own/countdown', 'other')] == [1, 0]
     assert ScoredProblems(source=task.source, score=short).grade('four', row['answer']) == 4
-    with pytest.raises(ValueError, match=r"judge_reward takes \['prompts'\], which nothing gives it"):
+    with pytest.raises(
+        ValueError, match=r"judge_reward: missing a required argument: 'prompts', which nothing gives it"
+    ):
         ScoredProblems(source='', score=judge_reward)
     with pytest.raises(ValueError, match='row 0 of .* has no answer, but reward_model'):
         broken = write(tmp_path / 'broken.jsonl', [{**VERL, 'reward_model': {'style': 'rule'}}])

@@ -96,7 +96,8 @@ def test_reward_functions_of_trl():
     np.testing.assert_array_equal(trl_reward(whole(), function=conversational), [0, 0.5])
     np.testing.assert_array_equal(trl_reward(whole(), function=text, conversational=False), [1, 2])
     with pytest.raises(
-        ValueError, match=r"takes \['trainer_state'\], which nothing gives it; expected some of.*'topic'"
+        ValueError,
+        match=r"missing a required argument: 'trainer_state', which nothing gives it; expected some of.*'topic'",
     ):
         trl_reward(whole(), function=lambda completions, trainer_state: [0, 0])
 

@@ -153,8 +153,15 @@ class Experiment(StartModel):
         """Name, task and samples per prompt of each evaluation set."""
         return (('test', self.task, 1),) if self.validation is None else self.validation
 
-    def load_prompts(self, split: str, tokenizer: PreTrainedTokenizerBase, task: Task | None = None) -> PromptSet:
-        """Loads the prompts of a split of a task, by default the experiment's own."""
+    def load_prompts(
+        self,
+        split: str,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task | None = None,
+        *,
+        keep_rows: bool = False,
+    ) -> PromptSet:
+        """Loads the prompts of a split of a task, by default the experiment's own; with `keep_rows` for reward terms."""
         task = task or self.task
         held_out = self.held_out if task == self.task else 0
         rows = distinct_rows(task.load('train' if held_out else split), repeated=split == 'test' and not held_out)
@@ -162,13 +169,14 @@ class Experiment(StartModel):
             rows = hold_out(rows, held_out, split)
         if self.max_rows and split == 'train' and task == self.task:
             rows = rows.select(range(min(self.max_rows, len(rows))))
-        return encode_prompts(
+        prompts = encode_prompts(
             rows,
             tokenizer,
             max_length=self.max_prompt_length,
             template_arguments=self.template_arguments,
             long_prompts=self.long_prompts,
         )
+        return prompts if keep_rows else dataclasses.replace(prompts, rows=None)
 
     def of_run(self, folder: str) -> 'Experiment':
         """The experiment with the tokenizer and sizes that a run saved: the model it started from may be gone."""

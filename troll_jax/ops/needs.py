@@ -28,15 +28,12 @@ def give(function: Callable, **inputs: Any) -> dict[str, Any]:
 
 def by_name(function: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """Those of `inputs` that a function takes by name, all if it takes any. Raises a ValueError if it needs others."""
-    parameters = inspect.signature(function).parameters
-    kinds = {p.kind for p in parameters.values()}
-    if missing := [
-        name
-        for name, p in parameters.items()
-        if p.default is p.empty and p.kind < p.VAR_KEYWORD and name not in inputs
-        if p.kind is not p.VAR_POSITIONAL
-    ]:
+    signature = inspect.signature(function)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    taken = {name: value for name, value in inputs.items() if takes_any or name in signature.parameters}
+    try:
+        signature.bind(**taken)
+    except TypeError as error:
         name = getattr(function, '__name__', repr(function))
-        raise ValueError(f'{name} takes {missing}, which nothing gives it; expected some of {sorted(inputs)}')
-    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
-    return {name: value for name, value in inputs.items() if takes_any or name in parameters}
+        raise ValueError(f'{name}: {error}, which nothing gives it; expected some of {sorted(inputs)}') from error
+    return taken

@@ -96,6 +96,12 @@ def trl_reward(responses: Responses, *, function: Callable[..., Any], conversati
     return np.array([0.0 if reward is None else reward for reward in rewards], np.float32)
 
 
+def read_rows(terms: Sequence[tuple[str, float, RewardTerm]]) -> bool:
+    """True if terms may read prompts, answers or columns: all but those of this repository that do not."""
+    functions = [getattr(term, 'func', term) for *_, term in terms]
+    return not all(function in (task_reward, soft_overlong, answer_format) for function in functions)
+
+
 def check_names(terms: Sequence[tuple[str, float, RewardTerm]]) -> None:
     """Raises a ValueError for terms without a name of their own in the log."""
     names = [name for name, *_ in terms]
@@ -141,20 +147,13 @@ def _evaluate(name: str, term: RewardTerm, responses: Responses) -> np.ndarray:
 
 
 def _first_failing(term: RewardTerm, responses: Responses) -> str:
+    of_each = ('texts', 'lengths', 'grades', 'tokens', 'prompts', 'answers')
     for i, text in enumerate(responses.texts):
-        one = lambda x, i=i: x[i : i + 1]
-        alone = Responses(
-            **{
-                name: value
-                if name == 'max_length'
-                else {key: one(x) for key, x in value.items()}
-                if name == 'columns'
-                else one(value)
-                for name, value in responses._asdict().items()
-            }
-        )
+        one = slice(i, i + 1)
+        columns = {name: column[one] for name, column in responses.columns.items()}
+        alone = responses._replace(columns=columns, **{name: getattr(responses, name)[one] for name in of_each})
         try:
-            term(alone)
+            np.asarray(term(alone), np.float32)
         except Exception:
             return f'the response {text[:200]!r}'
     return f'{len(responses.texts)} responses together, and for none of them alone'
