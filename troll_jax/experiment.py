@@ -161,7 +161,7 @@ class Experiment(StartModel):
         *,
         keep_rows: bool = False,
     ) -> PromptSet:
-        """Loads the prompts of a split of a task, by default the experiment's own; with `keep_rows` for reward terms."""
+        """Loads the prompts of a split of a task, by default its own; `keep_rows` is for reward terms."""
         task = task or self.task
         held_out = self.held_out if task == self.task else 0
         rows = distinct_rows(task.load('train' if held_out else split), repeated=split == 'test' and not held_out)
