@@ -88,12 +88,7 @@ def response_tokens(rollout: Rollout) -> list[np.ndarray]:
 
 
 def gather_responses(
-    prompts: PromptSet,
-    indices: np.ndarray,
-    texts: Sequence[str],
-    tokens: Sequence[np.ndarray],
-    grades: np.ndarray,
-    max_length: int,
+    prompts: PromptSet, indices: np.ndarray, texts: Sequence[str], tokens: Sequence, grades: np.ndarray, max_length: int
 ) -> Responses:
     """G responses to each of `prompts[indices]`, with all that a reward term may read."""
     samples, lengths = len(texts) // len(indices), np.array([len(x) for x in tokens], np.int32)

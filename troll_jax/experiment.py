@@ -154,12 +154,7 @@ class Experiment(StartModel):
         return (('test', self.task, 1),) if self.validation is None else self.validation
 
     def load_prompts(
-        self,
-        split: str,
-        tokenizer: PreTrainedTokenizerBase,
-        task: Task | None = None,
-        *,
-        keep_rows: bool = False,
+        self, split: str, tokenizer: PreTrainedTokenizerBase, task: Task | None = None, *, keep_rows: bool = False
     ) -> PromptSet:
         """Loads the prompts of a split of a task, by default its own; `keep_rows` is for reward terms."""
         task = task or self.task

@@ -69,8 +69,7 @@ def load_file(file: Path) -> ModuleType:
             f'{str(file)!r} cannot be imported ({type(error).__name__}: {error}, at {at.filename}:{at.lineno}); mend '
             'it, or rename it if its name is that of no module'
         ) from error
-    found = getattr(module, '__file__', None)
-    if found is None or Path(found).resolve() != file:
+    if Path(getattr(module, '__file__', None) or '').resolve() != file:
         raise ValueError(f'{str(file)!r} has the name of another module, {module}; rename it')
     FILES[file.stem] = module
     return module

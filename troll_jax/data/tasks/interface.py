@@ -6,7 +6,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
@@ -138,16 +138,6 @@ def check_columns(rows: Dataset, columns: tuple[str, ...], where: str) -> None:
             f'{where} has no column {missing}; got {rows.column_names}, expected {list(columns)}, or the schema of '
             'verl: prompt, reward_model. Rename the columns, or point to the data set in its original form.'
         )
-
-
-def check_questions(questions: Iterable[object], column: str, where: Callable[[int], str]) -> None:
-    """Raises a ValueError for the first of a column that is not text, or empty: 'None' would be asked otherwise."""
-    for row, question in enumerate(questions):
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(
-                f'The {column!r} in {where(row)} is {repr(question)[:120]}; expected text that is not empty. Fix or '
-                'drop that row.'
-            )
 
 
 def check_asked_for(prompts: Sequence[list[dict[str, str]]], places: Sequence[str], where: str) -> None:

@@ -61,7 +61,7 @@ class Problems:
         from datasets import concatenate_datasets
 
         columns = (self.question or QUESTIONS, self.answer or ANSWERS)
-        others = (*self.columns, 'extra_info') if self._reads_extra_info else self.columns
+        others = (*self.columns, *self._others)
         rows = load_rows(self.source, split, columns, others=others, config=self.config, test_split=self.test_split)
         place = partial(locate, self.source, split, test_split=self.test_split)
         in_verls = is_verl(rows.column_names)
@@ -89,7 +89,7 @@ class Problems:
         self._check(loaded, where(0))
         return concatenate_datasets([loaded, rows.select_columns(self.columns)], axis=1) if self.columns else loaded
 
-    _reads_extra_info = False
+    _others = ()  # columns that are read where they are there
 
     def _messages(self, words: object, column: str, where: Callable[[], str], *, is_chat: bool) -> list[dict[str, str]]:
         if is_chat or isinstance(words, list):
@@ -126,7 +126,7 @@ class ScoredProblems(Problems):
 
     score: Callable[..., Any] = field(kw_only=True)
 
-    _reads_extra_info = True
+    _others = ('data_source', 'extra_info')
 
     def __post_init__(self) -> None:
         by_name(self.score, dict.fromkeys(('solution_str', 'ground_truth', 'data_source', 'extra_info')))

@@ -27,16 +27,10 @@ def is_verl(columns: Sequence[str]) -> bool:
     return {'prompt', 'reward_model'} <= set(columns)
 
 
-def read_verl(
-    rows: Dataset, locate: Callable[[int], str], *, ability: str | None = None, system_prompt: str | None = None
-) -> Iterator[tuple[Messages, str]]:
-    """The messages and the ground truth of each row that was asked for, in their order.
+def read_verl(rows: Dataset, locate: Callable[[int], str], *, ability: str) -> Iterator[tuple[Messages, str]]:
+    """The messages and the ground truth of each row of this `ability`, in their order.
 
-    Args:
-        rows: a data set in verl's schema.
-        locate: function of a row's number that names its place, for errors.
-        ability: see `choose_rows`.
-        system_prompt: see `as_conversation`.
+    `locate` names the place of a row by its number, for errors.
 
     Raises:
         ValueError: a column is missing, no row is left, or a row's prompt or ground truth is empty or not of its type.
@@ -45,7 +39,7 @@ def read_verl(
     rows = rows.select(chosen)
     for row, prompt, reward_model in zip(chosen, rows['prompt'], rows['reward_model'], strict=True):
         where = partial(locate, row)
-        yield as_conversation(prompt, system_prompt, where), ground_truth(reward_model, where)
+        yield as_conversation(prompt, None, where), ground_truth(reward_model, where)
 
 
 def choose_rows(
