@@ -22,11 +22,11 @@ from experiments.plumbing.command import read_command_line, run_command
 from experiments.plumbing.names import SETTINGS
 from experiments.plumbing.run import TrainingRun, warn_of_noise
 from experiments.plumbing.validation import make_validation, metrics_of
-from troll_jax.collect import Experience, make_collector
+from troll_jax.collect import Experience, gather_responses, make_collector
 from troll_jax.data.prompts import PromptSet, draw_indices
 from troll_jax.experiment import Experiment
 from troll_jax.learn import Learner, Updated, summarise
-from troll_jax.rewards.terms import Responses, weigh
+from troll_jax.rewards.terms import read_rows, weigh
 from troll_jax.rollout import Sampler
 from troll_jax.settings import Compute, Method, Run, Sampling, check_together
 from troll_jax.types import TrainState
@@ -48,7 +48,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
     check_together(sampling, method, compute, experiment.max_length)
     training = TrainingRun((experiment, sampling, method), compute, run)
     model = experiment.load_model(compute)  # tokenizer and sizes; no weights yet
-    prompts = experiment.load_prompts('train', model.tokenizer)
+    prompts = experiment.load_prompts('train', model.tokenizer, keep_rows=read_rows(method.rewards))
     # An error if there are too few.
     draw_indices(prompts, sampling.prompts_per_step, seed=sampling.seed, draw=0, level=sampling.level)
 
@@ -71,7 +71,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
     sampler_of = lambda count: greedy_sampler if count == 1 else samplers(samples_per_prompt=count, temperature=1.0)
     evaluate = None
     if run.evaluate_every:
-        evaluate = make_validation(experiment, model.tokenizer, sampler_of, compute=compute)
+        evaluate = make_validation(experiment, model.tokenizer, sampler_of, compute=compute, trained_on=prompts)
     with training, compute.grader(experiment.task) as grader:
         grader.start()
         trace_programs(sampler, learner, sampling, method, prompts)
@@ -136,8 +136,9 @@ def trace_programs(sampler: Sampler, learner: Learner, sampling: Sampling, metho
     keys = jax.eval_shape(partial(jax.random.split, num=batch), jax.random.key(0))
     rollout = sampler.shapes(learner.sampling_params(learner.shapes), some, keys)
     learner.trace(rollout, batch)
-    lengths, grades = np.ones(2, np.int32), np.zeros(2, np.float32)
-    weigh(method.rewards, Responses(['', ''], lengths, rollout.log_probs.shape[1], grades))
+    tokens, grades = np.zeros((2, 1), np.int32), np.zeros(2, np.float32)
+    responses = gather_responses(prompts, np.arange(1), ['', ''], tokens, grades, rollout.log_probs.shape[1])
+    weigh(method.rewards, responses)
 
 
 def main() -> None:

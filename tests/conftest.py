@@ -1,6 +1,8 @@
 """Eight CPU devices for every test, so that what is sharded is tested as it is used."""
 
 import os
+import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -19,6 +21,7 @@ os.environ['HF_HUB_OFFLINE'] = '1'
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from documents import YOUR_OWN, blocks  # noqa: E402
 from isolation import UNTESTED  # noqa: E402
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
@@ -35,6 +38,18 @@ def model(tmp_path_factory) -> str:
     sizes = {'width': 16, 'layers': 2, 'heads': 2, 'kv_heads': 1, 'head_dim': 8, 'mlp_width': 24, 'batch': 8}
     warm_start(folder, task, **sizes, accuracy=0.0, mixed_steps=2)
     return folder
+
+
+@pytest.fixture
+def own_files(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A folder with the Python files of docs/your_own.md, whose modules are forgotten afterwards."""
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    names = [code.partition('\n')[0].removeprefix('# ') for code in blocks(YOUR_OWN, 'python')]
+    for name, code in zip(names, blocks(YOUR_OWN, 'python'), strict=True):
+        (tmp_path / name).write_text(code)
+    yield tmp_path
+    for name in names:
+        sys.modules.pop(name.removesuffix('.py'), None)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -115,7 +115,7 @@ def test_a_misspelt_parameter_is_an_error_that_names_it(name, position, letter):
         (['Method.regularisers = [@troll]'], r'is \[troll\]; expected a list of a function of LossInputs'),
         (['Method.rewards = [("task", 1.0)]'], r'expected a list of \(a string, a finite number, a function'),
         (['Experiment.task = @Bubblewrap()'], 'expected a Task'),
-        (['Experiment.task = @GSM8K'], r'expected a Task. Did you mean @GSM8K\(\)\?'),
+        (['Experiment.task = @GSM8K'], r'expected a Task, with .*\. Did you mean @GSM8K\(\)\?'),
         (['token_region.bound = 0.3'], "'token_region' has no parameter 'bound'"),
         (['troll.row = 3'], "'troll' has no parameter 'row'"),
         (['steps = "many"', 'Run.steps = %steps'], "Run.steps is 'many'; expected a whole number"),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import decoder_config
 
-from troll_jax.collect import decode_responses, make_collector, sample_responses
+from troll_jax.collect import decode_responses, gather_responses, make_collector, sample_responses
 from troll_jax.data.prompts import batch_indices, encode_prompts
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
 from troll_jax.data.tokenizer import character_tokenizer
@@ -114,6 +114,17 @@ def test_dynamic_sampling_has_a_limit():
     one = collect(max_draws=collect(max_draws=10).draws - 1)
     kept = np.ptp(one.rewards, axis=1) > 0
     assert 0 < kept.sum() < B
+
+
+def test_terms_are_given_the_row_of_each_response():
+    """Guards the prompt, answer or column of another group, of which a reward would be noise."""
+    rows = TASK.load('train')
+    prompts = encode_prompts(rows.add_column('copy', rows['answer'][:]), TOKENIZER, max_length=4)
+    places, texts = np.arange(4), [f'{i}' for i in range(8)]
+    found = gather_responses(prompts, places[::-1], texts, [np.zeros(1)] * 8, np.zeros(8), 3)
+    expected = [rows[int(i)] for i in np.repeat(places[::-1], 2)]
+    assert list(found.prompts) == [row['messages'] for row in expected]
+    assert found.answers == found.columns['copy'] == [row['answer'] for row in expected]
 
 
 def grades_by(function) -> Grader:

@@ -212,10 +212,12 @@ def test_of_several_files_the_right_one_is_named(tmp_path):
 
 
 def test_missing_columns_and_rows_are_errors(tmp_path, tasks):
-    write(tmp_path / 'data/train.jsonl', [{'problem': 'a?', 'solution': '7'}])
+    write(tmp_path / 'data/train.jsonl', [{'problem': 'a?', 'result': '7'}])
     write(tmp_path / 'data/test.jsonl', [{'problem': 'a?', 'answer': None}])
     raw = MathProblems(source=str(tmp_path / 'data'))
-    with pytest.raises(ValueError, match=r"train.jsonl' has no column \['answer'\]; got \['problem', 'solution'\]"):
+    with pytest.raises(
+        ValueError, match=r"train.jsonl' has no column \['answer or solution'\]; got \['problem', 'result'\]"
+    ):
         raw.load('train')
     with pytest.raises(ValueError, match="'answer' in row 0 of '.*test.jsonl' is None; expected"):
         raw.load('test')

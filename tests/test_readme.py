@@ -1,30 +1,22 @@
 """The README and the documents are true of the repository."""
 
 import re
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
+from documents import blocks
 
 import experiments.train
 from experiments.plumbing.gin_files import Config
 from troll_jax.experiment import Experiment
-from troll_jax.ops.losses import LossInputs
 from troll_jax.settings import Compute, Method, Run, Sampling
-from troll_jax.types import START
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / 'README.md').read_text()
 DOCUMENTS = [REPOSITORY / 'README.md', REPOSITORY / 'configs/README.md', *sorted((REPOSITORY / 'docs').glob('*.md'))]
 named = lambda path: str(path.relative_to(REPOSITORY))
-
-
-def blocks(text: str, language: str = '') -> list[str]:
-    """The code blocks of a document in a language."""
-    found = re.findall(r'^```(\w*)\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
-    return [code for name, code in found if name == language]
 
 
 def anchors(document: Path) -> set[str]:
@@ -80,18 +72,8 @@ def test_what_is_named_exists(document):
         assert re.search(rf'^{target}:', makefile, re.MULTILINE), target
 
 
-@pytest.fixture
-def my_losses(tmp_path, monkeypatch):
-    """The README's module with a loss of one's own, in a folder from which it can be imported."""
-    _, _, code = blocks(README, 'python')
-    (tmp_path / 'my_losses.py').write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    yield code
-    sys.modules.pop('my_losses', None)
-
-
 @pytest.mark.parametrize('document', DOCUMENTS, ids=named)
-def test_examples_of_gin_files_are_read(document, tmp_path, my_losses):
+def test_examples_of_gin_files_are_read(document, tmp_path, own_files):
     """Guards against bindings that are renamed, and examples that are no longer valid."""
     found = [block for block in blocks(document.read_text()) if re.search(r'^[\w/]+\.\w+ = ', block, re.MULTILINE)]
     assert found or document not in DOCUMENTS[:2]
@@ -123,17 +105,6 @@ def test_the_script_of_the_readme_trains(monkeypatch):
     monkeypatch.setattr(experiments.train, 'train', lambda *settings: calls.append(settings))
     exec(blocks(README, 'python')[1], {})
     assert [tuple(map(type, settings)) for settings in calls] == [(Experiment, Sampling, Method, Compute, Run)]
-
-
-def test_the_loss_of_the_readme(my_losses):
-    """Guards against inputs and outputs of a loss that are called otherwise."""
-    names = {}
-    exec(my_losses, names)
-    zeros, ints = jnp.zeros(7), jnp.zeros(7, jnp.int32)
-    row = LossInputs(ints, ints + 1, zeros + 0.5, zeros, new=None, old=None, entropy=zeros)
-    found = names['quadratic'](row, zeros + 1.0, START, width=0.1)
-    ratio = jnp.exp(0.5)
-    assert jnp.allclose(found.loss, -ratio + (ratio - 1) ** 2 / 0.2) and found.constrained.all()
 
 
 def test_continuous_integration_runs_the_readmes_test_command():

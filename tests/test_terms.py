@@ -3,7 +3,15 @@
 import numpy as np
 import pytest
 
-from troll_jax.rewards.terms import Responses, answer_format, check_names, soft_overlong, task_reward, weigh
+from troll_jax.rewards.terms import (
+    Responses,
+    answer_format,
+    check_names,
+    soft_overlong,
+    task_reward,
+    trl_reward,
+    weigh,
+)
 
 
 def responses(lengths, max_length, grades=None) -> Responses:
@@ -53,9 +61,48 @@ def test_names_of_terms():
     [
         (lambda r: np.array([0, np.nan]), "'odd' gave nan for the response 'text 4'"),
         (lambda r: np.zeros(3), r"'odd' gave \(3,\); expected a finite number for each of 2"),
+        (lambda r: [1 / (text != 'text 4') for text in r.texts], "ZeroDivisionError: .*test_terms.py.* 'text 4'; mend"),
     ],
 )
 def test_what_is_no_reward_is_an_error(term, said):
-    """Guards a NaN that would spread over a whole group, and a term that gives one number too many."""
+    """Guards a NaN that would spread over a whole group, a term that gives one number too many, and one that raises on
+    one of thousands of responses."""
     with pytest.raises(ValueError, match=said):
         weigh([('odd', 1.0, term)], responses([1, 4], 4))
+
+
+CHATS = [[{'role': 'user', 'content': 'a?'}], [{'role': 'system', 'content': 'Be.'}, {'role': 'user', 'content': 'b?'}]]
+
+
+def whole() -> Responses:
+    given = responses([1, 2], 4)
+    return given._replace(
+        tokens=[np.array([5]), np.array([6, 7])], prompts=CHATS, answers=['1', '2'], columns={'topic': ['x', None]}
+    )
+
+
+def test_reward_functions_of_trl():
+    """Guards inputs in another form than TRL's trainers give them, and None, which is no number and no NaN."""
+
+    def conversational(prompts, completions, completion_ids, answer, **columns):
+        assert completions == [[{'role': 'assistant', 'content': f'text {n}'}] for n in (1, 2)]
+        assert (prompts, completion_ids, answer, columns) == (CHATS, [[5], [6, 7]], ['1', '2'], {'topic': ['x', None]})
+        return [None, 0.5]
+
+    def text(completions, prompts, log_extra=None):
+        assert (completions, prompts, log_extra) == (['text 1', 'text 2'], ['a?', 'b?'], None)
+        return [1, 2]
+
+    np.testing.assert_array_equal(trl_reward(whole(), function=conversational), [0, 0.5])
+    np.testing.assert_array_equal(trl_reward(whole(), function=text, conversational=False), [1, 2])
+    with pytest.raises(
+        ValueError,
+        match=r"missing a required argument: 'trainer_state', which nothing gives it; expected some of.*'topic'",
+    ):
+        trl_reward(whole(), function=lambda completions, trainer_state: [0, 0])
+
+
+def test_a_response_that_a_term_fails_on_is_named_with_its_own_row():
+    """Guards an error that quotes another response than the one whose row is at fault."""
+    with pytest.raises(ValueError, match="for the response 'text 2'"):
+        weigh([('topic', 1.0, lambda r: [len(topic) for topic in r.columns['topic']])], whole())

@@ -51,7 +51,7 @@ def bindings(tmp_path_factory) -> list[str]:
     """A small experiment that is evaluated on two sets: another task, greedy, and its own, with three samples."""
     folder = tmp_path_factory.mktemp('problems')
     for split, count in [('train', 2 * PROBLEMS + 2), ('test', PROBLEMS)]:
-        rows = [{'problem': f'{i % 10}+1=', 'answer': str(i)} for i in range(count)]
+        rows = [{'problem': f'{i % 10}+{1 + (split == "train")}=', 'answer': str(i)} for i in range(count)]
         (folder / f'{split}.jsonl').write_text('\n'.join(map(json.dumps, rows)))
     return [
         'Arithmetic.operands = 2',

@@ -81,10 +81,25 @@ def grade(grader: Grader, responses: Sequence[str], answers: Sequence[str]) -> G
     return Grades(rewards, *(int(np.sum(x)) for x in failures), graded > 0)
 
 
+def response_tokens(rollout: Rollout) -> list[np.ndarray]:
+    """The tokens of each response [R] of a rollout in numpy, with the stop token."""
+    starts, ends = rollout.prompt_lengths, rollout.prompt_lengths + rollout.response_lengths
+    return [row[start:end] for row, start, end in zip(rollout.tokens, starts, ends, strict=True)]
+
+
+def gather_responses(
+    prompts: PromptSet, indices: np.ndarray, texts: Sequence[str], tokens: Sequence, grades: np.ndarray, max_length: int
+) -> Responses:
+    """G responses to each of `prompts[indices]`, with all that a reward term may read."""
+    samples, lengths = len(texts) // len(indices), np.array([len(x) for x in tokens], np.int32)
+    columns = {name: [x for x in of for _ in range(samples)] for name, of in prompts.columns(indices).items()}
+    messages, answers = columns.pop('messages'), columns.pop('answer')
+    return Responses(texts, lengths, max_length, grades, tokens, messages, answers, columns)
+
+
 def decode_responses(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each response [R] of a rollout in numpy, up to the stop token, with its other special tokens."""
-    starts, ends = rollout.prompt_lengths, rollout.prompt_lengths + rollout.response_lengths - rollout.stopped
-    rows = [row[start:end] for row, start, end in zip(rollout.tokens, starts, ends, strict=True)]
+    rows = [row[: len(row) - ended] for row, ended in zip(response_tokens(rollout), rollout.stopped, strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=False)
 
 
@@ -130,7 +145,8 @@ def make_collector(
         samples = len(rollout.response_lengths) // len(indices)
         texts = decode_responses(rollout, tokenizer)
         grades = grade(grader, texts, [prompts.answers[i] for i in indices for _ in range(samples)])
-        responses = Responses(texts, rollout.response_lengths, max_response_length, grades.rewards)
+        tokens = response_tokens(rollout)
+        responses = gather_responses(prompts, indices, texts, tokens, grades.rewards, max_response_length)
         total, terms = weigh(rewards, responses)
         by_group = lambda x: x.reshape(len(indices), samples, *x.shape[1:])
         compared = grades.rewards if by_task else total

@@ -104,8 +104,9 @@ class Experiment(StartModel):
       validation: evaluation sets, in training and afterwards: for each a name, a task whose test split
         is used, and samples per prompt, such as `('AMC', task, 32)`. One sample is greedy, several are drawn at
         temperature 1. None: the test split of `task`, greedy.
-      held_out: rows of the train split of `task` that make its test split, for data without one; they are not trained
-        on. 0: none.
+      held_out: rows of the train split of `task`, or below 1 the share of them, that make its test split, for data
+        without one; they are not trained on. 0: none.
+      max_rows: rows of the train split of `task` to train on, the first ones; None: all.
 
     Raises:
       ValueError: a value of another type or out of its range, two sets of a name, a name that is no part of a file's
@@ -120,13 +121,16 @@ class Experiment(StartModel):
     chat_template_from: str | None = None
     template_arguments: dict[str, Any] | None = None
     validation: Sequence[tuple[str, Task, int]] | None = None
-    held_out: int = 0
+    held_out: int | float = 0
+    max_rows: int | None = None
 
     def __post_init__(self):
         check_fields(self)
         for name in ('max_prompt_length', 'max_response_length'):
             check_range(name, getattr(self, name), lambda x: x >= 1, 'at least 1 token')
-        check_range('held_out', self.held_out, lambda x: x >= 0, 'at least 0 rows')
+        fits = lambda x: x >= 0 if isinstance(x, int) else 0 <= x < 1
+        check_range('held_out', self.held_out, fits, 'a whole number of rows, or a share of them below 1')
+        check_range('max_rows', self.max_rows, lambda x: x >= 1, 'at least 1 row')
         sets = self.validation_sets
         names = [name for name, _, _ in sets]
         fits = lambda name: re.fullmatch(r'[\w-]+', name) and name != 'mean'
@@ -149,20 +153,25 @@ class Experiment(StartModel):
         """Name, task and samples per prompt of each evaluation set."""
         return (('test', self.task, 1),) if self.validation is None else self.validation
 
-    def load_prompts(self, split: str, tokenizer: PreTrainedTokenizerBase, task: Task | None = None) -> PromptSet:
-        """Loads the prompts of a split of a task, by default the experiment's own."""
+    def load_prompts(
+        self, split: str, tokenizer: PreTrainedTokenizerBase, task: Task | None = None, *, keep_rows: bool = False
+    ) -> PromptSet:
+        """Loads the prompts of a split of a task, by default its own; `keep_rows` is for reward terms."""
         task = task or self.task
         held_out = self.held_out if task == self.task else 0
         rows = distinct_rows(task.load('train' if held_out else split), repeated=split == 'test' and not held_out)
         if held_out:
             rows = hold_out(rows, held_out, split)
-        return encode_prompts(
+        if self.max_rows and split == 'train' and task == self.task:
+            rows = rows.select(range(min(self.max_rows, len(rows))))
+        prompts = encode_prompts(
             rows,
             tokenizer,
             max_length=self.max_prompt_length,
             template_arguments=self.template_arguments,
             long_prompts=self.long_prompts,
         )
+        return prompts if keep_rows else dataclasses.replace(prompts, rows=None)
 
     def of_run(self, folder: str) -> 'Experiment':
         """The experiment with the tokenizer and sizes that a run saved: the model it started from may be gone."""

@@ -88,9 +88,13 @@ def _fits(value: Any, expected: Any) -> bool:
             return len(value) == len(arguments) and all(map(_fits, value, arguments))
         return all(_fits(item, arguments[0]) for item in value) if arguments else True
     if getattr(kind, '_is_protocol', False):
-        needed = {*vars(kind), *vars(kind).get('__annotations__', ())}
-        return not inspect.isclass(value) and all(hasattr(value, name) for name in needed if not name.startswith('_'))
+        return not inspect.isclass(value) and all(hasattr(value, name) for name in _members(kind))
     return isinstance(value, kind)
+
+
+def _members(protocol: type) -> list[str]:
+    names = {*vars(protocol), *vars(protocol).get('__annotations__', ())}
+    return sorted(name for name in names if not name.startswith('_'))
 
 
 def _takes(function: Callable, arguments: tuple) -> bool:
@@ -190,7 +194,8 @@ def _describe(expected: Any) -> str:
         listed = [_describe(argument) for argument in arguments if argument is not Ellipsis]
         return f'a list of {listed[0]}' if len(listed) == 1 else f'({", ".join(listed)})'
     article = 'an' if _name(kind)[0] in 'AEIOU' else 'a'
-    return _PLAIN.get(kind) or f'{article} {_name(kind)}'
+    members = f', with {", ".join(_members(kind))}' if getattr(kind, '_is_protocol', False) else ''
+    return _PLAIN.get(kind) or f'{article} {_name(kind)}{members}'
 
 
 def _name(kind: Any) -> str:

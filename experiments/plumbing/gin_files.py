@@ -2,7 +2,9 @@
 
 `Method.objective = @troll` with `troll.bound = 0.1` is `functools.partial(troll, bound=0.1)`, and `@GSM8K()` is a call.
 Bindings behind a scope are those of one use alone: `Critic.optimizer = @critic/adamw` with
-`critic/adamw.learning_rate = 1e-5`. A line `import my_losses` makes the functions and classes of that module known.
+`critic/adamw.learning_rate = 1e-5`. A line `import my_losses` makes the functions and classes of that module known, and
+`include 'my_losses.py'` those of a file. `'my_losses.py:quadratic'` as a value is that and `@quadratic`; a class is
+called. The file is looked for beside the gin file, or, on the command line, in the working folder.
 """
 
 import dataclasses
@@ -10,6 +12,7 @@ import difflib
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,13 +20,14 @@ from typing import Any
 
 from gin import config_parser
 
-from experiments.plumbing.names import NAMES, SETTINGS
+from experiments.plumbing.names import NAMES, SETTINGS, load_file
 from troll_jax.typechecks import check_arguments
 
 # Given by the caller; or, of MathEval, to be bound for one benchmark at a time.
 _FIXED = {'token_region': ('bound',), 'sequence_region': ('bound',), 'MathEval': ('data_source',)}
 _FIXED |= dict.fromkeys(('troll', 'ppo_clip', 'cispo', 'dppo', 'importance_weighted'), ('progress',))
 
+_IN_FILE = re.compile(r'(.+\.py):(\w+)')
 _ROOT = Path(__file__).parents[2]  # included files are looked for here, too
 _RENAMED = {
     'train.run_dir': 'Run.folder',
@@ -89,6 +93,8 @@ class Config:
         self.used: set[str] = set()
         self._open: list[str] = []  # whose arguments are being resolved
         self.outdated: dict[str, str] = {}
+        is_of_run = lambda file: file.name == 'config.gin' and (file.parent / 'model').is_dir()
+        self._runs = [Path(file).resolve().parent for file in files if is_of_run(Path(file))]
         for file in files:
             if not Path(file).is_file():
                 raise ValueError(f'no configuration file {str(file)!r}')
@@ -215,18 +221,22 @@ class Config:
             raise ValueError(
                 f'{where}: cannot be read ({error}); expected name.parameter = value, and text in quotes'
             ) from error
+        base = (source.parent if isinstance(source, Path) else Path()).resolve()
         for statement in statements:
             try:
                 if isinstance(statement, config_parser.IncludeStatement):
-                    self._include(statement.filename, within)
+                    self._include(statement.filename, base, within)
                 elif isinstance(statement, config_parser.ImportStatement):
                     self._import(statement.module)
                 elif isinstance(statement, config_parser.BindingStatement):
-                    self._bind(statement, noted)
+                    self._bind(statement._replace(value=self._from_files(statement.value, base)), noted)
             except ValueError as error:
                 raise ValueError(f'{where}: {error}') from error
 
-    def _include(self, name: str, within: tuple[Path, ...]) -> None:
+    def _include(self, name: str, base: Path, within: tuple[Path, ...]) -> None:
+        if name.endswith('.py'):
+            self._load(name, base)
+            return
         file = next((path for path in (Path(name), _ROOT / name) if path.is_file()), None)
         if file is None:
             raise ValueError(f'Unable to open file: {name}, in the working folder or in {_ROOT}')
@@ -239,6 +249,35 @@ class Config:
             self.modules.append(importlib.import_module(name))
         except ImportError as error:
             raise ValueError(f'cannot import {name!r} ({error}); expected a module in the working folder') from error
+
+    def _load(self, name: str, base: Path) -> ModuleType:
+        """The module of a Python file, by its path from `base`. Code that came with a run is not run."""
+        path = Path(name).expanduser()
+        file = (base / path).resolve()
+        for run in self._runs:
+            if run in file.parents or not path.is_absolute() and run in (base, *base.parents):
+                raise ValueError(
+                    f'the code {name!r} came with the run {str(run)!r}, so it is not run; expected the full path of a '
+                    'file elsewhere. Copy it there once you trust it.'
+                )
+        self.modules.append(load_file(file))
+        return self.modules[-1]
+
+    def _from_files(self, value: Any, base: Path) -> Any:
+        """A value with references in place of what it names with a Python file."""
+        if isinstance(value, dict):
+            return {self._from_files(name, base): self._from_files(item, base) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._from_files(item, base) for item in value)
+        match = _IN_FILE.fullmatch(value) if isinstance(value, str) else None
+        if match is None:
+            return value
+        module, name = self._load(match[1], base), match[2]
+        if not callable(found := getattr(module, name, None)):
+            known = [name for name, x in vars(module).items() if callable(x) and not name.startswith('_')]
+            meant = f'Did you mean {_nearest(name, known)!r}? It has: {_listed(known)}.' if known else 'It has none.'
+            raise ValueError(f'{match[1]!r} has no function or class {name!r}.\n{meant}')
+        return Reference(self._full(f'{module.__name__}.{name}'), call=inspect.isclass(found))
 
     def _bind(self, statement: config_parser.BindingStatement, noted: list[str] | None) -> None:
         scope, name, parameter, value = statement[:4]
@@ -276,8 +315,8 @@ class Config:
                 return f'{scope}{slash}{full}'
         raise ValueError(
             f'nothing is called {name!r}.\nDid you mean '
-            f'{_nearest(name.split(".")[-1], self.names)!r}? Known: {_listed(self.names)}. A line `import module` adds '
-            'the functions and classes of a module of yours.'
+            f'{_nearest(name.split(".")[-1], self.names)!r}? Known: {_listed(self.names)}. A line `import module` or '
+            "`include 'file.py'` above adds the functions and classes of yours."
         )
 
     def _target(self, key: str) -> Callable:

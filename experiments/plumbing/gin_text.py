@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.plumbing.names import NAMES
+from experiments.plumbing.names import FILES, NAMES
 
 
 def to_bindings(*settings: Any) -> dict[str, str]:
@@ -26,7 +26,7 @@ def to_bindings(*settings: Any) -> dict[str, str]:
 def to_gin(*settings: Any) -> str:
     """Settings as a gin file. An argument of a function that was set is written even if it is the default."""
     writer = _Writer(settings, with_defaults=True)
-    lines = [f'import {module}' for module in sorted(writer.modules)]
+    lines = [f'include {FILES[x].__file__!r}' if x in FILES else f'import {x}' for x in sorted(writer.modules)]
     for name, value in sorted(writer.lines.items(), key=lambda line: line[0].lower()):
         comment = '# not in a gin file: ' if _UNNAMED in value else ''
         lines.append(f'{comment}{name} = {value.replace(_UNNAMED, "")}')
@@ -83,7 +83,9 @@ class _Writer:
             return self._reference(value.func, arguments, owner)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             return f'{self._object(value, owner)}()'
-        if inspect.isroutine(value) or inspect.isclass(value):
+        if getattr(value, '__dict__', None) == {} and not callable(value) and self._name(type(value)):
+            return f'{self._reference(type(value), {}, owner)}()'
+        if inspect.isroutine(value) or inspect.isclass(value) or self._name(value):
             return self._reference(value, {}, owner)
         self.unnamed.append(type(value))
         if isinstance(value, np.ndarray):
@@ -134,6 +136,11 @@ class _Writer:
         for name, known in NAMES.items():
             if known is target:
                 return name
+        for module, file in FILES.items():  # what it is called there, be it a closure
+            for name, value in vars(file).items():
+                if value is target and callable(value):
+                    self.modules.add(module)
+                    return f'{module}.{name}'
         module, name = getattr(target, '__module__', None), getattr(target, '__qualname__', '')
         if module in (None, '__main__') or getattr(sys.modules.get(module), name, None) is not target:
             return None

@@ -1,16 +1,23 @@
-"""The functions and classes that gin files know by name. Others are imported, by a line `import my_module`."""
+"""The functions and classes that gin files know by name. Others are imported, or named with their file."""
 
 import functools
+import importlib
+import sys
+import traceback
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 from troll_jax.critic import Critic
 from troll_jax.data.tasks.arithmetic import Arithmetic
 from troll_jax.data.tasks.eurus_code import EurusCode
 from troll_jax.data.tasks.gsm8k import GSM8K
 from troll_jax.data.tasks.math_problems import BENCHMARKS, DAPOMath, EurusMath, MathEval, MathProblems
+from troll_jax.data.tasks.problems import ScoredProblems
 from troll_jax.data.tasks.reasoning_gym import ReasoningGym
 from troll_jax.experiment import Experiment
 from troll_jax.finetune import Finetuning
+from troll_jax.hub import what_is_there
 from troll_jax.ops import (
     advantages,
     aggregation,
@@ -42,10 +49,38 @@ NAMES: dict[str, Callable] = {
         *(regularisers.entropy_bonus, regularisers.kl_to_old, regularisers.kl_to_reference),
         *(regularisers.k1, regularisers.k2, regularisers.k3),
         *(importance.truncated_importance, importance.masked_importance),
-        *(terms.task_reward, terms.soft_overlong, terms.answer_format),
+        *(terms.task_reward, terms.soft_overlong, terms.answer_format, terms.trl_reward),
         *(adamw, Critic, Arithmetic, EurusCode, GSM8K, MathProblems, DAPOMath, EurusMath, MathEval, ReasoningGym),
+        ScoredProblems,
         *(sandbox.Bubblewrap, sandbox.SandboxFusion, sandbox.Unisolated),
     )
 }
 # @AMC() is MathEval of this benchmark, with all bindings of MathEval that AMC has none of its own for.
 NAMES |= {name.replace('-', '_'): functools.partial(MathEval, benchmark=name) for name in BENCHMARKS}
+
+FILES: dict[str, ModuleType] = {}  # modules that were named with their file
+
+
+def load_file(file: Path) -> ModuleType:
+    """Imports a Python file as the module of its name, from its folder, where grading workers find it, too.
+
+    Raises:
+      ValueError: no such file, an error while it is imported, or a name that no module can have or another one has.
+    """
+    if not file.is_file():
+        raise ValueError(f'there is no Python file {str(file)!r}: {what_is_there(file.parent)}')
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(file.stem)
+    except Exception as error:  # whatever the file does
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f'{str(file)!r} cannot be imported ({type(error).__name__}: {error}, at {at.filename}:{at.lineno}); mend '
+            'it, or rename it if its name is that of no module'
+        ) from error
+    if Path(getattr(module, '__file__', None) or '').resolve() != file:
+        raise ValueError(f'{str(file)!r} has the name of another module, {module}; rename it')
+    FILES[file.stem] = module
+    return module

@@ -8,6 +8,7 @@ from functools import cache
 import jax
 import numpy as np
 
+from troll_jax.data.prompts import PromptSet
 from troll_jax.evaluate import Evaluation, evaluate, success
 from troll_jax.experiment import Experiment
 from troll_jax.rewards.pool import Grader
@@ -25,6 +26,7 @@ def make_validation(
     compute: Compute,
     split: str = 'test',
     samples_per_prompt: int | None = None,
+    trained_on: PromptSet | None = None,
 ) -> Callable[..., dict]:
     """Loads the prompts of `experiment.validation`, and builds the function that evaluates parameters on them.
 
@@ -35,9 +37,10 @@ def make_validation(
       compute: device mesh and graders.
       split: split of the sets.
       samples_per_prompt: number for every set, instead of its own.
+      trained_on: training prompts, which no set may be.
 
     Raises:
-      ValueError: less than one sample per prompt, or a task whose data cannot be read.
+      ValueError: less than one sample per prompt, a task whose data cannot be read, or a set that is trained on.
 
     Returns:
       A function of parameters and a random key, and if one runs already the grader of the experiment's own task, to an
@@ -50,6 +53,13 @@ def make_validation(
         (name, task, experiment.load_prompts(split, tokenizer, task), samples_per_prompt or samples)
         for name, task, samples in experiment.validation_sets
     ]
+    trained = set() if trained_on is None else trained_on.texts()
+    for name, _, prompts, _ in sets:
+        if trained and ((tested := prompts.texts()) <= trained or trained <= tested):
+            raise ValueError(
+                f'the evaluation set {name!r} is what the run trains on; set Experiment.held_out to a number of rows '
+                'or a share that is held out, or choose another set'
+            )
 
     def validate(params, key: jax.Array, own_grader: Grader | None = None, done: Callable | None = None) -> dict:
         results = {}

@@ -52,6 +52,7 @@ class PromptSet:
     dropped: int = 0  # prompts that were too long and left out
     cut: int = 0  # prompts that were too long and shortened
     levels: np.ndarray | None = None  # [n] int, of difficulty
+    rows: Dataset | None = None  # n, with `messages` and further columns; for reward terms
 
     def __len__(self) -> int:
         return len(self.answers)
@@ -63,6 +64,10 @@ class PromptSet:
         places = np.where(is_token, self._starts[rows, None] + positions, 0)
         return Prompts(np.where(is_token, self.tokens[places], 0), lengths)
 
+    def texts(self) -> set[bytes]:
+        """The distinct prompts, to be compared."""
+        return {tokens.tobytes() for tokens in np.split(self.tokens, self._starts[1:])}
+
     def decode(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The text of every prompt as the model reads it, with special tokens."""
         return tokenizer.batch_decode(np.split(self.tokens, self._starts[1:]), skip_special_tokens=False)
@@ -70,7 +75,13 @@ class PromptSet:
     @property
     def content(self) -> tuple:
         """All that decides what a run learns from the prompts."""
-        return self.tokens, self.lengths, self.answers, self.levels
+        further = set(self.rows.column_names if self.rows is not None else ()) - {'messages'}
+        return self.tokens, self.lengths, self.answers, self.levels, *(self.rows[name][:] for name in sorted(further))
+
+    def columns(self, rows: np.ndarray) -> dict[str, list]:
+        """The columns of some rows, `messages`, `answer` and further ones, see `rows`."""
+        found = {'messages': [()] * len(rows)} if self.rows is None else self.rows[rows]
+        return found | {'answer': [self.answers[i] for i in rows]}
 
     @cached_property
     def _starts(self) -> np.ndarray:
@@ -96,8 +107,9 @@ def distinct_rows(rows: Dataset, *, repeated: bool) -> Dataset:
     return rows if repeated else rows.select(first)
 
 
-def hold_out(rows: Dataset, count: int, split: str) -> Dataset:
-    """So many rows for split 'test', and the others for 'train': the same ones in every run."""
+def hold_out(rows: Dataset, count: float, split: str) -> Dataset:
+    """So many rows, or such a share below 1, for split 'test', and the others for 'train': the same in every run."""
+    count = count if count >= 1 else max(1, round(count * len(rows)))
     if count >= len(rows):
         raise ValueError(f'Experiment.held_out = {count} of {len(rows)} rows leaves nothing to train on; lower it')
     order = np.random.default_rng(0).permutation(len(rows))
@@ -123,7 +135,7 @@ def encode_prompts(
     question and the form asked of the answer mostly come last.
 
     Args:
-        dataset: columns `messages`, `answer` and, for a curriculum, `level`.
+        dataset: columns `messages`, `answer` and, for a curriculum, `level`; further ones are kept for reward terms.
         tokenizer: one with a chat template and a padding token.
         max_length: P, tokens.
         template_arguments: passed to the chat template, e.g. {'enable_thinking': False}.
@@ -143,7 +155,7 @@ def encode_prompts(
         return list(zip(texts, tokenize(texts, tokenizer), strict=True))
 
     bos = tokenizer.bos_token_id
-    tokens, lengths, answers, levels = array('i'), [], [], []
+    tokens, lengths, answers, levels, kept = array('i'), [], [], [], []
     too_long = longest = cut = 0
     for start in range(0, len(dataset), ROWS_AT_A_TIME):
         batch = dataset[start : start + ROWS_AT_A_TIME]
@@ -165,6 +177,7 @@ def encode_prompts(
                 ids = shorter
                 cut += 1
             tokens.extend(ids)
+            kept.append(row)
             lengths.append(len(ids))
             answers.append(batch['answer'][i])
             if 'level' in batch:
@@ -179,7 +192,9 @@ def encode_prompts(
         _logger.warning('%s. %d of them are dropped, %d are cut.', summary, too_long - cut, cut)
     tokens, lengths = np.frombuffer(tokens, np.int32), np.array(lengths, np.int32)
     levels = np.array(levels) if levels else None
-    return PromptSet(tokens, lengths, answers, max_length, too_long - cut, cut, levels)
+    rows = dataset.select(kept) if len(kept) < len(dataset) else dataset
+    rows = rows.select_columns([name for name in rows.column_names if name not in ('answer', 'level')])
+    return PromptSet(tokens, lengths, answers, max_length, too_long - cut, cut, levels, rows)
 
 
 def render_chats(

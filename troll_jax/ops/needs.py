@@ -6,7 +6,7 @@ prompt; a regulariser with `reference` needs a reference model; a tail rule with
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -24,3 +24,16 @@ def needs(function: Callable | None, name: str) -> bool:
 def give(function: Callable, **inputs: Any) -> dict[str, Any]:
     """Those of `inputs` that a function needs, to be passed by name."""
     return {name: value for name, value in inputs.items() if needs(function, name)}
+
+
+def by_name(function: Callable, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `inputs` that a function takes by name, all if it takes any. Raises a ValueError if it needs others."""
+    signature = inspect.signature(function)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    taken = {name: value for name, value in inputs.items() if takes_any or name in signature.parameters}
+    try:
+        signature.bind(**taken)
+    except TypeError as error:
+        name = getattr(function, '__name__', repr(function))
+        raise ValueError(f'{name}: {error}, which nothing gives it; expected some of {sorted(inputs)}') from error
+    return taken

@@ -3,12 +3,15 @@
 A term is a function of a batch of responses, and gives a number for each.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from troll_jax.rewards import answers
+from troll_jax.ops.needs import by_name
+from troll_jax.rewards import answers as final_answers
 
 
 class Responses(NamedTuple):
@@ -18,6 +21,10 @@ class Responses(NamedTuple):
     lengths: np.ndarray  # [R] int32, tokens
     max_length: int  # T, the limit of the length in tokens
     grades: np.ndarray  # [R] float32, by the task
+    tokens: Sequence[np.ndarray] = ()  # [R] of [length] int32, with the one that ended the response
+    prompts: Sequence[Sequence[Mapping[str, str]]] = ()  # [R] lists of {role, content}
+    answers: Sequence[str] = ()  # [R], of the task
+    columns: Mapping[str, Sequence] = MappingProxyType({})  # further columns of the task's rows, [R] each
 
 
 RESERVED = {'mean', 'penalty', 'uniform_share', 'timeouts', 'crashes', 'errors'}  # in the log, under 'reward/'
@@ -58,7 +65,41 @@ def answer_format(responses: Responses, *, place: str = 'boxed') -> np.ndarray:
       responses: R of them.
       place: 'boxed', '####' or 'Answer:', see `troll_jax.rewards.answers`.
     """
-    return np.array([answers.answer_format(text, place) for text in responses.texts], np.float32)
+    return np.array([final_answers.answer_format(text, place) for text in responses.texts], np.float32)
+
+
+def trl_reward(responses: Responses, *, function: Callable[..., Any], conversational: bool = True) -> np.ndarray:
+    """A reward function as TRL's trainers call it: `function(prompts, completions, completion_ids, **columns)`; [R]
+
+    It is given by name what it takes of these. Columns are the task's `answer`, and those that the task keeps. None
+    instead of a number, for a response that it does not apply to, adds nothing to the reward.
+
+    Args:
+      responses: R of them.
+      function: the function, or an object that is called.
+      conversational: prompts and completions are lists of messages; False: text, that of the prompt's last message.
+
+    Raises:
+      ValueError: it needs something else.
+    """
+    completions, prompts = responses.texts, responses.prompts
+    if conversational:
+        completions = [[{'role': 'assistant', 'content': text}] for text in completions]
+    else:
+        prompts = [messages[-1]['content'] for messages in prompts]
+    inputs = {'prompts': prompts, 'completions': completions, 'completion_ids': [x.tolist() for x in responses.tokens]}
+    try:
+        inputs = by_name(function, inputs | {'answer': responses.answers} | dict(responses.columns))
+    except ValueError as error:
+        raise ValueError(f'{error}; the `columns` of a task name further ones of its rows') from error
+    rewards = function(**inputs)
+    return np.array([0.0 if reward is None else reward for reward in rewards], np.float32)
+
+
+def read_rows(terms: Sequence[tuple[str, float, RewardTerm]]) -> bool:
+    """True if terms may read prompts, answers or columns: all but those of this repository that do not."""
+    functions = [getattr(term, 'func', term) for *_, term in terms]
+    return not all(function in (task_reward, soft_overlong, answer_format) for function in functions)
 
 
 def check_names(terms: Sequence[tuple[str, float, RewardTerm]]) -> None:
@@ -79,9 +120,9 @@ def weigh(terms: Sequence[tuple[str, float, RewardTerm]], responses: Responses) 
       [R] float32, and name → [R].
 
     Raises:
-      ValueError: a term gives something else than one finite number for each response.
+      ValueError: a term fails, or gives something else than one finite number for each response.
     """
-    values = {name: np.asarray(term(responses), np.float32) for name, _, term in terms}
+    values = {name: _evaluate(name, term, responses) for name, _, term in terms}
     for name, value in values.items():
         if value.shape != responses.lengths.shape or not np.all(np.isfinite(value)):
             bad = np.flatnonzero(~np.isfinite(value)) if value.shape == responses.lengths.shape else []
@@ -91,3 +132,28 @@ def weigh(terms: Sequence[tuple[str, float, RewardTerm]], responses: Responses) 
             )
     total = sum(np.float32(weight) * values[name] for name, weight, _ in terms)
     return total, values
+
+
+def _evaluate(name: str, term: RewardTerm, responses: Responses) -> np.ndarray:
+    """The values of a term. Raises a ValueError with the first response that it fails on."""
+    try:
+        return np.asarray(term(responses), np.float32)
+    except Exception as error:  # whatever a function of a user's does
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise ValueError(
+            f'reward term {name!r} raised {type(error).__name__}: {error}, at {at.filename}:{at.lineno}, for '
+            f'{_first_failing(term, responses)}; mend it, or let it give 0 there'
+        ) from error
+
+
+def _first_failing(term: RewardTerm, responses: Responses) -> str:
+    of_each = ('texts', 'lengths', 'grades', 'tokens', 'prompts', 'answers')
+    for i, text in enumerate(responses.texts):
+        one = slice(i, i + 1)
+        columns = {name: column[one] for name, column in responses.columns.items()}
+        alone = responses._replace(columns=columns, **{name: getattr(responses, name)[one] for name in of_each})
+        try:
+            np.asarray(term(alone), np.float32)
+        except Exception:
+            return f'the response {text[:200]!r}'
+    return f'{len(responses.texts)} responses together, and for none of them alone'

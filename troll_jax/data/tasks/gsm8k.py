@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from troll_jax.data.tasks.interface import as_dataset, as_messages, check_columns, check_questions, load_rows, locate
-from troll_jax.data.tasks.verl import is_verl, read_verl
+from troll_jax.data.tasks.problems import Problems
+from troll_jax.data.tasks.verl import ground_truth
 from troll_jax.rewards.answers import NUMBER, check_places
 from troll_jax.rewards.math import grade_math
 
@@ -22,51 +22,31 @@ _FIRST_NUMBER = re.compile(rf'[\s$€£]*({NUMBER})')
 
 
 @dataclass(frozen=True)
-class GSM8K:
+class GSM8K(Problems):
     """Word problems of grade-school mathematics, graded by their final number.
 
+    The answer in the data ends in `#### number`; in verl's schema it may begin with the number.
+
     Args:
-        source: an id on the Hugging Face hub, a folder with train* and test* files, or a path with `{split}` in it;
-            parquet or jsonl, in verl's schema or with the columns `question` and `answer`, which ends in `#### number`.
-        config: configuration on the hub; unused for local files.
-        instruction: text under every question; None for the bare question. Prompts in verl's schema are complete.
-        system_prompt: content of the system message; None for the data's own, if it has one.
         places: markers of the final answer, see `rewards.answers.find_answer`.
-        deadline: time limit of one grading, in seconds.
     """
 
     source: str = 'openai/gsm8k'
     config: str | None = 'main'
+    question: str | None = 'question'
+    answer: str | None = 'answer'
     instruction: str | None = INSTRUCTION
-    system_prompt: str | None = None
     places: tuple[str, ...] = ('boxed', '####', 'last number')
-    deadline: float | None = 5.0
 
     def __post_init__(self) -> None:
         check_places(self.places)
 
-    def load(self, split: str) -> Dataset:
-        """Rows of 'train' or 'test' with `messages` and `answer`, a plain number: no commas, no unit.
-
-        Raises:
-            ValueError: missing files or columns, an empty split, a question that is not text, or an answer without
-                `#### number`.
-        """
-        columns = ('question', 'answer')
-        rows = load_rows(self.source, split, columns, config=self.config)
-        where = lambda row: locate(self.source, split, row)
-        bare = is_verl(rows.column_names)
-        if bare:
-            problems = read_verl(rows, where, system_prompt=self.system_prompt)
-        else:
-            check_columns(rows, columns, where(0))
-            check_questions(rows['question'], 'question', where)
-            messages = (as_messages(question, self.instruction, self.system_prompt) for question in rows['question'])
-            problems = zip(messages, rows['answer'], strict=True)
-        return as_dataset(
-            (messages, _final_number(str(answer), bare, partial(where, row)))
-            for row, (messages, answer) in enumerate(problems)
-        )
+    def _references(self, rows: Dataset, column: str, where: Callable[[int], str]) -> Iterator[str]:
+        """Plain numbers: no commas, no unit."""
+        bare = column == 'reward_model'
+        for row, answer in enumerate(rows[column]):
+            answer = ground_truth(answer, partial(where, row)) if bare else str(answer)
+            yield _final_number(answer, bare, partial(where, row))
 
     def grade(self, response: str, answer: str) -> float:
         """1.0 if the final answer is the reference, else 0.0: of the last box, else behind `####`, else a number."""

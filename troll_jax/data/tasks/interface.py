@@ -6,7 +6,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,8 +21,8 @@ _logger = logging.getLogger(__name__)
 
 SPLITS = ('train', 'test')
 ROWS_AT_A_TIME = 4096  # as Python's lists and dictionaries, which take ten times the memory
-_BUILDERS = {'.parquet': 'parquet', '.jsonl': 'json'}
-_OTHER_FILES = ('.json', '.csv', '.tsv', '.txt', '.arrow', '.gz', '.zst')  # no hub ids end so
+_BUILDERS = {'.parquet': 'parquet', '.jsonl': 'json', '.json': 'json', '.csv': 'csv'}
+_OTHER_FILES = ('.tsv', '.txt', '.arrow', '.gz', '.zst')  # no hub ids end so
 
 
 class Task(Protocol):
@@ -34,7 +34,7 @@ class Task(Protocol):
 
     def load(self, split: str) -> Dataset:
         """Rows of split 'train' or 'test' with the columns `messages` (list of {role, content}) and `answer` (str).
-        For a curriculum also `level` (int), see `Sampling.level`."""
+        For a curriculum also `level` (int), see `Sampling.level`. Reward terms are given the others."""
 
     def grade(self, response: str, answer: str) -> float:
         """Reward of one decoded response, without the token that ended it; 1.0 is correct."""
@@ -46,18 +46,26 @@ def check_split(split: str) -> None:
 
 
 def load_rows(
-    source: str, split: str, columns: Sequence[str], *, config: str | None = None, test_split: str = 'test'
+    source: str,
+    split: str,
+    columns: Sequence[str | Sequence[str]],
+    *,
+    others: Sequence[str] = (),
+    config: str | None = None,
+    test_split: str = 'test',
 ) -> Dataset:
     """Reads one split of a data set.
 
     Args:
         source: one of
-            - a folder that holds `train*` and `test*` files, each `.parquet` or `.jsonl`;
+            - a folder that holds `train*` and `test*` files, each `.parquet`, `.jsonl`, `.json` or `.csv`;
             - a path with `{split}` in it, and `*` if there are several files: `data/gsm8k_{split}.jsonl`; without
-              `{split}` it is a test split and no more. Also a URL that fsspec reads, gs://… or hf://…;
+              `{split}` it is every split. Also a URL that fsspec reads, gs://… or hf://…;
             - an id on the Hugging Face hub, `openai/gsm8k`, or a folder of it, `owner/name/folder`.
         split: 'train' or 'test'.
-        columns: the only ones that are read, or those of verl's schema if it has that; all if one is missing.
+        columns: the only ones that are read, or those of verl's schema if it has that; all if one is missing. Of
+            several names for one, it is the first that there is.
+        others: columns that are read, too, if they are there.
         config: name of the configuration on the hub.
         test_split: the source's name of 'test', such as 'validation'.
 
@@ -67,19 +75,19 @@ def load_rows(
     check_split(split)
     name = test_split if split == 'test' else split
     source = os.path.expanduser(source)
-    files = _local_files(source, name, for_test=split == 'test')
+    files = _local_files(source, name)
     owner_and_name = '/'.join(source.split('/')[:2])
     import datasets
 
     try:
         if files:
             # One by one: what is not used may be of another type in each.
-            parts = [_read_file(file, name, columns) for file in files]
+            parts = [_read_file(file, name, columns, others) for file in files]
             rows = datasets.concatenate_datasets([part.cast(parts[0].features) for part in parts])
         else:
             folder = '/'.join(source.split('/')[2:])
             rows = datasets.load_dataset(owner_and_name, config, data_dir=folder or None, split=name)
-            rows = rows.select_columns(_used(rows.column_names, columns))
+            rows = rows.select_columns(_used(rows.column_names, columns, others))
         rows.data.validate(full=True)  # or text that is not UTF-8 is an error wherever it is read first
         return rows
     except Exception as error:  # of many kinds: no network, no such id, damaged, no rows
@@ -90,15 +98,15 @@ def load_rows(
         where += _files_on_hub(hub[1] if hub else owner_and_name) if hub or not files else ''
         raise ValueError(
             f'Split {name!r} of {where} cannot be read or is empty ({type(error).__name__}: {error}). Expected a '
-            f'folder with {name}*.parquet or {name}*.jsonl files that have rows, in UTF-8, a path with {{split}} in '
-            'it, or an id on the Hugging Face hub.'
+            f'folder with {name}*.parquet, .jsonl, .json or .csv files that have rows, in UTF-8, such a file, a path '
+            'with {split} in it, or an id on the Hugging Face hub.'
         ) from error
 
 
 def locate(source: str, split: str, row: int, *, test_split: str = 'test') -> str:
     """The place of a row of `load_rows`, for an error: 'row 3 of data/train-1.parquet', counted from 0 in its file."""
     name = test_split if split == 'test' else split
-    files = _local_files(os.path.expanduser(source), name, for_test=split == 'test')
+    files = _local_files(os.path.expanduser(source), name)
     if len(files) > 1:
         import datasets
 
@@ -132,16 +140,6 @@ def check_columns(rows: Dataset, columns: tuple[str, ...], where: str) -> None:
         )
 
 
-def check_questions(questions: Iterable[object], column: str, where: Callable[[int], str]) -> None:
-    """Raises a ValueError for the first of a column that is not text, or empty: 'None' would be asked otherwise."""
-    for row, question in enumerate(questions):
-        if not isinstance(question, str) or not question.strip():
-            raise ValueError(
-                f'The {column!r} in {where(row)} is {repr(question)[:120]}; expected text that is not empty. Fix or '
-                'drop that row.'
-            )
-
-
 def check_asked_for(prompts: Sequence[list[dict[str, str]]], places: Sequence[str], where: str) -> None:
     """Warns if no prompt mentions a place in which the answer is looked for: every reward could be 0."""
     markers = [place.strip(':').lower() for place in places]
@@ -162,13 +160,19 @@ def as_messages(question: str, instruction: str | None, system_prompt: str | Non
     return [*system, {'role': 'user', 'content': content}]
 
 
-def _used(names: Sequence[str], columns: Sequence[str]) -> list[str]:
+def find_column(names: Sequence[str], column: str | Sequence[str]) -> str | None:
+    """The column of this name, or the first of these names, among those that there are."""
+    return next((name for name in ([column] if isinstance(column, str) else column) if name in names), None)
+
+
+def _used(names: Sequence[str], columns: Sequence[str | Sequence[str]], others: Sequence[str]) -> list[str]:
     """The columns to read of those that there are."""
-    columns = VERL if is_verl(names) else columns if set(columns) <= set(names) else names
-    return [name for name in names if name in columns]
+    found = [find_column(names, column) for column in columns]
+    found = VERL if is_verl(names) else names if None in found else found
+    return [name for name in names if name in (*found, *others)]
 
 
-def _read_file(file: str, split: str, columns: Sequence[str]) -> Dataset:
+def _read_file(file: str, split: str, columns: Sequence[str | Sequence[str]], others: Sequence[str]) -> Dataset:
     import datasets
     import fsspec
     import pyarrow.parquet
@@ -176,9 +180,11 @@ def _read_file(file: str, split: str, columns: Sequence[str]) -> Dataset:
     builder, options = _BUILDERS[os.path.splitext(file)[1]], {}
     if builder == 'parquet':
         with fsspec.open(file) as opened:
-            options['columns'] = _used(pyarrow.parquet.read_schema(opened).names, columns)
+            options['columns'] = _used(pyarrow.parquet.read_schema(opened).names, columns, others)
+    if builder == 'csv':
+        options['keep_default_na'] = False  # 'None' and 'NA' are text
     rows = datasets.load_dataset(builder, data_files={split: file}, split=split, **options)
-    return rows.select_columns(_used(rows.column_names, columns))
+    return rows.select_columns(_used(rows.column_names, columns, others))
 
 
 def _files_on_hub(dataset: str) -> str:
@@ -192,24 +198,17 @@ def _files_on_hub(dataset: str) -> str:
     return f' and has the files {sorted(files)[:50]} on the hub,'
 
 
-def _local_files(source: str, split: str, *, for_test: bool) -> list[str]:
+def _local_files(source: str, split: str) -> list[str]:
     """The files or URLs of a split, by the source's name of it; none if `source` looks like an id on the hub."""
     suffixes = ' or '.join(_BUILDERS)
     if '://' in source:
         if not source.endswith(tuple(_BUILDERS)):
             raise ValueError(f'The URL {source!r} must end in {suffixes}.')
-        if '{split}' not in source and not for_test:
-            raise ValueError(f'The URL {source!r} must have {{split}} in it, or it is a test split alone.')
         return [source.replace('{split}', split)]
     if os.path.isdir(source):
         pattern = os.path.join(glob.escape(source), f'{split}*')
-    elif '{split}' in source or (for_test and (source.endswith(tuple(_BUILDERS)) or '*' in source)):
+    elif '{split}' in source or '*' in source or source.endswith(tuple(_BUILDERS)):
         pattern = source.replace('{split}', split)
-    elif source.endswith(tuple(_BUILDERS)) or '*' in source:
-        raise ValueError(
-            f'{source!r} names the same files for training and testing; write {{split}} where their names differ, '
-            'e.g. data/gsm8k_{split}.jsonl, or give the folder.'
-        )
     elif is_path(source) or source.endswith(_OTHER_FILES):
         raise ValueError(
             f'The folder {source!r} does not exist; expected one with {split}* files ({suffixes}). '

@@ -6,23 +6,16 @@ They differ in where they come from, and are one class: problems in verl's schem
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import partial
 from typing import TYPE_CHECKING
 
-from troll_jax.data.tasks.interface import (
-    as_dataset,
-    as_messages,
-    check_asked_for,
-    check_columns,
-    check_questions,
-    load_rows,
-    locate,
-)
-from troll_jax.data.tasks.verl import is_verl, read_verl
-from troll_jax.rewards.answers import check_places
+from troll_jax.data.tasks.interface import check_asked_for
+from troll_jax.data.tasks.problems import Problems
+from troll_jax.data.tasks.verl import ground_truth
+from troll_jax.rewards.answers import check_places, find_answer
 from troll_jax.rewards.math import grade_math
 
 if TYPE_CHECKING:
@@ -43,77 +36,37 @@ BENCHMARKS = {
 
 
 @dataclass(frozen=True)
-class MathProblems:
-    """Mathematical problems, graded by their final answer.
+class MathProblems(Problems):
+    r"""Mathematical problems, graded by their final answer.
+
+    The answer in the data is LaTeX or a number, or a text that ends in one, in `\boxed{}` or behind `####`.
 
     Args:
-        source: an id on the Hugging Face hub, with a folder of it if need be (owner/name/folder), a local folder with
-            train* and test* files, or a path with `{split}` in it; parquet or jsonl, in verl's schema or with the
-            columns that `question` and `answer` name.
-        config: configuration on the hub; unused for local files.
-        test_split: the source's name of the split for testing.
-        question, answer: columns of data that is not in verl's schema.
-        instruction: text under the question of such data; prompts in verl's schema are complete. None for none.
-        system_prompt: content of the system message, instead of the data's own; '' for none, None for the data's.
-        ability: only rows of this `ability` (verl's schema); None for all.
-        data_source: only rows in whose `data_source` this regular expression is found, in any case; None or '' for all.
         places: markers of the final answer, see `rewards.answers.find_answer`.
-        deadline: time limit of one grading, in seconds.
     """
 
-    source: str
-    config: str | None = None
-    test_split: str = 'test'
-    question: str = 'problem'
-    answer: str = 'answer'
     instruction: str | None = INSTRUCTION
-    system_prompt: str | None = None
-    ability: str | None = None
-    data_source: str | None = None
     places: tuple[str, ...] = ('boxed', '####', 'Answer:')
-    deadline: float | None = 5.0
 
     def __post_init__(self) -> None:
         check_places(self.places)
 
-    def load(self, split: str) -> Dataset:
-        """Rows of 'train' or 'test' with `messages` and `answer`.
-
-        Raises:
-            ValueError: missing files or columns, nothing left of a split, or a row without a prompt or an answer.
-        """
-        columns = (self.question, self.answer)
-        rows = load_rows(self.source, split, columns, config=self.config, test_split=self.test_split)
-        where = lambda row: locate(self.source, split, row, test_split=self.test_split)
-        if is_verl(rows.column_names):
-            problems = read_verl(
-                rows, where, ability=self.ability, data_source=self.data_source, system_prompt=self.system_prompt
-            )
-        else:
-            if self.ability or self.data_source:
+    def _references(self, rows: Dataset, column: str, where: Callable[[int], str]) -> Iterator[str]:
+        for row, answer in enumerate(rows[column]):
+            if column == 'reward_model':
+                yield ground_truth(answer, partial(where, row))
+                continue
+            number = type(answer) in (int, float, Decimal) and math.isfinite(answer)
+            if not number and not (isinstance(answer, str) and answer.strip()):
                 raise ValueError(
-                    f'{where(0)} has the columns {rows.column_names}; expected the schema of verl (prompt, '
-                    'reward_model, ability, data_source) to choose by ability or data_source. Set both to None, or '
-                    'change the source.'
+                    f'The {column!r} in {where(row)} is {repr(answer)[:120]}; expected LaTeX or a number. Fix or drop '
+                    'that row.'
                 )
-            check_columns(rows, columns, where(0))
-            check_questions(rows[self.question], self.question, where)
-            problems = (
-                (as_messages(text, self.instruction, self.system_prompt), self._truth(answer, partial(where, row)))
-                for row, (text, answer) in enumerate(zip(rows[self.question], rows[self.answer], strict=True))
-            )
-        loaded = as_dataset(problems)
-        check_asked_for(loaded['messages'], self.places, where(0))
-        return loaded
+            text = str(answer).strip()
+            yield find_answer(text, ('boxed', '####')) or text
 
-    def _truth(self, answer: object, where: Callable[[], str]) -> str:
-        number = type(answer) in (int, float, Decimal) and math.isfinite(answer)
-        if not number and not (isinstance(answer, str) and answer.strip()):
-            raise ValueError(
-                f'The {self.answer!r} in {where()} is {repr(answer)[:120]}; expected LaTeX or a number. Fix or drop '
-                'that row.'
-            )
-        return str(answer).strip()
+    def _check(self, loaded: Dataset, where: str) -> None:
+        check_asked_for(loaded['messages'], self.places, where)
 
     def grade(self, response: str, answer: str) -> float:
         """1.0 if the response's final answer is the same as the reference, else 0.0."""

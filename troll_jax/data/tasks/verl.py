@@ -27,25 +27,29 @@ def is_verl(columns: Sequence[str]) -> bool:
     return {'prompt', 'reward_model'} <= set(columns)
 
 
-def read_verl(
-    rows: Dataset,
-    locate: Callable[[int], str],
-    *,
-    ability: str | None = None,
-    data_source: str | None = None,
-    system_prompt: str | None = None,
-) -> Iterator[tuple[Messages, str]]:
-    """The messages and the ground truth of each row that was asked for, in their order.
+def read_verl(rows: Dataset, locate: Callable[[int], str], *, ability: str) -> Iterator[tuple[Messages, str]]:
+    """The messages and the ground truth of each row of this `ability`, in their order.
 
-    Args:
-        rows: a data set in verl's schema.
-        locate: function of a row's number that names its place, for errors.
-        ability: only rows of this `ability`, such as 'math' or 'code', in any case; None for all.
-        data_source: only rows in whose `data_source` this regular expression is found, in any case; None or '' for all.
-        system_prompt: takes the place of the rows' system messages, or is put first; '' removes them; None keeps them.
+    `locate` names the place of a row by its number, for errors.
 
     Raises:
         ValueError: a column is missing, no row is left, or a row's prompt or ground truth is empty or not of its type.
+    """
+    chosen = choose_rows(rows, locate, ability=ability)
+    rows = rows.select(chosen)
+    for row, prompt, reward_model in zip(chosen, rows['prompt'], rows['reward_model'], strict=True):
+        where = partial(locate, row)
+        yield as_conversation(prompt, None, where), ground_truth(reward_model, where)
+
+
+def choose_rows(
+    rows: Dataset, locate: Callable[[int], str], *, ability: str | None = None, data_source: str | None = None
+) -> Sequence[int]:
+    """The numbers of rows of this `ability`, such as 'math' or 'code', in any case, and in whose `data_source` this
+    regular expression is found, in any case. None or '' is for all.
+
+    Raises:
+        ValueError: a column is missing, or no row is left.
     """
     chosen = range(len(rows))
     for column, wanted, fits in (
@@ -66,14 +70,11 @@ def read_verl(
                 f'No row has {column} {wanted!r}; got {sorted(set(map(str, values)))[:20]} (first: {locate(0)}). '
                 f'Change {column}, or the source.'
             )
-    if len(chosen) < len(rows):
-        rows = rows.select(chosen)
-    for row, prompt, reward_model in zip(chosen, rows['prompt'], rows['reward_model'], strict=True):
-        where = partial(locate, row)
-        yield _messages(prompt, system_prompt, where), _ground_truth(reward_model, where)
+    return chosen
 
 
-def _messages(prompt: object, system_prompt: str | None, where: Callable[[], str]) -> Messages:
+def as_conversation(prompt: object, system_prompt: str | None, where: Callable[[], str]) -> Messages:
+    """Checked messages. A system prompt takes the place of their own, or is put first; '' removes them."""
     messages = prompt if isinstance(prompt, list) else []
     if not messages or not all(
         isinstance(m, dict) and m.get('role') in _ROLES and isinstance(m.get('content'), str) and m['content'].strip()
@@ -90,7 +91,8 @@ def _messages(prompt: object, system_prompt: str | None, where: Callable[[], str
     return messages
 
 
-def _ground_truth(reward_model: object, where: Callable[[], str]) -> str:
+def ground_truth(reward_model: object, where: Callable[[], str]) -> str:
+    """The ground truth of a row as text."""
     truth = reward_model.get('ground_truth') if isinstance(reward_model, dict) else None
     if isinstance(truth, list) and len(truth) == 1:
         (truth,) = truth
