@@ -226,12 +226,13 @@ def summarise(result: Evaluation) -> dict:
 
 
 def main() -> None:
-    parser = command_line(__doc__, 'config', help='folder of a run or a checkpoint, or a model; then gin files')
+    what = 'folder of a run or a checkpoint, or a model; then configurations'
+    parser = command_line(__doc__, 'source', what, (Experiment, Compute, evaluation))
     parser.add_argument('--step', type=int, help='of the checkpoint; the latest by default')
     arguments = parser.parse_intermixed_args()
     begin(arguments, level=logging.WARNING)
     logging.getLogger('experiments').setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
-    (source, *files), bindings = files_and_bindings(arguments)
+    source, (files, bindings) = arguments.source, files_and_bindings(arguments.bindings)
     found = find_source(source)
     if found.run_dir is not None:
         files = [found.run_dir / 'config.gin', *files]

@@ -103,7 +103,7 @@ def _content(chats: Sequence[Chat]) -> list:
 
 
 def main() -> None:
-    config = read_command_line(__doc__)
+    config = read_command_line(__doc__, (Finetuning, Compute, Run))
     for name in ('model', 'chat_template_from', 'template_arguments'):
         if (value := config.get(f'Experiment.{name}')) is not None:
             config.setdefault(f'Finetuning.{name}', value)

@@ -130,7 +130,7 @@ def warm_start(
 
 
 def main() -> None:
-    config = read_command_line(__doc__, [warm_start])
+    config = read_command_line(__doc__, (), [warm_start])
     command = config.function(warm_start)
     config.check_used()
     command()

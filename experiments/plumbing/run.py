@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from experiments.plumbing.gin_files import Config
+from experiments.plumbing.gin_files import ROOT, Config
 from experiments.plumbing.gin_text import own_code, to_bindings, to_gin
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.experiment import Model, StartModel
@@ -257,7 +257,9 @@ def fingerprint(*values: Any) -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this repository, `-dirty` if files differ from it; None outside of a repository."""
+    """The commit of this repository, `-dirty` if files differ from it; outside of one the version of the package."""
+    if not (ROOT / '.git').exists():
+        return importlib.metadata.version('troll-jax') if ROOT.name == 'experiments' else None
     command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude', '*']
     try:
         found = subprocess.run(
