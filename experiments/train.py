@@ -1,6 +1,6 @@
 """Trains a language model from verifiable rewards. Start here: `train` is the whole algorithm.
 
-    python -m experiments.train configs/quickstart_troll.gin ['Run.steps = 20' 'troll.bound = 0.1' …]
+    python -m experiments.train quickstart troll ['Run.steps = 20' 'troll.bound = 0.1' …]
     python -m experiments.train configs/quickstart.gin configs/objectives/gspo.gin    # a task, then a method
 
 Five frozen dataclasses are its settings (troll_jax/experiment.py, troll_jax/settings.py). Experiment, Sampling and

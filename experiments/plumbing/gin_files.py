@@ -215,10 +215,8 @@ class Config:
             text = source.read_text(encoding='utf-8') if isinstance(source, Path) else source
             statements = list(config_parser.ConfigParser(text, _Values()))
         except Exception as error:  # of many kinds: Python's own tokenizer and parser read these files
-            lines, number = text.splitlines(), getattr(error, 'lineno', None) or 1
-            meant = _meant(lines[number - 1], self.names) if number <= len(lines) else None
-            if meant is not None:
-                meant = f'"{meant}"' if noted is not None else f'{meant} in line {number}'
+            if meant := _meant(getattr(error, 'text', None) or '', self.names):
+                meant = f'"{meant}"' if noted is not None else f'{meant} in line {error.lineno}'
                 raise ValueError(f'{where}: not a value; write {meant}') from error
             raise ValueError(
                 f'{where}: cannot be read ({error}); expected name.parameter = value, and text in quotes'

@@ -12,12 +12,11 @@ from experiments.plumbing.gin_files import settable
 def describe(name: str, target: Callable) -> str:
     """A line for each setting, with the first sentence that is said of it."""
     base = getattr(target, 'func', target)
-    words, lines = documented(base), [f'{name}: {(inspect.getdoc(base) or "").splitlines()[0]}']
+    words, lines = documented(base), [f'{name}: {_first(inspect.getdoc(base) or "")}']
     for parameter in map(inspect.signature(target).parameters.get, settable(target)):
         kind, default = _kind(parameter.annotation), re.sub(r'<function (.*?) at .*?>', r'@\1', repr(parameter.default))
         usual = '' if parameter.default is parameter.empty else f' = {default}'
-        first = re.split(r'\. (?=[A-Z0-9])', words.get(parameter.name, ''))[0].rstrip('.')
-        line = f'  {name}.{parameter.name}{usual} ({kind}): {first}'
+        line = f'  {name}.{parameter.name}{usual} ({kind}): {_first(words.get(parameter.name, ""))}'
         lines.append(textwrap.fill(line, 120, subsequent_indent='      '))
     return '\n'.join(lines)
 
@@ -31,6 +30,11 @@ def documented(target: Callable) -> dict[str, str]:
         for names, text in re.findall(entries, textwrap.dedent(section[1]) if section else '', re.MULTILINE):
             words |= dict.fromkeys(names.split(', '), ' '.join(text.split()))
     return words
+
+
+def _first(text: str) -> str:
+    """The first sentence."""
+    return re.split(r'\.(?=\s+[A-Z0-9])|\.?\n\n', text)[0].rstrip('.').replace('\n', ' ')
 
 
 def _kind(annotation: Any) -> str:
