@@ -111,9 +111,9 @@ def evaluation(
       step: step of the checkpoint; None is the latest, 0 the model that the run started from.
       split: 'test' or 'train'.
       samples_per_prompt: n, for mean@n and pass@k with k up to n, of every set. None: the number of the set.
-      temperature: sampling temperature; None is 0, greedy, for one sample and 1 for several.
+      temperature: sampling temperature; None: `Experiment.validation_temperature`.
       slots: decode slots, on all devices together. None: `Compute.slots`.
-      top_k, top_p: sample from the most probable tokens only; off by default.
+      top_k, top_p: sample from the most probable tokens only; None: all, and `Experiment.validation_top_p`.
       seed: seed of the sampling.
       folder: folder to write to; None is the run's, or `runs/evaluation_<source>`.
 
@@ -135,12 +135,17 @@ def evaluation(
     out = found.run_dir or f'runs/evaluation_{found.name}' if folder is None else folder
     if jax.process_index() == 0:
         check_writable(out)
-    temperature_of = lambda samples: float(samples > 1) if temperature is None else temperature
-    samplers = partial(model.sampler, compute, slots=slots or compute.slots, top_k=top_k, top_p=top_p)
+    given = {name: x for name, x in (('temperature', temperature), ('top_p', top_p)) if x is not None}
+
+    def sampling(samples: int) -> dict:
+        used = experiment.validation_sampling(samples) | given
+        return used if used['temperature'] else used | {'top_p': top_p}
+
+    samplers = partial(model.sampler, compute, slots=slots or compute.slots, top_k=top_k)
     validate = make_validation(
         experiment,
         model.tokenizer,
-        lambda samples: samplers(samples_per_prompt=samples, temperature=temperature_of(samples)),
+        lambda samples: samplers(samples_per_prompt=samples, **sampling(samples)),
         compute=compute,
         split=split,
         samples_per_prompt=samples_per_prompt,
@@ -168,7 +173,7 @@ def evaluation(
             samples = result.rewards.shape[1]
             if split == 'train':
                 name = 'train' if name == 'test' else f'{name}_train'
-            settings = options | {'temperature': temperature_of(samples)}
+            settings = options | sampling(samples)
             summaries[name] = {'step': step, 'set': name, 'split': split} | settings | summarise(result)
             write(Path(out), f'{step}_{name}_{samples}{special}', summaries[name], result)
 

@@ -173,7 +173,7 @@ class TrainingRun:
         is_last, is_stopped = is_last or step == run.steps, self._stop()
         self._is_last, self._last_step = is_last or is_stopped, step
         self.interrupted = is_stopped and not is_last
-        if run.evaluate_every and step % run.evaluate_every == 0 and not is_stopped:
+        if run.evaluate_every and (is_last or step % run.evaluate_every == 0 and not is_stopped):
             row |= self._validate(state.params)
         self._metrics.write(step, row)
         self._progress.set_postfix({name: f'{row[key]:.4f}' for name, key in SHOWN.items() if key in row})
