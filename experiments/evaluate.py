@@ -1,8 +1,8 @@
 """Evaluates a run, one of its checkpoints, or a model in Hugging Face format.
 
-    python -m experiments.evaluate RUN_DIR [--step N] ['evaluation.samples_per_prompt = 16' …]
-    python -m experiments.evaluate RUN_DIR configs/data/math_eval.gin          # other problems than the run's own
-    python -m experiments.evaluate MODEL configs/data/gsm8k.gin ['binding = value' …]
+    troll evaluate RUN_DIR [--step N] ['evaluation.samples_per_prompt = 16' …]
+    troll evaluate RUN_DIR math_eval          # other problems than the run's own
+    troll evaluate MODEL gsm8k ['binding = value' …]
 
 The first argument is the folder of a run, which needs nothing else; or a folder `…/checkpoints/<step>` of one; or a
 folder or bucket with such checkpoints and no configuration, or a model's folder, .gguf file or id on the hub, which

@@ -1,6 +1,6 @@
 """Says whether an experiment fits a TPU slice or GPUs, and how fast it could be there, without them.
 
-    python -m experiments.plan configs/qwen3_0_6b_gsm8k_troll.gin --topology v5e:2x4 h100:1 h100:8 ['binding = value' …]
+    troll plan qwen3_0_6b_gsm8k_troll --topology v5e:2x4 h100:1 h100:8 ['binding = value' …]
 
 Compiles the programs that `experiments.train` would run on the devices, ahead of time for each topology, and prints per
 device what the compiler says of memory, and what must at least be computed, moved and sent. The bound on time is that

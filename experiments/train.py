@@ -1,7 +1,7 @@
 """Trains a language model from verifiable rewards. Start here: `train` is the whole algorithm.
 
-    python -m experiments.train quickstart troll ['Run.steps = 20' 'troll.bound = 0.1' …]
-    python -m experiments.train configs/quickstart.gin configs/objectives/gspo.gin    # a task, then a method
+    troll train quickstart troll ['Run.steps = 20' 'troll.bound = 0.1' …]
+    troll train quickstart gspo    # a task, then a method
 
 Five frozen dataclasses are its settings (troll_jax/experiment.py, troll_jax/settings.py). Experiment, Sampling and
 Method decide what is learnt; Compute and Run never do, so they may change when a run resumes. A notebook builds the

@@ -382,7 +382,7 @@ def token_table(updates: Sequence[Updated], tokenizer, rows: int = 20) -> list[d
 
 
 def not_finite(run_dir: str, step: int, skipped: int, rollout: Path) -> str:
-    replay = f'`python -m experiments.replay {run_dir} --batch {rollout}` shows the first token whose loss is not; '
+    replay = f'`troll replay {run_dir} --batch {rollout}` shows the first token whose loss is not; '
     return (
         f'step {step}: gradients were not finite in {skipped} steps in a row (Run.max_skipped). The parameters are '
         f'finite and saved as of step {step - 1}. {replay if rollout.exists() else ""}with Run.debug_nans = True the '
