@@ -41,10 +41,10 @@ test: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN) -m ruff check . && $(BIN) -m ruff format --check .
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN) -m pip install --quiet --upgrade pip
-	$(BIN) -m pip install --quiet -r requirements.txt
+	$(BIN) -m pip install --quiet -e .
 	touch $@
 
 # Bubblewrap runs the programs that a model writes. Where it can't be installed their tests are skipped, and say so.

@@ -1,6 +1,6 @@
 """Many short runs of one task: estimators × policy objectives, over learning rates and staleness.
 
-    python -m experiments.compare [--suite quickstart | smollm2 | lag | long] [--seeds 5] [--methods GRPO/TROLL …]
+    troll compare [--suite quickstart | smollm2 | lag | long] [--seeds 5] [--methods GRPO/TROLL GSPO/Clip …]
 
 All start from one model, make as many updates of as many responses, and differ in method, learning rate, in how many
 updates are made of one rollout batch (its staleness), and in how many steps lie between the policy that samples and the

@@ -1,7 +1,7 @@
 """Compares two evaluations on the same problems, as pairs.
 
-    python -m experiments.compare_evaluations A B [--step-a N] [--step-b N] [--sets AMC_32 MATH500_1 …]
-    python -m experiments.compare_evaluations 'runs/clip_{seed}' 'runs/troll_{seed}' --seeds 0 1 2
+    troll compare_evaluations A B [--step-a N] [--step-b N] [--sets AMC_32 MATH500_1 …]
+    troll compare_evaluations 'runs/clip_{seed}' 'runs/troll_{seed}' --seeds 0 1 2
 
 A and B are two files `responses_<step>_<set>_<samples>.jsonl` of `experiments.evaluate`, or the folders that it wrote:
 then every set that both have is compared, and the sets' mean. All sets are of one step, by default a folder's latest,

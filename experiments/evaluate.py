@@ -1,8 +1,8 @@
 """Evaluates a run, one of its checkpoints, or a model in Hugging Face format.
 
-    python -m experiments.evaluate RUN_DIR [--step N] ['evaluation.samples_per_prompt = 16' …]
-    python -m experiments.evaluate RUN_DIR configs/data/math_eval.gin          # other problems than the run's own
-    python -m experiments.evaluate MODEL configs/data/gsm8k.gin ['binding = value' …]
+    troll evaluate RUN_DIR [--step N] ['evaluation.samples_per_prompt = 16' …]
+    troll evaluate RUN_DIR math_eval          # other problems than the run's own
+    troll evaluate MODEL gsm8k ['binding = value' …]
 
 The first argument is the folder of a run, which needs nothing else; or a folder `…/checkpoints/<step>` of one; or a
 folder or bucket with such checkpoints and no configuration, or a model's folder, .gguf file or id on the hub, which
@@ -111,9 +111,9 @@ def evaluation(
       step: step of the checkpoint; None is the latest, 0 the model that the run started from.
       split: 'test' or 'train'.
       samples_per_prompt: n, for mean@n and pass@k with k up to n, of every set. None: the number of the set.
-      temperature: sampling temperature; None is 0, greedy, for one sample and 1 for several.
+      temperature: sampling temperature; None: `Experiment.validation_temperature`.
       slots: decode slots, on all devices together. None: `Compute.slots`.
-      top_k, top_p: sample from the most probable tokens only; off by default.
+      top_k, top_p: sample from the most probable tokens only; None: all, and `Experiment.validation_top_p`.
       seed: seed of the sampling.
       folder: folder to write to; None is the run's, or `runs/evaluation_<source>`.
 
@@ -135,12 +135,17 @@ def evaluation(
     out = found.run_dir or f'runs/evaluation_{found.name}' if folder is None else folder
     if jax.process_index() == 0:
         check_writable(out)
-    temperature_of = lambda samples: float(samples > 1) if temperature is None else temperature
-    samplers = partial(model.sampler, compute, slots=slots or compute.slots, top_k=top_k, top_p=top_p)
+    given = {name: x for name, x in (('temperature', temperature), ('top_p', top_p)) if x is not None}
+
+    def sampling(samples: int) -> dict:
+        used = experiment.validation_sampling(samples) | given
+        return used if used['temperature'] else used | {'top_p': top_p}
+
+    samplers = partial(model.sampler, compute, slots=slots or compute.slots, top_k=top_k)
     validate = make_validation(
         experiment,
         model.tokenizer,
-        lambda samples: samplers(samples_per_prompt=samples, temperature=temperature_of(samples)),
+        lambda samples: samplers(samples_per_prompt=samples, **sampling(samples)),
         compute=compute,
         split=split,
         samples_per_prompt=samples_per_prompt,
@@ -168,7 +173,7 @@ def evaluation(
             samples = result.rewards.shape[1]
             if split == 'train':
                 name = 'train' if name == 'test' else f'{name}_train'
-            settings = options | {'temperature': temperature_of(samples)}
+            settings = options | sampling(samples)
             summaries[name] = {'step': step, 'set': name, 'split': split} | settings | summarise(result)
             write(Path(out), f'{step}_{name}_{samples}{special}', summaries[name], result)
 
@@ -226,12 +231,13 @@ def summarise(result: Evaluation) -> dict:
 
 
 def main() -> None:
-    parser = command_line(__doc__, 'config', help='folder of a run or a checkpoint, or a model; then gin files')
+    what = 'folder of a run or a checkpoint, or a model; then configurations'
+    parser = command_line(__doc__, 'source', what, (Experiment, Compute, evaluation))
     parser.add_argument('--step', type=int, help='of the checkpoint; the latest by default')
     arguments = parser.parse_intermixed_args()
     begin(arguments, level=logging.WARNING)
     logging.getLogger('experiments').setLevel(logging.INFO if jax.process_index() == 0 else logging.WARNING)
-    (source, *files), bindings = files_and_bindings(arguments)
+    source, (files, bindings) = arguments.source, files_and_bindings(arguments.bindings)
     found = find_source(source)
     if found.run_dir is not None:
         files = [found.run_dir / 'config.gin', *files]

@@ -1,6 +1,6 @@
 """Writes a checkpoint of a run in Hugging Face format, for transformers, vLLM or another run to start from.
 
-python -m experiments.export RUN_DIR FOLDER [--step N]
+troll export RUN_DIR FOLDER [--step N]
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Trains a language model on conversations: supervised fine-tuning, such as a warm start on data of one's own.
 
-    python -m experiments.finetune configs/models/qwen3_0_6b.gin "Finetuning.source = 'data/chats'" \\
+    troll finetune qwen3_0_6b "Finetuning.source = 'data/chats'" \\
         'Finetuning.max_length = 2048' 'Finetuning.batch_size = 32' 'Finetuning.optimizer = @adamw' \\
         'adamw.learning_rate = 1e-5' 'Run.steps = 500'
 
@@ -103,7 +103,7 @@ def _content(chats: Sequence[Chat]) -> list:
 
 
 def main() -> None:
-    config = read_command_line(__doc__)
+    config = read_command_line(__doc__, (Finetuning, Compute, Run))
     for name in ('model', 'chat_template_from', 'template_arguments'):
         if (value := config.get(f'Experiment.{name}')) is not None:
             config.setdefault(f'Finetuning.{name}', value)

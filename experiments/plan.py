@@ -1,6 +1,6 @@
 """Says whether an experiment fits a TPU slice or GPUs, and how fast it could be there, without them.
 
-    python -m experiments.plan configs/qwen3_0_6b_gsm8k_troll.gin --topology v5e:2x4 h100:1 h100:8 ['binding = value' …]
+    troll plan qwen3_0_6b_gsm8k_troll --topology v5e:2x4 h100:1 h100:8 ['binding = value' …]
 
 Compiles the programs that `experiments.train` would run on the devices, ahead of time for each topology, and prints per
 device what the compiler says of memory, and what must at least be computed, moved and sent. The bound on time is that
@@ -13,16 +13,17 @@ the paper's models. The compilers come with `pip install "jax[tpu,cuda13-local]"
 attention by cuDNN, which a GPU takes for bfloat16, also needs `pip install --no-deps nvidia-cudnn-cu13`.
 """
 
-import argparse
 import json
 import os
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # the topologies are not devices of this machine
 os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 
-from experiments.plumbing.command import CONFIG_HELP, files_and_bindings, run_command  # noqa: E402
+from experiments.plumbing.command import CONFIG_HELP, Parser, files_and_bindings, run_command  # noqa: E402
 from experiments.plumbing.gin_files import Config  # noqa: E402
 from experiments.studies.plan import PROGRAMS, plan  # noqa: E402
+from troll_jax.experiment import Experiment  # noqa: E402
+from troll_jax.settings import Compute, Method, Sampling  # noqa: E402
 
 
 def print_table(rows: list[dict]) -> None:
@@ -51,7 +52,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__, (Experiment, Sampling, Method, Compute))
     parser.add_argument('config', help=CONFIG_HELP)
     parser.add_argument('--topology', required=True, help='one or several, such as v5e:4x4 v5p:4x4x4 h100:8')
     parser.add_argument('bindings', nargs='*', help="gin bindings that win over files'")
@@ -63,10 +64,8 @@ def main() -> None:
         raise ValueError(f'no program {unknown}; expected some of {",".join(PROGRAMS)}')
     # To argparse, all topologies but the first are words like files and bindings.
     words = [arguments.config, *arguments.bindings]
-    is_topology = lambda word: '=' not in word and not word.endswith('.gin')
-    rest = [word for word in words if not is_topology(word)]
-    arguments.config, *arguments.bindings = rest or parser.error('expected a configuration file')
-    rows, config = [], Config(*files_and_bindings(arguments))
+    is_topology = lambda word: ':' in word and '=' not in word
+    rows, config = [], Config(*files_and_bindings([word for word in words if not is_topology(word)]))
     for topology in ','.join([arguments.topology, *filter(is_topology, words)]).split(','):
         rows += plan(config, topology, programs)
     print_table(rows)

@@ -1,6 +1,6 @@
 """Draws the curves of one or several runs.
 
-python -m experiments.plot RUN_DIR [RUN_DIR …] --output curves.png
+troll plot RUN_DIR [RUN_DIR …] --output curves.png
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The quickstart: compares TROLL and Clip in minutes, on a CPU and without a network.
 
-    python -m experiments.quickstart [--folder runs/quickstart] [--seed 0]
+    troll quickstart [--folder runs/quickstart] [--seed 0]
 
 Makes the warm-started model, then trains it with TROLL and with Clip twice: with gentle updates, at which both perform
 the same, and with a learning rate five times as high and four times as many updates of each rollout batch, a setting

@@ -1,6 +1,6 @@
 """Compares objectives on one saved rollout: what each of them makes of the very same data.
 
-    python -m experiments.replay RUN_DIR [--objectives troll clip dppo] [--updates 7] ['troll.bound = 0.1' …]
+    troll replay RUN_DIR [--objectives troll clip dppo] [--updates 7] ['troll.bound = 0.1' …]
 
 The run saved the rollout with `Run.save_rollout_every`. From the parameters that sampled it, its first minibatches
 are learnt from as the run did, so that π̃ is away from π_old. On the next one the gradient of every objective is taken,

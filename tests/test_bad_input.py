@@ -21,6 +21,7 @@ from bad_input import REPOSITORY, cases, save_model
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from experiments.__main__ import FILES
 from experiments.evaluate import evaluation
 from experiments.plumbing.command import run_command
 from experiments.plumbing.gin_files import Config
@@ -30,7 +31,7 @@ from experiments.train import train
 from experiments.warm_start import warm_start
 from troll_jax.data.tasks.arithmetic import Arithmetic
 
-CONFIG, MODEL = REPOSITORY / 'configs/quickstart_troll.gin', REPOSITORY / 'configs/arithmetic_model.gin'
+CONFIG = ['quickstart', 'troll']
 
 
 @pytest.fixture(scope='module')
@@ -78,7 +79,7 @@ def test_a_value_of_another_type_is_an_error_that_names_the_parameter(data):
     value = data.draw(st.sampled_from(WRONG.get(words[0], OBJECTS)))
     assume(not (value == '{1: 2}' and words[0].startswith('dict')) and annotation is not inspect.Parameter.empty)
     with pytest.raises(ValueError) as error:
-        Config([CONFIG], [f'{name} = {value}'], COMMANDS)
+        Config(CONFIG, [f'{name} = {value}'], COMMANDS)
     assert name in str(error.value) and ('expected' in str(error.value) or 'needs' in str(error.value))
 
 
@@ -86,7 +87,7 @@ def test_a_value_of_another_type_is_an_error_that_names_the_parameter(data):
 def test_a_value_that_gin_cannot_read_is_an_error(value):
     """Guards what is no literal: none of it is evaluated."""
     with pytest.raises(ValueError):
-        Config([CONFIG], [f'Run.steps = {value}'])
+        Config(CONFIG, [f'Run.steps = {value}'])
 
 
 @cases(25)
@@ -97,7 +98,7 @@ def test_a_misspelt_parameter_is_an_error_that_names_it(name, position, letter):
     position %= len(parameter) + 1
     wrong = parameter[:position] + letter + parameter[position:]
     with pytest.raises(ValueError, match=f"'{wrong}'[\\s\\S]*Did you mean"):
-        Config([CONFIG], [f'{owner}.{wrong} = 1'], COMMANDS)
+        Config(CONFIG, [f'{owner}.{wrong} = 1'], COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +125,7 @@ def test_a_misspelt_parameter_is_an_error_that_names_it(name, position, letter):
 def test_a_reference_that_is_incomplete_or_does_not_fit_is_an_error(bindings, message):
     """Guards gin's TypeErrors, which come when a program is traced, or after minutes of loading."""
     with pytest.raises(ValueError, match=message):
-        Config([CONFIG], bindings)
+        Config(CONFIG, bindings)
 
 
 def bare(row, advantages, progress=None, *, x=1): ...
@@ -140,7 +141,7 @@ def any_task():
 def test_functions_of_ones_own_may_be_annotated_otherwise_or_not_at_all():
     """Guards against a check that takes what it does not know for wrong: `Any` is a class."""
     for binding in ('Method.objective = @bare', 'Method.objective = @wide', 'Experiment.task = @any_task()'):
-        config = Config([CONFIG], ['import test_bad_input', binding])
+        config = Config(CONFIG, ['import test_bad_input', binding])
         assert config.get(binding.split(' = ')[0])
 
 
@@ -178,7 +179,7 @@ def test_a_number_out_of_its_range_is_an_error_before_anything_is_written(tmp_pa
     value = BELOW[name] - further - (2 if is_mesh and further else 0)  # −1 is what is left
     bindings = [*SMALL, f"Experiment.model = '{model}'", f"Run.folder = '{folder}'", f'{name} = {value}']
     with pytest.raises(ValueError, match=name.split('.')[1]):
-        train(*read_settings([CONFIG], bindings))
+        train(*read_settings(CONFIG, bindings))
     assert not folder.parent.exists()
 
 
@@ -203,7 +204,7 @@ def test_what_only_a_traced_program_refuses_comes_before_anything_is_written(tmp
     folder = tmp_path / 'runs' / 'run'
     bindings = [*SMALL, f"Experiment.model = '{model}'", f"Run.folder = '{folder}'", binding]
     with pytest.raises(ValueError, match=message):
-        train(*read_settings([CONFIG], bindings))
+        train(*read_settings(CONFIG, bindings))
     assert not folder.parent.exists()
 
 
@@ -213,7 +214,7 @@ def test_a_model_without_weights_leaves_no_folder(tmp_path, model):
     (tmp_path / 'model/model.safetensors').rename(tmp_path / 'model/pytorch_model.bin')
     (tmp_path / 'runs').mkdir()
     folder = tmp_path / 'runs' / 'of' / 'mine'
-    settings = read_settings([CONFIG], [*SMALL, f"Experiment.model = '{tmp_path}/model'", f"Run.folder = '{folder}'"])
+    settings = read_settings(CONFIG, [*SMALL, f"Experiment.model = '{tmp_path}/model'", f"Run.folder = '{folder}'"])
     with pytest.raises(FileNotFoundError, match='only safetensors are read'):
         train(*settings)
     assert not (tmp_path / 'runs/of').exists() and (tmp_path / 'runs').exists()
@@ -271,17 +272,13 @@ def test_a_bug_keeps_its_traceback(main, monkeypatch):
         run_command(main)
 
 
-MODULES = [path.stem for path in (REPOSITORY / 'experiments').glob('*.py') if 'def main(' in path.read_text()]
-
-
 def test_every_command_is_run_with_care():
     """Guards a command that is added and shows tracebacks."""
-    for name in MODULES:
-        source = (REPOSITORY / f'experiments/{name}.py').read_text()
-        assert source.endswith("if __name__ == '__main__':\n    run_command(main)\n"), name
+    for name, file in FILES.items():
+        assert file.read_text().endswith("if __name__ == '__main__':\n    run_command(main)\n"), name
 
 
-OTHER = [str(CONFIG), *SMALL, "Experiment.model = 'model'", "Run.folder = 'new'"]
+OTHER = [*CONFIG, *SMALL, "Experiment.model = 'model'", "Run.folder = 'new'"]
 
 
 @pytest.mark.parametrize(
@@ -320,8 +317,8 @@ OTHER = [str(CONFIG), *SMALL, "Experiment.model = 'model'", "Run.folder = 'new'"
             'Experiment needs Experiment.max_prompt_length, .* bind each, or add a gin file',
         ),
         ('evaluate', ['run'], "'run/model' is not a folder"),
-        ('evaluate', ['model', OTHER[0], *OTHER[3:-2], "evaluation.folder = 'file'"], "another folder: 'file'"),
-        ('evaluate', ['model', OTHER[0], *OTHER[3:-2], '--step', '5'], 'has no checkpoint of step 5; leave --step out'),
+        ('evaluate', ['model', OTHER[0], *OTHER[4:-2], "evaluation.folder = 'file'"], "another folder: 'file'"),
+        ('evaluate', ['model', OTHER[0], *OTHER[4:-2], '--step', '5'], 'has no checkpoint of step 5; leave --step out'),
         ('export', ['none', 'new'], "'none' is not the folder of a run"),
         ('replay', ['run'], 'run has no saved rollout.*save_rollout_every'),
         ('plot', ['run'], 'run/metrics.jsonl has no whole line'),
@@ -330,8 +327,8 @@ OTHER = [str(CONFIG), *SMALL, "Experiment.model = 'model'", "Run.folder = 'new'"
         ('compare_evaluations', ['empty', 'empty'], "no responses in 'empty'"),
         ('compare', ['--methods', 'none'], r"no method \['none'\]; expected some of"),
         ('compare', ['--only-draw', '--folder', 'empty'], 'no runs in empty'),
-        ('warm_start', [str(MODEL), "warm_start.folder = 'file'"], "another folder: 'file'"),
-        ('warm_start', [str(MODEL), 'warm_start.accuracy = 2.0'], 'accuracy must be a share'),
+        ('warm_start', ['arithmetic_model', "warm_start.folder = 'file'"], "another folder: 'file'"),
+        ('warm_start', ['arithmetic_model', 'warm_start.accuracy = 2.0'], 'accuracy must be a share'),
     ],
 )
 def test_a_command_ends_with_one_line_and_status_2(command, arguments, message, model, tmp_path, monkeypatch, capsys):
@@ -339,7 +336,7 @@ def test_a_command_ends_with_one_line_and_status_2(command, arguments, message, 
     shutil.copytree(model, tmp_path / 'model')
     for folder in ('empty', 'run'):
         (tmp_path / folder).mkdir()
-    texts = {'run/config.gin': f"include '{CONFIG}'\n", 'run/metrics.jsonl': '{"step": 1, "rew'}
+    texts = {'run/config.gin': "include 'quickstart'\ninclude 'troll'\n", 'run/metrics.jsonl': '{"step": 1, "rew'}
     texts |= {'cycle.gin': 'a = %b\nb = %a\nRun.steps = %a\n', 'includes.gin': "include 'none.gin'\n", 'file': ''}
     texts |= {'part.gin': 'Experiment.task = @Arithmetic()\n'}
     texts |= {'run/responses_1_test_1.jsonl': '{"answer": "3"}\n'}
@@ -359,7 +356,7 @@ def test_a_command_ends_with_one_line_and_status_2(command, arguments, message, 
 def test_a_command_that_fails_writes_one_line(tmp_path):
     """Guards what no test within this process sees: that the module is run with care, and its status."""
     done = subprocess.run(
-        [sys.executable, '-m', 'experiments.train', str(CONFIG), 'Run.steps = "many"'],
+        [sys.executable, '-m', 'experiments.train', *CONFIG, 'Run.steps = "many"'],
         cwd=tmp_path,
         env=os.environ | {'PYTHONPATH': str(REPOSITORY)},
         capture_output=True,

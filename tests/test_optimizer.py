@@ -66,9 +66,24 @@ def test_the_learning_rate_rises_along_a_line_and_stays_or_falls():
     np.testing.assert_allclose(rates, RATE * np.array([0.25, 0.5, 0.75, 1, 1, 1, 1]), rtol=1e-4)
     constant = [-float(change['a'][0]) for change in steps(adamw(RATE), params, [gradient] * 3)]
     np.testing.assert_allclose(constant, RATE, rtol=1e-4)
-    changes = steps(adamw(RATE, warmup_updates=2, decay_updates=4), params, [gradient] * 8)
-    rates = [-float(change['a'][0]) for change in changes]
-    np.testing.assert_allclose(rates, RATE * np.array([0.5, 1, 1, 0.75, 0.5, 0.25, 0, 0]), rtol=1e-4)
+    cosine = 0.2 + 0.8 * (1 + np.cos(np.pi * np.array([0.25, 0.5, 0.75]))) / 2
+    for settings, falling in [
+        ({}, [0.75, 0.5, 0.25, 0, 0]),
+        ({'final_fraction': 0.2}, [0.8, 0.6, 0.4, 0.2, 0.2]),
+        ({'schedule': 'cosine', 'final_fraction': 0.2}, [*cosine, 0.2, 0.2]),
+    ]:
+        changes = steps(adamw(RATE, warmup_updates=2, decay_updates=4, **settings), params, [gradient] * 8)
+        rates = [-float(change['a'][0]) for change in changes]
+        np.testing.assert_allclose(rates, RATE * np.array([0.5, 1, 1, *falling]), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'settings', [{'schedule': 'cos'}, {'schedule': 'cosine'}, {'schedule': 'constant', 'decay_updates': 3}]
+)
+def test_a_schedule_that_would_do_nothing_is_an_error(settings):
+    """Guards a rate that stays constant where a decay was asked for."""
+    with pytest.raises(ValueError, match='schedule'):
+        adamw(RATE, **settings)
 
 
 def first_moment(optimizer, gradient) -> dict:

@@ -9,7 +9,8 @@ import pytest
 from documents import blocks
 
 import experiments.train
-from experiments.plumbing.gin_files import Config
+from experiments.__main__ import FILES as COMMANDS
+from experiments.plumbing.gin_files import Config, find_file
 from troll_jax.experiment import Experiment
 from troll_jax.settings import Compute, Method, Run, Sampling
 
@@ -63,6 +64,11 @@ def test_what_is_named_exists(document):
     text = document.read_text()
     for module in re.findall(r'python -m ((?:experiments|tests)(?:\.\w+)+)', text):
         assert (REPOSITORY / (module.replace('.', '/') + '.py')).is_file(), module
+    for command, words in re.findall(r'(?:^ *|`|/)troll (\w+)((?: [\w/.-]+)*)', text, re.MULTILINE):
+        assert command in COMMANDS, command
+        names = words.partition(' -')[0].split() if command in ('train', 'evaluate', 'plan') else []
+        for name in names[command == 'evaluate' :]:
+            assert name.endswith('.gin') or name.isupper() or find_file(name), name
     for path in re.findall(r'\b(?:configs|experiments|troll_jax|tests|docs|notebooks)/[\w./-]+\.\w+', text):
         assert (REPOSITORY / path).exists(), path
     for path, test in re.findall(r'`(tests/[\w/]+\.py)::(\w+)`', text):

@@ -195,7 +195,7 @@ def test_errors_say_what_there_is(run):
         with pytest.raises(ValueError, match=message):
             replay(run, **arguments)
     with pytest.raises(ValueError, match='save_rollout_every = 30 must be a multiple of checkpoint_every = 25'):
-        settings([CONFIGS / 'quickstart_troll.gin'], ["Run.folder = 'unused'", 'Run.save_rollout_every = 30'])
+        settings(['quickstart', 'troll'], ["Run.folder = 'unused'", 'Run.save_rollout_every = 30'])
 
 
 def some_batches() -> list[Batch]:

@@ -170,7 +170,7 @@ def test_ctrl_c_saves_and_the_next_start_goes_on(tmp_path, model):
         f"Experiment.model = '{model}'",
         'Run.checkpoint_every = 1000',
     ]
-    command = [sys.executable, '-m', 'experiments.train', 'configs/quickstart_troll.gin', *bindings]
+    command = [sys.executable, '-m', 'experiments.train', 'quickstart', 'troll', *bindings]
     process = subprocess.Popen([*command, 'Run.steps = 100000'], cwd=REPOSITORY, env=dict(os.environ))
     try:
         deadline = time.monotonic() + 300

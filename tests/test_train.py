@@ -177,7 +177,8 @@ def test_nothing_compiles_after_the_first_step(tmp_path, model):
 def test_a_run_folder_is_all_that_evaluation_and_export_need(tmp_path, model):
     """Guards against evaluation that wants the original command line, and exports that transformers cannot open."""
     start = shutil.copytree(model, tmp_path / 'start')
-    run(tmp_path / 'run', str(start))
+    rows = run(tmp_path / 'run', str(start), 'Run.evaluate_every = 3')
+    assert [row['step'] for row in rows if 'eval/success' in row] == [0, 3, 4], 'the last step is evaluated too'
     shutil.rmtree(start)
     config = Config(
         [tmp_path / 'run/config.gin'], ['evaluation.samples_per_prompt = 4', 'evaluation.slots = 16'], [evaluation]

@@ -63,6 +63,7 @@ def bindings(tmp_path_factory) -> list[str]:
         'OddLength.instruction = None',
         'OddLength.deadline = None',
         "Experiment.validation = [('modulo', @Arithmetic(), 1), ('sums', @OddLength(), 3)]",
+        'Experiment.validation_top_p = 0.5',
         'Experiment.max_prompt_length = 4',
         'Experiment.max_response_length = 5',
     ]
@@ -120,12 +121,14 @@ def test_a_run_is_evaluated_on_every_set(run_dir, monkeypatch, capsys):
     assert any(len(set(row['responses'])) > 1 for row in sums), 'several samples are drawn'
     summary = read(run_dir, 'evaluation_1_sums_3.json')
     assert (summary['temperature'], summary['problems'], summary['step']) == (1.0, PROBLEMS, 1)
-    assert read(run_dir, 'evaluation_1_modulo_1.json')['temperature'] == 0.0
+    greedy = read(run_dir, 'evaluation_1_modulo_1.json')
+    assert (greedy['temperature'], greedy['top_p'], summary['top_p']) == (0.0, None, 0.5)
     means = [read(run_dir, f'evaluation_1_{name}.json')['success']['mean'] for name in ('modulo_1', 'sums_3')]
     assert read(run_dir, 'evaluation_1_mean.json')['success']['mean'] == pytest.approx(np.mean(means))
     assert means[1] == pytest.approx(np.mean([np.mean(row['rewards']) for row in sums])) and 0 < means[1] < 1
     logged = read_metrics(run_dir / 'metrics.jsonl')[-1]
-    assert logged['eval/modulo/success'] == pytest.approx(means[0])  # greedy: the same whenever it is asked
+    # Of one seed: what training sampled, at the same temperature and top_p.
+    assert [logged['eval/modulo/success'], logged['eval/sums/success']] == pytest.approx(means)
     assert 'sums' in capsys.readouterr().out
 
 
@@ -133,6 +136,14 @@ def test_a_checkpoint_a_bucket_and_an_export_are_the_run(run_dir, model, binding
     """Guards the three other ways to name parameters: every one finds the same, and needs what it says it needs."""
     one_set = "Experiment.validation = [('sums', @OddLength(), 3)]"
     evaluate(monkeypatch, run_dir, one_set, 'evaluation.seed = 5')
+    everything = [
+        'Experiment.validation_temperature = 0.7',
+        'evaluation.top_p = 1.0',
+        f"evaluation.folder = '{tmp_path}'",
+    ]
+    evaluate(monkeypatch, run_dir, one_set, *everything)
+    summary = read(tmp_path, 'evaluation_1_sums_3_top_p_1.0.json')
+    assert (summary['temperature'], summary['top_p']) == (0.7, 1.0)
     expected = read(run_dir, 'responses_1_sums_3_seed_5.jsonl')
     assert expected != read(run_dir, 'responses_1_sums_3.jsonl'), 'the seed was meant to matter'
 
@@ -259,6 +270,7 @@ def test_the_benchmarks_of_the_paper(monkeypatch):
         ("[('mean', @Arithmetic(), 1)]", "not 'mean'"),
         ("[('a', @Arithmetic(), 0)]", "0 samples of 'a'"),
         ('[]', 'at least one'),
+        ('None\nExperiment.validation_top_p = 0.9', 'changes nothing for greedy samples'),
     ],
 )
 def test_sets_that_cannot_be_evaluated_are_an_error(validation, message):

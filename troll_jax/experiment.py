@@ -102,8 +102,9 @@ class Experiment(StartModel):
       chat_template_from: model whose chat template is used; None is `model`.
       template_arguments: arguments of the chat template.
       validation: evaluation sets, in training and afterwards: for each a name, a task whose test split
-        is used, and samples per prompt, such as `('AMC', task, 32)`. One sample is greedy, several are drawn at
-        temperature 1. None: the test split of `task`, greedy.
+        is used, and samples per prompt, such as `('AMC', task, 32)`. None: the test split of `task`, one sample.
+      validation_temperature: their sampling temperature; None: one sample is greedy, several are drawn at 1.
+      validation_top_p: leaves the most probable tokens with this probability to those that are drawn; None: all.
       held_out: rows of the train split of `task`, or below 1 the share of them, that make its test split, for data
         without one; they are not trained on. 0: none.
       max_rows: rows of the train split of `task` to train on, the first ones; None: all.
@@ -121,6 +122,8 @@ class Experiment(StartModel):
     chat_template_from: str | None = None
     template_arguments: dict[str, Any] | None = None
     validation: Sequence[tuple[str, Task, int]] | None = None
+    validation_temperature: float | None = None
+    validation_top_p: float | None = None
     held_out: int | float = 0
     max_rows: int | None = None
 
@@ -128,6 +131,8 @@ class Experiment(StartModel):
         check_fields(self)
         for name in ('max_prompt_length', 'max_response_length'):
             check_range(name, getattr(self, name), lambda x: x >= 1, 'at least 1 token')
+        check_range('validation_temperature', self.validation_temperature, lambda x: x >= 0, 'at least 0, or None')
+        check_range('validation_top_p', self.validation_top_p, lambda x: 0 < x <= 1, 'above 0 and at most 1, or None')
         fits = lambda x: x >= 0 if isinstance(x, int) else 0 <= x < 1
         check_range('held_out', self.held_out, fits, 'a whole number of rows, or a share of them below 1')
         check_range('max_rows', self.max_rows, lambda x: x >= 1, 'at least 1 row')
@@ -142,6 +147,8 @@ class Experiment(StartModel):
         for name, _, samples in sets:
             if samples < 1:
                 raise ValueError(f'Experiment.validation asks for {samples} samples of {name!r}; expected at least 1')
+        if self.validation_top_p is not None and not any(self.validation_sampling(n)['temperature'] for *_, n in sets):
+            raise ValueError('validation_top_p changes nothing for greedy samples; set validation_temperature')
 
     @property
     def max_length(self) -> int:
@@ -152,6 +159,11 @@ class Experiment(StartModel):
     def validation_sets(self) -> Sequence[tuple[str, Task, int]]:
         """Name, task and samples per prompt of each evaluation set."""
         return (('test', self.task, 1),) if self.validation is None else self.validation
+
+    def validation_sampling(self, samples: int) -> dict[str, float | None]:
+        """Temperature and top_p of a validation set with so many samples per prompt."""
+        temperature = float(samples > 1) if self.validation_temperature is None else self.validation_temperature
+        return {'temperature': temperature, 'top_p': self.validation_top_p if temperature else None}
 
     def load_prompts(
         self, split: str, tokenizer: PreTrainedTokenizerBase, task: Task | None = None, *, keep_rows: bool = False

@@ -13,58 +13,73 @@ Optimizer = Callable[[], optax.GradientTransformation]
 """Builds an optimizer, such as `functools.partial(adamw, learning_rate=1e-6)`."""
 
 MU_DTYPES = ('float32', 'bfloat16', 'float16')
+SCHEDULES = ('constant', 'linear', 'cosine')
 
 
 def adamw(
     learning_rate: float = 1e-6,
     *,
     warmup_updates: int = 0,
+    schedule: str = 'linear',
     decay_updates: int = 0,
+    final_fraction: float = 0.0,
     b1: float = 0.9,
     b2: float = 0.999,
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
     mu_dtype: str | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW with a learning rate that rises, stays or falls along lines, and gradients clipped by their global norm.
+    """AdamW with a warm-up and a decay of the learning rate, and gradients clipped by their global norm.
 
     Args:
       learning_rate: after the warm-up.
       warmup_updates: optimizer updates, not rollout batches, of which the i-th has i / warmup_updates of that rate.
-      decay_updates: updates after the warm-up over which the rate falls to zero; 0 keeps it constant.
+      schedule: decay after the warm-up: 'constant', 'linear' or 'cosine', as half a period.
+      decay_updates: updates after the warm-up over which the rate falls; 0 keeps it constant.
+      final_fraction: share of the rate that is left after them.
       b1, b2: decay of the two moments.
       weight_decay: decay per unit of learning rate, of weights and embeddings; norms and biases do not decay.
       clip_norm: largest global norm of a gradient.
       mu_dtype: dtype of the first moment, such as 'bfloat16' to save memory; that of the parameters if None.
 
     Raises:
-      ValueError: a number out of its range, or another type.
+      ValueError: a number out of its range, another type, or a schedule that does not go with `decay_updates`.
     """
     is_decay = lambda x: 0 <= x < 1
     for name, value, fits, expected in [
         ('learning_rate', learning_rate, is_not_negative, 'at least 0'),
         ('warmup_updates', warmup_updates, is_not_negative, 'at least 0'),
         ('decay_updates', decay_updates, is_not_negative, 'at least 0'),
+        ('final_fraction', final_fraction, lambda x: 0 <= x <= 1, 'between 0 and 1'),
         ('b1', b1, is_decay, 'at least 0 and below 1'),
         ('b2', b2, is_decay, 'at least 0 and below 1'),
         ('weight_decay', weight_decay, is_not_negative, 'at least 0'),
         ('clip_norm', clip_norm, is_positive, 'positive'),
     ]:
         check_range(f'{name} of AdamW', value, fits, expected)
+    if schedule not in SCHEDULES:
+        raise ValueError(f'schedule of AdamW must be one of {SCHEDULES}; got {schedule!r}')
+    if decay_updates and schedule == 'constant' or not decay_updates and (schedule == 'cosine' or final_fraction):
+        raise ValueError(
+            f'schedule = {schedule!r} and final_fraction = {final_fraction} of AdamW do not go with decay_updates = '
+            f'{decay_updates}; a decay needs both a schedule, linear or cosine, and its updates'
+        )
     if mu_dtype not in (None, *MU_DTYPES):
         raise ValueError(f'mu_dtype of AdamW must be None or one of {MU_DTYPES}; got {mu_dtype!r}')
 
-    def schedule(done: jax.Array) -> jax.Array:
-        rate = learning_rate * (jnp.minimum(1.0, (done + 1) / warmup_updates) if warmup_updates else 1.0)
-        left = decay_updates - jnp.maximum(0, done - warmup_updates)
-        return rate * jnp.maximum(0, left) / decay_updates if decay_updates else rate
+    def rate(done: jax.Array) -> jax.Array:
+        risen = learning_rate * (jnp.minimum(1.0, (done + 1) / warmup_updates) if warmup_updates else 1.0)
+        after = jnp.clip(done - warmup_updates, 0, decay_updates)
+        if schedule == 'cosine':
+            return risen * optax.cosine_decay_schedule(1.0, decay_updates, final_fraction)(after)
+        return risen * (decay_updates - (1.0 - final_fraction) * after) / decay_updates if decay_updates else risen
 
     return optax.chain(
         optax.clip_by_global_norm(clip_norm),
         optax.chain(  # AdamW, in which some parameters do not decay: a mask would change the state's tree
             optax.scale_by_adam(b1=b1, b2=b2, mu_dtype=mu_dtype),
             optax.stateless(partial(_decay, rate=weight_decay)),
-            optax.scale_by_learning_rate(schedule if warmup_updates or decay_updates else learning_rate),
+            optax.scale_by_learning_rate(rate if warmup_updates or decay_updates else learning_rate),
         ),
     )
 

@@ -268,7 +268,8 @@ class Run:
     Args:
       folder: folder of the run.
       steps: rollout batches to train on.
-      evaluate_every: steps between evaluations of `Experiment.validation`; 0 turns them off.
+      evaluate_every: steps between evaluations of `Experiment.validation`; the model before the first step and that
+        after the last are evaluated too. 0 turns them off.
       table_every: steps between tables of the tokens that are projected or clipped most; 0 turns them off. With
         `sequence_region` all tokens of a response count that is outside.
       checkpoint_every: steps between checkpoints. The last step is saved in any case.

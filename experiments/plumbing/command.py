@@ -1,21 +1,28 @@
 """Commands: their arguments, several processes, and how they end on an error."""
 
 import argparse
+import difflib
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jax
 
 import troll_jax
-from experiments.plumbing.gin_files import Config
+from experiments.plumbing.gin_files import Config, find_file, nearest_bindings, renamed
+from experiments.plumbing.names import NAMES, SETTINGS
+from experiments.plumbing.settings_help import describe
 from troll_jax.rewards.worker import CannotGrade
 
-CONFIG_HELP = 'a gin file; more of them may follow, such as those of configs/objectives after a task'
+CONFIG_HELP = (
+    'a configuration, and more after it: shipped ones by their names (gsm8k qwen3_0_6b troll), others as x.gin'
+)
 
 _OURS = (Path(__file__).parents[1], Path(troll_jax.__file__).parent)
 _PEER_TIMEOUT = 30  # seconds without a sign of life after which another process counts as dead
@@ -47,9 +54,42 @@ def _is_of_the_user(error: Exception) -> bool:
     return isinstance(error, ValueError) and on_purpose and not set(_OURS).isdisjoint(Path(raised.filename).parents)
 
 
-def command_line(description: str, name: str, help: str) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Arguments of a command with settings: `--help` lists them too, and `--help NAME` what may be bound of a name."""
+
+    def __init__(self, description: str, settings: Sequence[Callable] = SETTINGS):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=form, add_help=False)
+        names = {target.__name__: target for target in settings}
+
+        class Help(argparse.Action):
+            def __call__(self, parser, namespace, name, option_string=None):
+                if name is None:
+                    parser.epilog = '\n\n'.join(map(describe, names, settings))
+                    parser.print_help()
+                elif name in NAMES | names:
+                    print(describe(name, (NAMES | names)[name]))
+                else:
+                    near = difflib.get_close_matches(name, NAMES | names, n=1, cutoff=0.0)[0]
+                    parser.error(f'nothing is called {name!r}. Did you mean {near!r}?')
+                parser.exit()
+
+        text = 'this, and all settings; with a name, such as adamw, the settings of that'
+        self.add_argument('-h', '--help', nargs='?', action=Help, metavar='NAME', help=text)
+
+    def error(self, message: str) -> NoReturn:
+        if found := re.match(r'unrecognized arguments: --?([\w./-]+)=?(\S*)', message):
+            name, value = found[1].replace('-', '_'), found[2] or '…'
+            names = [renamed(*name.rsplit('.', 1)) or name] if '.' in name else nearest_bindings(name)
+            message += f'. Settings have no dashes: write {" or ".join(f"{name}={value}" for name in names)}'
+        super().error(message)
+
+
+def command_line(
+    description: str, name: str, help: str, settings: Sequence[Callable] = SETTINGS
+) -> argparse.ArgumentParser:
     """The arguments of all commands, `name` first. Options may stand anywhere: use `parse_intermixed_args`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description, settings)
     parser.add_argument(name, help=help)
     parser.add_argument('bindings', nargs='*', help="gin bindings that win over files', such as 'Run.steps = 20'")
     several = parser.add_argument_group('several processes', 'the same command on every host, see docs/multi_host.md')
@@ -94,18 +134,19 @@ def begin(arguments: argparse.Namespace, level: int = logging.INFO) -> None:
         logging.getLogger().setLevel(logging.WARNING)
 
 
-def read_command_line(description: str, commands: Sequence[Callable] = ()) -> Config:
+def read_command_line(
+    description: str, settings: Sequence[Callable] = SETTINGS, commands: Sequence[Callable] = ()
+) -> Config:
     """Starts a command that takes gin files and bindings, and reads these. `Run.folder` is named after the files."""
-    arguments = command_line(description, 'config', help=CONFIG_HELP).parse_intermixed_args()
+    arguments = command_line(description, 'config', CONFIG_HELP, [*settings, *commands]).parse_intermixed_args()
     begin(arguments)
-    files, bindings = files_and_bindings(arguments)
+    files, bindings = files_and_bindings([arguments.config, *arguments.bindings])
     config = Config(files, bindings, commands)
-    config.setdefault('Run.folder', f'runs/{"_".join(Path(file).stem for file in files)}')
+    config.setdefault('Run.folder', f'runs/{"_".join(find_file(file).stem for file in files)}')
     return config
 
 
-def files_and_bindings(arguments: argparse.Namespace) -> tuple[list[str], list[str]]:
-    """Tells files and bindings apart: arguments that end in '.gin' are files."""
-    is_file = lambda argument: argument.endswith('.gin')
-    files = [arguments.config, *filter(is_file, arguments.bindings)]
-    return files, [argument for argument in arguments.bindings if not is_file(argument)]
+def files_and_bindings(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Tells files and bindings apart: those have '=' or a space, as in 'import my_module', and do not end in '.gin'."""
+    is_binding = lambda word: not word.endswith('.gin') and ('=' in word or ' ' in word)
+    return [word for word in words if not is_binding(word)], [word for word in words if is_binding(word)]

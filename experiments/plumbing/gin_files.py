@@ -13,7 +13,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +28,11 @@ _FIXED = {'token_region': ('bound',), 'sequence_region': ('bound',), 'MathEval':
 _FIXED |= dict.fromkeys(('troll', 'ppo_clip', 'cispo', 'dppo', 'importance_weighted'), ('progress',))
 
 _IN_FILE = re.compile(r'(.+\.py):(\w+)')
-_ROOT = Path(__file__).parents[2]  # included files are looked for here, too
+_HERE = Path(__file__).parents
+ROOT = _HERE[1] if (_HERE[1] / 'configs').is_dir() else _HERE[2]
+"""The folder of `configs`: that of `experiments` in an installation, and this repository otherwise."""
+FILES = sorted((ROOT / 'configs').rglob('*.gin'))
+
 _RENAMED = {
     'train.run_dir': 'Run.folder',
     'train.checkpoint_dir': 'Run.checkpoint_folder',
@@ -76,7 +80,7 @@ class Config:
     """Bindings of gin files, and the values that they describe.
 
     Args:
-      files: paths, of which later ones win. Included files are looked for in the working folder and in this repository.
+      files: as in `find_file`, of which later ones win.
       bindings: lines of gin that win over all files.
       commands: functions besides `NAMES` whose arguments may be bound.
 
@@ -96,9 +100,8 @@ class Config:
         is_of_run = lambda file: file.name == 'config.gin' and (file.parent / 'model').is_dir()
         self._runs = [Path(file).resolve().parent for file in files if is_of_run(Path(file))]
         for file in files:
-            if not Path(file).is_file():
-                raise ValueError(f'no configuration file {str(file)!r}')
-            self._read(str(file), Path(file))
+            file = find_file(file)
+            self._read(str(file), file, within=(file.resolve(),))
         self._on_command_line: list[str] = []
         for binding in bindings:
             self._read(repr(binding), binding, self._on_command_line)
@@ -218,6 +221,9 @@ class Config:
             text = source.read_text(encoding='utf-8') if isinstance(source, Path) else source
             statements = list(config_parser.ConfigParser(text, _Values()))
         except Exception as error:  # of many kinds: Python's own tokenizer and parser read these files
+            if meant := _meant(getattr(error, 'text', None) or '', self.names):
+                meant = f'"{meant}"' if noted is not None else f'{meant} in line {error.lineno}'
+                raise ValueError(f'{where}: not a value; write {meant}') from error
             raise ValueError(
                 f'{where}: cannot be read ({error}); expected name.parameter = value, and text in quotes'
             ) from error
@@ -237,9 +243,7 @@ class Config:
         if name.endswith('.py'):
             self._load(name, base)
             return
-        file = next((path for path in (Path(name), _ROOT / name) if path.is_file()), None)
-        if file is None:
-            raise ValueError(f'Unable to open file: {name}, in the working folder or in {_ROOT}')
+        file = find_file(name, *(path.parent for path in within[-1:]))
         if file.resolve() in within:
             raise ValueError(f'{name} includes itself; leave that line out')
         self._read(name, file, within=(*within, file.resolve()))
@@ -285,11 +289,11 @@ class Config:
         if not parameter:
             self.macros[key] = value
             return
-        if new := _renamed(name, parameter):
+        if new := renamed(name, parameter):
             self.outdated[f'{key}.{parameter}'] = new
             return
         key = self._full(key)
-        known = self._settable(self._target(key))
+        known = settable(self._target(key))
         takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self._target(key)).parameters.values())
         if parameter not in known and not takes_any:
             meant = (
@@ -313,24 +317,15 @@ class Config:
                 full = f'{module.__name__}.{attribute}'
                 self.names[full] = found
                 return f'{scope}{slash}{full}'
+        last = name.split('.')[-1]
+        near = difflib.get_close_matches(last, self.names) or [_nearest(last, self.names)]
         raise ValueError(
-            f'nothing is called {name!r}.\nDid you mean '
-            f'{_nearest(name.split(".")[-1], self.names)!r}? Known: {_listed(self.names)}. A line `import module` or '
+            f'nothing is called {name!r}.\nDid you mean {" or ".join(map(repr, near))}? A line `import module` or '
             "`include 'file.py'` above adds the functions and classes of yours."
         )
 
     def _target(self, key: str) -> Callable:
         return self.names[key.rpartition('/')[2]]
-
-    def _settable(self, target: Callable) -> list[str]:
-        name = getattr(target, '__name__', '')
-        is_ours = NAMES.get(name) is target
-        fixed = (*(_FIXED.get(name, ()) if is_ours else ()), *getattr(target, 'keywords', ()))
-        parameters = inspect.signature(target).parameters.values()
-        if inspect.isroutine(target) and is_ours:  # whose caller gives the first ones
-            parameters = [p for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
-        unnamed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        return [p.name for p in parameters if p.name not in fixed and p.kind not in unnamed]
 
     def _raw_values(self) -> list[Any]:
         return [value for bound in (*self.bindings.values(), self.macros) for value in bound.values()]
@@ -340,18 +335,58 @@ class Config:
         used = {macro.name for value in self._raw_values() for macro in _macros(value)}
         for macro in self.macros:
             if macro not in used:
-                known = [(p, f'{name}.{p}') for name, target in self.names.items() for p in self._settable(target)]
-                near = _nearest(macro, [name for name, _ in known])
-                meant = ' or '.join(repr(full) for name, full in known if name == near)
+                meant = ' or '.join(map(repr, nearest_bindings(macro, self.names)))
                 raise ValueError(f'nothing uses the macro {macro!r}.\nDid you mean {meant}?')
 
 
-def _needs(key: str, missing: Sequence[str]) -> str:
-    names = ', '.join(f'{key}.{name}' for name in missing)
-    return f'{key} needs {names}; bind each, or add a gin file that does'
+def find_file(name: str | Path, beside: Path | None = None) -> Path:
+    """The gin file of a name.
+
+    Args:
+      name: if it ends with '.gin', a path, which is looked for beside the file that includes it, in the working folder,
+        and in that of `configs`. Else a file of `configs`: 'troll', or 'objectives/troll' if others are called so.
+      beside: folder of the file that includes it.
+
+    Raises:
+      ValueError: there is none or there are several, with the nearest that there is.
+    """
+    if (path := Path(name)).suffix == '.gin':
+        folders = (*filter(None, [beside]), Path(), ROOT)
+        if found := [folder / path for folder in folders if (folder / path).is_file()]:
+            return found[0]
+        raise ValueError(
+            f'no configuration file {str(name)!r}, in {" or in ".join(str(x.absolute()) for x in folders)}'
+        )
+    shipped = {file.relative_to(ROOT / 'configs').with_suffix('').as_posix(): file for file in FILES}
+    found = [known for known in shipped if f'/{known}'.endswith(f'/{name}')]
+    if len(found) == 1:
+        return shipped[found[0]]
+    if found:
+        raise ValueError(f'several configurations are called {name!r}; write {" or ".join(found)}')
+    near = _nearest(str(name), [*(file.stem for file in FILES), *shipped, *map(str, Path().glob('*.gin'))])
+    raise ValueError(f'no configuration is called {name!r}. Did you mean {near!r}? Files of your own end with .gin.')
 
 
-def _renamed(owner: str, parameter: str) -> str | None:
+def settable(target: Callable) -> list[str]:
+    """The parameters of a function or class that may be bound."""
+    name = getattr(target, '__name__', '')
+    is_ours = NAMES.get(name) is target
+    fixed = (*(_FIXED.get(name, ()) if is_ours else ()), *getattr(target, 'keywords', ()))
+    parameters = inspect.signature(target).parameters.values()
+    if inspect.isroutine(target) and is_ours:  # whose caller gives the first ones
+        parameters = [p for p in parameters if p.kind is p.KEYWORD_ONLY or p.default is not p.empty]
+    unnamed = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p.name for p in parameters if p.name not in fixed and p.kind not in unnamed]
+
+
+def nearest_bindings(parameter: str, names: Mapping[str, Callable] = NAMES) -> list[str]:
+    """The bindings of the parameter whose name is nearest, such as 'Run.steps', of all that have one."""
+    known = [(p, f'{name}.{p}') for name, target in names.items() for p in settable(target)]
+    near = _nearest(parameter, [name for name, _ in known])
+    return [full for name, full in known if name == near]
+
+
+def renamed(owner: str, parameter: str) -> str | None:
     """The name of a binding of an earlier version, None if it is none."""
     name = f'{owner}.{parameter}'
     if name in _RENAMED:
@@ -364,6 +399,21 @@ def _renamed(owner: str, parameter: str) -> str | None:
         found = [kind.__name__ for kind in SETTINGS if parameter in kind.__dataclass_fields__]
         return f'{found[0]}.{parameter}' if found else 'a field of Sampling, Method, Compute or Run'
     return None
+
+
+def _meant(line: str, names: Mapping[str, Callable]) -> str | None:
+    """The binding that is meant by a line with a bare word for a value, None for any other."""
+    found = re.match(r'\s*([\w./]+)\s*=\s*([A-Za-z./~][^\s\'"(){}\[\],%@]*)\s*(#|$)', line)
+    if found is None:
+        return None
+    name, value = found.groups()[:2]
+    constants = {'true': 'True', 'false': 'False', 'none': 'None', 'null': 'None'}
+    return f'{name} = {constants.get(value.lower()) or (f"@{value}" if value in names else repr(value))}'
+
+
+def _needs(key: str, missing: Sequence[str]) -> str:
+    names = ', '.join(f'{key}.{name}' for name in missing)
+    return f'{key} needs {names}; bind each, or add a gin file that does'
 
 
 def _references(value: Any) -> Iterator[Reference]:

@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from experiments.plumbing.gin_files import Config
+from experiments.plumbing.gin_files import ROOT, Config
 from experiments.plumbing.gin_text import own_code, to_bindings, to_gin
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.experiment import Model, StartModel
@@ -173,7 +173,7 @@ class TrainingRun:
         is_last, is_stopped = is_last or step == run.steps, self._stop()
         self._is_last, self._last_step = is_last or is_stopped, step
         self.interrupted = is_stopped and not is_last
-        if run.evaluate_every and step % run.evaluate_every == 0 and not is_stopped:
+        if run.evaluate_every and (is_last or step % run.evaluate_every == 0 and not is_stopped):
             row |= self._validate(state.params)
         self._metrics.write(step, row)
         self._progress.set_postfix({name: f'{row[key]:.4f}' for name, key in SHOWN.items() if key in row})
@@ -257,7 +257,9 @@ def fingerprint(*values: Any) -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this repository, `-dirty` if files differ from it; None outside of a repository."""
+    """The commit of this repository, `-dirty` if files differ from it; outside of one the version of the package."""
+    if not (ROOT / '.git').exists():
+        return importlib.metadata.version('troll-jax') if ROOT.name == 'experiments' else None
     command = ['git', 'describe', '--always', '--dirty', '--abbrev=40', '--exclude', '*']
     try:
         found = subprocess.run(
@@ -380,7 +382,7 @@ def token_table(updates: Sequence[Updated], tokenizer, rows: int = 20) -> list[d
 
 
 def not_finite(run_dir: str, step: int, skipped: int, rollout: Path) -> str:
-    replay = f'`python -m experiments.replay {run_dir} --batch {rollout}` shows the first token whose loss is not; '
+    replay = f'`troll replay {run_dir} --batch {rollout}` shows the first token whose loss is not; '
     return (
         f'step {step}: gradients were not finite in {skipped} steps in a row (Run.max_skipped). The parameters are '
         f'finite and saved as of step {step - 1}. {replay if rollout.exists() else ""}with Run.debug_nans = True the '

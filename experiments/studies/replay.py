@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.plumbing.gin_files import Config
+from experiments.plumbing.gin_files import ROOT, Config
 from experiments.plumbing.gin_text import to_bindings
 from experiments.plumbing.run import restore_or_init
 from experiments.studies.replay_report import plot
@@ -31,7 +31,7 @@ from troll_jax.sharding import constrain_like, fetch, place
 from troll_jax.types import Batch, Progress, TrainState
 from troll_jax.update import Gradient, make_gradient, make_update
 
-METHODS = Path(__file__).parents[2] / 'configs/objectives'
+METHODS = ROOT / 'configs/objectives'
 BASELINE = 'importance_weighted'  # the plain policy gradient, with which all are compared
 
 

@@ -36,10 +36,10 @@ from .soak import write_model
 
 DEVICES = 4
 MESH = ('Compute.fsdp = 2', 'Compute.tensor = 2')
-SIMPLE = ('configs/quickstart_clip.gin',)
+SIMPLE = ('quickstart', 'clip')
 FULL = (
-    'configs/quickstart.gin',
-    'configs/objectives/ppo.gin',
+    'quickstart',
+    'ppo',
     'Method.regularisers = [@kl_to_reference]',
     'kl_to_reference.coefficient = 0.01',
     'Method.refresh_reference_every = 2',

@@ -44,7 +44,7 @@ class Process:
         run_dir: Path,
         model: Path,
         *bindings: str,
-        files: Sequence[str] = ('configs/quickstart_troll.gin',),
+        files: Sequence[str] = ('quickstart', 'troll'),
         options: Sequence[str] = (),
         name: str = '',
         before: Callable[[], None] = lambda: None,

@@ -26,7 +26,6 @@ from tests.tiny import save_qwen3
 from troll_jax.data.tasks.arithmetic import CHARACTERS
 from troll_jax.data.tokenizer import character_tokenizer
 
-METHOD = Path(__file__).parents[2] / 'configs/quickstart_troll.gin'
 SETTINGS = [
     'Arithmetic.operands = 2',
     'Arithmetic.train_size = 60',
@@ -121,7 +120,7 @@ def main() -> None:
         run_dir = folder / 'run'
         names = [f'Experiment.model = {str(folder / "model")!r}', f'Run.folder = {str(run_dir)!r}']
         names += [f'Run.steps = {arguments.steps}', f'Run.checkpoint_every = {arguments.checkpoint_every}']
-        config = Config([METHOD], [*SETTINGS, *names])
+        config = Config(['quickstart', 'troll'], [*SETTINGS, *names])
         watcher = threading.Thread(target=watch, args=(run_dir, compiled, done, samples))
         watcher.start()
         begin = time.monotonic()

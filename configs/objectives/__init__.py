@@ -1,1 +1,0 @@
-# A package, so that gin finds what these files include from any working folder.
