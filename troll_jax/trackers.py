@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import time
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -151,8 +152,8 @@ class MLflow:
             client.log_batch(self._id, params=[Param(name, x[:500]) for name, x in board.settings.items()][:100])
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        now = int(1000 * time.time())
-        self._client.log_batch(self._id, [self._metric(name, x, now, step) for name, x in values.items()])
+        now, allowed = int(1000 * time.time()), lambda name: re.sub(r'[^A-Za-z0-9_\-. :/]', '_', name)
+        self._client.log_batch(self._id, [self._metric(allowed(name), x, now, step) for name, x in values.items()])
 
     def text(self, step: int, name: str, text: str) -> None:
         self._client.log_text(self._id, text, f'{name}/{step}.md')
@@ -166,6 +167,8 @@ TRACKERS = {'tensorboard': TensorBoard, 'wandb': WeightsAndBiases, 'trackio': Tr
 
 def check_installed(names: Sequence[str]) -> None:
     """Raises a ValueError for a tracker that is not installed. That of TensorBoard is."""
-    if missing := [name for name in names if name != 'tensorboard' and importlib.util.find_spec(name) is None]:
+    # A folder of that name in the working folder has no origin.
+    found = {name: getattr(importlib.util.find_spec(name), 'origin', None) for name in names if name != 'tensorboard'}
+    if missing := [name for name, origin in found.items() if origin is None]:
         packages = ' '.join(missing)
         raise ValueError(f'Run.trackers needs {packages}, which is not installed; pip install {packages}, or unset it')

@@ -18,7 +18,6 @@ SHOWN = {
     'reward': ('reward/mean', '.3f'),
     'success': ('eval/success', '.3f'),
     'accuracy': ('update/accuracy', '.3f'),
-    'loss': ('update/loss', '.3g'),
     'KL': ('update/kl_mean', '.2g'),
     'constrained': ('update/constrained_share', '.1%'),
     'tokens/s': ('update/tokens_per_second', ',.0f'),
@@ -45,7 +44,7 @@ class Progress:
         return iter(self._bar)
 
     def show(self, step: int, row: Mapping[str, float]) -> None:
-        """Shows the metrics of a step, of an evaluation the latest."""
+        """Shows the metrics of a step."""
         found = {name: f'{row[key]:{format}}' for name, (key, format) in SHOWN.items() if key in row}
         self._bar.set_postfix(found)
         now = time.monotonic()
