@@ -7,9 +7,7 @@ Five frozen dataclasses are its settings (troll_jax/experiment.py, troll_jax/set
 Method decide what is learnt; Compute and Run never do, so they may change when a run resumes. A notebook builds the
 five values and calls `train`.
 
-The run directory holds `config.gin` (all that is needed to repeat or evaluate the run), `model` (tokenizer and sizes),
-`checkpoints`, `metrics.jsonl`, `constrained_tokens.jsonl`, `tensorboard` and, if asked for, `rollouts`. Started again,
-a run resumes from its latest checkpoint. On several hosts the same command runs on each: docs/multi_host.md.
+Started again, a run resumes. What its folder holds: docs/watching_a_run.md; several hosts: docs/multi_host.md.
 """
 
 import time
@@ -20,6 +18,7 @@ import numpy as np
 
 from experiments.plumbing.command import read_command_line, run_command
 from experiments.plumbing.names import SETTINGS
+from experiments.plumbing.progress import tell_where_to_look
 from experiments.plumbing.run import TrainingRun, warn_of_noise
 from experiments.plumbing.validation import make_validation, metrics_of
 from troll_jax.collect import Experience, gather_responses, make_collector
@@ -94,7 +93,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
             state, row, updates = training_step(learner, state, experience, partial(training.save_rollout, step))
             if method.old_policy == 'rollout':
                 warn_of_noise(row)
-            training.record(step, state, row, updates)
+            training.record(step, state, row, updates, experience)
     return not training.interrupted
 
 
@@ -146,6 +145,7 @@ def main() -> None:
     settings = [config.build(kind) for kind in SETTINGS]
     config.check_used()
     train(*settings)
+    tell_where_to_look(settings[-1])
 
 
 if __name__ == '__main__':

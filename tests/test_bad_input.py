@@ -323,6 +323,8 @@ OTHER = [*CONFIG, *SMALL, "Experiment.model = 'model'", "Run.folder = 'new'"]
         ('replay', ['run'], 'run has no saved rollout.*save_rollout_every'),
         ('plot', ['run'], 'run/metrics.jsonl has no whole line'),
         ('plot', ['empty'], 'empty/metrics.jsonl'),
+        ('show', ['empty'], 'empty/samples.jsonl has no samples; expected .*save_samples_every'),
+        ('show', ['run', '--step', '1', '2', '3'], 'got 3 steps; expected at most two'),
         ('compare_evaluations', ['run', 'run'], 'responses_1_test_1.jsonl is damaged'),
         ('compare_evaluations', ['empty', 'empty'], "no responses in 'empty'"),
         ('compare', ['--methods', 'none'], r"no method \['none'\]; expected some of"),

@@ -35,6 +35,8 @@ class Experience(NamedTuple):
     draws: int  # batches of prompts that were sampled
     metrics: dict[str, float]  # of all that was sampled, kept or not; speed, seconds and failures with greedy responses
     graded: np.ndarray | None = None  # [B, G] bool, responses whose grading did not fail; None: all
+    terms: dict[str, np.ndarray] | None = None  # name → [B, G] float32, rewards by term, not weighted
+    answers: np.ndarray | None = None  # [B] str, reference answers
 
 
 class _Groups(NamedTuple):
@@ -44,6 +46,8 @@ class _Groups(NamedTuple):
     rewards: np.ndarray  # [groups, G] float32
     compared: np.ndarray  # [groups, G] float32, of which a group without two values is a zero-variance group
     graded: np.ndarray  # [groups, G] bool
+    terms: dict[str, np.ndarray]  # name → [groups, G]
+    answers: np.ndarray  # [groups, G] str
     greedy_rewards: np.ndarray | None = None  # [groups]
 
 
@@ -144,13 +148,14 @@ def make_collector(
         sampled = perf_counter()
         samples = len(rollout.response_lengths) // len(indices)
         texts = decode_responses(rollout, tokenizer)
-        grades = grade(grader, texts, [prompts.answers[i] for i in indices for _ in range(samples)])
+        answers = [prompts.answers[i] for i in indices for _ in range(samples)]
+        grades = grade(grader, texts, answers)
         tokens = response_tokens(rollout)
         responses = gather_responses(prompts, indices, texts, tokens, grades.rewards, max_response_length)
         total, terms = weigh(rewards, responses)
         by_group = lambda x: x.reshape(len(indices), samples, *x.shape[1:])
         compared = grades.rewards if by_task else total
-        arrays = rollout._replace(stats=None), total, compared, grades.graded
+        arrays = rollout._replace(stats=None), total, compared, grades.graded, terms, np.array(answers, object)
         groups = _Groups(*jax.tree.map(by_group, arrays))
         mean = lambda x: np.mean(x[grades.graded]) if grades.graded.any() else 0.0
         log = _describe(rollout) | {f'reward/{name}': mean(value) for name, value in terms.items()}
@@ -193,6 +198,8 @@ def make_collector(
             greedy_rewards=kept.greedy_rewards,
             draws=used,
             graded=kept.graded,
+            terms=kept.terms,
+            answers=kept.answers[:, 0],
             metrics={
                 'reward/mean': mean('reward/mean'),
                 **{f'reward/{name}': mean(f'reward/{name}') for name, *_ in rewards},

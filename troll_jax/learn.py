@@ -40,7 +40,7 @@ class Minibatches(NamedTuple):
 
     def to_responses(self, arrays: Sequence[jax.Array]) -> np.ndarray:
         """Arrays [M, Z, S] of each minibatch, as [R, T] in numpy."""
-        return np.concatenate([layout.gather(x) for layout, x in zip(self.layouts, fetch(arrays), strict=True)])
+        return _to_responses(self.layouts, arrays)
 
 
 class Updated(NamedTuple):
@@ -48,6 +48,7 @@ class Updated(NamedTuple):
 
     policy: UpdateLog | None  # None while only the critic learns
     critic: dict[str, jax.Array] | None
+    advantages: jax.Array  # [M, Z, S] float32, that it learnt from
 
 
 def _on_mesh(method: Callable) -> Callable:
@@ -149,9 +150,7 @@ class Learner:
         is_learnt = rollout.stopped | (not self.method.mask_truncated)
         if graded is not None:
             is_learnt = is_learnt & graded.reshape(-1)
-        slices = self._slices(len(rollout.response_lengths))
-        parts = [jax.tree.map(lambda x, at=at: x[at], rollout) for at in slices]
-        layouts = [make_layout(part, self._shape) for part in parts]
+        slices, parts, layouts = self._cut(rollout)
         batches = []
         for part, layout, at in zip(parts, layouts, slices, strict=True):
             learnt = is_learnt[at]
@@ -231,7 +230,11 @@ class Learner:
         if not critic_only:
             new, policy = self._update(state._replace(past=None), batch)
             state = new._replace(past=state.past)
-        return state, Updated(policy, critic)
+        return state, Updated(policy, critic, batch.advantages)
+
+    def to_responses(self, rollout: Rollout, arrays: Sequence[jax.Array]) -> np.ndarray:
+        """Arrays [M, Z, S] of each minibatch of a rollout's step, as [R, T] in numpy. All processes call it."""
+        return _to_responses(self._cut(rollout)[2], arrays)
 
     @_on_mesh
     def end_step(self, state: TrainState, draws: int) -> TrainState:
@@ -277,6 +280,12 @@ class Learner:
         for program, arguments in self.programs().values():
             jax.eval_shape(program, *arguments)
 
+    def _cut(self, rollout: Rollout) -> tuple[list[slice], list[Rollout], list[Layout]]:
+        """The responses of each minibatch, and the places of their tokens in it."""
+        slices = self._slices(len(rollout.response_lengths))
+        parts = [jax.tree.map(lambda x, at=at: x[at], rollout) for at in slices]
+        return slices, parts, [make_layout(part, self._shape) for part in parts]
+
     def _slices(self, responses: int) -> list[slice]:
         return [slice(i, i + self._minibatch) for i in range(0, responses, self._minibatch)]
 
@@ -303,6 +312,10 @@ class Learner:
         advantages = jax.vmap(self.method.advantages)(rewards, **give(self.method.advantages, values=values))
         advantages = jnp.where(mask, advantages, 0.0)
         return whiten(advantages, mask) if self.method.whiten_advantages else advantages, advantages + values
+
+
+def _to_responses(layouts: Sequence[Layout], arrays: Sequence[jax.Array]) -> np.ndarray:
+    return np.concatenate([layout.gather(x) for layout, x in zip(layouts, fetch(arrays), strict=True)])
 
 
 def abstract_state(

@@ -1,46 +1,61 @@
-"""Metrics of a run: one JSON line per step, and TensorBoard. One writer, steps only ever grow."""
+"""The files of a run in JSON lines, and its trackers. One writer, steps only ever grow."""
 
 import json
+import logging
 import math
 import os
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.summary import text
+from troll_jax.trackers import TRACKERS, Board, Tracker
+
+logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` and a `tensorboard` folder into a run's folder. A context manager.
+    """Writes `metrics.jsonl`, `constrained_tokens.jsonl` and `samples.jsonl` into a run's folder, and to its trackers.
+
+    A context manager. The files are the record of the run: an error of theirs ends it, one of a tracker is a warning.
 
     Args:
       folder: run directory; is created if it is not there.
       resume_after: the last step that counts. Lines of later steps, and a line that was torn by a crash, are removed,
         so that a resumed run has every step once. 0 is a fresh start, of which nothing counts, not even step 0.
       write: False in all processes of a run but one, which then write nothing.
+      trackers: names of `troll_jax.trackers.TRACKERS`.
+      settings: name → value of the run's settings, for the trackers.
     """
 
-    def __init__(self, folder: str | os.PathLike, *, resume_after: int = 0, write: bool = True):
-        self._write = write
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        *,
+        resume_after: int = 0,
+        write: bool = True,
+        trackers: Sequence[str] = ('tensorboard',),
+        settings: Mapping[str, str] | None = None,
+    ):
+        self._write, self._trackers = write, {}
         if not write:
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         first = resume_after + 1 if resume_after else 0
-        self._last_step = first - 1
-        self._file = _open_before(folder / 'metrics.jsonl', first)
+        self._last_step, path, id_path = first - 1, folder / 'metrics.jsonl', folder / 'board_id'
+        earlier = read_metrics(path) if first and path.exists() else []
+        self._last_shown = earlier[-1]['step'] if earlier else -1
+        self._file = _open_before(path, first)
         self._tables = _open_before(folder / 'constrained_tokens.jsonl', first)
-        # Written here and now: the thread of a SummaryWriter dies when the disk is full, and the run then waits for it
-        # forever. The first event tells TensorBoard to drop what earlier files say of the steps from here on.
-        self._board_folder = folder / 'tensorboard'
-        self._board_folder.mkdir(exist_ok=True)
-        self._board = EventsWriter(str(self._board_folder / 'events'), f'.{os.getpid()}')
-        self._show(first, session_log=SessionLog(status=SessionLog.START))
+        self._samples = _open_before(folder / 'samples.jsonl', first)
+        if not first or not id_path.exists():  # a run that starts over may be another one
+            id_path.write_text(uuid.uuid4().hex[:8])
+        board = Board(folder, id_path.read_text(), first, settings or {})
+        for name in trackers:
+            with self._tolerated(name, first):
+                self._trackers[name] = TRACKERS[name](board)
 
     def __enter__(self) -> 'MetricsWriter':
         return self
@@ -48,15 +63,11 @@ class MetricsWriter:
     def __exit__(self, kind, *_) -> None:
         if not self._write:
             return
-        self._file.close()
-        self._tables.close()
-        with nullcontext() if kind is None else suppress(OSError):  # what ended the run comes first
-            self._board.close()
-
-    def _show(self, step: int, **what) -> None:
-        with _explained(self._board_folder, step):
-            self._board.write_event(Event(wall_time=time.time(), step=step, **what))
-            self._board.flush()
+        for file in (self._file, self._tables, self._samples):
+            file.close()
+        for name, tracker in list(self._trackers.items()):
+            with self._tolerated(name, self._last_step):
+                tracker.close(kind is not None)
 
     def write_table(self, step: int, rows: list[dict]) -> None:
         """Appends the tokens that an objective held back most at a step to `constrained_tokens.jsonl`."""
@@ -64,7 +75,14 @@ class MetricsWriter:
             return
         _append(self._tables, {'step': step, 'tokens': rows})
         lines = [f'- {row["text"]!r} {row["constrained"]} of {row["seen"]}' for row in rows]
-        self._show(step, summary=text('constrained_tokens', '\n'.join(lines)))
+        self._tell(step, lambda tracker: tracker.text(step, 'constrained_tokens', '\n'.join(lines)))
+
+    def write_samples(self, step: int, prompts: list[dict], text: str) -> None:
+        """Appends some prompts of a step, with their responses, to `samples.jsonl`; `text` is for the trackers."""
+        if not self._write:
+            return
+        _append(self._samples, {'step': step, 'prompts': prompts})
+        self._tell(step, lambda tracker: tracker.text(step, 'samples', text))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the metrics of a step. A number that is not finite becomes null in the file, so that it stays JSON.
@@ -80,8 +98,22 @@ class MetricsWriter:
         values = {name: float(value) for name, value in values.items()}
         row = {'step': step} | {name: value if math.isfinite(value) else None for name, value in values.items()}
         _append(self._file, row)
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._show(step, summary=Summary(value=scalars))
+        self._tell(step, lambda tracker: tracker.scalars(step, values))
+
+    def _tell(self, step: int, what: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            if step > self._last_shown or tracker.repeats:
+                with self._tolerated(name, step):
+                    what(tracker)
+
+    @contextmanager
+    def _tolerated(self, name: str, step: int) -> Iterator[None]:
+        """Goes on without a tracker that has failed, whatever it raised: the files have all that it would show."""
+        try:
+            yield
+        except Exception as error:
+            self._trackers.pop(name, None)
+            logger.warning('%s failed at step %d, and the run goes on without it: %s', name, step, error)
 
 
 def _open_before(path: Path, first: int) -> BinaryIO:

@@ -281,6 +281,11 @@ class Run:
       save_rollout_every: steps between rollouts that are saved to be replayed, a multiple of
         `checkpoint_every`, as `rollouts/<step>.npz` with the step of the checkpoint that sampled it. These checkpoints
         are kept, besides the latest. 0 turns it off.
+      save_samples_every: steps between those of which some responses are saved with their rewards and their constrained
+        tokens, in `samples.jsonl`; the first and the last step are among them. 0 turns it off.
+      save_samples_prompts: prompts whose responses are saved, spread over the minibatches.
+      trackers: where numbers and samples are shown besides the run's files: 'tensorboard', 'wandb', 'trackio',
+        'mlflow'. These have to be installed, the first one is.
       profile_step: step of which a trace is written into `profile`, for TensorBoard or Perfetto.
       max_skipped: steps in a row with a skipped update (its gradient was not finite) after which the run ends with an
         error. The last of them can be replayed: its rollout and the checkpoint that sampled it are saved. At least 2; 0
@@ -301,6 +306,9 @@ class Run:
     keep_best: bool = False
     on_change: Literal['stop', 'resume'] = 'stop'
     save_rollout_every: int = 0
+    save_samples_every: int = 10
+    save_samples_prompts: int = 4
+    trackers: Sequence[Literal['tensorboard', 'wandb', 'trackio', 'mlflow']] = ('tensorboard',)
     profile_step: int | None = None
     max_skipped: int = 8
     debug_nans: bool = False
@@ -310,8 +318,10 @@ class Run:
         for name in ('folder', 'checkpoint_folder'):
             if (path := getattr(self, name)) is not None:
                 object.__setattr__(self, name, os.fspath(path))
-        _check_above_zero(self, 'steps', 'checkpoint_every', 'keep_checkpoints', 'profile_step')
-        _check_not_negative(self, 'evaluate_every', 'table_every', 'save_rollout_every', 'max_skipped')
+        _check_above_zero(self, 'steps', 'checkpoint_every', 'keep_checkpoints', 'save_samples_prompts', 'profile_step')
+        _check_not_negative(
+            self, 'evaluate_every', 'table_every', 'save_rollout_every', 'save_samples_every', 'max_skipped'
+        )
         if '://' in self.folder:
             raise ValueError(
                 f'Run.folder must be a folder, got {self.folder!r}; set Run.checkpoint_folder to a bucket instead'

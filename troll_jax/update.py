@@ -35,8 +35,7 @@ class UpdateLog(NamedTuple):
     """The metrics of one update."""
 
     metrics: dict[str, jax.Array]  # scalars: over the batch's tokens
-    seen: jax.Array  # [V] int32, how often each token of the vocabulary was in the batch
-    constrained: jax.Array  # [V] int32, how often it was projected or clipped
+    flags: jax.Array  # [M, Z, S] int8: 0 not in the loss, 1 in the loss, 2 and projected or clipped (constrained)
 
 
 def make_gradient(
@@ -105,16 +104,14 @@ def make_update(
             result = apply_gradients(optimizer, gradients, state.opt_state, state.params, finite)
             params, opt_state = constrain_like(result, lambda mesh: abstract_policy(config, optimizer, mesh))
         mask = batch.loss_weights > 0
-        constrained = logs.pop(_CONSTRAINED)
+        flags = jnp.where(mask, 1 + logs[_CONSTRAINED], 0).astype(jnp.int8)
         metrics = {'loss': loss, 'gradient_norm': norm, 'skipped': 1.0 - finite, **summarise_tokens(logs, mask)}
         progress = state.progress._replace(
             updates=state.progress.updates + 1,
             projected=state.progress.projected + metrics.get('projected_share', 0.0),
         )
         progress = jax.tree.map(lambda new, old: jnp.where(finite, new, old), progress, state.progress)
-        count = lambda which: jnp.zeros(config.vocab_size, jnp.int32).at[batch.tokens].add(which & mask)
-        log = UpdateLog(metrics, seen=count(mask), constrained=count(constrained))
-        return state._replace(progress=progress, params=params, opt_state=opt_state), log
+        return state._replace(progress=progress, params=params, opt_state=opt_state), UpdateLog(metrics, flags)
 
     return update
 

@@ -18,12 +18,14 @@ import jax
 import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 from transformers import GenerationConfig
 
 from experiments.plumbing.gin_files import ROOT, Config
 from experiments.plumbing.gin_text import own_code, to_bindings, to_gin
+from experiments.plumbing.progress import Progress
+from experiments.plumbing.samples import describe_samples, in_markdown, token_flags, token_table
 from troll_jax.checkpoint import Checkpoints
+from troll_jax.collect import Experience
 from troll_jax.experiment import Model, StartModel
 from troll_jax.hub import version_of
 from troll_jax.learn import Updated
@@ -31,13 +33,12 @@ from troll_jax.metrics import MetricsWriter
 from troll_jax.models.hf_weights import load_config
 from troll_jax.saved_batches import save_batches
 from troll_jax.settings import Compute, Run
-from troll_jax.sharding import fetch
+from troll_jax.trackers import check_installed
 from troll_jax.types import Batch, TrainState
 
 logger = logging.getLogger(__name__)
 
 SETUP = 'setup.json'  # beside the checkpoints
-SHOWN = {'reward': 'reward/mean', 'kl': 'update/kl_mean', 'accuracy': 'update/accuracy'}  # beside the progress bar
 PACKAGES = ['jax', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'datasets', 'math-verify', 'sympy']
 
 
@@ -49,7 +50,7 @@ class TrainingRun:
       compute, run: the other settings.
 
     Raises:
-      OSError, ValueError: a folder that cannot be written to.
+      OSError, ValueError: a folder that cannot be written to, or a tracker that is not installed.
     """
 
     interrupted = False
@@ -62,6 +63,7 @@ class TrainingRun:
         self._skipped = 0  # steps in a row
         self._is_last = False  # of the steps
         if self._is_first_process:
+            check_installed(run.trackers)
             check_writable(run.folder)
             if run.checkpoint_folder is not None and '://' not in run.checkpoint_folder:
                 check_writable(run.checkpoint_folder)
@@ -113,9 +115,15 @@ class TrainingRun:
             self._save_setup(model, setup)
         if first >= run.steps:
             logger.warning('nothing to do: %s is at step %d of %d', run.folder, first, run.steps)
-        self._tokenizer, self._validate = model.tokenizer, validate
+        self._learner, self._tokenizer, self._validate = learner, model.tokenizer, validate
         self._metrics = self._contexts.enter_context(
-            MetricsWriter(run.folder, resume_after=first, write=self._is_first_process)
+            MetricsWriter(
+                run.folder,
+                resume_after=first,
+                write=self._is_first_process,
+                trackers=run.trackers,
+                settings=to_bindings(*self.learnt, self.compute, run),
+            )
         )
         if first == 0 and run.evaluate_every:
             self._metrics.write(0, validate(state.params))
@@ -123,10 +131,7 @@ class TrainingRun:
 
     def steps(self) -> Iterator[int]:
         """The steps to take, from the latest checkpoint to `Run.steps`; ends early after Ctrl-C or SIGTERM."""
-        hide = None if self._is_first_process else True  # None: hidden if there is no terminal
-        total = self.run.steps
-        left = range(self._first + 1, total + 1)
-        self._progress = tqdm(left, initial=self._first, total=total, unit='step', disable=hide)
+        self._progress = Progress(self._first, self.run.steps)
         for step in self._progress:
             if step == self.run.profile_step:
                 jax.profiler.start_trace(Path(self.run.folder) / 'profile')
@@ -146,16 +151,18 @@ class TrainingRun:
         state: TrainState,
         row: dict[str, float],
         updates: Sequence[Updated] = (),
+        experience: Experience | None = None,
         *,
         is_last: bool = False,
     ) -> None:
-        """Ends a step: metrics, warnings, the table of constrained tokens, evaluation and checkpoints when due.
+        """Ends a step: metrics, warnings, constrained tokens and samples, evaluation and checkpoints when due.
 
         Args:
           step: step, from 1.
           state: state after it.
           row: its metrics.
-          updates: metrics of its updates, for that table.
+          updates: metrics of its updates.
+          experience: the responses that they learnt from.
           is_last: True ends the run, as if it had no more steps.
 
         Raises:
@@ -168,20 +175,38 @@ class TrainingRun:
         self._skipped = self._skipped + 1 if row.get('update/skipped') or row.get('critic/skipped') else 0
         if self._skipped:
             logger.warning('step %d: an update was skipped, its gradient was not finite', step)
-        if updates and run.table_every and step % run.table_every == 0 and updates[0].policy is not None:
-            self._metrics.write_table(step, token_table(updates, self._tokenizer))
         is_last, is_stopped = is_last or step == run.steps, self._stop()
         self._is_last, self._last_step = is_last or is_stopped, step
         self.interrupted = is_stopped and not is_last
+        if experience is not None:
+            self._record_tokens(step, updates, experience)
         if run.evaluate_every and (is_last or step % run.evaluate_every == 0 and not is_stopped):
             row |= self._validate(state.params)
         self._metrics.write(step, row)
-        self._progress.set_postfix({name: f'{row[key]:.4f}' for name, key in SHOWN.items() if key in row})
+        self._progress.show(step, row)
         if last_chance and self._skipped:
             raise FloatingPointError(not_finite(run.folder, step, self._skipped, self._rollout_file(step)))
         self._checkpoints.check()
         if step % run.checkpoint_every == 0 or self._is_last or self._is_last_chance():
             self._checkpoints.save(state, row.get('eval/success'))
+
+    def _record_tokens(self, step: int, updates: Sequence[Updated], experience: Experience) -> None:
+        """Writes the table of constrained tokens and the samples, if they are due."""
+        run, rollout = self.run, experience.rollout
+        table = run.table_every and step % run.table_every == 0 and updates[0].policy is not None
+        every = run.save_samples_every
+        samples = every and (step == 1 or step % every == 0 or self._is_last)
+        if not table and not samples:
+            return
+        flags = None if updates[0].policy is None else token_flags(self._learner, rollout, updates)
+        if table:
+            self._metrics.write_table(step, token_table(flags, rollout, self._tokenizer))
+        if samples:
+            advantages = self._learner.to_responses(rollout, [update.advantages for update in updates])
+            prompts = describe_samples(
+                run.save_samples_prompts, experience, flags, advantages, len(updates), self._tokenizer
+            )
+            self._metrics.write_samples(step, prompts, in_markdown(prompts))
 
     def _is_last_chance(self) -> bool:
         """True if the run ends with an error should the next update be skipped again."""
@@ -368,17 +393,6 @@ def warn_of_noise(row: dict[str, float]) -> None:
             row['update/kl_noise'],
             bound,
         )
-
-
-def token_table(updates: Sequence[Updated], tokenizer, rows: int = 20) -> list[dict]:
-    """The tokens that a step's updates projected or clipped most, and how often they saw them."""
-    seen, constrained = (sum(counts) for counts in zip(*fetch([update.policy[1:] for update in updates]), strict=True))
-    most = np.argsort(-constrained, kind='stable')[:rows]
-    return [
-        {'token': int(i), 'text': tokenizer.decode([i]), 'constrained': int(constrained[i]), 'seen': int(seen[i])}
-        for i in most
-        if constrained[i]
-    ]
 
 
 def not_finite(run_dir: str, step: int, skipped: int, rollout: Path) -> str:
