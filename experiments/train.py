@@ -47,7 +47,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
     """
     check_together(sampling, method, compute, experiment.max_length)
     training = TrainingRun((experiment, sampling, method), compute, run)
-    model = experiment.load_model(compute)  # tokenizer and sizes; no weights yet
+    model = experiment.load_model(compute, method.lora)  # tokenizer and sizes; no weights yet
     prompts = experiment.load_prompts('train', model.tokenizer)
     # An error if there are too few.
     draw_indices(prompts, sampling.prompts_per_step, seed=sampling.seed, draw=0, level=sampling.level)
@@ -90,7 +90,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
         )
         for step in training.steps():
             # B groups of G graded responses by the current policy. Dynamic sampling happens here.
-            experience = collect(state.params, int(state.progress.draws))
+            experience = collect(state.policy, int(state.progress.draws))
             state, row, updates = training_step(learner, state, experience, partial(training.save_rollout, step))
             if method.old_policy == 'rollout':
                 warn_of_noise(row)
@@ -133,7 +133,7 @@ def trace_programs(sampler: Sampler, learner: Learner, sampling: Sampling, metho
     batch = sampling.prompts_per_step
     some = jax.eval_shape(lambda: prompts[:batch])
     keys = jax.eval_shape(partial(jax.random.split, num=batch), jax.random.key(0))
-    rollout = sampler.shapes(learner.shapes.params, some, keys)
+    rollout = sampler.shapes(learner.shapes.policy, some, keys)
     learner.trace(rollout, batch)
     lengths, grades = np.ones(2, np.int32), np.zeros(2, np.float32)
     weigh(method.rewards, Responses(['', ''], lengths, rollout.log_probs.shape[1], grades))

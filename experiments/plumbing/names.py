@@ -11,6 +11,7 @@ from troll_jax.data.tasks.math_problems import BENCHMARKS, DAPOMath, EurusMath, 
 from troll_jax.data.tasks.reasoning_gym import ReasoningGym
 from troll_jax.experiment import Experiment
 from troll_jax.finetune import Finetuning
+from troll_jax.models.lora import Lora
 from troll_jax.ops import advantages, aggregation, categorical, losses, projection, regularisers, schedules, support
 from troll_jax.optimizer import adamw
 from troll_jax.rewards import sandbox, terms
@@ -32,7 +33,8 @@ NAMES: dict[str, Callable] = {
         *(regularisers.entropy_bonus, regularisers.kl_to_old, regularisers.kl_to_reference),
         *(regularisers.k1, regularisers.k2, regularisers.k3),
         *(terms.task_reward, terms.soft_overlong, terms.answer_format),
-        *(adamw, Critic, Arithmetic, EurusCode, GSM8K, MathProblems, DAPOMath, EurusMath, MathEval, ReasoningGym),
+        *(adamw, Critic, Lora),
+        *(Arithmetic, EurusCode, GSM8K, MathProblems, DAPOMath, EurusMath, MathEval, ReasoningGym),
         *(sandbox.Bubblewrap, sandbox.SandboxFusion, sandbox.Unisolated),
     )
 }

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +107,8 @@ class TrainingRun:
         run = self.run
         setup = describe_setup(self.learnt, model.tokenizer, {'train': data})
         check_setup(self._checkpoints, setup, run.on_change)
-        init = lambda: learner.init(self._start.load_params(self.compute))
-        state = restore_or_init(self._checkpoints, learner.shapes, init)
+        load = partial(self._start.load_params, self.compute, model.config.lora)
+        state = restore_or_init(self._checkpoints, learner.shapes, learner.init, load)
         self._first = first = int(state.progress.step)
         if self._is_first_process:
             self._save_setup(model, setup)
@@ -118,7 +119,7 @@ class TrainingRun:
             MetricsWriter(run.folder, resume_after=first, write=self._is_first_process)
         )
         if first == 0 and run.evaluate_every:
-            self._metrics.write(0, validate(state.params))
+            self._metrics.write(0, validate(state.policy))
         return state
 
     def steps(self) -> Iterator[int]:
@@ -174,7 +175,7 @@ class TrainingRun:
         self._is_last, self._last_step = is_last or is_stopped, step
         self.interrupted = is_stopped and not is_last
         if run.evaluate_every and step % run.evaluate_every == 0 and not is_stopped:
-            row |= self._validate(state.params)
+            row |= self._validate(state.policy)
         self._metrics.write(step, row)
         self._progress.set_postfix({name: f'{row[key]:.4f}' for name, key in SHOWN.items() if key in row})
         if last_chance and self._skipped:
@@ -301,15 +302,22 @@ def check_setup(checkpoints: Checkpoints, new: dict[str, dict], on_change: str) 
 
 
 def restore_or_init(
-    checkpoints: Checkpoints, shapes: TrainState, init: Callable[[], TrainState], step: int | None = None
+    checkpoints: Checkpoints,
+    shapes: TrainState,
+    init: Callable[[Any], TrainState],
+    load: Callable[[], Any],
+    step: int | None = None,
 ) -> TrainState:
-    """A checkpoint, by default the latest; if there is none, or for step 0, the state that `init` makes."""
+    """A checkpoint, by default the latest; if there is none, or for step 0, what `init` makes of the start model.
+
+    `load` loads its parameters, which a checkpoint of adapters needs too.
+    """
     if step is None:
         step = checkpoints.steps[-1] if checkpoints.steps else 0
     if not step:
-        return init()
+        return init(load())
     logger.info('resuming from step %d', step)
-    return checkpoints.restore(shapes, step)
+    return checkpoints.restore(shapes, step, load)
 
 
 def check_writable(folder: str | Path) -> None:

@@ -162,12 +162,12 @@ class Bench:
         state.opt_state.hyperparams['learning_rate'] = jnp.float32(setting.learning_rate)
         rows = []
         for _ in range(self.suite.updates // setting.staleness):
-            experience = collect(state.params, int(state.progress.draws))
+            experience = collect(state.policy, int(state.progress.draws))
             state, row, _ = training_step(learner, state, experience)
             rows.append(row)
         result = evaluate(
             self.evaluator,
-            state.params,
+            state.policy,
             self.held_out,
             self.grader,
             self.model.tokenizer,

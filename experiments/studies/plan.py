@@ -41,7 +41,7 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
     compute = dataclasses.replace(config.build(Compute), devices=devices)
     experiment, sampling, method = (config.build(kind) for kind in (Experiment, Sampling, Method))
     check_together(sampling, method, compute, experiment.max_length)
-    decoder, mesh = experiment.decoder_config(compute), compute.mesh
+    decoder, mesh = experiment.decoder_config(compute, method.lora), compute.mesh
     shape = minibatch_shape(sampling, method, compute, experiment.max_length)
     prompts, samples, length = sampling.prompts_per_step, sampling.samples_per_prompt, experiment.max_length
     minibatch = method.minibatch_prompts * samples
@@ -90,7 +90,7 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
         if of_sampler := [name for name in ('prefill', 'decode') if name in programs]:
             beside = bytes_on_device(state)  # all that is trained stays on the devices
             try:
-                weights = compiled_shapes(sampler.begin, state.params)
+                weights = compiled_shapes(sampler.begin, state.policy)
                 free = MEMORY_SHARE * chip.memory - beside - bytes_on_device(weights)  # for the cache
                 sizes = sampler.sizes(prompts, experiment.max_prompt_length, free)
             except TooLarge as error:
@@ -103,7 +103,7 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
             shape_of = lambda program, *inputs: (
                 weights if program is sampler.begin else compiled_shapes(program, *inputs)
             )
-            every = sampler.programs(state.params, sizes, shape_of=shape_of)
+            every = sampler.programs(state.policy, sizes, shape_of=shape_of)
             tokens = {'prefill': sizes.rows * sizes.chunk, 'decode': sizes.slots}
             parts = {'prefill': 1, 'decode': sampler.decode_steps}
             room = {'slots': sizes.shards * sizes.slots, 'cached_tokens': sizes.shards * sizes.pages * PAGE_SIZE}
