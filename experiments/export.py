@@ -35,8 +35,8 @@ def export(run_dir: str, folder: str, step: int | None = None, *, adapters: bool
     hf_config, mesh, file = load_config(Path(run_dir) / 'model'), make_mesh(), Path(run_dir) / 'config.gin'
     config = Config([file] if file.is_file() else [])
     where = config.get('Run.checkpoint_folder') or run_dir
-    start, lora = (config.get(f'Experiment.{x}') or config.get(f'Finetuning.{x}') for x in ('model', 'lora'))
-    lora = lora or config.get('Method.lora')
+    start = config.get('Experiment.model') or config.get('Finetuning.model')
+    lora = config.get('Method.lora') or config.get('Finetuning.lora')
     if adapters and lora is None:
         raise ValueError(f'{run_dir} has no adapters: it was trained without Method.lora; leave --adapters out')
     shapes = decoders.abstract(dataclasses.replace(decoder_config(hf_config), lora=lora), mesh)[1]

@@ -148,8 +148,7 @@ class Method:
             raise ValueError('critic is set but unused; set Method.advantages to gae, or leave the critic out')
         if self.critic is not None and self.lora is not None:
             raise ValueError(
-                'Method.critic trains all parameters of a second model, which Method.lora is to avoid; leave out one of '
-                'the two'
+                'Method.critic trains all parameters of a second model, which Method.lora is to avoid; leave one out'
             )
         if self.reward_penalty is not None and not needs(self.reward_penalty, 'reference'):
             raise ValueError('reward_penalty must compare with a reference model, such as kl_to_reference')
