@@ -71,7 +71,9 @@ def updated(shape=PACKED[2], mesh_shape=None):
             state, log = update()(state, place(batch(shape), mesh, (None, 'batch')))
         kept = jax.tree.map(lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim), state.params, trained)
         assert all(jax.tree.leaves(kept))
-    return jax.tree.map(np.asarray, ((state.params, log.metrics), state.base))
+    # How often the projection is evaluated changes with rounding.
+    metrics = {name: x for name, x in log.metrics.items() if not name.startswith('evaluations')}
+    return jax.tree.map(np.asarray, ((state.params, metrics), state.base))
 
 
 def test_the_gradient_is_that_of_the_merged_weights():
