@@ -156,11 +156,8 @@ def evaluation(
                 if not checkpoints.steps:
                     raise ValueError(f'no whole checkpoint in {checkpoints.path}; train first, or evaluate --step 0')
                 step = checkpoints.steps[-1] if step is None else step
-                shapes, load = (
-                    decoders.abstract(model.config, compute.mesh)[1],
-                    partial(start.load_params, compute, lora),
-                )
-                params = checkpoints.restore_params(shapes, step, load)
+                shapes = decoders.abstract(model.config, compute.mesh)[1]
+                params = checkpoints.restore_params(shapes, step, partial(start.load_params, compute, lora))
 
         # What is not as by default is part of a file's name, so that one evaluation does not overwrite another.
         options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}

@@ -155,8 +155,7 @@ class Checkpoints:
         """The parameters that a checkpoint's adapters belong to."""
         params = load()
         base = split(params)[0] or params
-        got, expected = int(checksum(base)), self._manager.metadata(step).custom_metadata[_BASE]
-        if got != expected:
+        if (got := int(checksum(base))) != (expected := self._manager.metadata(step).custom_metadata.get(_BASE)):
             raise ValueError(
                 f'{self.path / str(step)} holds adapters of other parameters than those of the start model as it is '
                 f'loaded: got their checksum {got}, expected {expected}. Restore that model or its version, which '

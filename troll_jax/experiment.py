@@ -82,15 +82,13 @@ class StartModel:
                 f'for {hf_config.max_position_embeddings}; lower its lengths'
             )
         config = decoder_config(hf_config, compute_dtype=compute.dtype, remat=compute.remat)
-        config = dataclasses.replace(config, lora=lora)
-        device = compute.mesh.devices.flat[0]
+        config, device = dataclasses.replace(config, lora=lora), compute.mesh.devices.flat[0]
         return with_best_kernels(config, device, compute.attention, compute.decode_attention)
 
     def load_params(self, compute: Compute, lora: Lora | None = None) -> Any:
         """Loads the weights of the model onto the mesh; with LoRA in the compute dtype, and with new adapters."""
-        frozen = lora is not None
-        config, params = load_pretrained(self.model, mesh=compute.mesh, compute_dtype=compute.dtype, cast=frozen)
-        if not frozen:
+        config, params = load_pretrained(self.model, mesh=compute.mesh, dtype=None if lora is None else compute.dtype)
+        if lora is None:
             return params
         config = dataclasses.replace(config, lora=lora)
         return join(params, init(config, jax.random.key(lora.seed), compute.mesh, trained_only=True))

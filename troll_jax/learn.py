@@ -327,8 +327,8 @@ def start_state(params, optimizer: optax.GradientTransformation, shapes: TrainSt
     base, params = split(params)
     if base is not None:
         sizes = [sum(x.size for x in jax.tree.leaves(part)) for part in (params, base)]
-        names = len(jax.tree.leaves(params)) // 2
-        _logger.info('LoRA: adapters of %d weights of each layer, %d parameters beside %d', names, *sizes)
+        count = len(jax.tree.leaves(params)) // 2
+        _logger.info('LoRA: %d adapters in each layer; %d parameters are trained, %d are frozen', count, *sizes)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     progress = jax.tree.map(lambda x, sharding: place(x, sharding.mesh, ()), START, shardings.progress)
     opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)

@@ -45,7 +45,6 @@ def make_gradient(config: decoders.DecoderConfig, objective: Objective, scoring:
 
     If the decoder has adapters, these are `params`, and `base` is what they adapt.
 
-
     The weight of every token in the loss comes with the batch, so the gradient depends neither on how responses are
     packed into rows nor on the number of micro-batches.
 

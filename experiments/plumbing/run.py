@@ -302,15 +302,11 @@ def check_setup(checkpoints: Checkpoints, new: dict[str, dict], on_change: str) 
 
 
 def restore_or_init(
-    checkpoints: Checkpoints,
-    shapes: TrainState,
-    init: Callable[[Any], TrainState],
-    load: Callable[[], Any],
-    step: int | None = None,
+    checkpoints: Checkpoints, shapes: TrainState, init: Callable, load: Callable[[], Any], step: int | None = None
 ) -> TrainState:
-    """A checkpoint, by default the latest; if there is none, or for step 0, what `init` makes of the start model.
+    """A checkpoint, by default the latest; without one, or for step 0, what `init` makes of the start model.
 
-    `load` loads its parameters, which a checkpoint of adapters needs too.
+    `load` gives that model's parameters, which a checkpoint of adapters needs too.
     """
     if step is None:
         step = checkpoints.steps[-1] if checkpoints.steps else 0

@@ -175,13 +175,8 @@ def abstract(config: DecoderConfig, mesh: Mesh | None = None) -> tuple[nnx.Graph
     return graphdef, nnx.traversals.unflatten_mapping(flat)
 
 
-def init(
-    config: DecoderConfig, key: jax.Array, mesh: Mesh | None = None, *, trained_only: bool = False
-) -> dict[str, Any]:
-    """New parameters, or with `trained_only` the adapters among them, each shard drawn where it lives.
-
-    The values do not depend on the mesh.
-    """
+def init(config: DecoderConfig, key: jax.Array, mesh: Mesh | None = None, *, trained_only=False) -> dict[str, Any]:
+    """New parameters, or the adapters among them, each shard drawn where it lives. The mesh changes no value."""
     part = (lambda params: split(params)[1]) if trained_only else (lambda params: params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, part(abstract(config, mesh)[1]))
 

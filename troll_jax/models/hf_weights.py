@@ -61,7 +61,7 @@ def load_pretrained(
     mesh: Mesh | None = None,
     compute_dtype: str = 'bfloat16',
     remat: str | None = None,
-    cast: bool = False,
+    dtype: str | None = None,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Loads a model: its config and float32 parameters, laid out over `mesh` as `abstract` says.
 
@@ -70,7 +70,7 @@ def load_pretrained(
 
     Args:
       model: as in `load_config`.
-      cast: true: matrices are loaded in the compute dtype, as `cast_weights` gives them.
+      dtype: dtype of the matrices, as `cast_weights` gives them; None: float32.
 
     Raises:
       FileNotFoundError: no such folder, file or model, no config.json, no safetensors in it.
@@ -86,7 +86,7 @@ def load_pretrained(
         stored = _stored_tensors(source)
     config = decoder_config(hf_config, compute_dtype=compute_dtype, remat=remat)
     shapes = abstract(config, mesh)[1]
-    shapes = flatten_dict(cast_shapes(shapes, compute_dtype) if cast else shapes)
+    shapes = flatten_dict(shapes if dtype is None else cast_shapes(shapes, dtype))
     table = tensors(hf_config)
     _check_constants(source, stored, family(hf_config.architectures).constants, config.layers)
     _check_stored(source, stored, table, shapes, config)

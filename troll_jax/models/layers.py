@@ -102,7 +102,7 @@ def product(
     gathered = constrain(weight[...].astype(x.dtype), *(None if axis == 'embed' else axis for axis in weight.axes))
     flat = x.reshape(-1, x.shape[-1]) @ gathered
     if adapter is not None:
-        flat = flat + adapter.scale * product(product(x, adapter.a), adapter.b).reshape(flat.shape)
+        flat = flat + product(adapter.scale * product(x, adapter.a), adapter.b).reshape(flat.shape)
     if bias is not None:
         # In float32, in which its gradient, a sum over all tokens, is summed too.
         flat = (flat.astype(jnp.float32) + bias[...].astype(jnp.float32)[None]).astype(x.dtype)
