@@ -125,13 +125,13 @@ def evaluation(
     """
     found = find_source(source)
     step = found.step if step is None else step
-    start, compute = config.build(Experiment), config.build(Compute)
+    start, compute, lora = config.build(Experiment), config.build(Compute), config.get('Method.lora')
     checkpoints_in = found.checkpoints
     if found.run_dir is not None:
         checkpoints_in = config.get('Run.checkpoint_folder') or found.run_dir
     config.check_used()
     experiment = start if found.run_dir is None else start.of_run(found.run_dir / 'model')
-    model = experiment.load_model(compute)
+    model = experiment.load_model(compute, lora)
     out = found.run_dir or f'runs/evaluation_{found.name}' if folder is None else folder
     if jax.process_index() == 0:
         check_writable(out)
@@ -161,7 +161,8 @@ def evaluation(
                 if not checkpoints.steps:
                     raise ValueError(f'no whole checkpoint in {checkpoints.path}; train first, or evaluate --step 0')
                 step = checkpoints.steps[-1] if step is None else step
-                params = checkpoints.restore_params(decoders.abstract(model.config, compute.mesh)[1], step)
+                shapes = decoders.abstract(model.config, compute.mesh)[1]
+                params = checkpoints.restore_params(shapes, step, partial(start.load_params, compute, lora))
 
         # What is not as by default is part of a file's name, so that one evaluation does not overwrite another.
         options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}

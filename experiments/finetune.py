@@ -27,6 +27,7 @@ from troll_jax.data.chats import Chat, encode_chats
 from troll_jax.data.prompts import batch_indices
 from troll_jax.data.tasks.interface import load_rows, locate
 from troll_jax.finetune import Finetuning, SupervisedLearner
+from troll_jax.models.lora import merge
 from troll_jax.settings import Compute, Run
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def finetune(finetuning: Finetuning, compute: Compute, run: Run, rows: Dataset |
         raise ValueError(f'got the source {source!r}, and rows: {rows is not None}; expected one of the two')
     run = run if finetuning.held_out else dataclasses.replace(run, evaluate_every=0)
     training = TrainingRun((finetuning,), compute, run)
-    model = finetuning.load_model(compute)  # tokenizer and sizes; no weights yet
+    model = finetuning.load_model(compute, finetuning.lora)  # tokenizer and sizes; no weights yet
     of_rows = encode_chats(
         load_rows(source, 'train', ('messages',)) if rows is None else rows,
         model.tokenizer,
@@ -89,7 +90,7 @@ def finetune(finetuning: Finetuning, compute: Compute, run: Run, rows: Dataset |
             f'after {run.steps} steps {accuracy:.0%} of the chats were right; expected {goal:.0%}. Raise Run.steps to '
             'train on, or change the learning rate or the model.'
         )
-    write_model(run.folder, f'{run.folder}/export', state.params)
+    write_model(run.folder, f'{run.folder}/export', merge(state.policy, finetuning.lora))
     logger.info('%s/export is the model in Hugging Face format', run.folder)
     return True
 

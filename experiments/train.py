@@ -46,7 +46,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
     """
     check_together(sampling, method, compute, experiment.max_length)
     training = TrainingRun((experiment, sampling, method), compute, run)
-    model = experiment.load_model(compute)  # tokenizer and sizes; no weights yet
+    model = experiment.load_model(compute, method.lora)  # tokenizer and sizes; no weights yet
     prompts = experiment.load_prompts('train', model.tokenizer, keep_rows=read_rows(method.rewards))
     # An error if there are too few.
     draw_indices(prompts, sampling.prompts_per_step, seed=sampling.seed, draw=0, level=sampling.level)

@@ -12,10 +12,12 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as managers
 
-from troll_jax.types import CriticState, Progress, TrainState
+from troll_jax.models.lora import checksum, split
+from troll_jax.types import CriticState, Progress, TrainState, join
 
 _OPTIONAL = ('critic', 'reference', 'past')  # items of a state that not every run has
 _SCORE = 'score'  # by which the best checkpoint is found
+_BASE = 'checksum of the start model'  # in the metadata of a checkpoint of adapters
 
 _logger = logging.getLogger(__name__)
 
@@ -93,8 +95,11 @@ class Checkpoints:
         """
         items = {name: ocp.args.StandardSave(value) for name, value in _items(state).items()}
         metrics = None if score is None else {_SCORE: float(score)}
+        adapted = None if state.base is None else {_BASE: int(checksum(state.base))}
         with self._explained():
-            self._manager.save(int(state.progress.step), args=ocp.args.Composite(**items), metrics=metrics)
+            self._manager.save(
+                int(state.progress.step), args=ocp.args.Composite(**items), metrics=metrics, custom_metadata=adapted
+            )
 
     def check(self) -> None:
         """Raises the OSError of a save in the background that has failed, if one has. Costs nothing."""
@@ -122,25 +127,41 @@ class Checkpoints:
                 'that it may be written to, then start again: the run resumes from the latest of them.'
             ) from error
 
-    def restore(self, shapes: TrainState, step: int) -> TrainState:
+    def restore(self, shapes: TrainState, step: int, load: Callable[[], Any] | None = None) -> TrainState:
         """Restores a whole state.
 
         Args:
           shapes: a state of `jax.ShapeDtypeStruct` with shardings; they need not be those it was saved from.
           step: one of `steps`.
+          load: loads the start model's parameters, which a checkpoint of adapters does not hold.
 
         Raises:
-          ValueError: the checkpoint cannot be read, or holds other arrays than `shapes`.
+          ValueError: the checkpoint cannot be read, holds other arrays than `shapes`, or adapters of other parameters
+            than those that `load` returns.
         """
         restored = self._restore(step, _items(shapes))
         restored['progress'] = Progress(**restored['progress'])
         if 'critic' in restored:
             restored['critic'] = CriticState(**restored['critic'])
-        return TrainState(**restored)
+        return TrainState(**restored, base=None if shapes.base is None else self._load_base(step, load))
 
-    def restore_params(self, shapes: Any, step: int) -> Any:
-        """Restores the parameters alone. Arguments and errors as in `restore`."""
-        return self._restore(step, {'params': shapes})['params']
+    def restore_params(self, shapes: Any, step: int, load: Callable[[], Any] | None = None) -> Any:
+        """Restores the policy's parameters alone. Arguments and errors as in `restore`."""
+        base, trained = split(shapes)
+        params = self._restore(step, {'params': trained})['params']
+        return params if base is None else join(self._load_base(step, load), params)
+
+    def _load_base(self, step: int, load: Callable[[], Any]) -> Any:
+        """The parameters that a checkpoint's adapters belong to."""
+        params = load()
+        base = split(params)[0] or params
+        if (got := int(checksum(base))) != (expected := self._manager.metadata(step).custom_metadata.get(_BASE)):
+            raise ValueError(
+                f'{self.path / str(step)} holds adapters of other parameters than those of the start model as it is '
+                f'loaded: got their checksum {got}, expected {expected}. Restore that model or its version, which '
+                'setup.json names, or bind Experiment.model to a copy of it.'
+            )
+        return base
 
     def _restore(self, step: int, shapes: dict[str, Any]) -> dict[str, Any]:
         where = self.path / str(step)
@@ -180,7 +201,7 @@ class Checkpoints:
 
 def _items(state: TrainState) -> dict[str, Any]:
     as_dict = lambda x: x._asdict() if isinstance(x, Progress | CriticState) else x
-    return {name: as_dict(value) for name, value in state._asdict().items() if value is not None}
+    return {name: as_dict(value) for name, value in state._asdict().items() if value is not None and name != 'base'}
 
 
 def _score(metrics: dict[str, float]) -> float:

@@ -6,18 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+import jax
 from transformers import PreTrainedTokenizerBase
 
 from troll_jax.data.prompts import LONG_PROMPTS, PromptSet, distinct_rows, encode_prompts, hold_out
 from troll_jax.data.tasks import Task
 from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
-from troll_jax.models.decoder import DecoderConfig, with_best_kernels
+from troll_jax.models.decoder import DecoderConfig, init, with_best_kernels
 from troll_jax.models.families import decoder_config
 from troll_jax.models.hf_weights import load_config, load_pretrained
+from troll_jax.models.lora import Lora
 from troll_jax.ops.ranges import check_range
 from troll_jax.rollout import Sampler
 from troll_jax.settings import Compute
 from troll_jax.typechecks import check_fields
+from troll_jax.types import join
 
 
 class Model(NamedTuple):
@@ -52,14 +55,14 @@ class StartModel:
     max_length: int
     max_response_length: int
 
-    def load_model(self, compute: Compute) -> Model:
+    def load_model(self, compute: Compute, lora: Lora | None = None) -> Model:
         """Loads the tokenizer and the sizes of the model.
 
         Raises:
           ValueError: it has fewer tokens than the tokenizer, or a shorter context than the lengths ask for.
         """
         tokenizer = load_tokenizer(self.model, chat_template_from=self.chat_template_from)
-        config = self.decoder_config(compute)
+        config = self.decoder_config(compute, lora)
         size = max(tokenizer.get_vocab().values()) + 1
         if config.vocab_size < size:
             raise ValueError(
@@ -70,7 +73,7 @@ class StartModel:
             config = dataclasses.replace(config, tokenizer_size=size)
         return Model(tokenizer, config, stop_token_ids(tokenizer, self.model), self.max_response_length)
 
-    def decoder_config(self, compute: Compute) -> DecoderConfig:
+    def decoder_config(self, compute: Compute, lora: Lora | None = None) -> DecoderConfig:
         """Loads the sizes of the model alone. Raises a ValueError if its context is too short for the lengths."""
         hf_config = load_config(self.model)
         if self.max_length > hf_config.max_position_embeddings:
@@ -79,12 +82,16 @@ class StartModel:
                 f'for {hf_config.max_position_embeddings}; lower its lengths'
             )
         config = decoder_config(hf_config, compute_dtype=compute.dtype, remat=compute.remat)
-        device = compute.mesh.devices.flat[0]
+        config, device = dataclasses.replace(config, lora=lora), compute.mesh.devices.flat[0]
         return with_best_kernels(config, device, compute.attention, compute.decode_attention)
 
-    def load_params(self, compute: Compute) -> Any:
-        """Loads the weights of the model onto the mesh."""
-        return load_pretrained(self.model, mesh=compute.mesh)[1]
+    def load_params(self, compute: Compute, lora: Lora | None = None) -> Any:
+        """Loads the weights of the model onto the mesh; with LoRA in the compute dtype, and with new adapters."""
+        config, params = load_pretrained(self.model, mesh=compute.mesh, dtype=None if lora is None else compute.dtype)
+        if lora is None:
+            return params
+        config = dataclasses.replace(config, lora=lora)
+        return join(params, init(config, jax.random.key(lora.seed), compute.mesh, trained_only=True))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on conversations: its settings, and the learner whose loss is the mean over learnt tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from troll_jax.experiment import StartModel
 from troll_jax.learn import abstract_state, start_state
 from troll_jax.models import decoder as decoders
 from troll_jax.models.layers import exact_products
+from troll_jax.models.lora import Lora
 from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
 from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import Optimizer, apply_gradients
@@ -23,7 +24,7 @@ from troll_jax.score import Scoring, for_each_micro_batch, run_head
 from troll_jax.settings import Compute
 from troll_jax.sharding import constrain_like, fetch, place
 from troll_jax.typechecks import check_fields
-from troll_jax.types import Batch, TrainState
+from troll_jax.types import Batch, TrainState, join
 from troll_jax.update import abstract_policy, gradients_of
 
 
@@ -41,6 +42,7 @@ class Finetuning(StartModel):
       stop_at_accuracy: share of an update's chats whose learnt tokens are all the most probable ones, at which the run
         is done. It is then an error if `Run.steps` do not get there. None: the run has `Run.steps`.
       seed: seed of the data's order.
+      lora: adapters that are trained instead of all parameters, as in `Method`.
 
     Raises:
       ValueError: a value of another type or out of its range.
@@ -56,6 +58,7 @@ class Finetuning(StartModel):
     chat_template_from: str | None = None
     template_arguments: dict[str, Any] | None = None
     seed: int = 0
+    lora: Lora | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -85,7 +88,8 @@ class SupervisedLearner:
     """Shapes and shardings of all that is trained."""
 
     def __init__(self, config: decoders.DecoderConfig, finetuning: Finetuning, compute: Compute):
-        self.config, self.mesh, self._size = config, compute.mesh, finetuning.batch_size
+        self.config = config = replace(config, lora=finetuning.lora)
+        self.mesh, self._size = compute.mesh, finetuning.batch_size
         self._shape = batch_shape(
             self._size,
             finetuning.max_length,
@@ -137,7 +141,7 @@ class SupervisedLearner:
 
     def _update_of(self, state: TrainState, batch: Batch):
         def loss(params, part: Batch):
-            logs = self._score(params, part)
+            logs = self._score(join(state.base, params), part)
             return -jnp.sum(logs['log_probs'] * part.loss_weights), jax.lax.stop_gradient(logs)
 
         like_policy = lambda mesh: abstract_policy(self.config, self._optimizer, mesh)
@@ -151,7 +155,11 @@ class SupervisedLearner:
             result = constrain_like(result, like_policy)
         done = state.progress
         progress = done._replace(step=done.step + 1, updates=done.updates + finite)
-        return TrainState(progress, *result), _sums(logs, batch), {'gradient_norm': norm, 'skipped': 1.0 - finite}
+        return (
+            state._replace(progress=progress, params=result[0], opt_state=result[1]),
+            _sums(logs, batch),
+            {'gradient_norm': norm, 'skipped': 1.0 - finite},
+        )
 
     def _measure_of(self, params, batch: Batch) -> dict[str, jax.Array]:
         nothing = jnp.zeros_like(batch.loss_weights)

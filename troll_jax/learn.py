@@ -1,5 +1,7 @@
 """The learner: scores, advantages and updates of one rollout batch, each callable on its own."""
 
+import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial, wraps
@@ -14,6 +16,7 @@ from jax.sharding import Mesh
 from troll_jax.collect import Experience
 from troll_jax.critic import abstract_critic, init_critic, make_critic_update, make_values, token_rewards
 from troll_jax.models import decoder as decoders
+from troll_jax.models.lora import split
 from troll_jax.ops.advantages import whiten
 from troll_jax.ops.needs import give
 from troll_jax.ops.regularisers import regularised
@@ -22,8 +25,10 @@ from troll_jax.packing import Layout, abstract_batch, make_batch, make_layout, p
 from troll_jax.score import make_recompute, make_reference
 from troll_jax.settings import Compute, Method, Sampling, minibatch_shape, scoring
 from troll_jax.sharding import fetch, named_sharding, place
-from troll_jax.types import START, Batch, Reference, Rollout, TrainState
+from troll_jax.types import START, Batch, Reference, Rollout, TrainState, join
 from troll_jax.update import UpdateLog, abstract_policy, make_update
+
+_logger = logging.getLogger(__name__)
 
 
 class Minibatches(NamedTuple):
@@ -90,6 +95,7 @@ class Learner:
         max_prompt_length: int,
         max_response_length: int,
     ):
+        config = dataclasses.replace(config, lora=method.lora)
         self.config, self.method, self.mesh = config, method, compute.mesh
         self._max_response_length, self._support_size = max_response_length, sampling.support_size
         self._minibatch = method.minibatch_prompts * sampling.samples_per_prompt
@@ -129,13 +135,13 @@ class Learner:
         if self.method.critic is not None:
             critic = init_critic(params, self._critic_optimizer, self.shapes.critic)
         if self.method.has_reference:
-            reference = self._copy(params)
-        past = self.shapes.past and tuple(self._copy(params) for _ in self.shapes.past)
+            reference = self._copy(state.params)
+        past = self.shapes.past and tuple(self._copy(state.params) for _ in self.shapes.past)
         return state._replace(critic=critic, reference=reference, past=past)
 
     def sampling_params(self, state: TrainState) -> Any:
         """The parameters to sample the next rollout batch with: those of `Sampling.lag` steps before."""
-        return state.past[0] if state.past else state.params
+        return join(state.base, state.past[0]) if state.past else state.policy
 
     @_on_mesh
     def keep_policy(self, state: TrainState) -> TrainState:
@@ -169,10 +175,11 @@ class Learner:
         if self._scores_first:
             batches = [place(batch, self.mesh, (None, 'batch')) for batch in batches]
         if method.old_policy == 'recompute':
-            batches, noise, importance = zip(*[self._recompute(state.params, batch) for batch in batches], strict=True)
+            batches, noise, importance = zip(*[self._recompute(state.policy, batch) for batch in batches], strict=True)
             metrics[first_kl(self.lag)] = np.mean(noise)
         if method.has_reference:
-            batches, found = zip(*[self._reference(state.reference, batch) for batch in batches], strict=True)
+            reference = join(state.base, state.reference)
+            batches, found = zip(*[self._reference(reference, batch) for batch in batches], strict=True)
             if not method.loss_needs_reference:
                 batches = [batch._replace(reference=None) for batch in batches]
             if method.reward_penalty is not None:
@@ -255,9 +262,9 @@ class Learner:
         )
         shapes, floats, found = self.shapes, batch.loss_weights, {}
         if self.method.old_policy == 'recompute':
-            found['recompute'] = self._recompute, (shapes.params, batch)
+            found['recompute'] = self._recompute, (shapes.policy, batch)
         if self.method.has_reference:
-            found['reference'] = self._reference, (shapes.reference, batch)
+            found['reference'] = self._reference, (join(shapes.base, shapes.reference), batch)
             if self.method.loss_needs_reference:
                 batch = batch._replace(reference=Reference(floats, batch.old.log_probs))
         if self.method.critic is not None:
@@ -329,25 +336,31 @@ def abstract_state(
 ) -> TrainState:
     """Shapes and shardings of all that is trained."""
     params, opt_state = abstract_policy(config, optimizer, mesh)
+    base, _ = split(decoders.abstract(config, mesh)[1])
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    cast = jax.eval_shape(partial(decoders.cast_weights, dtype=config.compute_dtype), params)
-    like = lambda x, sharded: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded.sharding)
-    fixed = jax.tree.map(like, cast, params)  # a policy that does not change
+    cast = partial(decoders.cast_shapes, dtype=config.compute_dtype)
     return TrainState(
         progress=jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype, sharding=replicated), START),
         params=params,
         opt_state=opt_state,
         critic=None if critic_optimizer is None else abstract_critic(config, critic_optimizer, mesh),
-        reference=fixed if has_reference else None,
-        past=(fixed,) * lag or None,
+        reference=cast(params) if has_reference else None,
+        past=(cast(params),) * lag or None,
+        base=None if base is None else cast(base),
     )
 
 
 def start_state(params, optimizer: optax.GradientTransformation, shapes: TrainState) -> TrainState:
     """A policy before its first update, without a critic or a reference model. `params` become part of it."""
+    base, params = split(params)
+    if base is not None:
+        sizes = [sum(x.size for x in jax.tree.leaves(part)) for part in (params, base)]
+        count = len(jax.tree.leaves(params)) // 2
+        _logger.info('LoRA: %d adapters in each layer; %d parameters are trained, %d are frozen', count, *sizes)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
     progress = jax.tree.map(lambda x, sharding: place(x, sharding.mesh, ()), START, shardings.progress)
-    return TrainState(progress, params, jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params))
+    opt_state = jax.jit(optimizer.init, out_shardings=shardings.opt_state)(params)
+    return TrainState(progress, params, opt_state, base=base)
 
 
 def first_kl(lag: int) -> str:

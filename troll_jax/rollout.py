@@ -294,7 +294,7 @@ class Sampler:
 
     @cached_property
     def _graphdef(self):
-        return decoders.abstract(self.config)[0]
+        return decoders.abstract(dataclasses.replace(self.config, lora=None))[0]  # adapters are merged by `begin`
 
     def _decoder(self, weights):
         """The decoder, and the weights of its layers."""

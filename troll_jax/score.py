@@ -154,6 +154,7 @@ def run_head(decoder, part: Batch, scoring: Scoring, *, own_support: bool) -> He
         chunk=scoring.head_chunk,
         dtype=decoder.config.compute_dtype,
         tokenizer_size=decoder.config.tokenizer_size,
+        frozen=decoder.config.lora is not None,
     )
     head = jax.tree.map(lambda x: x.reshape(rows, length, *x.shape[1:]), head)
     on_old_support = one_hot_where_masked(mask, SparseLogProbs(part.old.tokens, head.on_old_support)).log_probs

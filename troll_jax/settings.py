@@ -17,6 +17,7 @@ from troll_jax.critic import Critic
 from troll_jax.data.tasks import Task
 from troll_jax.models.attention import IMPLEMENTATIONS
 from troll_jax.models.layers import COMPUTE_DTYPES, REMAT_POLICIES
+from troll_jax.models.lora import Lora
 from troll_jax.models.paged_attention import IMPLEMENTATIONS as PAGED_IMPLEMENTATIONS
 from troll_jax.ops.importance import Importance
 from troll_jax.ops.losses import Objective
@@ -111,6 +112,8 @@ class Method:
       reward_penalty: regulariser with a reference model that is taken off the reward at every token.
       refresh_reference_every: steps after which the policy becomes the reference model; 0 keeps the first.
       critic: settings of the critic that `gae` needs, see `troll_jax.critic`.
+      lora: settings of adapters that are trained instead of the parameters, see `troll_jax.models.lora`; None: all
+        parameters are trained.
 
     Raises:
       ValueError: a value of another type or out of its range, or settings that contradict each other.
@@ -131,6 +134,7 @@ class Method:
     reward_penalty: Regulariser | None = None
     refresh_reference_every: int = 0
     critic: Critic | None = None
+    lora: Lora | None = None
 
     def __post_init__(self):
         check_fields(self)
@@ -146,6 +150,10 @@ class Method:
             raise ValueError('these advantages take the values of a critic, and there is none; set Method.critic')
         if self.critic is not None and not needs(self.advantages, 'values'):
             raise ValueError('critic is set but unused; set Method.advantages to gae, or leave the critic out')
+        if self.critic is not None and self.lora is not None:
+            raise ValueError(
+                'Method.critic trains all parameters of a second model, which Method.lora is to avoid; leave one out'
+            )
         if self.reward_penalty is not None and not needs(self.reward_penalty, 'reference'):
             raise ValueError('reward_penalty must compare with a reference model, such as kl_to_reference')
         if self.reward_penalty is not None and self.mask_truncated:

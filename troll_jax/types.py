@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 
 class SparseLogProbs(NamedTuple):
@@ -132,3 +133,14 @@ class TrainState(NamedTuple):
     critic: CriticState | None = None
     reference: Any = None  # parameters of the reference model, in the dtype that it computes in
     past: tuple[Any, ...] | None = None  # policies that are still to sample, oldest first, in the same dtype
+    base: Any = None  # if `params` and `reference` are adapters: the frozen parameters that they adapt
+
+    @property
+    def policy(self) -> Any:
+        """All parameters of the policy."""
+        return join(self.base, self.params)
+
+
+def join(base: dict[str, Any] | None, params: dict[str, Any]) -> dict[str, Any]:
+    """Frozen parameters, if there are any, and trained ones as one nested dict."""
+    return params if base is None else unflatten_dict(flatten_dict(base) | flatten_dict(params))

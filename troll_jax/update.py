@@ -10,13 +10,14 @@ import optax
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.layers import exact_products
+from troll_jax.models.lora import split
 from troll_jax.ops.losses import Objective
 from troll_jax.ops.order_statistics import order_statistics
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.optimizer import apply_gradients, state_shapes
 from troll_jax.score import Scoring, evaluate_policy, micro_batches
 from troll_jax.sharding import constrain_like
-from troll_jax.types import Batch, Progress, TrainState
+from troll_jax.types import Batch, Progress, TrainState, join
 
 _CONSTRAINED = 'constrained'  # in the logs of a gradient: tokens that are projected or clipped
 # Logged with quantiles, and not only their mean.
@@ -38,10 +39,10 @@ class UpdateLog(NamedTuple):
     flags: jax.Array  # [M, Z, S] int8: 0 not in the loss, 1 in the loss, 2 and projected or clipped (constrained)
 
 
-def make_gradient(
-    config: decoders.DecoderConfig, objective: Objective, scoring: Scoring
-) -> Callable[[Any, Progress, Batch], Gradient]:
-    """Builds gradient(params, progress, batch) → Gradient, to be called under `jax.jit`.
+def make_gradient(config: decoders.DecoderConfig, objective: Objective, scoring: Scoring) -> Callable[..., Gradient]:
+    """Builds gradient(params, progress, batch, base=None) → Gradient, to be called under `jax.jit`.
+
+    If the decoder has adapters, these are `params`, and `base` is what they adapt.
 
     The weight of every token in the loss comes with the batch, so the gradient depends neither on how responses are
     packed into rows nor on the number of micro-batches.
@@ -53,8 +54,8 @@ def make_gradient(
     """
     graphdef, _ = decoders.abstract(config)
 
-    def loss_and_logs(params, progress: Progress, part: Batch):
-        row, logs = evaluate_policy(decoders.bind(graphdef, params), part, scoring)
+    def loss_and_logs(params, base, progress: Progress, part: Batch):
+        row, logs = evaluate_policy(decoders.bind(graphdef, join(base, params)), part, scoring)
         mask = part.loss_weights > 0
         with jax.named_scope('objective'):
             losses = jax.vmap(partial(objective, progress=progress))(row, part.advantages)
@@ -67,18 +68,22 @@ def make_gradient(
         }
         return loss, jax.lax.stop_gradient(logs)
 
-    def gradient(params, progress: Progress, batch: Batch) -> Gradient:
+    def gradient(params, progress: Progress, batch: Batch, base=None) -> Gradient:
         with exact_products(config.compute_dtype):
-            total = gradients_of(lambda params, part: loss_and_logs(params, progress, part), params, batch)
-        return total._replace(params=constrain_like(total.params, lambda mesh: decoders.abstract(config, mesh)[1]))
+            total = gradients_of(lambda params, part: loss_and_logs(params, base, progress, part), params, batch)
+        return total._replace(params=constrain_like(total.params, lambda mesh: _trained(config, mesh)))
 
     return gradient
 
 
 def abstract_policy(config: decoders.DecoderConfig, optimizer: optax.GradientTransformation, mesh) -> tuple[Any, Any]:
-    """Shapes and shardings of the policy's parameters and of its optimizer's state."""
-    _, params = decoders.abstract(config, mesh)
+    """Shapes and shardings of the policy's parameters that are trained, and of its optimizer's state."""
+    params = _trained(config, mesh)
     return params, state_shapes(optimizer, params)
+
+
+def _trained(config: decoders.DecoderConfig, mesh) -> Any:
+    return split(decoders.abstract(config, mesh)[1])[1]
 
 
 def make_update(
@@ -97,7 +102,7 @@ def make_update(
 
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, UpdateLog]:
-        gradients, loss, logs = gradient(state.params, state.progress, batch)
+        gradients, loss, logs = gradient(state.params, state.progress, batch, state.base)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(norm)
         with jax.named_scope('optimizer'):

@@ -18,6 +18,7 @@ from troll_jax.data.tasks.reasoning_gym import ReasoningGym
 from troll_jax.experiment import Experiment
 from troll_jax.finetune import Finetuning
 from troll_jax.hub import what_is_there
+from troll_jax.models.lora import Lora
 from troll_jax.ops import (
     advantages,
     aggregation,
@@ -50,8 +51,8 @@ NAMES: dict[str, Callable] = {
         *(regularisers.k1, regularisers.k2, regularisers.k3),
         *(importance.truncated_importance, importance.masked_importance),
         *(terms.task_reward, terms.soft_overlong, terms.answer_format, terms.trl_reward),
-        *(adamw, Critic, Arithmetic, EurusCode, GSM8K, MathProblems, DAPOMath, EurusMath, MathEval, ReasoningGym),
-        ScoredProblems,
+        *(adamw, Critic, Lora),
+        *(Arithmetic, EurusCode, GSM8K, MathProblems, DAPOMath, EurusMath, MathEval, ReasoningGym, ScoredProblems),
         *(sandbox.Bubblewrap, sandbox.SandboxFusion, sandbox.Unisolated),
     )
 }

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -108,8 +109,8 @@ class TrainingRun:
         run = self.run
         setup = describe_setup(self.learnt, model.tokenizer, {'train': data})
         check_setup(self._checkpoints, setup, run.on_change)
-        init = lambda: learner.init(self._start.load_params(self.compute))
-        state = restore_or_init(self._checkpoints, learner.shapes, init)
+        load = partial(self._start.load_params, self.compute, model.config.lora)
+        state = restore_or_init(self._checkpoints, learner.shapes, learner.init, load)
         self._first = first = int(state.progress.step)
         if self._is_first_process:
             self._save_setup(model, setup)
@@ -126,7 +127,7 @@ class TrainingRun:
             )
         )
         if first == 0 and run.evaluate_every:
-            self._metrics.write(0, validate(state.params))
+            self._metrics.write(0, validate(state.policy))
         return state
 
     def steps(self) -> Iterator[int]:
@@ -181,7 +182,7 @@ class TrainingRun:
         if experience is not None:
             self._record_tokens(step, updates, experience)
         if run.evaluate_every and (is_last or step % run.evaluate_every == 0 and not is_stopped):
-            row |= self._validate(state.params)
+            row |= self._validate(state.policy)
         self._metrics.write(step, row)
         self._progress.show(step, row)
         if last_chance and self._skipped:
@@ -328,15 +329,18 @@ def check_setup(checkpoints: Checkpoints, new: dict[str, dict], on_change: str) 
 
 
 def restore_or_init(
-    checkpoints: Checkpoints, shapes: TrainState, init: Callable[[], TrainState], step: int | None = None
+    checkpoints: Checkpoints, shapes: TrainState, init: Callable, load: Callable[[], Any], step: int | None = None
 ) -> TrainState:
-    """A checkpoint, by default the latest; if there is none, or for step 0, the state that `init` makes."""
+    """A checkpoint, by default the latest; without one, or for step 0, what `init` makes of the start model.
+
+    `load` gives that model's parameters, which a checkpoint of adapters needs too.
+    """
     if step is None:
         step = checkpoints.steps[-1] if checkpoints.steps else 0
     if not step:
-        return init()
+        return init(load())
     logger.info('resuming from step %d', step)
-    return checkpoints.restore(shapes, step)
+    return checkpoints.restore(shapes, step, load)
 
 
 def check_writable(folder: str | Path) -> None:

@@ -188,7 +188,7 @@ class Bench:
             rows.append(row)
         result = evaluate(
             self.evaluator,
-            state.params,
+            state.policy,
             self.held_out,
             self.grader,
             self.model.tokenizer,

@@ -41,7 +41,7 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
     compute = dataclasses.replace(config.build(Compute), devices=devices)
     experiment, sampling, method = (config.build(kind) for kind in (Experiment, Sampling, Method))
     check_together(sampling, method, compute, experiment.max_length)
-    decoder, mesh = experiment.decoder_config(compute), compute.mesh
+    decoder, mesh = experiment.decoder_config(compute, method.lora), compute.mesh
     shape = minibatch_shape(sampling, method, compute, experiment.max_length)
     prompts, samples, length = sampling.prompts_per_step, sampling.samples_per_prompt, experiment.max_length
     minibatch = method.minibatch_prompts * samples

@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +29,7 @@ from troll_jax.saved_batches import load_batches
 from troll_jax.score import TailRule
 from troll_jax.settings import Compute, Method, Objective, Sampling, scoring
 from troll_jax.sharding import constrain_like, fetch, place
-from troll_jax.types import Batch, Progress, TrainState
+from troll_jax.types import Batch, TrainState
 from troll_jax.update import Gradient, make_gradient, make_update
 
 METHODS = ROOT / 'configs/objectives'
@@ -101,12 +102,12 @@ def replay(
             'compare; choose another with --updates'
         )
     start, sampling, method, compute = (config.build(kind) for kind in (Experiment, Sampling, Method, Compute))
-    model, mesh = start.of_run(run_dir / 'model').load_model(compute), compute.mesh
+    model, mesh = start.of_run(run_dir / 'model').load_model(compute, method.lora), compute.mesh
     policy, optimizer = scoring(sampling, method, compute), compute.place_optimizer(method.optimizer())
     candidates = find_methods(method, objectives, bindings, has_reference=saved.batches[0].reference is not None)
     own = next(candidate for candidate in candidates if 'run' in [candidate.name, *candidate.same])
 
-    def gradient_of(compared: Compared) -> Callable[[dict, Progress, Batch], Gradient]:
+    def gradient_of(compared: Compared) -> Callable[..., Gradient]:
         return jax.jit(
             make_gradient(model.config, inspected(compared.loss), policy._replace(tail_rule=compared.tail_rule))
         )
@@ -120,28 +121,29 @@ def replay(
         with Checkpoints(config.get('Run.checkpoint_folder') or run_dir, read_only=True) as checkpoints:
             checkpoint = max((s for s in checkpoints.steps if s <= saved.step), default=0)
             shapes = abstract_state(model.config, optimizer, mesh)
-            init = lambda: start_state(start.load_params(compute), optimizer, shapes)
-            state = restore_or_init(checkpoints, shapes, init, checkpoint)
+            init = lambda params: start_state(params, optimizer, shapes)
+            load = partial(start.load_params, compute, method.lora)
+            state = restore_or_init(checkpoints, shapes, init, load, checkpoint)
         batches = [place(one, mesh, (None, 'batch')) for one in saved.batches[: updates + 1]]
         plain = gradient_of(Compared(importance_weighted, (), own.method.tail_rule))
-        noise = distances(plain(state.params, state.progress, batches[0]), batches[0])
+        noise = distances(plain(state.params, state.progress, batches[0], state.base), batches[0])
         update = make_update(model.config, optimizer, own.method.loss, policy._replace(tail_rule=own.method.tail_rule))
         skipped = 0
         for one in batches[:-1]:
             state, log = update(state, one)
             skipped += int(log.metrics['skipped'])
         compared = batches[-1]
-        before = plain(state.params, state.progress, compared)
+        before = plain(state.params, state.progress, compared, state.base)
 
         gradients, rows, outside = {}, {}, None
         for candidate in sorted(candidates, key=lambda candidate: candidate is not own):  # its constrained tokens
             name, got = candidate.name, before
             if name != BASELINE:
-                got = gradient_of(candidate.method)(state.params, state.progress, compared)
+                got = gradient_of(candidate.method)(state.params, state.progress, compared, state.base)
             gradients[name] = got.params
             after = None
             if np.isfinite(optax.tree.norm(got.params)):
-                after = plain(step_along(got.params, state), state.progress, compared)
+                after = plain(step_along(got.params, state), state.progress, compared, state.base)
             outside = fetch(got.logs['constrained']) if outside is None else outside
             described = describe(got, before, after, compared, outside, model.tokenizer)
             rows[name] = {'same': candidate.same} | described

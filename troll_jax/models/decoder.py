@@ -13,6 +13,7 @@ the compiled program nor the compile time grows with depth. Axis letters: `troll
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jax.sharding import Mesh
 
 from troll_jax.models.attention import best_implementation, packed_attention
 from troll_jax.models.layers import REMAT_POLICIES, DecoderConfig, Layer, RMSNorm, exact_products, weight
+from troll_jax.models.lora import merge, split
 from troll_jax.models.paged_attention import Pool, best_paged_implementation, paged_attention
 from troll_jax.models.rotary import Angles, angles_where, rotary_angles, rotary_frequencies
 from troll_jax.sharding import RULES, constrain, named_sharding
@@ -173,13 +175,13 @@ def abstract(config: DecoderConfig, mesh: Mesh | None = None) -> tuple[nnx.Graph
     return graphdef, nnx.traversals.unflatten_mapping(flat)
 
 
-def init(config: DecoderConfig, key: jax.Array, mesh: Mesh | None = None) -> dict[str, Any]:
-    """New parameters, each shard drawn where it lives. The values do not depend on the mesh."""
-    _, shapes = abstract(config, mesh)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+def init(config: DecoderConfig, key: jax.Array, mesh: Mesh | None = None, *, trained_only=False) -> dict[str, Any]:
+    """New parameters, or the adapters among them, each shard drawn where it lives. The mesh changes no value."""
+    part = (lambda params: split(params)[1]) if trained_only else (lambda params: params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, part(abstract(config, mesh)[1]))
 
     def draw(key: jax.Array) -> dict[str, Any]:
-        return nnx.to_pure_dict(nnx.split(Decoder(config, key))[1])
+        return part(nnx.to_pure_dict(nnx.split(Decoder(config, key))[1]))
 
     return jax.jit(draw, out_shardings=None if mesh is None else shardings)(key)
 
@@ -204,10 +206,18 @@ def cast_weights(params: dict[str, Any], dtype: str) -> dict[str, Any]:
     return jax.tree.map_with_path(cast, params)
 
 
+def cast_shapes(shapes: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The shapes, with their shardings, of what `cast_weights` returns."""
+    like = lambda x, sharded: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded.sharding)
+    return jax.tree.map(like, jax.eval_shape(partial(cast_weights, dtype=dtype), shapes), shapes)
+
+
 def decode_weights(
     params: dict[str, Any], config: DecoderConfig, *, gather: bool = True
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The parameters laid out for decoding: cast, apart for each layer, and whole along 'embed', which training splits.
+
+    Adapters are merged into their weights, from the same rounded numbers that training multiplies with.
 
     Args:
       params: those of training.
@@ -225,7 +235,7 @@ def decode_weights(
         return constrain(param, *(None if gather and name == 'embed' else name for name in names))
 
     params = cast_weights(params, config.compute_dtype)
-    layer = lambda i: jax.tree.map(lambda x: x[i], {'layers': params['layers']})
+    layer = lambda i: merge(jax.tree.map(lambda x: x[i], {'layers': params['layers']}), config.lora)
     layers = [jax.tree.map_with_path(lay_out, layer(i))['layers'] for i in range(config.layers)]
     others = {name: value for name, value in params.items() if name != 'layers'}
     return jax.tree.map_with_path(lay_out, others), layers

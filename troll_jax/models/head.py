@@ -41,6 +41,7 @@ class _Settings(NamedTuple):
     support_mass: float
     chunk: int
     dtype: str
+    frozen: bool
 
 
 def logits(
@@ -86,6 +87,7 @@ def sparse_head(
     chunk: int,
     dtype,
     tokenizer_size: int | None = None,
+    frozen: bool = False,
 ) -> HeadOutput:
     """Log-probabilities of N tokens, and of those that the current policy and the old one list.
 
@@ -101,11 +103,12 @@ def sparse_head(
       chunk: tokens whose logits are in memory at a time, on each device that holds tokens.
       dtype: dtype of the matrix product.
       tokenizer_size: ids from here on belong to no token, see `logits`.
+      frozen: true: the gradient of `unembedding` is not computed, and taken as zero.
 
     Returns:
       HeadOutput, differentiable in `hidden` and `unembedding`.
     """
-    settings = _Settings(tokenizer_size, temperature, support_size, support_mass, chunk, str(jnp.dtype(dtype)))
+    settings = _Settings(tokenizer_size, temperature, support_size, support_mass, chunk, str(jnp.dtype(dtype)), frozen)
     with jax.named_scope('head'):
         return _head(settings, hidden, unembedding, tokens, old_tokens, mask)
 
@@ -207,7 +210,10 @@ def _backward(settings: _Settings, hidden, unembedding, mask, normaliser, entrop
         d_scores = (d_scores / settings.temperature).astype(settings.dtype)
         with exact_products(settings.dtype):
             d_hidden = jnp.einsum('nv,vd->nd', d_scores, part, preferred_element_type=jnp.float32)
-            d_part += jnp.einsum('nv,nd->vd', d_scores, hidden.astype(part.dtype), preferred_element_type=jnp.float32)
+            if not settings.frozen:
+                d_part += jnp.einsum(
+                    'nv,nd->vd', d_scores, hidden.astype(part.dtype), preferred_element_type=jnp.float32
+                )
         return d_part, d_hidden
 
     chunks = _Chunks.of(mask, settings.chunk)
@@ -215,14 +221,16 @@ def _backward(settings: _Settings, hidden, unembedding, mask, normaliser, entrop
     skip = lambda d_part, inputs: (d_part, jnp.zeros(inputs[0].shape, jnp.float32))
     d_part, d_hidden = jax.lax.scan(
         lambda d_part, chunk: jax.lax.cond(chunk[0], one_chunk, skip, d_part, chunk[1]),
-        jnp.zeros(part.shape, jnp.float32),
+        None if settings.frozen else jnp.zeros(part.shape, jnp.float32),
         (chunks.needed, inputs),
     )
-    d_hidden = jax.lax.psum(chunks.join(d_hidden), _VOCAB)
+    d_hidden = jax.lax.psum(chunks.join(d_hidden), _VOCAB).astype(hidden.dtype)
+    if settings.frozen:
+        return d_hidden, None
     # The sum over the tokens of all devices, of which each keeps its part of D.
     d_part = jax.lax.psum_scatter(d_part, _EMBED, scatter_dimension=1, tiled=True)
     d_part = jax.lax.psum(d_part, tuple(axis for axis in _BATCH if axis != _EMBED))
-    return d_hidden.astype(hidden.dtype), d_part.astype(unembedding.dtype)
+    return d_hidden, d_part.astype(unembedding.dtype)
 
 
 def _logits(settings: _Settings, hidden: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:

@@ -23,9 +23,10 @@ from safetensors.numpy import save_file
 from transformers import AutoConfig, PretrainedConfig
 
 from troll_jax.hub import gguf_file, model_of_folder_or_hub, read_json
-from troll_jax.models.decoder import DecoderConfig, abstract
+from troll_jax.models.decoder import DecoderConfig, abstract, cast_shapes
 from troll_jax.models.families import Constant, Tensor, decoder_config, family, tensors
 from troll_jax.models.gguf import GgufTensor, gguf_config, gguf_tensors, read_gguf
+from troll_jax.models.lora import Lora
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 TOKENIZER_FILES = ('tokenizer.model', '*.txt', '*.jinja')  # besides the *.json ones
@@ -55,7 +56,12 @@ def load_config(model: str | Path) -> PretrainedConfig:
 
 
 def load_pretrained(
-    model: str | Path, *, mesh: Mesh | None = None, compute_dtype: str = 'bfloat16', remat: str | None = None
+    model: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    compute_dtype: str = 'bfloat16',
+    remat: str | None = None,
+    dtype: str | None = None,
 ) -> tuple[DecoderConfig, dict[str, Any]]:
     """Loads a model: its config and float32 parameters, laid out over `mesh` as `abstract` says.
 
@@ -64,6 +70,7 @@ def load_pretrained(
 
     Args:
       model: as in `load_config`.
+      dtype: dtype of the matrices, as `cast_weights` gives them; None: float32.
 
     Raises:
       FileNotFoundError: no such folder, file or model, no config.json, no safetensors in it.
@@ -78,7 +85,8 @@ def load_pretrained(
         hf_config = _read_config(source)
         stored = _stored_tensors(source)
     config = decoder_config(hf_config, compute_dtype=compute_dtype, remat=remat)
-    shapes = flatten_dict(abstract(config, mesh)[1])
+    shapes = abstract(config, mesh)[1]
+    shapes = flatten_dict(shapes if dtype is None else cast_shapes(shapes, dtype))
     table = tensors(hf_config)
     _check_constants(source, stored, family(hf_config.architectures).constants, config.layers)
     _check_stored(source, stored, table, shapes, config)
@@ -143,6 +151,31 @@ def save_pretrained(
     for file in [*files, *([INDEX] if len(files) > 1 else []), CONFIG]:
         os.replace(staging / file, folder / file)
     staging.rmdir()
+
+
+def save_adapters(
+    folder: str | Path, params: dict[str, Any], hf_config: PretrainedConfig, lora: Lora, base: str
+) -> None:
+    """Exports the adapters among a decoder's parameters, in float32, as PEFT opens them beside the model `base`.
+
+    With several processes each must call this, and the first one writes.
+    """
+    flat, layers = flatten_dict(params), decoder_config(hf_config).layers
+    arrays, targets = {}, set()
+    for tensor in tensors(hf_config):
+        for factor, name in (('a', 'lora_A'), ('b', 'lora_B')):
+            if (param := flat.get((*tensor.path[:-1], 'lora', tensor.path[-1], factor))) is not None:
+                targets.add(tensor.name.split('.')[-2])
+                for i, key in enumerate(_names(tensor, layers)):
+                    key = f'base_model.model.{key.removesuffix("weight")}{name}.weight'
+                    arrays[key] = _fetch(param, tensor, i, DTYPES['float32'])
+    if jax.process_index() > 0:
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_file(arrays, Path(folder) / 'adapter_model.safetensors', metadata={'format': 'pt'})
+    described = {'peft_type': 'LORA', 'task_type': 'CAUSAL_LM', 'base_model_name_or_path': base, 'r': lora.rank}
+    described |= {'lora_alpha': lora.alpha, 'target_modules': sorted(targets), 'bias': 'none', 'lora_dropout': 0.0}
+    (Path(folder) / 'adapter_config.json').write_text(json.dumps(described, indent=2) + '\n')
 
 
 def _local_folder(model: str | Path, patterns: list[str]) -> Path:
@@ -287,7 +320,7 @@ def _read(stored: dict[str, Stored], tensor: Tensor, leaf: jax.ShapeDtypeStruct)
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         sizes = [len(range(size)[along]) for size, along in zip(leaf.shape, index, strict=True)]
-        values = np.empty(sizes, np.float32)
+        values = np.empty(sizes, leaf.dtype)
         if stacked:
             for i, layer in enumerate(range(leaf.shape[0])[index[0]]):
                 values[i] = part(tensor.name.format(layer=layer), index[1:])

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from troll_jax.models.attention import IMPLEMENTATIONS
+from troll_jax.models.lora import Adapter, Lora, adapt
 from troll_jax.models.paged_attention import IMPLEMENTATIONS as PAGED_IMPLEMENTATIONS
 from troll_jax.models.rotary import Angles, RopeScaling, rotate
 from troll_jax.sharding import constrain
@@ -50,6 +51,7 @@ class DecoderConfig:
     remat: str | None = None
     attention: str = 'xla'  # of whole sequences
     decode_attention: str = 'xla'  # over the paged KV cache
+    lora: Lora | None = None  # adapters among the parameters; a sampler merges them into its weights
 
     def __post_init__(self):
         if self.heads % self.kv_heads:
@@ -88,7 +90,9 @@ def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
     return nnx.Param(0.02 * (1024 / inputs) ** 0.5 * jax.random.normal(key, shape), axes=axes)
 
 
-def product(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> jax.Array:
+def product(
+    x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None, adapter: Adapter | None = None
+) -> jax.Array:
     """[..., I] times [I, O], plus [O]. Flattened to two axes first: on a CPU a product with a batch axis is slower.
 
     The parts of a weight that 'embed' spreads over devices are gathered first, in the dtype of the product. Left to
@@ -97,6 +101,8 @@ def product(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None) -> j
     """
     gathered = constrain(weight[...].astype(x.dtype), *(None if axis == 'embed' else axis for axis in weight.axes))
     flat = x.reshape(-1, x.shape[-1]) @ gathered
+    if adapter is not None:
+        flat = flat + product(adapter.scale * product(x, adapter.a), adapter.b).reshape(flat.shape)
     if bias is not None:
         # In float32, in which its gradient, a sum over all tokens, is summed too.
         flat = (flat.astype(jnp.float32) + bias[...].astype(jnp.float32)[None]).astype(x.dtype)
@@ -136,15 +142,16 @@ class Attention(nnx.Module):
 
     def qkv(self, x: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, S, D] → queries [B, S, H, F], keys and values [B, S, KH, F]; RoPE is applied."""
-        of = [(self.query, self.query_bias), (self.key, self.key_bias), (self.value, self.value_bias)]
-        q, k, v = (product(x, *pair).reshape(*x.shape[:-1], -1, self.head_dim) for pair in of)
+        of = {'query': self.query_bias, 'key': self.key_bias, 'value': self.value_bias}
+        of = [(getattr(self, name), bias, self.lora.get(name)) for name, bias in of.items()]
+        q, k, v = (product(x, *parts).reshape(*x.shape[:-1], -1, self.head_dim) for parts in of)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         return rotate(q, angles), rotate(k, angles), v
 
     def merge_heads(self, mixed: jax.Array) -> jax.Array:
         """[B, S, H, F] → [B, S, D]."""
-        return product(mixed.reshape(*mixed.shape[:2], -1), self.output)
+        return product(mixed.reshape(*mixed.shape[:2], -1), self.output, adapter=self.lora.get('output'))
 
 
 class MLP(nnx.Module):
@@ -161,9 +168,10 @@ class MLP(nnx.Module):
         self.gated = config.mlp == 'swiglu'
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        up = product(x, self.up)
-        inner = jax.nn.silu(product(x, self.gate)) * up if self.gated else self.activation(up)
-        return product(inner, self.down)
+        up = product(x, self.up, adapter=self.lora.get('up'))
+        gate = product(x, self.gate, adapter=self.lora.get('gate')) if self.gated else None
+        inner = jax.nn.silu(gate) * up if self.gated else self.activation(up)
+        return product(inner, self.down, adapter=self.lora.get('down'))
 
 
 class XIELU(nnx.Module):
@@ -197,6 +205,7 @@ class Layer(nnx.Module):
         self.attention = Attention(config, attention_key)
         self.mlp_norm = RMSNorm(config.width, 'embed', config.norm_eps)
         self.mlp = MLP(config, mlp_key)
+        adapt(config.lora, jax.random.fold_in(key, 2), self.attention, self.mlp)
 
     def qkv(self, x: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
         with jax.named_scope('qkv'):
