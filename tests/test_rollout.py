@@ -340,8 +340,8 @@ def test_second_rollout_does_not_compile():
     results, compiled = [], []
     for seed, batch in enumerate((8, 7, 6)):
         prompts = some_prompts(8)._replace(lengths=jnp.array([1 + seed, 5, 2, 1, 4, 3, 3, 5]))
-        prompts, limits = jax.tree.map(lambda x: x[:batch], prompts), jnp.full(batch * GROUP, 2 + seed)
-        results.append(run(policy_params(), prompts, jax.random.split(jax.random.key(seed), batch), limits))
+        keys, limits = jax.random.split(jax.random.key(seed), batch), jnp.full(batch * GROUP, 2 + seed)
+        results.append(run(policy_params(), Prompts(prompts.tokens[:batch], prompts.lengths[:batch]), keys, limits))
         compiled.append([program._cache_size() for program in (run.begin, run.init_cache, run.prefill, run.decode)])
     assert compiled[0] == compiled[1] == compiled[2] and compiled[0][1:] == [1, 1, 1]
     assert [int(x.response_lengths.max()) for x in results] == [2, 3, 4]

@@ -52,8 +52,8 @@ class Sampler:
       support_size, support_mass: K and the probability to keep of each recorded distribution, see `troll_jax.sparsify`.
       top_k, top_p: for evaluation, bounds that leave only the most probable tokens, see `categorical.truncate`. The
         truncated distribution is recorded, and an update compares with the whole one.
-      slots: decode slots, responses that are decoded at a time, on all devices together. A matter of speed: no response
-        depends on it. None: as many as there are requests, at most 512 for each shard of the batch.
+      slots: decode slots, responses that are decoded at a time, at most, on all devices together. A matter of speed: no
+        response depends on it. None: 512 for each shard of the batch. Fewer requests take the next power of two.
       cache_gb: memory of the KV cache on each device. A request waits, or starts again where it was, if there is no
         room for it; no response depends on it. None: what is free, as far as all slots may need it.
       prefill_chunk: tokens of each sequence that a prefill takes at a time.
@@ -87,17 +87,13 @@ class Sampler:
     def __post_init__(self):
         vocab_size = self.config.tokenizer_size or self.config.vocab_size
         of_vocab = f'between 1 and the vocabulary size {vocab_size}'
-        at_least_one = lambda x: x >= 1
+        for name in ('samples_per_prompt', 'max_response_length', 'slots', 'prefill_chunk', 'steps'):
+            check_range(name, getattr(self, name), lambda x: x >= 1, 'at least 1')
         for name, fits, expected in [
             ('temperature', lambda x: x >= 0, 'positive, or 0 for greedy decoding'),
-            ('samples_per_prompt', at_least_one, 'at least 1'),
-            ('max_response_length', at_least_one, 'at least 1 token'),
             ('support_size', lambda x: 1 <= x <= vocab_size, f'kept tokens per position, {of_vocab}'),
             ('support_mass', lambda x: 0 < x <= 1, 'the probability to keep, in (0, 1]'),
-            ('slots', at_least_one, 'responses decoded at a time, at least 1, or None for all'),
             ('cache_gb', lambda x: x > 0, 'above 0, or None for what is free'),
-            ('prefill_chunk', at_least_one, 'at least 1 token'),
-            ('steps', at_least_one, 'at least 1'),
             ('top_k', lambda x: 1 <= x <= vocab_size, f'{of_vocab}, or None for all'),
             ('top_p', lambda x: 0 < x <= 1, 'in (0, 1], or None for all'),
         ]:
@@ -131,11 +127,11 @@ class Sampler:
             with jax.set_mesh(one_device_mesh()):
                 return self(params, prompts, keys, limits)
         prompts = Prompts(*map(np.asarray, prompts))
-        (batch, length), count = prompts.tokens.shape, len(prompts.tokens) * self.samples_per_prompt
+        count = len(prompts.tokens) * self.samples_per_prompt
         limits = np.full(count, self.max_response_length) if limits is None else np.asarray(limits)
         self.check(prompts, keys, limits)
         weights = jax.block_until_ready(self.begin(params))
-        sizes = self.sizes(batch, length, self._free_memory())
+        sizes = self.sizes(*prompts.tokens.shape, self._free_memory())
         cache = self.init_cache(weights, sizes)
         keys = fetch(jax.random.key_data(keys))
         prompts_of_rows = [row[:size] for row, size in zip(*prompts, strict=True)]
@@ -175,7 +171,7 @@ class Sampler:
         return jax.eval_shape(lambda: self._empty(Prompts(*(np.zeros(x.shape, np.int32) for x in prompts))))
 
     def programs(self, params, sizes: Sizes, *, shape_of=jax.eval_shape) -> dict:
-        """The programs 'prefill' and 'decode', each with shapes of its arguments.
+        """The programs 'prefill' and 'decode', each with arguments or their shapes.
 
         Args:
           params: the decoder's, or their shapes.
@@ -184,39 +180,34 @@ class Sampler:
         """
         weights = shape_of(self.begin, params)
         cache = shape_of(jax.jit(lambda weights: self.init_cache(weights, sizes), keep_unused=True), weights)
-        integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
         prefill = next(_chunks([[Prefill(np.zeros(1, np.int32), 0, [0])]] * sizes.shards, sizes))
-        slots = sizes.shards * sizes.slots
-        of_slots = [integers(slots)] * 5 + [integers(slots, sizes.width)] + [integers(slots)] * 2
-        keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), slots)))
+        block = Scheduler([np.zeros(1, np.int32)], np.ones(1), sizes, self.decode_steps).block()
+        keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), len(block.rows))))
         return {
-            'prefill': (self.prefill, (weights, cache, *(integers(*x.shape) for x in prefill))),
-            'decode': (self.decode, (weights, cache, Block(*of_slots), keys)),
+            'prefill': (self.prefill, (weights, cache, *prefill)),
+            'decode': (self.decode, (weights, cache, block, keys)),
         }
 
     def check(self, prompts: Prompts, keys, limits=None) -> None:
         """Raises a ValueError with the numbers, before anything is compiled."""
-        shards = axis_size('batch')
-        batch, length = prompts.tokens.shape
+        shards, (batch, length) = axis_size('batch'), prompts.tokens.shape
         if not batch:
             raise ValueError('no prompts; expected at least one')
         for name, values, needed in [('keys', keys, (batch,)), ('limits', limits, (batch * self.samples_per_prompt,))]:
             if values is not None and values.shape != needed:
-                raise ValueError(
-                    f'{batch} prompts × {self.samples_per_prompt} samples need {name} of shape {needed}; '
-                    f'got {values.shape}'
-                )
+                of = f'{batch} prompts × {self.samples_per_prompt} samples'
+                raise ValueError(f'{of} need {name} of shape {needed}; got {values.shape}')
         if self.slots is not None and self.slots % shards:
             raise ValueError(
                 f'slots = {self.slots} must be a multiple of the {shards} devices of the mesh axes {RULES["batch"]}'
             )
-        bounds = [('prompts are', prompts.lengths, length, 'the length of their array')]
-        bounds += [('limits are', limits, self.max_response_length, 'max_response_length')]
-        for name, values, most, what in bounds:
+        for name, values, most, what in [
+            ('prompts', prompts.lengths, length, 'the length of their array'),
+            ('limits', limits, self.max_response_length, 'max_response_length'),
+        ]:
             if isinstance(values, np.ndarray) and (values.min() < 1 or values.max() > most):
-                raise ValueError(
-                    f'{name} between {values.min()} and {values.max()} tokens long; expected 1 to {most}, {what}'
-                )
+                got = f'between {values.min()} and {values.max()}'
+                raise ValueError(f'{name} are {got} tokens long; expected 1 to {most}, {what}')
 
     def sizes(self, batch: int, length: int, memory: float | None = None) -> Sizes:
         """The sizes of a rollout of B prompts of at most P tokens.

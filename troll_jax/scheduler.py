@@ -235,18 +235,15 @@ class Scheduler:
         full = lambda value: np.full(count, value, np.int32)
         table = self.table.reshape(count, -1).copy()
         block = Block(full(-1), full(0), full(0), full(0), full(0), table, full(0), full(self.sizes.pages))
-        slots, values = [], []
         for e, shard in enumerate(self.shards):
             for request in shard.running:
                 slot, prompt, t = e * self.sizes.slots + request.slot, request.prompt.tokens, len(request.response)
-                slots.append(slot)
                 token = request.response[-1] if t else prompt[-1]
-                values.append((request.row, token, len(prompt) + t, t, request.limit))
+                for x, value in zip(block, (request.row, token, len(prompt) + t, t, request.limit), strict=False):
+                    x[slot] = value
                 if request.source is not None:
                     block.source[slot], block.target[slot] = request.source, request.pages[0]
                     request.source = None
-        for x, column in zip(block[:5], np.array(values, np.int32).T, strict=True):
-            x[slots] = column
         return block
 
     def record(self, tokens: np.ndarray, counts: np.ndarray, stopped: np.ndarray) -> None:
