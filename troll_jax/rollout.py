@@ -82,7 +82,6 @@ class Sampler:
     prefill_chunk: int = 256
     steps: int | None = None
     gather_weights: bool = True
-    _free: dict = dataclasses.field(init=False, default_factory=dict)
 
     def __post_init__(self):
         vocab_size = self.config.tokenizer_size or self.config.vocab_size
@@ -131,7 +130,7 @@ class Sampler:
         limits = np.full(count, self.max_response_length) if limits is None else np.asarray(limits)
         self.check(prompts, keys, limits)
         weights = jax.block_until_ready(self.begin(params))
-        sizes = self.sizes(*prompts.tokens.shape, self._free_memory())
+        sizes = self.sizes(*prompts.tokens.shape, self._free_memory)
         cache = self.init_cache(weights, sizes)
         keys = fetch(jax.random.key_data(keys))
         prompts_of_rows = [row[:size] for row, size in zip(*prompts, strict=True)]
@@ -355,20 +354,19 @@ class Sampler:
         # A policy of NaN draws anything: still a token of the vocabulary, and not of the padding of its last block.
         return jnp.minimum(tokens, (self.config.tokenizer_size or self.config.vocab_size) - 1), *others
 
+    @cached_property
     def _free_memory(self) -> float:
         """Bytes that the cache may take on each device, the same on all processes and in all rollouts.
 
         By what is free later, it would have other shapes, and programs would be compiled again.
         """
-        if current_mesh() not in self._free:
-            stats = jax.local_devices()[0].memory_stats()
-            if stats and 'bytes_limit' in stats:
-                free = MEMORY_SHARE * stats['bytes_limit'] - stats['bytes_in_use']
-            else:
-                total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-                free = CPU_MEMORY_SHARE * total / jax.local_device_count()
-            self._free[current_mesh()] = float(np.min(multihost_utils.process_allgather(np.float32(free))))
-        return self._free[current_mesh()]
+        stats = jax.local_devices()[0].memory_stats()
+        if stats and 'bytes_limit' in stats:
+            free = MEMORY_SHARE * stats['bytes_limit'] - stats['bytes_in_use']
+        else:
+            total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+            free = CPU_MEMORY_SHARE * total / jax.local_device_count()
+        return float(np.min(multihost_utils.process_allgather(np.float32(free))))
 
 
 def _chunks(jobs: list[list[Prefill]], sizes: Sizes):

@@ -68,7 +68,6 @@ class _Request:
     response: list[int] = dataclasses.field(default_factory=list)  # tokens so far
     slot: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)  # its own, after the full ones of the prompt
-    source: int | None = None  # the prompt's page that the first of them is to become a copy of
 
 
 class _Shard:
@@ -128,8 +127,6 @@ class _Shard:
             begin = shared * self.size
             tokens = np.append(prompt.tokens, np.array(request.response, np.int32))[begin:-1]
             self.resumed.append(Prefill(tokens, begin, pages))
-        elif len(prompt.pages) > shared:
-            request.source = prompt.pages[shared]
         return True
 
     def grow(self, steps: int) -> int:
@@ -162,7 +159,7 @@ class _Shard:
         self.running.remove(request)
         self.idle.append(request.slot)
         self.free += request.pages
-        request.slot, request.pages, request.source = -1, [], None
+        request.slot, request.pages = -1, []
         request.prompt.decoding -= 1
 
     def end(self, request: _Request) -> None:
@@ -241,9 +238,8 @@ class Scheduler:
                 token = request.response[-1] if t else prompt[-1]
                 for x, value in zip(block, (request.row, token, len(prompt) + t, t, request.limit), strict=False):
                     x[slot] = value
-                if request.source is not None:
-                    block.source[slot], block.target[slot] = request.source, request.pages[0]
-                    request.source = None
+                if not t and (partly_filled := request.prompt.pages[shard.shared(request.prompt) :]):
+                    block.source[slot], block.target[slot] = partly_filled[0], request.pages[0]
         return block
 
     def record(self, tokens: np.ndarray, counts: np.ndarray, stopped: np.ndarray) -> None:
