@@ -228,7 +228,7 @@ def test_slots_change_nothing_and_are_never_empty():
     run = sampler(stop=two_stops(), slots=5, prefill_chunk=2, steps=1)
     result = run(policy_params(), some_prompts(8), keys_of(8), NO_LIMITS)
     assert_same_responses(result, many())
-    assert result.stats.slots == 5 and many().stats.slots == 24
+    assert result.stats.slots == 5 and many().stats.slots == 32
     assert result.stats.steps == steps_of_a_queue(result.response_lengths, 5)
     assert many().stats.steps == many().response_lengths.max()
 
@@ -335,18 +335,16 @@ def test_truncated_sampling_records_what_it_sampled_from(changes):
 
 
 def test_second_rollout_does_not_compile():
-    """Guards against lengths, limits or keys that become part of the program."""
-    run = sampler(stop=two_stops(), slots=5, prefill_chunk=2)
-    arguments = []
-    for seed in range(3):
+    """Guards against lengths, limits, keys or the number of prompts that become part of the program."""
+    run = sampler(stop=two_stops(), prefill_chunk=2)
+    results, compiled = [], []
+    for seed, batch in enumerate((8, 7, 6)):
         prompts = some_prompts(8)._replace(lengths=jnp.array([1 + seed, 5, 2, 1, 4, 3, 3, 5]))
-        limits = jnp.full(8 * GROUP, 2 + seed)
-        arguments.append((policy_params(), prompts, jax.random.split(jax.random.key(seed), 8), limits))
-    compiled = lambda: [program._cache_size() for program in (run.begin, run.prefill, run.decode)]
-    first = run(*arguments[0])
-    once, others = compiled(), [run(*one) for one in arguments[1:]]
-    assert compiled() == once and once[1:] == [1, 1]
-    assert [int(x.response_lengths.max()) for x in (first, *others)] == [2, 3, 4]
+        keys, limits = jax.random.split(jax.random.key(seed), batch), jnp.full(batch * GROUP, 2 + seed)
+        results.append(run(policy_params(), Prompts(prompts.tokens[:batch], prompts.lengths[:batch]), keys, limits))
+        compiled.append([program._cache_size() for program in (run.begin, run.init_cache, run.prefill, run.decode)])
+    assert compiled[0] == compiled[1] == compiled[2] and compiled[0][1:] == [1, 1, 1]
+    assert [int(x.response_lengths.max()) for x in results] == [2, 3, 4]
 
 
 def test_seconds_are_those_of_prefills_and_of_steps():
@@ -356,7 +354,7 @@ def test_seconds_are_those_of_prefills_and_of_steps():
     begin = time.perf_counter()
     work = run(policy_params(), some_prompts(8), keys_of(8)).stats
     seconds = time.perf_counter() - begin
-    assert (work.steps, work.prefills) == (RESPONSE, 4)
+    assert (work.steps, work.prefills) == (RESPONSE, 3)
     assert min(work.prefill_seconds, work.decode_seconds) > 0
     assert work.prefill_seconds + work.decode_seconds < seconds
 
@@ -405,7 +403,10 @@ def test_every_token_is_drawn_with_numbers_of_its_own():
 
 def test_wrong_numbers_of_keys_or_limits_are_refused():
     """Guards limits that are silently those of other requests, and a queue that waits for a prompt that never comes."""
-    for keys, limits, message in [(3, None, '4 prompts need'), (4, np.full(4, 2), '4 prompts × 3 samples')]:
+    for keys, limits, message in [
+        (3, None, r'need keys of shape \(4,\)'),
+        (4, np.full(4, 2), r'limits of shape \(12,\)'),
+    ]:
         with pytest.raises(ValueError, match=message):
             sampler()(policy_params(), some_prompts(), keys_of(keys), limits)
 

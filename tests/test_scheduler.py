@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 
-from troll_jax.scheduler import Scheduler
+from troll_jax.scheduler import Scheduler, Sizes
 
 SIZE, STEPS = 4, 3
+
+
+def sizes(shards: int, slots: int, pages: int, width: int, rows: int = 2) -> Sizes:
+    return Sizes(shards, slots, rows, 0, pages, SIZE, 0, width)
 
 
 def token(row: int, position: int) -> int:
@@ -17,13 +21,11 @@ def play(prompts, limits, *, shards=1, slots=4, pages=20, rows=2, stop=lambda ro
     """Plays a schedule with a cache that holds tokens, and returns every response. Each step looks at what the sequence
     has in the cache: all of its tokens but the last, which it writes."""
     longest = max(map(len, prompts)) + max(limits)
-    width = -(-longest // SIZE)
-    sizes = dict(shards=shards, slots=slots, pages=pages, page_size=SIZE, width=width, steps=STEPS)
-    scheduler = Scheduler(prompts, np.array(limits), **sizes)
+    scheduler = Scheduler(prompts, np.array(limits), sizes(shards, slots, pages, -(-longest // SIZE), rows), STEPS)
     cache = np.zeros((shards, pages, SIZE), int)
     found = [[] for _ in limits]
     while scheduler.work_is_left:
-        for batch in scheduler.schedule(rows):
+        for batch in scheduler.schedule():
             assert len(batch) == shards and max(map(len, batch)) <= rows
             before = cache.copy()  # sequences of a batch do not see each other
             for e, jobs in enumerate(batch):
@@ -95,9 +97,9 @@ def test_a_prompt_is_prefilled_once_and_in_full_batches():
     """Guards the work of prefills: one per prompt, and batches that are not half empty."""
     batches = []
     prompts = prompts_of(*range(2, 14))
-    scheduler = Scheduler(prompts, np.full(24, 6), shards=1, slots=4, pages=60, page_size=SIZE, width=5, steps=STEPS)
+    scheduler = Scheduler(prompts, np.full(24, 6), sizes(1, 4, 60, 5), STEPS)
     while scheduler.work_is_left:
-        batches += [batch[0] for batch in scheduler.schedule(2)]
+        batches += [batch[0] for batch in scheduler.schedule()]
         block = scheduler.block()
         tokens = np.ones((STEPS, 4), int)
         scheduler.record(tokens, np.where(block.rows >= 0, STEPS, 0), np.zeros(4, bool))

@@ -4,69 +4,46 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from troll_jax.scheduler import Block
-from troll_jax.sharding import addressable_part
-from troll_jax.types import Prompts, Rollout, RolloutStats, SparseLogProbs
+from troll_jax.types import Prompts, Rollout, SparseLogProbs
 
 
 class Steps(NamedTuple):
-    """N decode steps of all slots. Of each slot the first `counts` are valid."""
+    """N decode steps of all slots, whole on every device. Of each slot the first `counts` are valid."""
 
-    tokens: jax.Array  # [N, E · U] int32, on every device
-    counts: jax.Array  # [E · U] int32, on every device
-    stop_token: jax.Array  # [E · U] int32, with which the response ended; −1: it did not. On every device
+    tokens: jax.Array  # [N, E · U] int32
+    counts: jax.Array  # [E · U] int32
+    stop_token: jax.Array  # [E · U] int32, with which the response ended; −1: it did not
     log_probs: jax.Array  # [N, E · U] float32
     entropy: jax.Array  # [N, E · U] float32
     support: SparseLogProbs  # [N, E · U, K]
 
 
-class Record:
-    """The responses of a rollout in the host's memory, and what was recorded of them."""
+def empty_rollout(prompts: Prompts, samples: int, length: int, support_size: int) -> Rollout:
+    """A rollout of G samples of each prompt before its first token, in numpy, with room for T tokens of each."""
+    count = len(prompts.tokens) * samples
+    floats = lambda *shape: np.zeros((count, length, *shape), np.float32)
+    return Rollout(
+        tokens=np.pad(np.repeat(prompts.tokens, samples, axis=0), [(0, 0), (0, length)]),
+        prompt_lengths=np.repeat(prompts.lengths, samples),
+        response_lengths=np.zeros(count, np.int32),
+        stop_token=np.full(count, -1, np.int32),
+        log_probs=floats(),
+        entropy=floats(),
+        support=SparseLogProbs(np.zeros((count, length, support_size), np.int32), floats(support_size)),
+    )
 
-    def __init__(self, count: int, length: int, support_size: int):
-        floats = lambda *shape: np.zeros((count, length, *shape), np.float32)
-        integers = lambda *shape: np.zeros((count, *shape), np.int32)
-        self.tokens, self.lengths, self.stop_token = integers(length), integers(), integers() - 1
-        support = SparseLogProbs(integers(length, support_size), floats(support_size))
-        self.of_tokens = floats(), floats(), support  # log-probabilities, entropy; those of this process
-        self.mine = np.zeros(count, bool)
 
-    def add(self, block: Block, steps: Steps) -> None:
-        """Adds what was decoded of the rows of a block. The first three arrays are in numpy."""
-        tokens, counts, stop_token = steps[:3]
-        n, slot = np.nonzero(np.arange(len(tokens))[:, None] < counts[None])
-        row, t = block.rows[slot], block.t[slot] + n
-        self.tokens[row, t] = tokens[n, slot]
-        busy = block.rows >= 0
-        self.lengths[block.rows[busy]] = (block.t + counts)[busy]
-        self.stop_token[block.rows[busy]] = stop_token[busy]
-        for all, new in zip(jax.tree.leaves(self.of_tokens), jax.tree.leaves(steps[3:]), strict=True):
-            slots, new = addressable_part(new, axis=1)
-            place = np.full(len(counts), -1)
-            place[slots] = np.arange(len(slots))
-            here = place[slot] >= 0
-            all[row[here], t[here]] = new[n[here], place[slot[here]]]
-            self.mine[row[here]] = True
-
-    def gather(self) -> None:
-        """Gives every process what the others have recorded."""
-        rows = np.flatnonzero(self.mine)
-        counts = multihost_utils.process_allgather(len(rows))
-        rows = np.pad(rows, (0, counts.max() - len(rows)))
-        has = np.arange(counts.max())[None] < counts[:, None]
-        everywhere = multihost_utils.process_allgather(rows)[has]
-        for x in jax.tree.leaves(self.of_tokens):
-            x[everywhere] = multihost_utils.process_allgather(x[rows])[has]
-
-    def rollout(self, prompts: Prompts, stats: RolloutStats | None) -> Rollout:
-        """The rollout of these prompts."""
-        count, length = self.tokens.shape
-        group = count // len(prompts.tokens)
-        prompt_lengths = np.repeat(prompts.lengths, group)
-        tokens = np.pad(np.repeat(prompts.tokens, group, axis=0), [(0, 0), (0, length)])
-        index = np.arange(tokens.shape[1])[None] - prompt_lengths[:, None]
-        response = (index >= 0) & (index < self.lengths[:, None])
-        tokens[response] = self.tokens[np.arange(length)[None] < self.lengths[:, None]]
-        return Rollout(tokens, prompt_lengths, self.lengths, self.stop_token, *self.of_tokens, stats)
+def add(rollout: Rollout, block: Block, steps: Steps) -> None:
+    """Writes into a rollout what was decoded of the rows of a block."""
+    steps = jax.tree.map(np.asarray, steps)
+    n, slot = np.nonzero(np.arange(len(steps.tokens))[:, None] < steps.counts)
+    row, t = block.rows[slot], block.t[slot] + n
+    rollout.tokens[row, block.lengths[slot] + n] = steps.tokens[n, slot]
+    of_tokens = rollout.log_probs, rollout.entropy, rollout.support
+    for all, new in zip(jax.tree.leaves(of_tokens), jax.tree.leaves(steps[3:]), strict=True):
+        all[row, t] = new[n, slot]
+    busy = block.rows >= 0
+    rollout.response_lengths[block.rows[busy]] = (block.t + steps.counts)[busy]
+    rollout.stop_token[block.rows[busy]] = steps.stop_token[busy]

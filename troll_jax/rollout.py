@@ -12,7 +12,6 @@ import os
 import time
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,17 +24,9 @@ from troll_jax.models.paged_attention import PAGE_SIZE, copy_pages, init_pool
 from troll_jax.ops import categorical
 from troll_jax.ops.ranges import check_range
 from troll_jax.ops.support import select
-from troll_jax.record import Record, Steps
-from troll_jax.scheduler import Block, Prefill, Scheduler
-from troll_jax.sharding import (
-    RULES,
-    axis_size,
-    constrain,
-    current_mesh,
-    one_device_mesh,
-    platform,
-    shard_map,
-)
+from troll_jax.record import Steps, add, empty_rollout
+from troll_jax.scheduler import Block, Prefill, Scheduler, Sizes
+from troll_jax.sharding import RULES, axis_size, constrain, current_mesh, fetch, one_device_mesh, platform, shard_map
 from troll_jax.types import Prompts, Rollout, RolloutStats
 
 MOST_SLOTS = 512
@@ -46,18 +37,6 @@ CPU_MEMORY_SHARE = 0.5
 """The same of a host's memory, whatever is there already."""
 PREFILL_TOKENS = 4096
 """Tokens of a shard that are prefilled at a time: attention holds the logits of all of them."""
-
-
-class Sizes(NamedTuple):
-    """The sizes of a rollout's arrays."""
-
-    shards: int  # E
-    slots: int  # U, of each shard
-    rows: int  # A, sequences of each shard that a prefill takes
-    chunk: int  # C, tokens of each of them
-    pages: int  # NP, of each shard
-    prompt_width: int  # pages of the longest prompt
-    width: int  # J, pages of the longest sequence
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,8 +52,8 @@ class Sampler:
       support_size, support_mass: K and the probability to keep of each recorded distribution, see `troll_jax.sparsify`.
       top_k, top_p: for evaluation, bounds that leave only the most probable tokens, see `categorical.truncate`. The
         truncated distribution is recorded, and an update compares with the whole one.
-      slots: decode slots, responses that are decoded at a time, on all devices together. A matter of speed: no response
-        depends on it. None: as many as there are requests, at most 512 for each shard of the batch.
+      slots: decode slots, responses that are decoded at a time, at most, on all devices together. A matter of speed: no
+        response depends on it. None: 512 for each shard of the batch. Fewer requests take the next power of two.
       cache_gb: memory of the KV cache on each device. A request waits, or starts again where it was, if there is no
         room for it; no response depends on it. None: what is free, as far as all slots may need it.
       prefill_chunk: tokens of each sequence that a prefill takes at a time.
@@ -103,22 +82,17 @@ class Sampler:
     prefill_chunk: int = 256
     steps: int | None = None
     gather_weights: bool = True
-    _free: dict = dataclasses.field(init=False, default_factory=dict)
 
     def __post_init__(self):
         vocab_size = self.config.tokenizer_size or self.config.vocab_size
         of_vocab = f'between 1 and the vocabulary size {vocab_size}'
-        at_least_one = lambda x: x >= 1
+        for name in ('samples_per_prompt', 'max_response_length', 'slots', 'prefill_chunk', 'steps'):
+            check_range(name, getattr(self, name), lambda x: x >= 1, 'at least 1')
         for name, fits, expected in [
             ('temperature', lambda x: x >= 0, 'positive, or 0 for greedy decoding'),
-            ('samples_per_prompt', at_least_one, 'at least 1'),
-            ('max_response_length', at_least_one, 'at least 1 token'),
             ('support_size', lambda x: 1 <= x <= vocab_size, f'kept tokens per position, {of_vocab}'),
             ('support_mass', lambda x: 0 < x <= 1, 'the probability to keep, in (0, 1]'),
-            ('slots', at_least_one, 'responses decoded at a time, at least 1, or None for all'),
             ('cache_gb', lambda x: x > 0, 'above 0, or None for what is free'),
-            ('prefill_chunk', at_least_one, 'at least 1 token'),
-            ('steps', at_least_one, 'at least 1'),
             ('top_k', lambda x: 1 <= x <= vocab_size, f'{of_vocab}, or None for all'),
             ('top_p', lambda x: 0 < x <= 1, 'in (0, 1], or None for all'),
         ]:
@@ -152,67 +126,51 @@ class Sampler:
             with jax.set_mesh(one_device_mesh()):
                 return self(params, prompts, keys, limits)
         prompts = Prompts(*map(np.asarray, prompts))
-        (batch, length), count = prompts.tokens.shape, len(prompts.tokens) * self.samples_per_prompt
+        count = len(prompts.tokens) * self.samples_per_prompt
         limits = np.full(count, self.max_response_length) if limits is None else np.asarray(limits)
         self.check(prompts, keys, limits)
         weights = jax.block_until_ready(self.begin(params))
-        sizes = self.sizes(batch, length, self._free_memory())
+        sizes = self.sizes(*prompts.tokens.shape, self._free_memory)
         cache = self.init_cache(weights, sizes)
-        keys = np.asarray(_sample_keys(keys, self.samples_per_prompt))
-        scheduler = Scheduler(
-            [row[:size] for row, size in zip(*prompts, strict=True)],
-            limits,
-            shards=sizes.shards,
-            slots=sizes.slots,
-            pages=sizes.pages,
-            page_size=PAGE_SIZE,
-            width=sizes.width,
-            steps=self.decode_steps,
-        )
-        record = Record(count, self.max_response_length, self.support_size)
+        keys = fetch(jax.random.key_data(keys))
+        prompts_of_rows = [row[:size] for row, size in zip(*prompts, strict=True)]
+        scheduler = Scheduler(prompts_of_rows, limits, sizes, self.decode_steps)
+        rollout = self._empty(prompts)
         blocks, prefills, seconds, decoded = 0, 0, [0.0, 0.0], None
         while scheduler.work_is_left:
             begin = time.perf_counter()
-            for jobs in scheduler.schedule(sizes.rows):
+            for jobs in scheduler.schedule():
                 for arguments in _chunks(jobs, sizes):
-                    cache = self.prefill(weights, cache, *arguments)
-                    if (
-                        platform() == 'cpu'
-                    ):  # several programs in flight on several devices of a CPU wait for each other
-                        jax.block_until_ready(cache)
+                    cache = jax.block_until_ready(self.prefill(weights, cache, *arguments))
                 prefills += 1
-            jax.block_until_ready(cache)
             between = time.perf_counter()
             block = scheduler.block()
-            cache, steps = self.decode(weights, cache, block, keys[block.rows])
+            cache, steps = self.decode(weights, cache, block, keys[block.rows // self.samples_per_prompt])
             if decoded is not None:
-                record.add(*decoded)  # while the devices decode
+                add(rollout, *decoded)  # while the devices decode
+            decoded = block, steps
             tokens, counts, stop_token = (np.asarray(x) for x in steps[:3])  # waits; the same on every process
             scheduler.record(tokens, counts, stop_token >= 0)
-            decoded = block, Steps(tokens, counts, stop_token, *steps[3:])
             blocks += 1
             seconds[0] += between - begin
             seconds[1] += time.perf_counter() - between
-        record.add(*decoded)
-        del weights, cache, steps, decoded
-        if jax.process_count() > 1:
-            record.gather()
+        add(rollout, *decoded)
         slots = sizes.shards * sizes.slots
         stats = RolloutStats(blocks * self.decode_steps, slots, prefills, scheduler.evictions, *seconds)
-        return record.rollout(prompts, stats)
+        return rollout._replace(stats=stats)
+
+    def _empty(self, prompts: Prompts) -> Rollout:
+        return empty_rollout(prompts, self.samples_per_prompt, self.max_response_length, self.support_size)
 
     def shapes(self, params, prompts: Prompts, keys: jax.Array) -> Rollout:
         """Traces all programs on shapes; nothing is compiled. Returns those of a rollout, without its `stats`."""
-        batch, length = prompts.tokens.shape
         self.check(prompts, keys)
-        for program, arguments in self.programs(params, self.sizes(batch, length)).values():
+        for program, arguments in self.programs(params, self.sizes(*prompts.tokens.shape)).values():
             jax.eval_shape(program, *arguments)
-        record = Record(batch * self.samples_per_prompt, self.max_response_length, self.support_size)
-        some = Prompts(*(np.zeros(x.shape, np.int32) for x in prompts))
-        return jax.eval_shape(lambda: record.rollout(some, None))
+        return jax.eval_shape(lambda: self._empty(Prompts(*(np.zeros(x.shape, np.int32) for x in prompts))))
 
     def programs(self, params, sizes: Sizes, *, shape_of=jax.eval_shape) -> dict:
-        """The programs 'prefill' and 'decode', each with shapes of its arguments.
+        """The programs 'prefill' and 'decode', each with arguments or their shapes.
 
         Args:
           params: the decoder's, or their shapes.
@@ -221,40 +179,34 @@ class Sampler:
         """
         weights = shape_of(self.begin, params)
         cache = shape_of(jax.jit(lambda weights: self.init_cache(weights, sizes), keep_unused=True), weights)
-        integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
         prefill = next(_chunks([[Prefill(np.zeros(1, np.int32), 0, [0])]] * sizes.shards, sizes))
-        slots = sizes.shards * sizes.slots
-        of_slots = [integers(slots)] * 5 + [integers(slots, sizes.width)] + [integers(slots)] * 2
-        keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), slots)))
+        block = Scheduler([np.zeros(1, np.int32)], np.ones(1), sizes, self.decode_steps).block()
+        keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0), len(block.rows))))
         return {
-            'prefill': (self.prefill, (weights, cache, *(integers(*x.shape) for x in prefill))),
-            'decode': (self.decode, (weights, cache, Block(*of_slots), keys)),
+            'prefill': (self.prefill, (weights, cache, *prefill)),
+            'decode': (self.decode, (weights, cache, block, keys)),
         }
 
     def check(self, prompts: Prompts, keys, limits=None) -> None:
         """Raises a ValueError with the numbers, before anything is compiled."""
-        shards = axis_size('batch')
-        batch, length = prompts.tokens.shape
+        shards, (batch, length) = axis_size('batch'), prompts.tokens.shape
         if not batch:
             raise ValueError('no prompts; expected at least one')
-        if keys.shape != (batch,):
-            raise ValueError(f'{batch} prompts need as many keys; got keys of shape {keys.shape}')
-        if limits is not None and limits.shape != (batch * self.samples_per_prompt,):
-            raise ValueError(
-                f'{batch} prompts × {self.samples_per_prompt} samples need as many limits; got limits of shape '
-                f'{limits.shape}'
-            )
+        for name, values, needed in [('keys', keys, (batch,)), ('limits', limits, (batch * self.samples_per_prompt,))]:
+            if values is not None and values.shape != needed:
+                of = f'{batch} prompts × {self.samples_per_prompt} samples'
+                raise ValueError(f'{of} need {name} of shape {needed}; got {values.shape}')
         if self.slots is not None and self.slots % shards:
             raise ValueError(
                 f'slots = {self.slots} must be a multiple of the {shards} devices of the mesh axes {RULES["batch"]}'
             )
-        bounds = [('prompts are', prompts.lengths, length, 'the length of their array')]
-        bounds += [('limits are', limits, self.max_response_length, 'max_response_length')]
-        for name, values, most, what in bounds:
+        for name, values, most, what in [
+            ('prompts', prompts.lengths, length, 'the length of their array'),
+            ('limits', limits, self.max_response_length, 'max_response_length'),
+        ]:
             if isinstance(values, np.ndarray) and (values.min() < 1 or values.max() > most):
-                raise ValueError(
-                    f'{name} between {values.min()} and {values.max()} tokens long; expected 1 to {most}, {what}'
-                )
+                got = f'between {values.min()} and {values.max()}'
+                raise ValueError(f'{name} are {got} tokens long; expected 1 to {most}, {what}')
 
     def sizes(self, batch: int, length: int, memory: float | None = None) -> Sizes:
         """The sizes of a rollout of B prompts of at most P tokens.
@@ -265,15 +217,16 @@ class Sampler:
         Raises:
           ValueError: the cache does not hold a prompt and a response of full length.
         """
-        shards, size = axis_size('batch'), PAGE_SIZE
-        prompts, chunk = -(-batch // shards), min(self.prefill_chunk, length)
-        requests = prompts * self.samples_per_prompt  # of a shard, which keeps the samples of its prompts
-        slots = min(MOST_SLOTS if self.slots is None else self.slots // shards, requests)
-        rows = min(-(-slots // (4 * self.samples_per_prompt)), prompts, -(-PREFILL_TOKENS // chunk))
-        width, prompt_width = (-(-tokens // size) for tokens in (length + self.max_response_length, length))
-        # A sequence on its own needs the pages of its prompt, and for its last tokens and its response others.
+        shards, chunk = axis_size('batch'), min(self.prefill_chunk, length)
+        requests = -(-batch // shards) * self.samples_per_prompt  # of a shard, which keeps the samples of its prompts
+        # Powers of two, so that a few prompts more or less mean the same programs.
+        slots = min(MOST_SLOTS if self.slots is None else self.slots // shards, 1 << (requests - 1).bit_length())
+        rows = min(-(-slots // (4 * self.samples_per_prompt)), -(-PREFILL_TOKENS // chunk))
+        width, prompt_width = (-(-tokens // PAGE_SIZE) for tokens in (length + self.max_response_length, length))
+        # A sequence on its own needs the pages of its prompt, and for its last tokens and its response others. A slot
+        # is given them if one is left for each of the others, and `rows` prompts are there before their slots.
         least = width + 1
-        pages = slots * width + min(prompts, slots + rows) * prompt_width
+        pages = slots * (least + 1) + rows * prompt_width
         memory = memory if self.cache_gb is None else 1e9 * self.cache_gb
         if memory is not None:
             pool = jax.eval_shape(partial(self._pool, shards))
@@ -285,7 +238,8 @@ class Sampler:
                     'Compute.cache_gb or Compute.tensor, or free memory'
                 )
             pages = min(pages, int(memory // page))
-        return Sizes(shards, slots, rows, chunk, pages, prompt_width, width + -width % 4)  # kernels read several pages
+        width += -width % 4  # kernels read several pages
+        return Sizes(shards, slots, rows, chunk, pages, PAGE_SIZE, prompt_width, width)
 
     @property
     def decode_steps(self) -> int:
@@ -331,12 +285,13 @@ class Sampler:
 
     @cached_property
     def decode(self):
-        """(weights, cache, block, keys of the slots) → cache, `Steps`."""
+        """(weights, cache, block, key data [E · U, 2] of the slots' prompts) → cache, `Steps`."""
 
         def decode(weights, cache, block: Block, keys):
             decoder, layers = self._decoder(weights)
             block = Block(*(constrain(x, 'batch', *[None] * (x.ndim - 1)) for x in block))
             keys = jax.random.wrap_key_data(constrain(keys, 'batch', None))
+            keys = jax.vmap(jax.random.fold_in)(keys, block.rows % self.samples_per_prompt)
             with jax.named_scope('copy_pages'):
                 copy = partial(copy_pages, implementation=self.config.decode_attention)
                 cache = [copy(pool, block.source, block.target) for pool in cache]
@@ -357,9 +312,8 @@ class Sampler:
 
             carry = cache, block.tokens, block.t, block.lengths > 0, jnp.full_like(block.t, -1)
             (cache, _, t, _, stop_token), (tokens, *chosen) = jax.lax.scan(step, carry, length=self.decode_steps)
-            everywhere = map(constrain, (tokens, t - block.t, stop_token))
-            by_slot = lambda x: constrain(x, None, 'batch', *[None] * (x.ndim - 2))
-            return cache, Steps(*everywhere, *jax.tree.map(by_slot, chosen))
+            steps = Steps(tokens, t - block.t, stop_token, *chosen)
+            return cache, jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), steps)  # on every device
 
         return jax.jit(decode, donate_argnames='cache')
 
@@ -400,20 +354,19 @@ class Sampler:
         # A policy of NaN draws anything: still a token of the vocabulary, and not of the padding of its last block.
         return jnp.minimum(tokens, (self.config.tokenizer_size or self.config.vocab_size) - 1), *others
 
+    @cached_property
     def _free_memory(self) -> float:
         """Bytes that the cache may take on each device, the same on all processes and in all rollouts.
 
         By what is free later, it would have other shapes, and programs would be compiled again.
         """
-        if current_mesh() not in self._free:
-            stats = jax.local_devices()[0].memory_stats()
-            if stats and 'bytes_limit' in stats:
-                free = MEMORY_SHARE * stats['bytes_limit'] - stats['bytes_in_use']
-            else:
-                total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-                free = CPU_MEMORY_SHARE * total / jax.local_device_count()
-            self._free[current_mesh()] = float(np.min(multihost_utils.process_allgather(np.float32(free))))
-        return self._free[current_mesh()]
+        stats = jax.local_devices()[0].memory_stats()
+        if stats and 'bytes_limit' in stats:
+            free = MEMORY_SHARE * stats['bytes_limit'] - stats['bytes_in_use']
+        else:
+            total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+            free = CPU_MEMORY_SHARE * total / jax.local_device_count()
+        return float(np.min(multihost_utils.process_allgather(np.float32(free))))
 
 
 def _chunks(jobs: list[list[Prefill]], sizes: Sizes):
@@ -431,13 +384,6 @@ def _chunks(jobs: list[list[Prefill]], sizes: Sizes):
     for begin in range(0, longest, sizes.chunk):
         part = slice(begin, begin + sizes.chunk)
         yield tokens[:, part], positions[:, part], table
-
-
-@partial(jax.jit, static_argnums=1)
-def _sample_keys(keys: jax.Array, samples: int) -> jax.Array:
-    """The key data [R, 2] of all samples of prompts with `keys` [B]."""
-    folded = jax.vmap(lambda key: jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(samples)))(keys)
-    return constrain(jax.random.key_data(folded).reshape(len(keys) * samples, -1), None, None)
 
 
 def _uniforms(keys: jax.Array, t: jax.Array) -> jax.Array:

@@ -17,6 +17,19 @@ from typing import NamedTuple
 import numpy as np
 
 
+class Sizes(NamedTuple):
+    """The sizes of a rollout's arrays."""
+
+    shards: int  # E
+    slots: int  # U, decode slots of each shard
+    rows: int  # A, sequences of each shard that a prefill takes
+    chunk: int  # C, tokens of each of them
+    pages: int  # NP, of each shard
+    page_size: int  # PS, tokens of a page
+    prompt_width: int  # pages of the longest prompt
+    width: int  # J, pages of the longest sequence
+
+
 class Prefill(NamedTuple):
     """A part of a sequence that is to be written into the cache."""
 
@@ -55,19 +68,16 @@ class _Request:
     response: list[int] = dataclasses.field(default_factory=list)  # tokens so far
     slot: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)  # its own, after the full ones of the prompt
-    most: int = 0  # of them, for the longest response
-    source: int | None = None  # the prompt's page that the first of them is to become a copy of
 
 
 class _Shard:
     """Slots and pages of one device, or of the devices that share its batch."""
 
-    def __init__(self, table: np.ndarray, pages: int, page_size: int):
-        self.table, slots = table, len(table)  # [U, J]
-        self.idle, self.free, self.size = list(range(slots))[::-1], list(range(pages))[::-1], page_size
+    def __init__(self, table: np.ndarray, sizes: Sizes):
+        self.table, self.size = table, sizes.page_size  # [U, J]
+        self.idle, self.free = list(range(sizes.slots))[::-1], list(range(sizes.pages))[::-1]
         self.waiting: deque[_Request] = deque()
         self.running: list[_Request] = []  # the oldest first
-        self.growing = 0  # of those that run, how many will need further pages
         self.prompts: list[_Prompt] = []  # in the cache
         # Due before the next steps: prompts, and after them requests that go on.
         self.prefills: list[Prefill] = []
@@ -103,29 +113,25 @@ class _Shard:
         request = self.waiting[0]
         prompt, shared = request.prompt, self.shared(request.prompt)
         count = self.wanted(request, steps)
-        spare = count + self.growing  # a page for each of the others, or they would soon drive this one out
+        spare = count + len(self.running)  # a page for each of the others, or they would soon drive this one out
         while (prompt.pages is None and not self.prefill(prompt, spare)) or len(self.free) < spare:
             if not self.drop_prompt(besides=prompt):
                 return False
         self.waiting.popleft()
         request.slot, request.pages = self.idle.pop(), self.take(count)
-        request.most = count + self.wanted(request, request.limit)
         pages = prompt.pages[:shared] + request.pages
         self.table[request.slot] = pages + [0] * (self.table.shape[1] - len(pages))
         self.running.append(request)
-        self.growing += len(request.pages) < request.most
         prompt.decoding += 1
         if request.response:  # evicted before
             begin = shared * self.size
             tokens = np.append(prompt.tokens, np.array(request.response, np.int32))[begin:-1]
             self.resumed.append(Prefill(tokens, begin, pages))
-        elif len(prompt.pages) > shared:
-            request.source = prompt.pages[shared]
         return True
 
     def grow(self, steps: int) -> int:
         """Gives running requests the pages of their next steps. Returns how many were evicted for that."""
-        evicted = self.growing = 0
+        evicted = 0
         for request in list(self.running):
             while request.slot >= 0 and len(self.free) < (count := self.wanted(request, steps)):
                 if not self.drop_prompt():
@@ -133,11 +139,9 @@ class _Shard:
                     self.leave(self.running[-1])
                     evicted += 1
             if request.slot >= 0:
-                if count:
-                    begin = self.shared(request.prompt) + len(request.pages)
-                    self.table[request.slot, begin : begin + count] = taken = self.take(count)
-                    request.pages += taken
-                self.growing += len(request.pages) < request.most
+                begin = self.shared(request.prompt) + len(request.pages)
+                self.table[request.slot, begin : begin + count] = taken = self.take(count)
+                request.pages += taken
         return evicted
 
     def drop_prompt(self, besides: _Prompt | None = None) -> bool:
@@ -155,7 +159,7 @@ class _Shard:
         self.running.remove(request)
         self.idle.append(request.slot)
         self.free += request.pages
-        request.slot, request.pages, request.source = -1, [], None
+        request.slot, request.pages = -1, []
         request.prompt.decoding -= 1
 
     def end(self, request: _Request) -> None:
@@ -173,27 +177,14 @@ class Scheduler:
     Args:
       prompts: the tokens of each of B prompts.
       limits: [R] most tokens of each response, the samples of a prompt next to each other.
-      shards, slots: E, and the U decode slots of each.
-      pages, page_size: the NP pages of each shard, and the PS tokens of a page.
-      width: J, pages of the longest sequence.
+      sizes: of slots, pages and prefills.
       steps: decode steps from one schedule to the next.
     """
 
-    def __init__(
-        self,
-        prompts: Sequence[np.ndarray],
-        limits: np.ndarray,
-        *,
-        shards: int,
-        slots: int,
-        pages: int,
-        page_size: int,
-        width: int,
-        steps: int,
-    ):
-        self.table = np.zeros((shards, slots, width), np.int32)
-        self.shards = [_Shard(table, pages, page_size) for table in self.table]
-        self.slots, self.pages, self.steps = slots, pages, steps
+    def __init__(self, prompts: Sequence[np.ndarray], limits: np.ndarray, sizes: Sizes, steps: int):
+        self.table = np.zeros((sizes.shards, sizes.slots, sizes.width), np.int32)
+        self.shards = [_Shard(table, sizes) for table in self.table]
+        self.sizes, self.steps = sizes, steps
         self.limits, self.samples = limits, len(limits) // len(prompts)
         self.queue = deque(_Prompt(i * self.samples, tokens, self.samples) for i, tokens in enumerate(prompts))
         self.evictions = 0
@@ -202,12 +193,13 @@ class Scheduler:
     def work_is_left(self) -> bool:
         return bool(self.queue) or any(shard.waiting or shard.running for shard in self.shards)
 
-    def schedule(self, rows: int) -> Iterator[list[list[Prefill]]]:
+    def schedule(self) -> Iterator[list[list[Prefill]]]:
         """Gives running requests the pages of the next steps, and idle slots their next requests.
 
         Yields:
-          what has to be prefilled before these steps, one after the other: for each shard at most `rows` sequences.
+          what has to be prefilled before these steps, one after the other: for each shard at most A sequences.
         """
+        rows = self.sizes.rows
         for shard in self.shards:
             shard.prefills, shard.resumed = [], []
         evicted = [shard.grow(self.steps) for shard in self.shards]
@@ -217,7 +209,7 @@ class Scheduler:
             filling = [shard for shard in filling if shard.idle and self._has_next(shard) and shard.start(self.steps)]
         for shard in self.shards:  # the next prompts take the rows that a prefill has left
             for _ in range(-len(shard.prefills) % rows):
-                if self.queue and shard.prefill(self.queue[0], spare=2 * self.slots):
+                if self.queue and shard.prefill(self.queue[0], spare=2 * self.sizes.slots):
                     self._take_prompt(shard)
         for kind in ('prefills', 'resumed'):
             of_shards = [getattr(shard, kind) for shard in self.shards]
@@ -236,22 +228,18 @@ class Scheduler:
 
     def block(self) -> Block:
         """What the decode program has to know for the next steps."""
-        count = len(self.shards) * self.slots
+        count = self.sizes.shards * self.sizes.slots
         full = lambda value: np.full(count, value, np.int32)
         table = self.table.reshape(count, -1).copy()
-        block = Block(full(-1), full(0), full(0), full(0), full(0), table, full(0), full(self.pages))
-        slots, values = [], []
+        block = Block(full(-1), full(0), full(0), full(0), full(0), table, full(0), full(self.sizes.pages))
         for e, shard in enumerate(self.shards):
             for request in shard.running:
-                slot, prompt, t = e * self.slots + request.slot, request.prompt.tokens, len(request.response)
-                slots.append(slot)
+                slot, prompt, t = e * self.sizes.slots + request.slot, request.prompt.tokens, len(request.response)
                 token = request.response[-1] if t else prompt[-1]
-                values.append((request.row, token, len(prompt) + t, t, request.limit))
-                if request.source is not None:
-                    block.source[slot], block.target[slot] = request.source, request.pages[0]
-                    request.source = None
-        for x, column in zip(block[:5], np.array(values, np.int32).T, strict=True):
-            x[slots] = column
+                for x, value in zip(block, (request.row, token, len(prompt) + t, t, request.limit), strict=False):
+                    x[slot] = value
+                if not t and (partly_filled := request.prompt.pages[shard.shared(request.prompt) :]):
+                    block.source[slot], block.target[slot] = partly_filled[0], request.pages[0]
         return block
 
     def record(self, tokens: np.ndarray, counts: np.ndarray, stopped: np.ndarray) -> None:
@@ -263,7 +251,7 @@ class Scheduler:
         """
         for e, shard in enumerate(self.shards):
             for request in list(shard.running):
-                slot = e * self.slots + request.slot
+                slot = e * self.sizes.slots + request.slot
                 request.response += tokens[: counts[slot], slot].tolist()
                 if stopped[slot] or len(request.response) == request.limit:
                     shard.end(request)

@@ -200,8 +200,8 @@ class Compute:
       attention: kernel for whole sequences: 'xla', 'cudnn' or 'splash'; None is the best on these devices.
       decode_attention: kernel for decoding: 'xla', 'triton' or 'ragged'; None is the best on these devices.
       remat: rematerialisation in the backward pass, to save memory: None, 'dots' or 'full'.
-      slots: decode slots, responses that are decoded at a time on all devices together, a matter of speed. None: one
-        for every response of a rollout batch, at most 512 for each shard of the batch.
+      slots: decode slots, responses that are decoded at a time, at most, on all devices together, a matter of speed.
+        None: 512 for each shard of the batch. Fewer responses take the next power of two.
       cache_gb: memory of the sampler's KV cache on each device; requests wait if it is full. None: all that is free.
       gather_weights: gathers the weights for decoding once per rollout, see `Sampler`.
       row_tokens: S, tokens of the rows into which responses are packed, at least as many as a prompt and its response

@@ -134,13 +134,6 @@ def fetch(tree: Any) -> Any:
     return jax.tree.map(whole, tree)
 
 
-def addressable_part(x: jax.Array, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """What this process holds of an array that is sharded along one axis: indices on that axis, and the entries."""
-    parts = {shard.index[axis].start or 0: np.asarray(shard.data) for shard in x.addressable_shards}
-    indices = [start + np.arange(part.shape[axis]) for start, part in parts.items()]
-    return np.concatenate(indices), np.concatenate(list(parts.values()), axis=axis)
-
-
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Asks the compiler to lay `x` out by its logical axes. Without a mesh in context (`jax.set_mesh`): nothing."""
     mesh = current_mesh()

@@ -219,29 +219,29 @@ def _write_ragged(pool: Pool, k, v, page, offset) -> Pool:
     new = _pad(jnp.stack([k, v], axis=2).reshape(k.shape[0], -1, k.shape[2]), *both.shape[2:]).astype(both.dtype)
 
     def kernel(page, offset, new, _, pool, semaphore):
-        count = new.shape[0]
+        def each(act):
+            def row(i, _):
+                copy = pltpu.make_async_copy(new.at[i], pool.at[page[i], offset[i]], semaphore)
+                pl.when(page[i] < pool.shape[0])(lambda: act(copy))
 
-        def move(i, act):
-            there = (i >= 0) & (i < count) & (page[jnp.clip(i, 0, count - 1)] < pool.shape[0])
-            copy = lambda: pltpu.make_async_copy(new.at[i], pool.at[page[i], offset[i]], semaphore)
-            pl.when(there)(lambda: act(copy()))
+            begin = pl.program_id(0) * _IN_FLIGHT
+            jax.lax.fori_loop(begin, jnp.minimum(begin + _IN_FLIGHT, new.shape[0]), row, None)
 
-        def step(i, _):
-            move(i, lambda copy: copy.start())
-            move(i - _IN_FLIGHT, lambda copy: copy.wait())
+        each(lambda copy: copy.start())
+        each(lambda copy: copy.wait())
 
-        jax.lax.fori_loop(0, count + _IN_FLIGHT, step, None)
-
-    anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=2,
-        in_specs=[anywhere, anywhere],
+    scalars, anywhere = (pl.BlockSpec(memory_space=space) for space in (pltpu.SMEM, pl.ANY))
+    write = pl.pallas_call(
+        kernel,
+        jax.typeof(both),
+        grid=(pl.cdiv(new.shape[0], _IN_FLIGHT),),
+        in_specs=[scalars, scalars, anywhere, anywhere],
         out_specs=anywhere,
-        grid=(1,),
         scratch_shapes=[pltpu.SemaphoreType.DMA],
+        input_output_aliases={3: 0},
+        name='write_tokens',
     )
-    call = pl.pallas_call(kernel, jax.typeof(both), grid_spec=grid, input_output_aliases={3: 0}, name='write_tokens')
-    return (call(page, offset, new, both),)
+    return (write(page, offset, new, both),)
 
 
 def _attend_ragged(q, pool: Pool, block_table, positions, *, kv_heads: int) -> jax.Array:
