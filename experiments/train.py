@@ -14,19 +14,18 @@ import time
 from functools import cache, partial
 
 import jax
-import numpy as np
 
 from experiments.plumbing.command import read_command_line, run_command
 from experiments.plumbing.names import SETTINGS
 from experiments.plumbing.progress import tell_where_to_look
 from experiments.plumbing.run import TrainingRun, warn_of_noise
+from experiments.plumbing.trace import trace_programs
 from experiments.plumbing.validation import make_validation, metrics_of
-from troll_jax.collect import Experience, gather_responses, make_collector
-from troll_jax.data.prompts import PromptSet, draw_indices
+from troll_jax.collect import Experience, make_collector
+from troll_jax.data.prompts import draw_indices
 from troll_jax.experiment import Experiment
 from troll_jax.learn import Learner, Updated, summarise
-from troll_jax.rewards.terms import read_rows, weigh
-from troll_jax.rollout import Sampler
+from troll_jax.rewards.terms import read_rows
 from troll_jax.settings import Compute, Method, Run, Sampling, check_together
 from troll_jax.types import TrainState
 
@@ -126,18 +125,6 @@ def training_step(
     seconds = time.perf_counter() - begin
     tokens = int(experience.rollout.response_lengths.sum())
     return state, row | {'update/tokens_per_second': tokens / seconds, 'seconds/update': seconds}, updates
-
-
-def trace_programs(sampler: Sampler, learner: Learner, sampling: Sampling, method: Method, prompts: PromptSet) -> None:
-    """Traces a step's programs on shapes alone: a setting that they refuse is an error before any weight is loaded."""
-    batch = sampling.prompts_per_step
-    some = jax.eval_shape(lambda: prompts[:batch])
-    keys = jax.eval_shape(partial(jax.random.split, num=batch), jax.random.key(0))
-    rollout = sampler.shapes(learner.sampling_params(learner.shapes), some, keys)
-    learner.trace(rollout, batch)
-    tokens, grades = np.zeros((2, 1), np.int32), np.zeros(2, np.float32)
-    responses = gather_responses(prompts, np.arange(1), ['', ''], tokens, grades, rollout.log_probs.shape[1])
-    weigh(method.rewards, responses)
 
 
 def main() -> None:
