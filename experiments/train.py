@@ -135,9 +135,8 @@ def trace_programs(sampler: Sampler, learner: Learner, sampling: Sampling, metho
     keys = jax.eval_shape(partial(jax.random.split, num=batch), jax.random.key(0))
     rollout = sampler.shapes(learner.shapes.params, some, keys)
     learner.trace(rollout, batch)
-    tokens, grades = np.zeros((2, 1), np.int32), np.zeros(2, np.float32)
-    responses = gather_responses(prompts, np.arange(1), ['', ''], tokens, grades, rollout.log_probs.shape[1])
-    weigh(method.rewards, responses)
+    tokens, limit = np.zeros((2, 1), np.int32), rollout.log_probs.shape[1]
+    weigh(method.rewards, gather_responses(prompts, np.arange(1), ['', ''], tokens, np.zeros(2, np.float32), limit))
 
 
 def main() -> None:
