@@ -58,7 +58,7 @@ def make_validation(
         if trained and ((tested := prompts.texts()) <= trained or trained <= tested):
             raise ValueError(
                 f'the evaluation set {name!r} is what the run trains on; set Experiment.held_out to a number of rows '
-                'or a share that is held out, or choose another set'
+                'or a share that is held out, or choose other data'
             )
 
     def validate(params, key: jax.Array, own_grader: Grader | None = None, done: Callable | None = None) -> dict:
