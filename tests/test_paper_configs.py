@@ -139,9 +139,10 @@ def test_it_trains_up_to_the_weights(files, tmp_path, monkeypatch):
     task = dataclasses.replace(experiment.task, deadline=None)  # no grading workers
     n = 2048
     prompts = PromptSet(np.zeros(n, np.int32), np.ones(n, np.int32), [''] * n, experiment.max_prompt_length)
+    encode = lambda split, *_, **__: dataclasses.replace(prompts, tokens=prompts.tokens + (split == 'test'))
     monkeypatch.setattr(type(task), 'load', lambda self, split: split)
     monkeypatch.setattr(troll_jax.experiment, 'distinct_rows', lambda rows, **_: rows)
-    monkeypatch.setattr(troll_jax.experiment, 'encode_prompts', lambda *_, **__: prompts)
+    monkeypatch.setattr(troll_jax.experiment, 'encode_prompts', encode)
     monkeypatch.setattr(
         troll_jax.experiment, 'load_tokenizer', lambda *_, **__: character_tokenizer(''.join(map(chr, range(300))))
     )

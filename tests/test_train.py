@@ -273,8 +273,8 @@ def test_the_papers_configs_run_with_small_stand_ins(tmp_path, method):
     tokenizer = character_tokenizer(''.join(sorted(set('What is plus?0123456789#boxed{}\\ =\n'))))
     tokenizer.chat_template = CHAT_TEMPLATE
     save_qwen3(tmp_path / 'model', tokenizer)
-    for split in ('train', 'test'):
-        rows = [{'question': f'What is {i} plus {i}?', 'answer': f'It is {2 * i}\n#### {2 * i}'} for i in range(40)]
+    for split, numbers in (('train', range(40)), ('test', range(40, 80))):
+        rows = [{'question': f'What is {i} plus {i}?', 'answer': f'It is {2 * i}\n#### {2 * i}'} for i in numbers]
         (tmp_path / f'{split}.jsonl').write_text('\n'.join(json.dumps(row) for row in rows))
     built = settings(
         [REPOSITORY / f'configs/qwen3_0_6b_gsm8k_{method}.gin'],

@@ -77,8 +77,7 @@ def test_a_task_of_ones_own_and_verls_compute_score(problems):
     truth = json.loads(rows[3]['answer'])
     assert truth == {'ground_truth': 4, 'data_source': 'problems.jsonl', 'extra_info': {}}
     with Grader(scored.task.grade, deadline=scored.task.deadline, workers=1) as grader:
-        answer = json.dumps(truth | {'ground_truth': '4'})
-        assert grader(['it is 4', 'it is 5', ''], [answer] * 3).rewards.tolist() == [1, 0, 0]
+        assert grader(['it is 4', 'it is 5', ''], [rows[3]['answer']] * 3).rewards.tolist() == [1, 0, 0]
     (reverse,) = settings_of('reversed.gin', ['Experiment.held_out = 3'])
     assert len(reverse.task.load('test')) == 10 and reverse.task.grade('21', '21') == 1
     text = to_gin(reverse)

@@ -53,12 +53,12 @@ def make_validation(
         (name, task, experiment.load_prompts(split, tokenizer, task), samples_per_prompt or samples)
         for name, task, samples in experiment.validation_sets
     ]
-    trained = set() if trained_on is None else trained_on.texts()
+    trained = set() if trained_on is None else trained_on.hashes()
     for name, _, prompts, _ in sets:
-        if trained and ((tested := prompts.texts()) <= trained or trained <= tested):
+        if trained and ((tested := prompts.hashes()) <= trained or trained <= tested):
             raise ValueError(
                 f'the evaluation set {name!r} is what the run trains on; set Experiment.held_out to a number of rows '
-                'or a share that is held out, or choose another set'
+                'or a share that is held out, or choose other data'
             )
 
     def validate(params, key: jax.Array, own_grader: Grader | None = None, done: Callable | None = None) -> dict:

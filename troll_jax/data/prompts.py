@@ -64,9 +64,9 @@ class PromptSet:
         places = np.where(is_token, self._starts[rows, None] + positions, 0)
         return Prompts(np.where(is_token, self.tokens[places], 0), lengths)
 
-    def texts(self) -> set[bytes]:
-        """The distinct prompts, to be compared."""
-        return {tokens.tobytes() for tokens in np.split(self.tokens, self._starts[1:])}
+    def hashes(self) -> set[int]:
+        """Hashes of the distinct prompts, to be compared in this process."""
+        return {hash(tokens.tobytes()) for tokens in np.split(self.tokens, self._starts[1:])}
 
     def decode(self, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The text of every prompt as the model reads it, with special tokens."""

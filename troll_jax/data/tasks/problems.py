@@ -87,7 +87,8 @@ class Problems:
         )
         loaded = as_dataset(zip(messages, self._references(rows, answer, where), strict=True))
         self._check(loaded, where(0))
-        return concatenate_datasets([loaded, rows.select_columns(self.columns)], axis=1) if self.columns else loaded
+        further = [name for name in self.columns if name not in loaded.column_names]
+        return concatenate_datasets([loaded, rows.select_columns(further)], axis=1) if further else loaded
 
     _others = ()  # columns that are read where they are there
 
