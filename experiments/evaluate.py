@@ -83,8 +83,8 @@ def check_source(source: str, found: Source, settings: Sequence[str]) -> None:
     if not settings:
         where = '' if path.exists() else f' {source!r} is no folder here, so it would be the id of a model on the hub.'
         raise ValueError(
-            'a model, or checkpoints without config.gin, need gin files that say on what to evaluate, such as '
-            f'configs/data/gsm8k.gin; got none.{where}'
+            'a model, or checkpoints without config.gin, need configurations that say on what to evaluate, such as '
+            f'gsm8k; got none.{where}'
         )
 
 
@@ -113,7 +113,7 @@ def evaluation(
       samples_per_prompt: n, for mean@n and pass@k with k up to n, of every set. None: the number of the set.
       temperature: sampling temperature; None: `Experiment.validation_temperature`.
       slots: decode slots, on all devices together. None: `Compute.slots`.
-      top_k, top_p: sample from the most probable tokens only; None: all, and `Experiment.validation_top_p`.
+      top_k, top_p: sample from the most probable tokens only; None: all, or what `Experiment.validation_top_p` says.
       seed: seed of the sampling.
       folder: folder to write to; None is the run's, or `runs/evaluation_<source>`.
 
@@ -182,7 +182,7 @@ def evaluation(
     if len(summaries) > 1:
         samples = min(result.rewards.shape[1] for result in results.values())
         mean = estimate(*(success(result) for result in results.values()), samples=samples)
-        common = {'split': split, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
+        common = {'split': split, 'top_k': top_k, 'top_p': top_p or experiment.validation_top_p, 'seed': seed}
         summaries['mean'] = {'step': step, 'sets': list(summaries), 'success': mean._asdict()} | common
         write(
             Path(out),

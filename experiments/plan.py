@@ -15,12 +15,13 @@ attention by cuDNN, which a GPU takes for bfloat16, also needs `pip install --no
 
 import json
 import os
+from pathlib import Path
 
 os.environ['JAX_PLATFORMS'] = 'cpu'  # the topologies are not devices of this machine
 os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 
 from experiments.plumbing.command import CONFIG_HELP, Parser, files_and_bindings, run_command  # noqa: E402
-from experiments.plumbing.gin_files import Config  # noqa: E402
+from experiments.plumbing.gin_files import ROOT, Config  # noqa: E402
 from experiments.studies.plan import PROGRAMS, plan  # noqa: E402
 from troll_jax.experiment import Experiment  # noqa: E402
 from troll_jax.settings import Compute, Method, Sampling  # noqa: E402
@@ -66,6 +67,9 @@ def main() -> None:
     words = [arguments.config, *arguments.bindings]
     is_topology = lambda word: ':' in word and '=' not in word
     rows, config = [], Config(*files_and_bindings([word for word in words if not is_topology(word)]))
+    model = config.get('Experiment.model') or ''
+    if not Path(model).exists() and (ROOT / model).exists():  # such as configs/models/qwen3-0.6b, from any folder
+        config.bindings['Experiment']['model'] = str(ROOT / model)
     for topology in ','.join([arguments.topology, *filter(is_topology, words)]).split(','):
         rows += plan(config, topology, programs)
     print_table(rows)
