@@ -133,7 +133,7 @@ td, th { padding: .15rem 1.2rem .15rem 0; text-align: right; font-variant-numeri
 td:first-child, th:first-child { text-align: left; }
 section, figure { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.2rem;
   margin: 1rem 0; overflow-x: auto; }
-figure svg { width: 100%; height: auto; } figure text { fill: currentColor; }
+figure svg { width: 100%; height: auto; fill: currentColor; }
 .prompt { border-left: 3px solid var(--dim); padding-left: .8rem; margin-bottom: .8rem; }
 .sides { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)); gap: 1.2rem; }
 article { border-left: 3px solid var(--line); padding-left: .8rem; margin-bottom: .9rem; }

@@ -5,9 +5,7 @@
 
 Five frozen dataclasses are its settings (troll_jax/experiment.py, troll_jax/settings.py). Experiment, Sampling and
 Method decide what is learnt; Compute and Run never do, so they may change when a run resumes. A notebook builds the
-five values and calls `train`.
-
-Started again, a run resumes. What its folder holds: docs/watching_a_run.md; several hosts: docs/multi_host.md.
+five values and calls `train`. A run's folder: docs/watching_a_run.md; several hosts: docs/multi_host.md.
 """
 
 import time
