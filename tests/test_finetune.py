@@ -3,6 +3,7 @@
 import functools
 import json
 import sys
+from pathlib import Path
 
 import datasets
 import jax
@@ -13,11 +14,13 @@ import pytest
 import torch
 from faults.runs import everything
 from loop import assert_same, without_times
+from safetensors.numpy import load_file
 from test_chat_templates import CHATML, FAMILIES, Family, prompt, save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from updates import CONFIG, all_log_probs, policy_params
 
 import experiments.finetune
+from experiments.export import export
 from experiments.finetune import finetune
 from troll_jax.data.chats import Chat, encode_chats
 from troll_jax.data.tasks.interface import load_rows, locate
@@ -25,6 +28,7 @@ from troll_jax.data.tokenizer import load_tokenizer, stop_token_ids
 from troll_jax.finetune import Finetuning, SupervisedLearner
 from troll_jax.metrics import read_metrics
 from troll_jax.models import decoder as decoders
+from troll_jax.models.lora import Lora
 from troll_jax.optimizer import adamw
 from troll_jax.settings import Compute, Run
 
@@ -210,6 +214,7 @@ def test_the_gradient_is_that_of_the_mean_over_learnt_tokens(layout):
     assert {name: measured[name] for name in measured} == pytest.approx({n: metrics[n] for n in measured}, rel=1e-5)
 
 
+UP = 'model.layers.0.mlp.up_proj.weight'
 DEMONSTRATIONS = {'prompt': ['1+2=', '3*4=', '9-5=', '7+7='] * 2, 'completion': ['3#3', '2#2', '#4', '4#4'] * 2}
 ONE_DEVICE = Compute(dtype='float32', devices=jax.devices()[:1])
 
@@ -219,11 +224,15 @@ def settings(model: str, **changes) -> Finetuning:
     return Finetuning(model=model, **usual | changes)
 
 
-def test_resuming_equals_not_stopping(tmp_path, model):
-    """Guards against chats that are skipped or seen again, a rate that starts anew, and lost metrics."""
+@pytest.mark.parametrize('lora', [None, Lora(rank=2)])
+def test_resuming_equals_not_stopping(tmp_path, model, lora):
+    """Guards against chats that are skipped or seen again, a rate that starts anew, and lost metrics.
+
+    And against an export without what has been learnt, or without the weights that adapters belong to.
+    """
     rows, of_run = datasets.Dataset.from_dict(DEMONSTRATIONS), {'evaluate_every': 2, 'checkpoint_every': 2}
     make = lambda name, steps: finetune(
-        settings(model, held_out=2), ONE_DEVICE, Run(folder=tmp_path / name, steps=steps, **of_run), rows
+        settings(model, held_out=2, lora=lora), ONE_DEVICE, Run(folder=tmp_path / name, steps=steps, **of_run), rows
     )
     assert make('whole', 4) and make('parts', 2) and make('parts', 4)
     assert_same(*(everything(tmp_path / name, 4) for name in ('parts', 'whole')))
@@ -232,8 +241,12 @@ def test_resuming_equals_not_stopping(tmp_path, model):
     assert found[0][4]['eval/loss'] < found[0][0]['eval/loss']
     tokens = [row['update/tokens'] for row in found[0][1:]]
     assert sum(tokens[:2]) == sum(tokens[2:]) and sum(tokens[:2]) % 2, 'two updates were meant to be all six chats'
+    export(tmp_path / 'whole', tmp_path / 'again')
+    exported = [load_file(tmp_path / name / 'model.safetensors') for name in ('again', 'whole/export')]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-7), *exported)
+    assert not np.array_equal(exported[0][UP], load_file(Path(model) / 'model.safetensors')[UP])
     with pytest.raises(ValueError, match='train data: '):
-        finetune(settings(model), ONE_DEVICE, Run(folder=tmp_path / 'parts', steps=5), rows.select(range(7)))
+        finetune(settings(model, lora=lora), ONE_DEVICE, Run(folder=tmp_path / 'parts', steps=5), rows.select(range(7)))
 
 
 def test_a_demonstration_is_reproduced(tmp_path, model, monkeypatch):

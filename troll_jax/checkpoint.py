@@ -157,9 +157,8 @@ class Checkpoints:
         base = split(params)[0] or params
         if (got := int(checksum(base))) != (expected := self._manager.metadata(step).custom_metadata.get(_BASE)):
             raise ValueError(
-                f'{self.path / str(step)} holds adapters of other parameters than those of the start model as it is '
-                f'loaded: got their checksum {got}, expected {expected}. Restore that model or its version, which '
-                'setup.json names, or bind Experiment.model to a copy of it.'
+                f'{self.path / str(step)} holds adapters of another start model than the one that is loaded: got the '
+                f'checksum {got}, expected {expected}. Restore that model, or bind Experiment.model to a copy of it.'
             )
         return base
 

@@ -152,14 +152,11 @@ class SupervisedLearner:
         finite = jnp.isfinite(norm)
         with jax.named_scope('optimizer'):
             result = apply_gradients(self._optimizer, gradients, state.opt_state, state.params, finite)
-            result = constrain_like(result, like_policy)
+            params, opt_state = constrain_like(result, like_policy)
         done = state.progress
         progress = done._replace(step=done.step + 1, updates=done.updates + finite)
-        return (
-            state._replace(progress=progress, params=result[0], opt_state=result[1]),
-            _sums(logs, batch),
-            {'gradient_norm': norm, 'skipped': 1.0 - finite},
-        )
+        state = state._replace(progress=progress, params=params, opt_state=opt_state)
+        return state, _sums(logs, batch), {'gradient_norm': norm, 'skipped': 1.0 - finite}
 
     def _measure_of(self, params, batch: Batch) -> dict[str, jax.Array]:
         nothing = jnp.zeros_like(batch.loss_weights)

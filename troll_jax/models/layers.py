@@ -90,10 +90,10 @@ def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
     return nnx.Param(0.02 * (1024 / inputs) ** 0.5 * jax.random.normal(key, shape), axes=axes)
 
 
-def product(
-    x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None, adapter: Adapter | None = None
-) -> jax.Array:
-    """[..., I] times [I, O], plus [O]. Flattened to two axes first: on a CPU a product with a batch axis is slower.
+def product(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None, lora: Adapter | None = None) -> jax.Array:
+    """[..., I] times [I, O], plus the adapter's product, plus [O].
+
+    Flattened to two axes first: on a CPU a product with a batch axis is slower.
 
     The parts of a weight that 'embed' spreads over devices are gathered first, in the dtype of the product. Left to
     the partitioner, masters travel in float32, and a TPU's compiler splits the product into one for each device's part,
@@ -101,8 +101,8 @@ def product(
     """
     gathered = constrain(weight[...].astype(x.dtype), *(None if axis == 'embed' else axis for axis in weight.axes))
     flat = x.reshape(-1, x.shape[-1]) @ gathered
-    if adapter is not None:
-        flat = flat + product(adapter.scale * product(x, adapter.a), adapter.b).reshape(flat.shape)
+    if lora is not None:
+        flat = flat + product(lora.scale * product(x, lora.a), lora.b).reshape(flat.shape)
     if bias is not None:
         # In float32, in which its gradient, a sum over all tokens, is summed too.
         flat = (flat.astype(jnp.float32) + bias[...].astype(jnp.float32)[None]).astype(x.dtype)
@@ -151,7 +151,7 @@ class Attention(nnx.Module):
 
     def merge_heads(self, mixed: jax.Array) -> jax.Array:
         """[B, S, H, F] → [B, S, D]."""
-        return product(mixed.reshape(*mixed.shape[:2], -1), self.output, adapter=self.lora.get('output'))
+        return product(mixed.reshape(*mixed.shape[:2], -1), self.output, lora=self.lora.get('output'))
 
 
 class MLP(nnx.Module):
@@ -168,10 +168,10 @@ class MLP(nnx.Module):
         self.gated = config.mlp == 'swiglu'
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        up = product(x, self.up, adapter=self.lora.get('up'))
-        gate = product(x, self.gate, adapter=self.lora.get('gate')) if self.gated else None
+        up = product(x, self.up, lora=self.lora.get('up'))
+        gate = product(x, self.gate, lora=self.lora.get('gate')) if self.gated else None
         inner = jax.nn.silu(gate) * up if self.gated else self.activation(up)
-        return product(inner, self.down, adapter=self.lora.get('down'))
+        return product(inner, self.down, lora=self.lora.get('down'))
 
 
 class XIELU(nnx.Module):

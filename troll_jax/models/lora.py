@@ -55,10 +55,8 @@ class Adapter(nnx.Module):
 
     def __init__(self, lora: Lora, weight: nnx.Param, key: jax.Array):
         (inputs, outputs), (input_axis, output_axis) = weight.shape, weight.axes
-        bound = inputs**-0.5
-        self.a = nnx.Param(
-            jax.random.uniform(key, (inputs, lora.rank), minval=-bound, maxval=bound), axes=(input_axis, None)
-        )
+        drawn = jax.random.uniform(key, (inputs, lora.rank), minval=-1.0, maxval=1.0)
+        self.a = nnx.Param(inputs**-0.5 * drawn, axes=(input_axis, None))
         self.b = nnx.Param(jnp.zeros((lora.rank, outputs)), axes=(None, output_axis))
         self.scale = lora.scale
 
@@ -75,9 +73,7 @@ def adapt(lora: Lora | None, key: jax.Array, *parts: nnx.Module) -> None:
         part.lora = nnx.Dict()
     for pattern in () if lora is None else lora.targets:
         if not (chosen := fnmatch.filter(names, pattern)):
-            raise ValueError(
-                f'Lora.targets has {pattern!r}, which no weight of a layer matches; expected some of {names}'
-            )
+            raise ValueError(f'Lora.targets: no weight of a layer matches {pattern!r}; expected some of {names}')
         for i, (part, name, weight) in enumerate(weights):
             if name in chosen:
                 part.lora[name] = Adapter(lora, weight, jax.random.fold_in(key, i))
