@@ -9,6 +9,7 @@ five values and calls `train`. A run's folder: docs/watching_a_run.md; several h
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 
 import jax
@@ -68,7 +69,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
     evaluate = None
     if run.evaluate_every:
         evaluate = make_validation(experiment, model.tokenizer, sampler_of, compute=compute, trained_on=prompts)
-    with training, compute.grader(experiment.task) as grader:
+    with training, compute.grader(experiment.task) as grader, ThreadPoolExecutor(1) as background:
         grader.start()
         trace_programs(sampler, learner, sampling, method, prompts)
         validate = lambda params: metrics_of(evaluate(params, jax.random.key(sampling.seed), grader))
@@ -83,10 +84,16 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
             rewards=method.rewards,
             mesh=compute.mesh,
             greedy_sampler=greedy_sampler if method.needs_greedy_reward else None,
+            background=background if compute.overlap else None,
         )
+        ahead = None
         for step in training.steps():
             # B groups of G graded responses by the current policy, or an earlier one. Dynamic sampling happens here.
-            experience = collect(learner.sampling_params(state), int(state.progress.draws))
+            sampled = ahead or collect(learner.sampling_params(state), int(state.progress.draws))
+            experience, ahead = sampled(), None
+            if compute.overlap and step < run.steps:  # graded while the update runs
+                draws = int(state.progress.draws) + experience.draws
+                ahead = collect(learner.sampling_params(state, ahead=True), draws)
             state, row, updates = training_step(learner, state, experience, partial(training.save_rollout, step))
             if method.old_policy == 'rollout':
                 warn_of_noise(row)

@@ -73,7 +73,7 @@ def collector_of(rewards, grader, *, greedy=False, max_draws=1):
 
 def collect(draws=0, *, rewards=(('low', 1.0, starts_low),), grader=None, **settings):
     with grader or Grader(TASK.grade, deadline=None) as grader:
-        return collector_of(rewards, grader, **settings)(params(), draws)
+        return collector_of(rewards, grader, **settings)(params(), draws)()
 
 
 def groups_of(experience) -> list[tuple]:

@@ -1,8 +1,11 @@
 """Lag: rollout batches that are sampled by the policy of some steps before."""
 
+import time
+
 import jax
 import numpy as np
-from loop import HASH, run
+import pytest
+from loop import HASH, StartsWithHash, assert_same, run, saved, without_times
 from test_learn import copy, experience, method
 from updates import CONFIG, PROMPT, RESPONSE, policy_params
 
@@ -44,3 +47,32 @@ def test_a_lagging_run(tmp_path, model):
     assert strip(rows)[:2] == strip(still)[:2] and strip(rows)[2] != strip(still)[2]
     assert all('update/kl_noise' not in row for row in rows)
     assert rows[0]['update/kl_lag'] < 1e-5 < 1e-3 < rows[1]['update/kl_lag'] and still[3]['update/kl_lag'] < 1e-5
+
+
+class Slow(StartsWithHash):
+    """Takes its time to grade."""
+
+    def grade(self, response: str, answer: str) -> float:
+        time.sleep(0.002)
+        return super().grade(response, answer)
+
+
+SLOW = [binding.replace('loop', 'test_lag').replace('StartsWithHash', 'Slow') for binding in HASH]
+
+
+@pytest.mark.parametrize(('lag', 'devices'), [(1, 1), (3, 8)])
+def test_overlap_changes_nothing_but_the_time(tmp_path, model, lag, devices):
+    """Guards against rollouts of parameters that are not those of the lag, and grades that are waited for."""
+    settings = dict(task=[*SLOW, f'Sampling.lag = {lag}', 'Run.evaluate_every = 2'], devices=devices)
+    plain = run(tmp_path / 'plain', model, **settings)
+    run(tmp_path / 'overlap', model, 'Compute.overlap = True', 'Run.steps = 2', **settings)  # and goes on from there
+    overlap = run(tmp_path / 'overlap', model, 'Compute.overlap = True', **settings)
+    assert without_times(overlap) == without_times(plain)
+    assert_same(*(saved(tmp_path / name, 4) for name in ('plain', 'overlap')))
+    assert plain[-1]['seconds/reward'] > 0.128 > overlap[-1]['seconds/reward'], 'of 64 responses'
+
+
+def test_overlap_without_lag_is_an_error(tmp_path, model):
+    """Guards a run that would be off-policy unasked."""
+    with pytest.raises(ValueError, match=r'Sampling.lag = 0, expected at least 1'):
+        run(tmp_path, model, 'Compute.overlap = True', task=HASH)

@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from functools import partial
 from itertools import count
 from time import perf_counter
 from typing import NamedTuple
@@ -65,23 +67,35 @@ def sample_responses(
 _fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
 
 
-def grade(grader: Grader, responses: Sequence[str], answers: Sequence[str]) -> Grades:
-    """Grades a batch that every process has, each of them its share, and gives all of them all grades."""
-    count, mine = jax.process_count(), jax.process_index()
+def grade(
+    grader: Grader, responses: Sequence[str], answers: Sequence[str], background: Executor | None = None
+) -> Callable[[], Grades]:
+    """Grades a batch that every process has, each of them its share; the result gives all of them all grades.
+
+    In the background, or if there is none once they are asked for.
+    """
+    share = slice(jax.process_index(), None, jax.process_count())
+    arguments = grader, responses[share], answers[share]
+    own = partial(*arguments) if background is None else background.submit(*arguments).result
+    return partial(_gather_grades, own, len(responses))
+
+
+def _gather_grades(own: Callable[[], Grades], responses: int) -> Grades:
+    count = jax.process_count()
     if count == 1:
-        return grader(responses, answers)
+        return own()
     failed = None
     try:
-        grades = grader(responses[mine::count], answers[mine::count])
+        grades = own()
     except (ValueError, RuntimeError) as error:
         failed, grades = error, None
     everywhere = multihost_utils.process_allgather(np.array(failed is not None))
     if failed or np.any(everywhere):
         raise failed or RuntimeError(f'grading failed in process {np.argmax(everywhere)}, which says why')
-    padded = np.zeros((2, -(-len(responses) // count)), np.float32)
+    padded = np.zeros((2, -(-responses // count)), np.float32)
     padded[:, : len(grades.rewards)] = grades.rewards, grades.graded
     both, *failures = multihost_utils.process_allgather((padded, *grades[1:4]))
-    rewards, graded = np.moveaxis(both, 0, 2).reshape(2, -1)[:, : len(responses)]
+    rewards, graded = np.moveaxis(both, 0, 2).reshape(2, -1)[:, :responses]
     return Grades(rewards, *(int(np.sum(x)) for x in failures), graded > 0)
 
 
@@ -118,8 +132,9 @@ def make_collector(
     rewards: Sequence[tuple[str, float, RewardTerm]],
     mesh: Mesh,
     greedy_sampler: Sampler | None = None,
-) -> Callable[..., Experience]:
-    """Builds collect(params, draws) → Experience: graded responses to the next prompts, by the policy with `params`.
+    background: Executor | None = None,
+) -> Callable[..., Callable[[], Experience]]:
+    """Builds collect(params, draws), which samples responses to the next prompts by the policy with `params`.
 
     Args:
       sampler: sampler of G responses per prompt.
@@ -133,23 +148,29 @@ def make_collector(
       rewards: name, weight and function of each reward term.
       mesh: device mesh.
       greedy_sampler: sampler of one greedy response per prompt, for advantages that compare with it.
+      background: one thread, in which they are graded until the result is asked for; None: then.
 
     Returns:
-      A function of the parameters and of `Progress.draws`, on which data and random numbers depend. The caller adds
-      `Experience.draws` to it.
+      A function of the parameters and of `Progress.draws`, on which data and random numbers depend, to a function
+      without arguments that returns the graded responses. The caller adds `Experience.draws` to the draws.
     """
     key, prompts_per_step = jax.random.key(sampling.seed), sampling.prompts_per_step
     by_task = any(getattr(term, 'func', term) is task_reward for _, _, term in rewards)
     in_a_row = 0  # steps in which nothing told responses apart
 
-    def sample(sampler, params, indices, draw) -> tuple[_Groups, dict[str, float]]:
+    def sample(sampler, params, indices, draw) -> Callable[[], tuple[_Groups, dict[str, float]]]:
         start = perf_counter()
         rollout = sample_responses(sampler, params, prompts, indices, jax.random.fold_in(key, draw), mesh=mesh)
-        sampled = perf_counter()
+        seconds = perf_counter() - start
         samples = len(rollout.response_lengths) // len(indices)
         texts = decode_responses(rollout, tokenizer)
         answers = [prompts.answers[i] for i in indices for _ in range(samples)]
-        grades = grade(grader, texts, answers)
+        log = _describe(rollout) | {'seconds/rollout': seconds}
+        return partial(reward, rollout, indices, texts, answers, grade(grader, texts, answers, background), log)
+
+    def reward(rollout, indices, texts, answers, grades_of, log) -> tuple[_Groups, dict[str, float]]:
+        start, samples = perf_counter(), len(texts) // len(indices)
+        grades = grades_of()
         tokens = response_tokens(rollout)
         responses = gather_responses(prompts, indices, texts, tokens, grades.rewards, max_response_length)
         total, terms = weigh(rewards, responses)
@@ -158,23 +179,33 @@ def make_collector(
         arrays = rollout._replace(stats=None), total, compared, grades.graded, terms, np.array(answers, object)
         groups = _Groups(*jax.tree.map(by_group, arrays))
         mean = lambda x: np.mean(x[grades.graded]) if grades.graded.any() else 0.0
-        log = _describe(rollout) | {f'reward/{name}': mean(value) for name, value in terms.items()}
+        log = log | {f'reward/{name}': mean(value) for name, value in terms.items()}
         log |= {f'reward/{name}': getattr(grades, name) for name in _FAILURES} | {'reward/mean': mean(total)}
         log |= {'some': list(zip(total, texts, strict=True))[:2]}
-        return groups, log | {'seconds/rollout': sampled - start, 'seconds/reward': perf_counter() - sampled}
+        return groups, log | {'seconds/reward': perf_counter() - start}
 
-    def collect(params, draws: int) -> Experience:
+    def draw_groups(params, draw: int) -> list[Callable[[], tuple[_Groups, dict[str, float]]]]:
+        indices = draw_indices(prompts, prompts_per_step, seed=sampling.seed, draw=draw, level=sampling.level)
+        samplers = [sampler] if greedy_sampler is None else [sampler, greedy_sampler]
+        return [sample(one, params, indices, draw) for one in samplers]
+
+    def collect(params, draws: int) -> Callable[[], Experience]:
+        first = draw_groups(params, draws)
+        # What samples no further batch lets go of the parameters.
+        return partial(finish, first, None if sampling.max_draws == 1 else params, draws)
+
+    def finish(first, params, draws: int) -> Experience:
         nonlocal in_a_row
         kept, logs, greedy_logs, varied = None, [], [], 0
         for draw in count(draws):
-            indices = draw_indices(prompts, prompts_per_step, seed=sampling.seed, draw=draw, level=sampling.level)
-            groups, log = sample(sampler, params, indices, draw)
+            (groups, log), *greedy = [
+                rewarded() for rewarded in (first if draw == draws else draw_groups(params, draw))
+            ]
             logs.append(log)
-            if greedy_sampler is not None:
-                greedy, log = sample(greedy_sampler, params, indices, draw)
+            for baseline, log in greedy:
                 # Without its baseline a group is not graded either.
-                graded = groups.graded & greedy.graded
-                groups = groups._replace(greedy_rewards=greedy.rewards[:, 0], graded=graded)
+                graded = groups.graded & baseline.graded
+                groups = groups._replace(greedy_rewards=baseline.rewards[:, 0], graded=graded)
                 greedy_logs.append(log)
             varied += np.sum(~_uniform(groups))
             kept = groups if kept is None else _best(kept, groups)

@@ -139,9 +139,15 @@ class Learner:
         past = self.shapes.past and tuple(self._copy(state.params) for _ in self.shapes.past)
         return state._replace(critic=critic, reference=reference, past=past)
 
-    def sampling_params(self, state: TrainState) -> Any:
-        """The parameters to sample the next rollout batch with: those of `Sampling.lag` steps before."""
-        return join(state.base, state.past[0]) if state.past else state.policy
+    @_on_mesh
+    def sampling_params(self, state: TrainState, ahead: bool = False) -> Any:
+        """The parameters to sample the next rollout batch with, those of `Sampling.lag` steps before; or the one after.
+
+        That one is known before the next update if there is a lag.
+        """
+        if not state.past:
+            return state.policy
+        return join(state.base, state.past[0] if not ahead else [*state.past[1:], self._copy(state.params)][0])
 
     @_on_mesh
     def keep_policy(self, state: TrainState) -> TrainState:

@@ -212,6 +212,7 @@ class Compute:
       grading_workers: processes that grade; None: one for each CPU.
       grading_memory: address space of each of them, GB.
       offload_optimizer: keeps the moments of the optimizers in the host's memory between updates.
+      overlap: samples a step ahead, and grades while the update before it runs; for `Sampling.lag` of at least 1.
       devices: devices of the mesh; None is all of them.
 
     Raises:
@@ -234,6 +235,7 @@ class Compute:
     grading_workers: int | None = None
     grading_memory: float = 4.0
     offload_optimizer: bool = False
+    overlap: bool = False
     devices: Sequence[jax.Device] | None = None
 
     def __post_init__(self):
@@ -385,6 +387,11 @@ def check_together(sampling: Sampling, method: Method, compute: Compute, max_len
         if size % divisor:
             raise ValueError(f'{name} = {size} must be a multiple of {divisor_name} = {divisor}')
     minibatch_shape(sampling, method, compute, max_length)
+    if compute.overlap and (sampling.lag < 1 or sampling.max_draws > 1):
+        raise ValueError(
+            f'overlap samples before update and grades; got Sampling.lag = {sampling.lag}, expected at least 1, '
+            f'and Sampling.max_draws = {sampling.max_draws}, expected 1; change these, or set Compute.overlap = False'
+        )
 
 
 def _check_above_zero(settings, *names: str) -> None:

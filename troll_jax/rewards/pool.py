@@ -16,6 +16,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -81,6 +82,7 @@ class Grader:
         self._size = workers
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
+        self._one_at_a_time = threading.RLock()  # a batch in the background and one of an evaluation
         self._failed_starts = 0
         self._logged_error = self._has_graded = False
         if deadline is not None:
@@ -96,10 +98,11 @@ class Grader:
         """Starts the workers that are missing, without waiting for them to be ready."""
         if self._deadline is None:
             return
-        while len(self._workers) < self._size:
-            worker = _Worker(self._setup)
-            self._workers.append(worker)
-            self._selector.register(worker.connection, selectors.EVENT_READ, worker)
+        with self._one_at_a_time:
+            while len(self._workers) < self._size:
+                worker = _Worker(self._setup)
+                self._workers.append(worker)
+                self._selector.register(worker.connection, selectors.EVENT_READ, worker)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -121,7 +124,8 @@ class Grader:
         if self._deadline is None:
             outcomes = [grade_one(self._grade, *pair) for pair in zip(responses, answers, strict=True)]
         else:
-            outcomes = self._grade_in_workers(list(zip(responses, answers, strict=True)))
+            with self._one_at_a_time:
+                outcomes = self._grade_in_workers(list(zip(responses, answers, strict=True)))
 
         rewards, graded = np.zeros(len(outcomes), np.float32), np.zeros(len(outcomes), bool)
         counts = {'timeout': 0, 'crash': 0, 'error': 0}
