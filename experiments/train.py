@@ -55,8 +55,9 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
         temperature=sampling.temperature,
         support_size=sampling.support_size,
         support_mass=sampling.support_mass,
+        precision=sampling.precision,
     )
-    greedy_sampler = samplers(samples_per_prompt=1, temperature=0.0, top_p=None)
+    greedy_sampler = samplers(samples_per_prompt=1, temperature=0.0, top_p=None, precision=sampling.precision)
     learner = Learner(
         model.config,
         sampling,

@@ -32,11 +32,18 @@ class Model(NamedTuple):
     max_response_length: int
 
     def sampler(
-        self, compute: Compute, *, support_size: int = 1, support_mass: float = 1.0, **settings: Any
+        self,
+        compute: Compute,
+        *,
+        precision: str | None = None,
+        support_size: int = 1,
+        support_mass: float = 1.0,
+        **settings: Any,
     ) -> Sampler:
         """Builds a sampler, by default one whose samples are not for training; `settings` as in `Sampler`."""
+        dtype = precision if precision == 'bfloat16' else self.config.compute_dtype
         return Sampler(
-            self.config,
+            dataclasses.replace(self.config, compute_dtype=dtype, decode_precision=precision),
             max_response_length=self.max_response_length,
             stop_tokens=self.stop_tokens,
             support_size=support_size,

@@ -19,6 +19,7 @@ from troll_jax.models.attention import IMPLEMENTATIONS
 from troll_jax.models.layers import COMPUTE_DTYPES, REMAT_POLICIES
 from troll_jax.models.lora import Lora
 from troll_jax.models.paged_attention import IMPLEMENTATIONS as PAGED_IMPLEMENTATIONS
+from troll_jax.models.quantization import PRECISIONS
 from troll_jax.ops.importance import Importance
 from troll_jax.ops.losses import Objective
 from troll_jax.ops.needs import needs
@@ -50,6 +51,8 @@ class Sampling:
         of prompts in all (DAPO), see `troll_jax.collect`.
       lag: k: a rollout batch is sampled by the policy of k steps before, the first k by the start model, as an
         asynchronous system would with k steps between its sampler and its trainer. Exact and reproducible.
+      precision: of the sampler's weights and KV cache, as noise to be studied: None, the trainer's; 'bfloat16'; 'int8' or
+        'fp8', which are simulated, see `troll_jax.models.quantization`.
       seed: seed of data order and sampling.
       level: curriculum: function of the number of batches of prompts before (as many as steps, unless `max_draws` is
         above 1) to the highest level of the next one, such as `ops.schedules.linear_level`. The task's rows have a
@@ -66,6 +69,7 @@ class Sampling:
     support_mass: float = 1 - 1e-5
     max_draws: int = 1
     lag: int = 0
+    precision: Literal[None, *PRECISIONS] = None
     seed: int = 0
     level: Callable[[int], float] | None = None
 

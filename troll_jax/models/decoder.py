@@ -25,6 +25,7 @@ from troll_jax.models.attention import best_implementation, packed_attention
 from troll_jax.models.layers import REMAT_POLICIES, DecoderConfig, Layer, RMSNorm, exact_products, weight
 from troll_jax.models.lora import merge, split
 from troll_jax.models.paged_attention import Pool, best_paged_implementation, paged_attention
+from troll_jax.models.quantization import quantise
 from troll_jax.models.rotary import Angles, angles_where, rotary_angles, rotary_frequencies
 from troll_jax.sharding import RULES, constrain, named_sharding
 
@@ -111,7 +112,8 @@ class Decoder(nnx.Module):
         with exact_products(self.config.compute_dtype):
             for params, rotates, pool in zip(layers, rope_layers, cache, strict=True):
                 layer = nnx.merge(graphdef, params)
-                q, k, v = layer.qkv(x, angles_where(rotates, angles))
+                q, *kv = layer.qkv(x, angles_where(rotates, angles))
+                k, v = (quantise(part, self.config.decode_precision, axis=-1) for part in kv)
                 with jax.named_scope('attention'):
                     mixed, pool = paged_attention(
                         q, k, v, pool, block_table, positions, implementation=self.config.decode_attention
@@ -232,6 +234,8 @@ def decode_weights(
 
     def lay_out(path: tuple[Any, ...], param: jax.Array) -> jax.Array:
         names = axes[tuple(part.key for part in path)]
+        if path[0].key == 'layers' and param.ndim == 2:
+            param = quantise(param, config.decode_precision, axis=0)
         return constrain(param, *(None if gather and name == 'embed' else name for name in names))
 
     params = cast_weights(params, config.compute_dtype)

@@ -11,6 +11,7 @@ from flax import nnx
 from troll_jax.models.attention import IMPLEMENTATIONS
 from troll_jax.models.lora import Adapter, Lora, adapt
 from troll_jax.models.paged_attention import IMPLEMENTATIONS as PAGED_IMPLEMENTATIONS
+from troll_jax.models.quantization import PRECISIONS
 from troll_jax.models.rotary import Angles, RopeScaling, rotate
 from troll_jax.sharding import constrain
 
@@ -51,6 +52,7 @@ class DecoderConfig:
     remat: str | None = None
     attention: str = 'xla'  # of whole sequences
     decode_attention: str = 'xla'  # over the paged KV cache
+    decode_precision: str | None = None  # of weights and KV cache in decoding, see `models.quantization`
     lora: Lora | None = None  # adapters among the parameters; a sampler merges them into its weights
 
     def __post_init__(self):
@@ -66,7 +68,8 @@ class DecoderConfig:
             raise ValueError(f'compute_dtype must be one of {COMPUTE_DTYPES}; got {self.compute_dtype!r}')
         if self.remat is not None and self.remat not in REMAT_POLICIES:
             raise ValueError(f'remat must be None or one of {tuple(REMAT_POLICIES)}; got {self.remat!r}')
-        for name, known in [('attention', IMPLEMENTATIONS), ('decode_attention', PAGED_IMPLEMENTATIONS)]:
+        kernels = [('attention', IMPLEMENTATIONS), ('decode_attention', PAGED_IMPLEMENTATIONS)]
+        for name, known in [*kernels, ('decode_precision', (None, *PRECISIONS))]:
             if getattr(self, name) not in known:
                 raise ValueError(f'{name} must be one of {tuple(known)}; got {getattr(self, name)!r}')
 
