@@ -121,7 +121,7 @@ class Experiment(StartModel):
     chat_template_from: str | None = None
     template_arguments: dict[str, Any] | None = None
     validation: Sequence[tuple[str, Task, int]] | None = None
-    held_out: int | float = 0
+    held_out: float = 0
     max_rows: int | None = None
 
     def __post_init__(self):
