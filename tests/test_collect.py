@@ -160,7 +160,7 @@ def test_a_run_that_learns_nothing_says_so(caplog):
     with grades_by(lambda response: 0.0) as grader:
         collector = collector_of([('task', 1.0, task_reward)], grader)
         for draws in range(7):
-            collector(params(), draws)
+            collector(params(), draws)()
             said = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
             assert len(said) == (draws >= 4)
     assert 'for 5 steps the responses to each prompt had equal rewards' in said[0] and "0 '" in said[0]

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from documents import YOUR_OWN, blocks
-from loop import SMALL, settings
+from loop import REPOSITORY, SMALL, settings
 from tiny import save_qwen3
 
 from experiments.plumbing.gin_files import Config
@@ -17,7 +17,7 @@ from troll_jax.data.tokenizer import character_tokenizer
 from troll_jax.experiment import Experiment
 from troll_jax.metrics import read_metrics
 from troll_jax.rewards.pool import Grader
-from troll_jax.settings import Compute
+from troll_jax.settings import Compute, Method
 
 DATA, SCORE, REWARDS, TASK, OBJECTIVE = blocks(YOUR_OWN)
 BRIEF = ['MathProblems.instruction = None', 'MathProblems.places = ("last number",)']
@@ -127,3 +127,20 @@ def test_a_file_of_ones_own_is_not_trained_on_and_evaluated_alike(problems):
         build()
     (few,) = settings_of('data.gin', [*BRIEF, 'Experiment.max_rows = 3'])
     assert [len(few.load_prompts(split, tokenizer)) for split in ('train', 'test')] == [3, 4]
+
+
+def test_what_has_no_name_of_its_own_is_saved_by_that_in_its_file(problems):
+    """Guards closures, as TRL's factories return them, and plain classes, which a run could not be evaluated with."""
+    (problems / 'my_more.py').write_text(
+        'from my_task import Reversed\n\n\ndef longer_than(n):\n    return lambda responses: responses.lengths > n\n'
+        'longer = longer_than(3)\n\n\nclass Plain:\n    deadline, load, grade = None, Reversed.load, Reversed.grade\n'
+    )
+    bindings = ["Experiment.task = 'my_more.py:Plain'", "Method.rewards = [('longer', 1.0, 'my_more.py:longer')]"]
+    files = ['configs/quickstart.gin', 'configs/objectives/troll.gin']
+    config = Config([REPOSITORY / file for file in files], [*EXPERIMENT, *bindings])
+    text = to_gin(config.build(Experiment), config.build(Method))
+    assert '\nExperiment.task = @my_more.Plain()\n' in text
+    assert "\nMethod.rewards = (('longer', 1.0, @my_more.longer),)\n" in text
+    (problems / 'config.gin').write_text(text)
+    again = Config([problems / 'config.gin'])
+    assert to_gin(again.build(Experiment), again.build(Method)) == text

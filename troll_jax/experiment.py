@@ -138,7 +138,7 @@ class Experiment(StartModel):
     validation: Sequence[tuple[str, Task, int]] | None = None
     validation_temperature: float | None = None
     validation_top_p: float | None = None
-    held_out: int | float = 0
+    held_out: float = 0
     max_rows: int | None = None
 
     def __post_init__(self):

@@ -93,8 +93,7 @@ def _fits(value: Any, expected: Any) -> bool:
 
 
 def _members(protocol: type) -> list[str]:
-    names = {*vars(protocol), *vars(protocol).get('__annotations__', ())}
-    return sorted(name for name in names if not name.startswith('_'))
+    return sorted(x for x in {*vars(protocol), *vars(protocol).get('__annotations__', ())} if not x.startswith('_'))
 
 
 def _takes(function: Callable, arguments: tuple) -> bool:

@@ -137,10 +137,9 @@ class _Writer:
             if known is target:
                 return name
         for module, file in FILES.items():  # what it is called there, be it a closure
-            for name, value in vars(file).items():
-                if value is target and callable(value):
-                    self.modules.add(module)
-                    return f'{module}.{name}'
+            if name := next((name for name, x in vars(file).items() if x is target and callable(x)), None):
+                self.modules.add(module)
+                return f'{module}.{name}'
         module, name = getattr(target, '__module__', None), getattr(target, '__qualname__', '')
         if module in (None, '__main__') or getattr(sys.modules.get(module), name, None) is not target:
             return None

@@ -98,8 +98,7 @@ def trl_reward(responses: Responses, *, function: Callable[..., Any], conversati
 
 def read_rows(terms: Sequence[tuple[str, float, RewardTerm]]) -> bool:
     """True if terms may read prompts, answers or columns: all but those of this repository that do not."""
-    functions = [getattr(term, 'func', term) for *_, term in terms]
-    return not all(function in (task_reward, soft_overlong, answer_format) for function in functions)
+    return any(getattr(term, 'func', term) not in (task_reward, soft_overlong, answer_format) for *_, term in terms)
 
 
 def check_names(terms: Sequence[tuple[str, float, RewardTerm]]) -> None:
