@@ -170,5 +170,4 @@ def check_installed(names: Sequence[str]) -> None:
     # A folder of that name in the working folder has no origin.
     found = {name: getattr(importlib.util.find_spec(name), 'origin', None) for name in names if name != 'tensorboard'}
     if missing := [name for name, origin in found.items() if origin is None]:
-        packages = ' '.join(missing)
-        raise ValueError(f'Run.trackers needs {packages}, which is not installed; pip install {packages}, or unset it')
+        raise ValueError(f'Run.trackers has {missing}, not installed; pip install {" ".join(missing)}, or unset it')
