@@ -51,7 +51,7 @@ class Sampling:
         of prompts in all (DAPO), see `troll_jax.collect`.
       lag: k: a rollout batch is sampled by the policy of k steps before, the first k by the start model, as an
         asynchronous system would with k steps between its sampler and its trainer. Exact and reproducible.
-      precision: of the sampler's weights and KV cache, as noise to be studied: None, the trainer's; 'bfloat16'; or 'int8'
+      precision: of the sampler's weights and KV cache, as noise to be studied: None, the trainer's; 'bfloat16'; 'int8'
         or 'fp8', which are simulated, see `troll_jax.models.quantization`.
       seed: seed of data order and sampling.
       level: curriculum: function of the number of batches of prompts before (as many as steps, unless `max_draws` is
