@@ -12,16 +12,21 @@ from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import (
     LossInputs,
     cispo,
-    dppo,
     importance_weighted,
     ppo_clip,
     sequence_ratio,
-    sequence_region,
-    token_region,
     troll,
 )
+from troll_jax.ops.masked_losses import dppo
 from troll_jax.ops.needs import give
 from troll_jax.ops.projection import kl_divergence, project_sparse, project_sparse_sequence
+from troll_jax.ops.regions import (
+    chi_squared_region,
+    entropy_region,
+    sequence_region,
+    token_region,
+    total_variation_region,
+)
 from troll_jax.ops.schedules import linear_bound
 from troll_jax.ops.support import at_tokens, bucket_tail, default_tail, sparsify
 from troll_jax.types import Progress, SparseLogProbs
@@ -180,7 +185,9 @@ def test_gradient_of_troll_equals_differences():
 
 
 @pytest.mark.parametrize('tail_rule', [default_tail, bucket_tail])
-@pytest.mark.parametrize('region', [token_region, sequence_region])
+@pytest.mark.parametrize(
+    'region', [token_region, sequence_region, entropy_region, total_variation_region, chi_squared_region]
+)
 def test_gradient_of_every_region_and_tail_equals_differences(region, tail_rule):
     """Guards the choices of gin together: a shared w or an entry for the tail that the gradient does not reach."""
     new, old = (np.asarray(x, np.float64) for x in outside_and_inside())

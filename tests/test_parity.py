@@ -22,11 +22,11 @@ from troll_jax.ops.losses import (
     LossOutputs,
     ReferenceView,
     cispo,
-    dppo,
     importance_weighted,
     ppo_clip,
     sequence_ratio,
 )
+from troll_jax.ops.masked_losses import dppo_binary
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.regularisers import k1, k2, k3, kl_to_reference, regularised
 from troll_jax.ops.support import bucket_tail
@@ -83,7 +83,7 @@ SEQUENCE = dict(lower=GIVEN['sequence_lower'].item(), upper=GIVEN['sequence_uppe
 GSPO = partial(ppo_clip, ratio=sequence_ratio, dual=None, **SEQUENCE)
 CISPO = partial(cispo, lower=1.0, upper=SETTING['weight'])
 WITH_KL = regularised(CLIP, [partial(kl_to_reference, coefficient=SETTING['beta'], estimator=k3)])
-DPPO = partial(dppo, bound=SETTING['divergence'])
+DPPO = partial(dppo_binary, bound=SETTING['divergence'])
 
 # TRL's mean over responses counts those without tokens, as the 1/G of the papers does, where all have some. This
 # library's and verl's leave them out.

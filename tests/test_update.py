@@ -37,7 +37,8 @@ from troll_jax.learn import abstract_state, start_state
 from troll_jax.models import decoder as decoders
 from troll_jax.ops.aggregation import constant_length, sequence_mean, token_mean
 from troll_jax.ops.categorical import entropy
-from troll_jax.ops.losses import ppo_clip, sequence_region, troll
+from troll_jax.ops.losses import ppo_clip, troll
+from troll_jax.ops.regions import sequence_region
 from troll_jax.ops.schedules import adaptive_bound
 from troll_jax.ops.support import bucket_tail, default_tail
 from troll_jax.packing import BatchShape, abstract_batch

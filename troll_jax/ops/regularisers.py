@@ -7,6 +7,7 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
+from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import LOG_RATIO_LIMIT, LossInputs, LossOutputs, ReferenceView
 from troll_jax.ops.needs import give
 from troll_jax.ops.projection import kl_divergence
@@ -51,13 +52,40 @@ def entropy_bonus(row: LossInputs, *, coefficient: float) -> jax.Array:
     return -coefficient * row.entropy
 
 
-def kl_to_old(row: LossInputs, *, coefficient: float) -> jax.Array:
-    """loss = coefficient · KL(π̃ ‖ π_old), exact on the tokens that the supports list; [T].
+def trust_region_entropy(row: LossInputs, *, coefficient: float, mass: float = 0.99) -> jax.Array:
+    """TRE-P (arXiv 2602.03635): an entropy bonus among the most probable tokens alone; [T].
+
+        loss = − coefficient · H(π̃ | A) / log |A|,   A the fewest listed tokens that hold the mass
+
+    It pushes no probability into the tail. The paper's α is coefficient / log V. Where |A| = 1 it is zero.
+
+    Args:
+      row: T tokens.
+      coefficient: weight of the entropy, whose largest value is one.
+      mass: probability that A holds, in (0, 1].
+
+    Raises:
+      ValueError: the mass is out of its range.
+    """
+    check_range('mass of trust_region_entropy', mass, lambda x: 0 < x <= 1, 'in (0, 1]')
+    listed = jnp.where(row.new.tokens >= 0, row.new.log_probs, -jnp.inf)
+    falling = -jnp.sort(-listed, axis=-1)
+    probs = jnp.exp(falling)
+    inside = (jnp.cumsum(probs, axis=-1) - probs < mass) & (probs > 0)
+    size = jnp.maximum(jnp.sum(inside, axis=-1), 2)
+    within = jax.nn.log_softmax(jnp.where(inside, falling, -jnp.inf), axis=-1)
+    return -coefficient * jax.vmap(entropy)(within) / jnp.log(size.astype(within.dtype))
+
+
+def kl_to_old(row: LossInputs, *, coefficient: float, estimator: Estimator | None = None) -> jax.Array:
+    """loss = coefficient · KL(π̃ ‖ π_old), exact on the tokens that the supports list, or as `estimator` has it; [T].
 
     Added to `ppo_clip`, it is the control for TROLL's regression: a pull towards π_old itself, at every token, in place
     of one towards the projection.
     """
     check_range('coefficient of a KL divergence', coefficient, is_not_negative, 'at least 0')
+    if estimator is not None:
+        return coefficient * estimator(row.new_log_probs, row.old_log_probs)
     return coefficient * jax.vmap(kl_divergence)(row.new.log_probs, row.old.log_probs)
 
 

@@ -15,9 +15,7 @@ def segment_mean(values: jax.Array, segments: jax.Array) -> jax.Array:
     Returns:
       [T]
     """
-    inside = segments > 0
-    total = lambda x: _total(jnp.where(inside, x, 0), segments)
-    return total(values) / jnp.maximum(total(jnp.ones_like(values)), 1)
+    return segment_sum(values, segments) / jnp.maximum(segment_sum(jnp.ones_like(values), segments), 1)
 
 
 def segment_max(values: jax.Array, segments: jax.Array) -> jax.Array:
@@ -25,5 +23,7 @@ def segment_max(values: jax.Array, segments: jax.Array) -> jax.Array:
     return jax.ops.segment_max(values, segments, num_segments=len(segments) + 1)[segments]
 
 
-def _total(values: jax.Array, segments: jax.Array) -> jax.Array:
-    return jax.ops.segment_sum(values, segments, num_segments=len(segments) + 1)[segments]
+def segment_sum(values: jax.Array, segments: jax.Array) -> jax.Array:
+    """The sum over the tokens of a segment, at each of its tokens; as `segment_mean`."""
+    inside = jnp.where(segments > 0, values, 0)
+    return jax.ops.segment_sum(inside, segments, num_segments=len(segments) + 1)[segments]
