@@ -38,10 +38,20 @@ OTHERS = {
     'Method.regularisers': ('[]',),
     'Method.whiten_advantages': ('False',),
     'troll.ratio': ('@token_ratio',),
-    'troll.region': ('@token_region',),
+    'troll.region': ('@total_variation_region', '@token_region'),
+    'capped_ratio.limit': ('1.5',),
+    'erc.upper': ('1.5',),
+    'icepop.upper': ('1.1',),
     'ppo_clip.ratio': ('@token_ratio',),
     'ppo_clip.dual': ('1.5',),
     'dppo.divergence': ('@kl_divergence',),
+    'dppo_binary.divergence': ('@kl_divergence', '@total_variation'),
+    'masked.drop': ('@ipo', '@kpop'),
+    'masked.objective': ('@cispo',),
+    'importance_weighted.ratio': ('@sequence_ratio',),
+    'kl_to_old.estimator': ('@k1',),
+    'vespo.positive': ('(1.0, 2.0)',),
+    'vespo.negative': ('(1.0, 2.0)',),
 }
 
 GROUPS, SAMPLES, VOCAB, KEPT, LIMIT = 3, 4, 7, 3, 10

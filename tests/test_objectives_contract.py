@@ -22,7 +22,7 @@ from troll_jax.ops.losses import (
     sequence_ratio,
     troll,
 )
-from troll_jax.ops.masked_losses import dppo, dppo_binary, erc, icepop, ipo, kpop, opsm, trm, vaco
+from troll_jax.ops.masked_losses import dppo, dppo_binary, erc, icepop, ipo, kpop, masked, opsm, trm, vaco
 from troll_jax.ops.needs import give
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.regions import (
@@ -45,6 +45,7 @@ TOKENS = np.array([3, 6, 0, 1, 2, 3, 5, 4, 1, 0, 2])
 ADVANTAGES = np.array([1.0, -0.5, 2.0, 7.0, -1.5, 0.7, 1.1, -0.4, 0.9, 5.0, -3.0])
 
 with_settings = functools.partial
+dropping = lambda rule, **settings: with_settings(masked, drop=with_settings(rule, **settings))
 OBJECTIVES = {  # with the tail rules that make a difference to them
     'TROLL': (troll, default_tail, bucket_tail),
     'TROLL without regression': (with_settings(troll, alpha=0.0), default_tail, bucket_tail),
@@ -58,18 +59,17 @@ OBJECTIVES = {  # with the tail rules that make a difference to them
     'DAPO': (with_settings(ppo_clip, upper=0.28, dual=None), default_tail),
     'GSPO': (with_settings(ppo_clip, ratio=sequence_ratio, lower=0.05, upper=0.1, dual=None), default_tail),
     'CISPO': (with_settings(cispo, upper=0.3), default_tail),
-    'DPPO, total variation': (dppo, default_tail, bucket_tail),
-    'DPPO, KL': (with_settings(dppo, bound=0.05, divergence=kl_divergence), default_tail, bucket_tail),
-    'DPPO, binary': (with_settings(dppo_binary, bound=0.1), default_tail),
-    'DPPO, binary KL': (with_settings(dppo_binary, bound=0.02, divergence=kl_divergence), default_tail),
-    'IPO': (ipo, default_tail),
-    'IcePop': (with_settings(icepop, upper=1.5), default_tail),
-    'KPop': (with_settings(kpop, bound=0.02), default_tail),
-    'TRM': (with_settings(trm, bound=0.3), default_tail, bucket_tail),
-    'TRM on Clip': (with_settings(trm, bound=0.3, objective=ppo_clip), bucket_tail),
-    'OPSM': (with_settings(opsm, bound=0.05), default_tail),
-    'VACO': (vaco, default_tail),
-    'ERC': (erc, default_tail, bucket_tail),
+    'DPPO, total variation': (dropping(dppo), default_tail, bucket_tail),
+    'DPPO, KL': (dropping(dppo, bound=0.05, divergence=kl_divergence), default_tail, bucket_tail),
+    'DPPO, binary': (dropping(dppo_binary, bound=0.1), default_tail),
+    'DPPO, binary KL': (dropping(dppo_binary, bound=0.02, divergence=kl_divergence), default_tail),
+    'IPO': (dropping(ipo), default_tail),
+    'IcePop': (dropping(icepop, upper=1.5), default_tail),
+    'KPop': (dropping(kpop, bound=0.02), default_tail),
+    'TRM': (dropping(trm, bound=0.3), default_tail, bucket_tail),
+    'VACO': (dropping(vaco), default_tail),
+    'OPSM': (with_settings(dropping(opsm, bound=0.05), objective=ppo_clip), default_tail),
+    'ERC': (with_settings(dropping(erc), objective=ppo_clip), default_tail, bucket_tail),
     'DRPO': (with_settings(drpo, bound=0.1), default_tail),
     'SPO': (spo, default_tail),
     'SAPO': (sapo, default_tail),

@@ -30,9 +30,7 @@ from troll_jax.settings import Compute, Method, Run, Sampling
 
 SETTINGS = (Experiment, Sampling, Method, Compute, Run)
 OBJECTIVES = (
-    *(losses.troll, losses.ppo_clip, losses.cispo, losses.importance_weighted),
-    *(masked_losses.dppo, masked_losses.dppo_binary, masked_losses.ipo, masked_losses.icepop, masked_losses.kpop),
-    *(masked_losses.trm, masked_losses.opsm, masked_losses.vaco, masked_losses.erc),
+    *(losses.troll, losses.ppo_clip, losses.cispo, losses.importance_weighted, masked_losses.masked),
     *(smooth_losses.drpo, smooth_losses.spo, smooth_losses.sapo, smooth_losses.vespo, smooth_losses.gmpo),
 )
 REGIONS = (
@@ -45,6 +43,8 @@ NAMES: dict[str, Callable] = {
         *(*SETTINGS, Finetuning),
         *(*OBJECTIVES, *REGIONS),
         *(losses.token_ratio, losses.sequence_ratio, losses.capped_ratio),
+        *(masked_losses.dppo, masked_losses.dppo_binary, masked_losses.ipo, masked_losses.icepop, masked_losses.kpop),
+        *(masked_losses.trm, masked_losses.opsm, masked_losses.vaco, masked_losses.erc),
         *(categorical.total_variation, projection.kl_divergence),
         *(support.default_tail, support.bucket_tail, schedules.linear_bound, schedules.adaptive_bound),
         schedules.linear_level,

@@ -1,11 +1,8 @@
 """Trust regions that leave tokens or whole responses out: masks by a ratio, a probability or a divergence.
 
-The loss of the rest is that of another objective, importance weighting if none is given:
-
-    loss = 0 where the rule says drop, else − r A,    r = π̃(o_t) / π_old(o_t)
-
-Every function here takes a row of T tokens, advantages [T], the progress of the run and the `objective`. m and p are
-the probabilities of the sampled token under π_old and π̃.
+`masked` is an objective, every other function a rule: from a row of T tokens and their advantages [T] to the tokens
+that are left out, [T] bool. m and p are the probabilities of the sampled token under π_old and π̃, r = p / m. A rule
+raises a ValueError for a bound that is out of its range.
 """
 
 from collections.abc import Callable
@@ -14,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from troll_jax.ops.categorical import entropy, total_variation
-from troll_jax.ops.losses import LossInputs, LossOutputs, importance_weighted, ppo_clip, token_ratio
+from troll_jax.ops.losses import LossInputs, LossOutputs, importance_weighted, token_ratio
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.ranges import check_range, is_positive
 from troll_jax.ops.segments import segment_max, segment_mean
@@ -23,205 +20,115 @@ from troll_jax.types import START, Progress
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 """Divergence [] of two distributions, from their log-probabilities [K]."""
-Masked = Callable[[LossInputs, jax.Array, Progress], LossOutputs]
-"""An objective that needs nothing but a row, advantages and progress."""
+Rule = Callable[[LossInputs, jax.Array], jax.Array]
+"""The tokens [T] bool that are left out of a row, from the row and its advantages [T]."""
+
+
+def masked(
+    row: LossInputs,
+    advantages: jax.Array,
+    progress: Progress = START,
+    *,
+    drop: Rule,
+    objective: Callable[[LossInputs, jax.Array, Progress], LossOutputs] = importance_weighted,
+) -> LossOutputs:
+    """loss = 0 where the rule says drop, else that of the objective, which is − r A if none is given."""
+    dropped, losses = drop(row, advantages), objective(row, advantages, progress)
+    constrained = dropped | losses.constrained
+    return LossOutputs(jnp.where(dropped, 0.0, losses.loss), constrained, losses.logs | {'clipped': constrained})
 
 
 def dppo(
-    row: LossInputs,
-    advantages: jax.Array,
-    progress: Progress = START,
-    *,
-    bound: float = 0.15,
-    divergence: Divergence = total_variation,
-    objective: Masked = importance_weighted,
-) -> LossOutputs:
-    """DPPO (arXiv 2602.04879, equation 12): a token that leads further out of the trust region is left out.
-
-        drop where D(π_old ‖ π̃) > bound and r is on A's side of one
+    row: LossInputs, advantages: jax.Array, *, bound: float = 0.15, divergence: Divergence = total_variation
+) -> jax.Array:
+    """DPPO (arXiv 2602.04879, equation 12): drop where D(π_old ‖ π̃) > bound and r is on A's side of one.
 
     D is taken over the tokens that the supports list. With `bucket_tail` that is the paper's top-K approximation
-    (equations 15 and 16).
-
-    Args:
-      bound: δ; the paper's are 0.15 or 0.2 for the total variation and 0.05 nats for the KL divergence.
-      divergence: `total_variation` or `kl_divergence`.
-
-    Raises:
-      ValueError: `bound` is not positive.
+    (equations 15 and 16). The paper's bounds are 0.15 or 0.2 for the total variation and 0.05 nats for the KL.
     """
     _check(bound)
-    outside = jax.vmap(divergence)(row.old.log_probs, row.new.log_probs) > bound
-    return _without(outside & leads_out(row, advantages), objective, row, advantages, progress)
+    return (jax.vmap(divergence)(row.old.log_probs, row.new.log_probs) > bound) & _leads_out(row, advantages)
 
 
 def dppo_binary(
-    row: LossInputs,
-    advantages: jax.Array,
-    progress: Progress = START,
-    *,
-    bound: float = 0.15,
-    divergence: Divergence = total_variation,
-    objective: Masked = importance_weighted,
-) -> LossOutputs:
-    """DPPO's binary approximation (arXiv 2602.04879): as `dppo`, with D of the sampled token against all others.
+    row: LossInputs, advantages: jax.Array, *, bound: float = 0.15, divergence: Divergence = total_variation
+) -> jax.Array:
+    """DPPO's binary approximation: as `dppo`, with D of the sampled token and all others, (m, 1 − m) and (p, 1 − p).
 
     The total variation is |p − m|. The authors cap r, which `importance_weighted.ratio = @capped_ratio` does.
     """
     _check(bound)
-    outside = _binary(row, divergence) > bound
-    return _without(outside & leads_out(row, advantages), objective, row, advantages, progress)
+    return (_binary(row, divergence) > bound) & _leads_out(row, advantages)
 
 
-def ipo(
-    row: LossInputs,
-    advantages: jax.Array,
-    progress: Progress = START,
-    *,
-    bound: float = 0.1,
-    objective: Masked = importance_weighted,
-) -> LossOutputs:
-    """IPO, the default of prime-rl (github.com/PrimeIntellect-ai/prime-rl): drop where |p − m| > bound, whatever A is.
-
-    Its penalty of 1e-3 log² r at every token is `kl_to_old` with the estimator `k2` and a coefficient of 2e-3.
-    """
+def ipo(row: LossInputs, advantages: jax.Array, *, bound: float = 0.1) -> jax.Array:
+    """IPO, the default of prime-rl (github.com/PrimeIntellect-ai/prime-rl): drop where |p − m| > bound."""
     _check(bound)
-    return _without(_binary(row, total_variation) > bound, objective, row, advantages, progress)
+    return _binary(row, total_variation) > bound
 
 
-def icepop(
-    row: LossInputs,
-    advantages: jax.Array,
-    progress: Progress = START,
-    *,
-    lower: float = 0.5,
-    upper: float = 5.0,
-    objective: Masked = importance_weighted,
-) -> LossOutputs:
-    """IcePop (Ring-1T, arXiv 2510.18855; as an objective of its own arXiv 2512.16144, equation 1).
-
-        drop where r is not in [lower, upper], whatever A is
-
-    Raises:
-      ValueError: the interval does not hold the ratio 1.
-    """
+def icepop(row: LossInputs, advantages: jax.Array, *, lower: float = 0.5, upper: float = 5.0) -> jax.Array:
+    """IcePop (Ring-1T, arXiv 2510.18855; on − r A arXiv 2512.16144, equation 1): drop where r ∉ [lower, upper]."""
     check_range('lower', lower, lambda x: 0 <= x <= 1, 'in [0, 1]')
     check_range('upper', upper, lambda x: x >= 1, 'at least 1')
     r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
-    return _without((r < lower) | (r > upper), objective, row, advantages, progress)
+    return (r < lower) | (r > upper)
 
 
-def kpop(
-    row: LossInputs,
-    advantages: jax.Array,
-    progress: Progress = START,
-    *,
-    bound: float = 0.1,
-    objective: Masked = importance_weighted,
-) -> LossOutputs:
-    """KPop (Guo et al., ringtech.notion.site/kpop, 2026): the KL divergence of sampled against others, both ways.
-
-    drop where KL(p ‖ m) > bound or KL(m ‖ p) > bound, of the distributions (p, 1 − p) and (m, 1 − m) in nats
-    """
+def kpop(row: LossInputs, advantages: jax.Array, *, bound: float = 0.1) -> jax.Array:
+    """KPop (Guo et al., 2026, ringtech.notion.site/kpop): drop where KL(p ‖ m) or KL(m ‖ p) of (p, 1 − p), (m, 1 − m)
+    is more than the bound, in nats."""
     _check(bound)
-    both = jnp.maximum(_binary(row, kl_divergence), _binary(row, lambda old, new: kl_divergence(new, old)))
-    return _without(both > bound, objective, row, advantages, progress)
+    return (_binary(row, kl_divergence) > bound) | (_binary(row, lambda m, p: kl_divergence(p, m)) > bound)
 
 
-def trm(
-    row: LossInputs,
-    advantages: jax.Array,
-    progress: Progress = START,
-    *,
-    bound: float = 0.05,
-    objective: Masked = importance_weighted,
-) -> LossOutputs:
+def trm(row: LossInputs, advantages: jax.Array, *, bound: float = 0.05) -> jax.Array:
     """Trust region masking (arXiv 2512.23075): drop a response if any of its tokens has KL(π_old ‖ π̃) > bound, nats.
 
-    The paper bounds the largest divergence of a response; here it is exact on the tokens that the supports list.
+    The KL is exact on the tokens that the supports list.
     """
     _check(bound)
     kl = jax.vmap(kl_divergence)(row.old.log_probs, row.new.log_probs)
-    return _without(segment_max(kl, row.segments) > bound, objective, row, advantages, progress)
+    return segment_max(kl, row.segments) > bound
 
 
-def opsm(
-    row: LossInputs,
-    advantages: jax.Array,
-    progress: Progress = START,
-    *,
-    bound: float = 0.5,
-    objective: Masked = ppo_clip,
-) -> LossOutputs:
-    """Off-policy sequence masking (DeepSeek-V3.2, arXiv 2512.02556, section 3.1), of responses with A < 0.
-
-    drop where A < 0 and the response's mean of log π_old(o_t) − log π̃(o_t) > bound, in nats
-    """
+def opsm(row: LossInputs, advantages: jax.Array, *, bound: float = 0.5) -> jax.Array:
+    """Off-policy sequence masking (DeepSeek-V3.2, arXiv 2512.02556, section 3.1): drop a response with A < 0 whose mean
+    of − log r is more than the bound."""
     _check(bound)
-    mean = segment_mean(row.old_log_probs - row.new_log_probs, row.segments)
-    return _without((advantages < 0) & (mean > bound), objective, row, advantages, progress)
+    return (advantages < 0) & (segment_mean(row.old_log_probs - row.new_log_probs, row.segments) > bound)
 
 
-def vaco(
-    row: LossInputs,
-    advantages: jax.Array,
-    progress: Progress = START,
-    *,
-    bound: float = 0.2,
-    objective: Masked = importance_weighted,
-) -> LossOutputs:
-    """The filter of VACO (arXiv 2603.01365) in open-instruct's form for responses (github.com/allenai/open-instruct).
+def vaco(row: LossInputs, advantages: jax.Array, *, bound: float = 0.2) -> jax.Array:
+    """The filter of VACO (arXiv 2603.01365), in open-instruct's form (github.com/allenai/open-instruct).
 
-        drop where the response's mean of |r − 1| > bound and r is on A's side of one
-
-    The mean estimates twice the total variation. The paper's realignment of advantages by V-trace is left out.
+    Drop where the response's mean of |r − 1|, an estimate of twice the total variation, is more than the bound and r is
+    on A's side of one. The paper's realignment of advantages by V-trace is left out.
     """
     _check(bound)
     r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
-    outside = segment_mean(jnp.abs(r - 1), row.segments) > bound
-    return _without(outside & leads_out(row, advantages), objective, row, advantages, progress)
+    return (segment_mean(jnp.abs(r - 1), row.segments) > bound) & _leads_out(row, advantages)
 
 
-def erc(
-    row: LossInputs,
-    advantages: jax.Array,
-    progress: Progress = START,
-    *,
-    lower: float = 0.95,
-    upper: float = 1.05,
-    objective: Masked = ppo_clip,
-) -> LossOutputs:
-    """Entropy ratio clipping (arXiv 2512.05591): drop where H(π̃) / H(π_old) is not in (lower, upper).
+def erc(row: LossInputs, advantages: jax.Array, *, lower: float = 0.95, upper: float = 1.05) -> jax.Array:
+    """Entropy ratio clipping (arXiv 2512.05591): drop where H(π̃) / H(π_old) ∉ (lower, upper).
 
-    Both entropies are those of the tokens that the supports list, the same for both; the paper's are of the whole
-    vocabulary.
-
-    Raises:
-      ValueError: the interval does not hold the ratio 1.
+    Both entropies are of the listed tokens, which are the same; the paper's are of the whole vocabulary.
     """
     check_range('lower', lower, lambda x: 0 <= x < 1, 'in [0, 1)')
     check_range('upper', upper, lambda x: x > 1, 'more than 1')
     new, old = (jax.vmap(entropy)(x.log_probs) + 1e-8 for x in (row.new, row.old))  # the authors' 1e-8
-    return _without((new <= lower * old) | (new >= upper * old), objective, row, advantages, progress)
+    return (new <= lower * old) | (new >= upper * old)
 
 
-def leads_out(row: LossInputs, advantages: jax.Array) -> jax.Array:
-    """[T] bool: the ratio is on the side of one to which the advantage moves it."""
+def _leads_out(row: LossInputs, advantages: jax.Array) -> jax.Array:
     return advantages * (row.new_log_probs - row.old_log_probs) > 0
 
 
 def _binary(row: LossInputs, divergence: Divergence) -> jax.Array:
     """The divergence [T] of π_old and π̃, each as the sampled token and all others."""
-    return jax.vmap(lambda old, new: divergence(sampled_or_not(old), sampled_or_not(new)))(
-        row.old_log_probs, row.new_log_probs
-    )
-
-
-def _without(drop: jax.Array, objective: Masked, row: LossInputs, advantages: jax.Array, progress) -> LossOutputs:
-    """The objective's outputs with a loss of zero where `drop` [T] is true."""
-    losses = objective(row, advantages, progress)
-    constrained = drop | losses.constrained
-    return LossOutputs(jnp.where(drop, 0.0, losses.loss), constrained, losses.logs | {'clipped': constrained})
+    of_token = lambda old, new: divergence(sampled_or_not(old), sampled_or_not(new))
+    return jax.vmap(of_token)(row.old_log_probs, row.new_log_probs)
 
 
 def _check(bound: float) -> None:
