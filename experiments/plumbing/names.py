@@ -17,6 +17,7 @@ from troll_jax.ops import (
     categorical,
     losses,
     masked_losses,
+    minibatch_losses,
     projection,
     regions,
     regularisers,
@@ -32,6 +33,7 @@ SETTINGS = (Experiment, Sampling, Method, Compute, Run)
 OBJECTIVES = (
     *(losses.troll, losses.ppo_clip, losses.cispo, losses.importance_weighted, masked_losses.masked),
     *(smooth_losses.drpo, smooth_losses.spo, smooth_losses.sapo, smooth_losses.vespo, smooth_losses.gmpo),
+    *(minibatch_losses.m2po, minibatch_losses.kl_cov),
 )
 REGIONS = (
     *(regions.token_region, regions.sequence_region, regions.entropy_region, regions.total_variation_region),

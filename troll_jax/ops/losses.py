@@ -57,9 +57,18 @@ class LossOutputs(NamedTuple):
     logs: dict[str, jax.Array]  # [T] each; of a bool the log shows the share of tokens, of a float mean and quantiles
 
 
-Objective = Annotated[Callable[[LossInputs, jax.Array, Progress], LossOutputs], 'reference']
+class Minibatch(NamedTuple):
+    """All tokens of an update [...], by the policy before it, without a gradient."""
+
+    new_log_probs: jax.Array
+    old_log_probs: jax.Array
+    advantages: jax.Array
+    inside: jax.Array  # bool; of others nothing counts
+
+
+Objective = Annotated[Callable[[LossInputs, jax.Array, Progress], LossOutputs], 'reference', 'minibatch']
 """The loss of every token of a row [T], from its advantages [T] and the progress of the run; with a parameter
-`reference` it is given the `ReferenceView`."""
+`reference` it is given the `ReferenceView`, with `minibatch` the `Minibatch`, which costs a forward pass."""
 Region = Annotated[Callable[[SparseLogProbs, SparseLogProbs, jax.Array], Projection], 'bound']
 """Projects the current policy towards π_old [T, K], given the response [T] that each token belongs to."""
 Ratio = Callable[[jax.Array, jax.Array], jax.Array]

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from troll_jax.ops.categorical import entropy, total_variation
-from troll_jax.ops.losses import LossInputs, LossOutputs, importance_weighted, token_ratio
+from troll_jax.ops.losses import LossInputs, LossOutputs, Minibatch, importance_weighted, token_ratio
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.ranges import check_range, is_positive
 from troll_jax.ops.segments import segment_max, segment_mean
@@ -47,7 +47,7 @@ def dppo(
     (equations 15 and 16). The paper's bounds are 0.15 or 0.2 for the total variation and 0.05 nats for the KL.
     """
     _check(bound)
-    return (jax.vmap(divergence)(row.old.log_probs, row.new.log_probs) > bound) & _leads_out(row, advantages)
+    return (jax.vmap(divergence)(row.old.log_probs, row.new.log_probs) > bound) & leads_out(row, advantages)
 
 
 def dppo_binary(
@@ -58,7 +58,7 @@ def dppo_binary(
     The total variation is |p − m|. The authors cap r, which `importance_weighted.ratio = @capped_ratio` does.
     """
     _check(bound)
-    return (_binary(row, divergence) > bound) & _leads_out(row, advantages)
+    return (_binary(row, divergence) > bound) & leads_out(row, advantages)
 
 
 def ipo(row: LossInputs, advantages: jax.Array, *, bound: float = 0.1) -> jax.Array:
@@ -107,7 +107,7 @@ def vaco(row: LossInputs, advantages: jax.Array, *, bound: float = 0.2) -> jax.A
     """
     _check(bound)
     r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
-    return (segment_mean(jnp.abs(r - 1), row.segments) > bound) & _leads_out(row, advantages)
+    return (segment_mean(jnp.abs(r - 1), row.segments) > bound) & leads_out(row, advantages)
 
 
 def erc(row: LossInputs, advantages: jax.Array, *, lower: float = 0.95, upper: float = 1.05) -> jax.Array:
@@ -121,7 +121,8 @@ def erc(row: LossInputs, advantages: jax.Array, *, lower: float = 0.95, upper: f
     return (new <= lower * old) | (new >= upper * old)
 
 
-def _leads_out(row: LossInputs, advantages: jax.Array) -> jax.Array:
+def leads_out(row: LossInputs | Minibatch, advantages: jax.Array) -> jax.Array:
+    """Bool: the ratio is on A's side of one."""
     return advantages * (row.new_log_probs - row.old_log_probs) > 0
 
 

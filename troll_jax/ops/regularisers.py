@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import LOG_RATIO_LIMIT, LossInputs, LossOutputs, ReferenceView
-from troll_jax.ops.needs import give
+from troll_jax.ops.needs import give, needs
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.ranges import check_range, is_not_negative
 from troll_jax.types import START, Progress
@@ -32,14 +33,15 @@ def regularised(
     if len(set(names)) < len(names):
         raise ValueError(f'regularisers are logged by their names, and each may be given once; got {", ".join(names)}')
 
-    def with_regularisers(row: LossInputs, advantages: jax.Array, progress: Progress = START) -> LossOutputs:
-        losses = objective(row, advantages, progress, **give(objective, reference=row.reference))
+    def with_regularisers(row: LossInputs, advantages, progress: Progress = START, minibatch=None) -> LossOutputs:
+        given = give(objective, reference=row.reference, minibatch=minibatch)
+        losses = objective(row, advantages, progress, **given)
         if taken := losses.logs.keys() & set(names):
             raise ValueError(f'the objective has figures of the name {", ".join(taken)}; rename the regulariser')
         added = {name: evaluate(regulariser, row) for name, regulariser in zip(names, regularisers, strict=True)}
         return losses._replace(loss=losses.loss + sum(added.values()), logs=losses.logs | added)
 
-    return with_regularisers
+    return with_regularisers if needs(objective, 'minibatch') else partial(with_regularisers, minibatch=None)
 
 
 def evaluate(regulariser: Regulariser, row: LossInputs) -> jax.Array:
