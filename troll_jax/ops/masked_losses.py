@@ -76,8 +76,10 @@ def icepop(row: LossInputs, advantages: jax.Array, *, lower: float = 0.5, upper:
 
 
 def kpop(row: LossInputs, advantages: jax.Array, *, bound: float = 0.1) -> jax.Array:
-    """KPop (Guo et al., 2026, ringtech.notion.site/kpop): drop where KL(p ‖ m) or KL(m ‖ p) of (p, 1 − p), (m, 1 − m)
-    is more than the bound, in nats."""
+    """KPop (Guo et al., 2026, ringtech.notion.site/kpop): drop where KL(p ‖ m) or KL(m ‖ p) > bound, nats.
+
+    These are of the sampled token and all others, (p, 1 − p) and (m, 1 − m).
+    """
     _check(bound)
     return (_binary(row, kl_divergence) > bound) | (_binary(row, lambda m, p: kl_divergence(p, m)) > bound)
 
@@ -93,8 +95,10 @@ def trm(row: LossInputs, advantages: jax.Array, *, bound: float = 0.05) -> jax.A
 
 
 def opsm(row: LossInputs, advantages: jax.Array, *, bound: float = 0.5) -> jax.Array:
-    """Off-policy sequence masking (DeepSeek-V3.2, arXiv 2512.02556, section 3.1): drop a response with A < 0 whose mean
-    of − log r is more than the bound."""
+    """Off-policy sequence masking (DeepSeek-V3.2, arXiv 2512.02556, section 3.1), of responses with A < 0.
+
+    Drop where the response's mean of − log r, an estimate of KL(π_old ‖ π̃), is more than the bound in nats.
+    """
     _check(bound)
     return (advantages < 0) & (segment_mean(row.old_log_probs - row.new_log_probs, row.segments) > bound)
 
