@@ -12,16 +12,21 @@ from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import (
     LossInputs,
     cispo,
-    dppo,
     importance_weighted,
     ppo_clip,
     sequence_ratio,
-    sequence_region,
-    token_region,
     troll,
 )
+from troll_jax.ops.masked_losses import dppo, masked
 from troll_jax.ops.needs import give
 from troll_jax.ops.projection import kl_divergence, project_sparse, project_sparse_sequence
+from troll_jax.ops.regions import (
+    chi_squared_region,
+    entropy_region,
+    sequence_region,
+    token_region,
+    total_variation_region,
+)
 from troll_jax.ops.schedules import linear_bound
 from troll_jax.ops.support import at_tokens, bucket_tail, default_tail, sparsify
 from troll_jax.types import Progress, SparseLogProbs
@@ -180,7 +185,9 @@ def test_gradient_of_troll_equals_differences():
 
 
 @pytest.mark.parametrize('tail_rule', [default_tail, bucket_tail])
-@pytest.mark.parametrize('region', [token_region, sequence_region])
+@pytest.mark.parametrize(
+    'region', [token_region, sequence_region, entropy_region, total_variation_region, chi_squared_region]
+)
 def test_gradient_of_every_region_and_tail_equals_differences(region, tail_rule):
     """Guards the choices of gin together: a shared w or an entry for the tail that the gradient does not reach."""
     new, old = (np.asarray(x, np.float64) for x in outside_and_inside())
@@ -385,15 +392,15 @@ def test_dppo_by_hand():
         None,
     )
     advantages = jnp.array([1.0, -1.0, -1.0, 1.0, 1.0, -1.0])
-    result = dppo(row, advantages, bound=0.1)
+    result = masked(row, advantages, drop=functools.partial(dppo, bound=0.1))
     np.testing.assert_array_equal(result.logs['clipped'], [True, True, False, False, False, False])
     ratios = np.array([0, 0, 1.4, 2 / 3, 1.1, 5 / 6])
     np.testing.assert_allclose(result.loss, -ratios * advantages, rtol=1e-5, atol=1e-7)
-    assert not dppo(row, advantages, bound=0.21).logs['clipped'].any()
-    all_outside = dppo(row, advantages, bound=0.04).logs['clipped']
+    assert not dppo(row, advantages, bound=0.21).any()
+    all_outside = dppo(row, advantages, bound=0.04)
     np.testing.assert_array_equal(all_outside, [True, True, False, False, True, True])
     # The divergence is that of the old policy from the new one.
-    by_kl = lambda bound: dppo(row, advantages, bound=bound, divergence=kl_divergence).logs['clipped']
+    by_kl = lambda bound: dppo(row, advantages, bound=bound, divergence=kl_divergence)
     kl_old_new = 0.5 * np.log(5 / 7) + 0.3 * np.log(3 / 2) + 0.2 * np.log(2)
     kl_new_old = 0.7 * np.log(7 / 5) + 0.2 * np.log(2 / 3) + 0.1 * np.log(1 / 2)
     assert kl_new_old + 1e-3 < kl_old_new

@@ -13,7 +13,7 @@ from experiments.plumbing.gin_files import Config
 from troll_jax.collect import Experience
 from troll_jax.learn import Learner
 from troll_jax.ops.categorical import entropy
-from troll_jax.ops.losses import LossInputs, ReferenceView
+from troll_jax.ops.losses import LossInputs, Minibatch, ReferenceView
 from troll_jax.ops.needs import give
 from troll_jax.ops.regularisers import regularised
 from troll_jax.ops.support import at_tokens, bucket_tail, sparsify
@@ -38,10 +38,21 @@ OTHERS = {
     'Method.regularisers': ('[]',),
     'Method.whiten_advantages': ('False',),
     'troll.ratio': ('@token_ratio',),
-    'troll.region': ('@token_region',),
+    'troll.region': ('@total_variation_region', '@token_region'),
+    'capped_ratio.limit': ('1.5',),
+    'kl_cov.share': ('0.5',),
+    'erc.upper': ('1.5',),
+    'icepop.upper': ('1.1',),
     'ppo_clip.ratio': ('@token_ratio',),
     'ppo_clip.dual': ('1.5',),
     'dppo.divergence': ('@kl_divergence',),
+    'dppo_binary.divergence': ('@kl_divergence', '@total_variation'),
+    'masked.drop': ('@ipo', '@kpop'),
+    'masked.objective': ('@cispo',),
+    'importance_weighted.ratio': ('@sequence_ratio',),
+    'kl_to_old.estimator': ('@k1',),
+    'vespo.positive': ('(1.0, 2.0)',),
+    'vespo.negative': ('(1.0, 2.0)',),
 }
 
 GROUPS, SAMPLES, VOCAB, KEPT, LIMIT = 3, 4, 7, 3, 10
@@ -78,8 +89,9 @@ def token_losses(method: Method) -> np.ndarray:
     experience = Experience(packed.rollout, rewards.reshape(REWARDS.shape), GREEDY, draws=1, metrics={})
     (batch,), _ = learner.assign_advantages(scored, experience)
     advantages, weights = (scored.to_responses([x])[MASK] for x in (batch.advantages, batch.loss_weights))
-    objective = regularised(method.objective, method.regularisers)
-    return objective(row_of(method.tail_rule), advantages).loss * weights
+    objective, row = regularised(method.objective, method.regularisers), row_of(method.tail_rule)
+    minibatch = Minibatch(row.new_log_probs, row.old_log_probs, advantages, row.segments > 0)
+    return objective(row, advantages, **give(objective, minibatch=minibatch)).loss * weights
 
 
 @partial(jax.jit, static_argnums=0)

@@ -11,6 +11,7 @@ from troll_jax.critic import Critic
 from troll_jax.ops.advantages import gae, greedy_baseline, group_normalised
 from troll_jax.ops.aggregation import token_mean
 from troll_jax.ops.losses import LossInputs, ReferenceView, importance_weighted, ppo_clip
+from troll_jax.ops.minibatch_losses import kl_cov, m2po
 from troll_jax.ops.needs import give, needs
 from troll_jax.ops.regularisers import entropy_bonus, evaluate, k1, kl_to_reference, regularised
 from troll_jax.ops.support import bucket_tail, default_tail
@@ -110,9 +111,10 @@ def test_functions_of_the_library():
         'values': [gae],
         'greedy_reward': [greedy_baseline],
         'new': [default_tail],
+        'minibatch': [m2po, kl_cov],
     }
     functions = [kl_to_reference, entropy_bonus, gae, group_normalised, greedy_baseline, default_tail, bucket_tail]
-    functions += [importance_weighted, ppo_clip]
+    functions += [importance_weighted, ppo_clip, m2po, kl_cov]
     for name, expected in found.items():
         assert [function for function in functions if needs(function, name)] == expected
 

@@ -22,11 +22,11 @@ from troll_jax.ops.losses import (
     LossOutputs,
     ReferenceView,
     cispo,
-    dppo,
     importance_weighted,
     ppo_clip,
     sequence_ratio,
 )
+from troll_jax.ops.masked_losses import dppo_binary, masked
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.regularisers import k1, k2, k3, kl_to_reference, regularised
 from troll_jax.ops.support import bucket_tail
@@ -83,7 +83,8 @@ SEQUENCE = dict(lower=GIVEN['sequence_lower'].item(), upper=GIVEN['sequence_uppe
 GSPO = partial(ppo_clip, ratio=sequence_ratio, dual=None, **SEQUENCE)
 CISPO = partial(cispo, lower=1.0, upper=SETTING['weight'])
 WITH_KL = regularised(CLIP, [partial(kl_to_reference, coefficient=SETTING['beta'], estimator=k3)])
-DPPO = partial(dppo, bound=SETTING['divergence'])
+DPPO = partial(dppo_binary, bound=SETTING['divergence'])
+BY_KL = partial(DPPO, divergence=kl_divergence)
 
 # TRL's mean over responses counts those without tokens, as the 1/G of the papers does, where all have some. This
 # library's and verl's leave them out.
@@ -101,8 +102,8 @@ CASES = {
     'verl/cispo': Case(CISPO, token_mean),
     # Their loss is −⌊r⌋ A log π; that of −r A (DPPO, arXiv 2602.04879, equation 12) has the same gradient, but none
     # where the ratio is cut.
-    'verl/dppo_tv': Case(DPPO, token_mean, False, FAR),
-    'verl/dppo_kl': Case(partial(DPPO, divergence=kl_divergence), token_mean, False, FAR),
+    'verl/dppo_tv': Case(partial(masked, drop=DPPO), token_mean, False, FAR),
+    'verl/dppo_kl': Case(partial(masked, drop=BY_KL), token_mean, False, FAR),
     'verl/reinforce': Case(importance_weighted, sequence_sum, False, beyond(-20, 20, learnt)),
     'verl/k1': Case(pull(k1), token_mean),
     'verl/k2': Case(pull(k2), token_mean),

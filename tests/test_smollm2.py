@@ -34,7 +34,7 @@ def test_every_method_of_the_suite_has_its_objective(monkeypatch):
     suite = SUITES['smollm2']
     found = [read(suite.task, method).build(Method) for method in suite.methods]
     names = [getattr(method.objective, 'func', method.objective).__name__ for method in found]
-    assert names == ['ppo_clip', 'troll', 'ppo_clip', 'troll', 'importance_weighted', 'dppo']
+    assert names == ['ppo_clip', 'troll', 'ppo_clip', 'troll', 'importance_weighted', 'masked']
     assert [len(method.regularisers) for method in found] == [0, 0, 1, 0, 0, 0]
 
 

@@ -21,7 +21,7 @@ from test_objectives_contract import (
 
 from experiments.studies.token_gradients import by_logits, inspected, summarise
 from troll_jax.ops.losses import LossInputs, LossOutputs, ReferenceView, ppo_clip, troll
-from troll_jax.ops.regularisers import entropy_bonus, kl_to_reference, regularised
+from troll_jax.ops.regularisers import entropy_bonus, kl_to_reference, regularised, trust_region_entropy
 from troll_jax.ops.support import TAIL, at_tokens, bucket_tail, default_tail
 from troll_jax.types import START, SparseLogProbs
 
@@ -49,6 +49,7 @@ def dense_gradient(objective, advantages, tail_rule) -> tuple[np.ndarray, LossIn
 
 PULLS = {
     'entropy': regularised(ppo_clip, [partial(entropy_bonus, coefficient=0.3)]),
+    'TRE': regularised(ppo_clip, [partial(trust_region_entropy, coefficient=0.3)]),
     'reference': regularised(ppo_clip, [partial(kl_to_reference, coefficient=0.3)]),
 }
 EVERY = [(name, OBJECTIVES[name][0], rule) for name, rule in CASES]

@@ -36,7 +36,10 @@ from troll_jax.learn import abstract_state, start_state
 from troll_jax.models import decoder as decoders
 from troll_jax.ops.aggregation import constant_length, sequence_mean, token_mean
 from troll_jax.ops.categorical import entropy
-from troll_jax.ops.losses import ppo_clip, sequence_region, troll
+from troll_jax.ops.losses import ppo_clip, troll
+from troll_jax.ops.minibatch_losses import m2po
+from troll_jax.ops.regions import sequence_region
+from troll_jax.ops.regularisers import regularised
 from troll_jax.ops.schedules import adaptive_bound
 from troll_jax.ops.support import bucket_tail, default_tail
 from troll_jax.packing import BatchShape, abstract_batch, make_layout
@@ -45,6 +48,7 @@ from troll_jax.types import START, TrainState
 from troll_jax.update import make_update, summarise_tokens
 
 # Settings of an objective that the update must take as they come.
+of_minibatch = functools.partial(m2po, budget=0.01)
 troll_of_responses = functools.partial(troll, region=sequence_region)
 troll_on_schedule = functools.partial(troll, bound=functools.partial(adaptive_bound, start=0.05, target=0.1))
 AGGREGATIONS = (token_mean, sequence_mean, constant_length)
@@ -82,7 +86,7 @@ def test_gradient_is_that_of_the_written_out_loss():
 
 
 @pytest.mark.parametrize('aggregation', AGGREGATIONS)
-@pytest.mark.parametrize('objective', [troll_of_responses, ppo_clip])
+@pytest.mark.parametrize('objective', [troll_of_responses, ppo_clip, regularised(of_minibatch, [])])
 def test_packing_does_not_matter(objective, aggregation):
     """Guards the one global denominator, and sequences that see or share something with others of their row.
 
@@ -150,7 +154,8 @@ def on_mesh(mesh_shape, objective):
 
 
 @pytest.mark.parametrize(
-    ('shape', 'objective'), [*[(mesh, ppo_clip) for mesh in MESHES], ((2, 2, 2), troll_of_responses)]
+    ('shape', 'objective'),
+    [*[(mesh, ppo_clip) for mesh in MESHES], ((2, 2, 2), troll_of_responses), ((2, 2, 2), of_minibatch)],
 )
 def test_mesh_does_not_matter(shape, objective):
     """Guards every sum over a sharded axis: rows, parameters, vocabulary; the state keeps its layout."""
@@ -182,7 +187,7 @@ def test_padding_does_not_matter():
     assert_same_step(run(updater(), nearby_params(), spoiled), reference())
 
 
-@pytest.mark.parametrize('objective', [troll, ppo_clip])
+@pytest.mark.parametrize('objective', [troll, ppo_clip, of_minibatch])
 def test_batch_without_tokens_changes_nothing(objective):
     """Guards 0/0: zero loss, a zero gradient, and metrics without NaN."""
     empty = batch(data=rollout()._replace(response_lengths=np.zeros(ROWS, np.int32)))

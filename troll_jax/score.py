@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from troll_jax.models import decoder as decoders
 from troll_jax.models.head import HeadOutput, sparse_head
 from troll_jax.ops.importance import Importance
-from troll_jax.ops.losses import LossInputs, ReferenceView
+from troll_jax.ops.losses import LossInputs, Minibatch, ReferenceView
 from troll_jax.ops.needs import give, needs
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.regularisers import Regulariser, evaluate
@@ -104,6 +104,13 @@ def make_reference(
         return batch._replace(reference=found), penalties
 
     return reference
+
+
+def whole_minibatch(decoder, batch: Batch, scoring: Scoring) -> Minibatch:
+    """All tokens of a batch [M, Z, S], by a forward pass of the current policy."""
+    log_probs = lambda part: run_head(decoder, part, scoring, own_support=False).log_probs
+    new = for_each_micro_batch(log_probs, batch, jnp.zeros_like(batch.old_log_probs))
+    return Minibatch(new, batch.old_log_probs, batch.advantages, batch.loss_weights > 0)
 
 
 def for_each_micro_batch(function: Callable[[Batch], Any], batch: Batch, empty: Any) -> Any:

@@ -94,7 +94,7 @@ class Method:
     A function with settings is given as `functools.partial(troll, bound=0.1)`.
 
     Args:
-      objective: policy loss: `troll`, `ppo_clip`, `cispo`, `dppo` or `importance_weighted`, see `troll_jax.ops.losses`.
+      objective: policy loss, such as `troll` or `ppo_clip`; see `troll_jax.ops.losses` and the files that it names.
       advantages: estimator from the rewards [G] of a prompt's samples, such as `group_normalised`; with a
         critic from the rewards and values [T] of a response's tokens, `gae`. See `troll_jax.ops.advantages`.
       aggregation: mean over token losses, such as `token_mean`, see `troll_jax.ops.aggregation`.

@@ -11,11 +11,12 @@ import optax
 from troll_jax.models import decoder as decoders
 from troll_jax.models.layers import exact_products
 from troll_jax.models.lora import split
-from troll_jax.ops.losses import Objective
+from troll_jax.ops.losses import Minibatch, Objective
+from troll_jax.ops.needs import needs
 from troll_jax.ops.order_statistics import order_statistics
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.optimizer import apply_gradients, state_shapes
-from troll_jax.score import Scoring, evaluate_policy, micro_batches
+from troll_jax.score import Scoring, evaluate_policy, micro_batches, whole_minibatch
 from troll_jax.sharding import constrain_like
 from troll_jax.types import Batch, Progress, TrainState, join
 
@@ -54,11 +55,11 @@ def make_gradient(config: decoders.DecoderConfig, objective: Objective, scoring:
     """
     graphdef, _ = decoders.abstract(config)
 
-    def loss_and_logs(params, base, progress: Progress, part: Batch):
+    def loss_and_logs(params, base, progress: Progress, minibatch: dict[str, Minibatch], part: Batch):
         row, logs = evaluate_policy(decoders.bind(graphdef, join(base, params)), part, scoring)
         mask = part.loss_weights > 0
         with jax.named_scope('objective'):
-            losses = jax.vmap(partial(objective, progress=progress))(row, part.advantages)
+            losses = jax.vmap(partial(objective, progress=progress, **minibatch))(row, part.advantages)
             # Where there is no token, there is no loss, whatever was computed: not even NaN · 0.
             loss = jnp.sum(jnp.where(mask, losses.loss * part.loss_weights, 0.0))
         logs |= losses.logs | {
@@ -70,7 +71,11 @@ def make_gradient(config: decoders.DecoderConfig, objective: Objective, scoring:
 
     def gradient(params, progress: Progress, batch: Batch, base=None) -> Gradient:
         with exact_products(config.compute_dtype):
-            total = gradients_of(lambda params, part: loss_and_logs(params, base, progress, part), params, batch)
+            minibatch = {}
+            if needs(objective, 'minibatch'):
+                minibatch = {'minibatch': whole_minibatch(decoders.bind(graphdef, join(base, params)), batch, scoring)}
+            loss = lambda params, part: loss_and_logs(params, base, progress, minibatch, part)
+            total = gradients_of(loss, params, batch)
         return total._replace(params=constrain_like(total.params, lambda mesh: _trained(config, mesh)))
 
     return gradient

@@ -20,12 +20,12 @@ from typing import Any
 
 from gin import config_parser
 
-from experiments.plumbing.names import NAMES, SETTINGS, load_file
+from experiments.plumbing.names import NAMES, OBJECTIVES, REGIONS, SETTINGS, load_file
 from troll_jax.typechecks import check_arguments
 
 # Given by the caller; or, of MathEval, to be bound for one benchmark at a time.
-_FIXED = {'token_region': ('bound',), 'sequence_region': ('bound',), 'MathEval': ('data_source',)}
-_FIXED |= dict.fromkeys(('troll', 'ppo_clip', 'cispo', 'dppo', 'importance_weighted'), ('progress',))
+_FIXED = {'MathEval': ('data_source',)} | {region.__name__: ('bound',) for region in REGIONS}
+_FIXED |= {objective.__name__: ('progress', 'minibatch') for objective in OBJECTIVES}
 
 _IN_FILE = re.compile(r'(.+\.py):(\w+)')
 _HERE = Path(__file__).parents

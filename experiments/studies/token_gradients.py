@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from troll_jax.ops.losses import LossInputs, LossOutputs, Objective, importance_weighted
+from troll_jax.ops.needs import give, needs
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.support import TAIL, bucket_tail
 from troll_jax.types import START, Progress, SparseLogProbs
@@ -70,10 +71,11 @@ def inspected(objective: Objective) -> Objective:
     `outward` [T] is true where a step along the plain gradient raises KL(π̃ ‖ π_old).
     """
 
-    def with_logs(row: LossInputs, advantages: jax.Array, progress: Progress = START) -> LossOutputs:
-        losses = objective(row, advantages, progress)
-        whole = by_logits(lambda row: objective(row, advantages, progress).loss, row)
-        pull = by_logits(lambda row: objective(row, jnp.zeros_like(advantages), progress).loss, row)
+    def with_logs(row: LossInputs, advantages, progress: Progress = START, minibatch=None) -> LossOutputs:
+        of = partial(objective, progress=progress, **give(objective, minibatch=minibatch))
+        losses = of(row, advantages)
+        whole = by_logits(lambda row: of(row, advantages).loss, row)
+        pull = by_logits(lambda row: of(row, jnp.zeros_like(advantages)).loss, row)
         plain = by_logits(lambda row: importance_weighted(row, advantages).loss, row)
         divergence = by_logits(lambda row: jax.vmap(kl_divergence)(row.new.log_probs, row.old.log_probs), row)
         norm = partial(jnp.linalg.norm, axis=-1)
@@ -89,7 +91,7 @@ def inspected(objective: Objective) -> Objective:
         }
         return losses._replace(logs=losses.logs | jax.lax.stop_gradient(logs))
 
-    return with_logs
+    return with_logs if needs(objective, 'minibatch') else partial(with_logs, minibatch=None)
 
 
 def summarise(logs: dict[str, np.ndarray], where: np.ndarray, old_log_probs: np.ndarray) -> dict[str, dict]:

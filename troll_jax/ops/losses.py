@@ -2,20 +2,21 @@
 
 An objective sees log-probabilities of the current and the old policy, never a model. It returns a loss per token; which
 mean is taken of those is the business of `troll_jax.ops.aggregation`. What is added to any objective is in
-`troll_jax.ops.regularisers`.
+`troll_jax.ops.regularisers`. TROLL and the clip are here, other trust regions in `masked_losses`, `smooth_losses` and
+`minibatch_losses`.
 """
 
+import math
 from collections.abc import Callable
-from functools import partial
 from typing import Annotated, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
 
-from troll_jax.ops.categorical import total_variation
-from troll_jax.ops.projection import Projection, kl_divergence, project_sparse, project_sparse_sequence
-from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
+from troll_jax.ops.projection import Projection, kl_divergence
+from troll_jax.ops.ranges import check_range, is_not_negative
+from troll_jax.ops.regions import token_region
 from troll_jax.ops.schedules import Schedule, bound_at
 from troll_jax.ops.segments import segment_mean
 from troll_jax.ops.support import at_token
@@ -56,26 +57,22 @@ class LossOutputs(NamedTuple):
     logs: dict[str, jax.Array]  # [T] each; of a bool the log shows the share of tokens, of a float mean and quantiles
 
 
-Objective = Annotated[Callable[[LossInputs, jax.Array, Progress], LossOutputs], 'reference']
+class Minibatch(NamedTuple):
+    """All tokens of an update [...], by the policy before it, without a gradient."""
+
+    new_log_probs: jax.Array
+    old_log_probs: jax.Array
+    advantages: jax.Array
+    inside: jax.Array  # bool; of others nothing counts
+
+
+Objective = Annotated[Callable[[LossInputs, jax.Array, Progress], LossOutputs], 'reference', 'minibatch']
 """The loss of every token of a row [T], from its advantages [T] and the progress of the run; with a parameter
-`reference` it is given the `ReferenceView`."""
+`reference` it is given the `ReferenceView`, with `minibatch` the `Minibatch`, which costs a forward pass."""
 Region = Annotated[Callable[[SparseLogProbs, SparseLogProbs, jax.Array], Projection], 'bound']
 """Projects the current policy towards π_old [T, K], given the response [T] that each token belongs to."""
 Ratio = Callable[[jax.Array, jax.Array], jax.Array]
 """π/π_old [T] from its log [T], given the response [T] that each token belongs to."""
-Divergence = Callable[[jax.Array, jax.Array], jax.Array]
-"""Divergence [] of two distributions, from their log-probabilities [K]."""
-
-
-def token_region(new: SparseLogProbs, old: SparseLogProbs, segments: jax.Array, *, bound) -> Projection:
-    """A trust region for each token, as in the paper. From [T, K] to a Projection [T, …]."""
-    del segments
-    return jax.vmap(partial(project_sparse, bound=bound))(new, old)
-
-
-def sequence_region(new: SparseLogProbs, old: SparseLogProbs, segments: jax.Array, *, bound) -> Projection:
-    """One trust region for a whole response, which bounds the mean KL of its tokens, see `project_sequence`."""
-    return project_sparse_sequence(new, old, segments, bound=bound)
 
 
 def token_ratio(log_ratio: jax.Array, segments: jax.Array) -> jax.Array:
@@ -100,6 +97,20 @@ def sequence_ratio(log_ratio: jax.Array, segments: jax.Array) -> jax.Array:
     return jnp.exp(jnp.minimum(mean + own, _LOG_SEQUENCE_RATIO_LIMIT))
 
 
+def capped_ratio(log_ratio: jax.Array, segments: jax.Array, *, limit: float = 20.0) -> jax.Array:
+    """⌊min(r_t, limit)⌋ · π(o_t) / ⌊π(o_t)⌋ [T], as `token_ratio`: truncated importance weights.
+
+    The weight is capped, and the gradient of log π(o_t) is lost nowhere.
+
+    Raises:
+      ValueError: a limit below 1, which tokens of equal probability exceed.
+    """
+    del segments
+    check_range('limit of a ratio', limit, lambda x: x >= 1, 'at least 1')
+    value = jax.lax.stop_gradient(log_ratio)
+    return jnp.exp(jnp.minimum(value, math.log(limit)) + (log_ratio - value))
+
+
 def troll(
     row: LossInputs,
     advantages: jax.Array,
@@ -120,7 +131,7 @@ def troll(
       progress: progress of the run, for a schedule of the bound.
       bound: ε, nats per token, or a schedule of it, see `troll_jax.ops.schedules`.
       alpha: α ≥ 0.
-      region: `token_region` or `sequence_region`.
+      region: `token_region`, `sequence_region` or another one of `troll_jax.ops.regions`.
       ratio: ratio of π to π_old, `token_ratio` or `sequence_ratio`.
 
     Raises:
@@ -179,7 +190,7 @@ def ppo_clip(
       lower, upper: the ratio is clipped to [1 − lower, 1 + upper].
       dual: the ratio at which the loss of a token with a negative advantage stops growing, more than 1 + upper; None
         turns this off.
-      ratio: r, `token_ratio` or `sequence_ratio`.
+      ratio: r, `token_ratio`, `sequence_ratio` or `capped_ratio`.
 
     Raises:
       ValueError: `dual` is within the clip, or the clip does not hold the ratio 1.
@@ -227,45 +238,13 @@ def cispo(
     return LossOutputs(-weight * advantages * row.new_log_probs, weight != r, {'clipped': weight != r})
 
 
-def dppo(
-    row: LossInputs,
-    advantages: jax.Array,
-    progress: Progress = START,
-    *,
-    bound: float = 0.15,
-    divergence: Divergence = total_variation,
+def importance_weighted(
+    row: LossInputs, advantages: jax.Array, progress: Progress = START, *, ratio: Ratio = token_ratio
 ) -> LossOutputs:
-    """DPPO (arXiv 2602.04879, equation 12): a token that leads further out of the trust region is left out.
-
-        loss = − m r A,   m = 0 where D(π_old ‖ π̃) > bound and r is on A's side of one, else 1
-
-    D is taken over the tokens that the supports list. With `bucket_tail` that is the paper's top-K approximation
-    (equations 15 and 16).
-
-    Args:
-      row: T tokens.
-      advantages: [T]
-      progress: not used.
-      bound: δ; the paper's are 0.15 or 0.2 for the total variation and 0.05 nats for the KL divergence.
-      divergence: `total_variation` or `kl_divergence`.
-
-    Raises:
-      ValueError: `bound` is not positive.
-    """
-    del progress
-    check_range('bound', bound, is_positive, 'positive')
-    chex.assert_equal_shape([row.tokens, row.new_log_probs, row.old_log_probs, advantages])
-    r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
-    outside = jax.vmap(divergence)(row.old.log_probs, row.new.log_probs) > bound
-    blocked = outside & jnp.where(advantages > 0, r > 1, (advantages < 0) & (r < 1))
-    return LossOutputs(-jnp.where(blocked, 0.0, r) * advantages, blocked, {'clipped': blocked})
-
-
-def importance_weighted(row: LossInputs, advantages: jax.Array, progress: Progress = START) -> LossOutputs:
-    """The policy gradient by importance sampling, without a bound on the step: loss = − r A. Arguments as `cispo`."""
+    """The policy gradient by importance sampling, without a bound on the step: loss = − r A. As `ppo_clip`."""
     del progress
     chex.assert_equal_shape([row.new_log_probs, row.old_log_probs, advantages])
-    r = token_ratio(row.new_log_probs - row.old_log_probs, row.segments)
+    r = ratio(row.new_log_probs - row.old_log_probs, row.segments)
     return LossOutputs(-r * advantages, jnp.zeros_like(r, bool), {})
 
 

@@ -1,7 +1,8 @@
 """Inputs that a function asks for by name: it has a parameter of that name, and is given it.
 
 An advantage estimator with a parameter `values` needs a critic, one with `greedy_reward` a greedy response to every
-prompt; a regulariser with `reference` needs a reference model; a tail rule with `new` the current policy's own support.
+prompt; a regulariser with `reference` needs a reference model; a tail rule with `new` the current policy's own support;
+an objective with `minibatch` all tokens of an update.
 """
 
 import functools

@@ -167,7 +167,7 @@ def project_sparse(
     Returns:
       A Projection whose `log_probs` [K] belong to the tokens of `new`; `kl` is that of the conditional distributions.
     """
-    return _project_on_support(partial(project, bound=bound, max_evaluations=max_evaluations), new, old)
+    return project_on_support(partial(project, bound=bound, max_evaluations=max_evaluations), new, old)
 
 
 def project_sparse_sequence(
@@ -175,10 +175,11 @@ def project_sparse_sequence(
 ) -> Projection:
     """`project_sequence` on supports [T, K], in the way of `project_sparse`."""
     region = partial(project_sequence, segments=segments, bound=bound, max_evaluations=max_evaluations)
-    return _project_on_support(region, new, old)
+    return project_on_support(region, new, old)
 
 
-def _project_on_support(region: Callable[..., Projection], new: SparseLogProbs, old: SparseLogProbs) -> Projection:
+def project_on_support(region: Callable[..., Projection], new: SparseLogProbs, old: SparseLogProbs) -> Projection:
+    """The projection of the support's conditional distributions, in the way of `project_sparse`."""
     log_mass = jax.nn.logsumexp(new.log_probs, axis=-1, keepdims=True)
     result = region(new.log_probs - log_mass, jax.nn.log_softmax(old.log_probs))
     projected = jnp.where(result.violated[..., None], result.log_probs + log_mass, new.log_probs)

@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
+from troll_jax.ops.categorical import entropy
 from troll_jax.ops.losses import LOG_RATIO_LIMIT, LossInputs, LossOutputs, ReferenceView
-from troll_jax.ops.needs import give
+from troll_jax.ops.needs import give, needs
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.ranges import check_range, is_not_negative
 from troll_jax.types import START, Progress
@@ -31,14 +33,15 @@ def regularised(
     if len(set(names)) < len(names):
         raise ValueError(f'regularisers are logged by their names, and each may be given once; got {", ".join(names)}')
 
-    def with_regularisers(row: LossInputs, advantages: jax.Array, progress: Progress = START) -> LossOutputs:
-        losses = objective(row, advantages, progress, **give(objective, reference=row.reference))
+    def with_regularisers(row: LossInputs, advantages, progress: Progress = START, minibatch=None) -> LossOutputs:
+        given = give(objective, reference=row.reference, minibatch=minibatch)
+        losses = objective(row, advantages, progress, **given)
         if taken := losses.logs.keys() & set(names):
             raise ValueError(f'the objective has figures of the name {", ".join(taken)}; rename the regulariser')
         added = {name: evaluate(regulariser, row) for name, regulariser in zip(names, regularisers, strict=True)}
         return losses._replace(loss=losses.loss + sum(added.values()), logs=losses.logs | added)
 
-    return with_regularisers
+    return with_regularisers if needs(objective, 'minibatch') else partial(with_regularisers, minibatch=None)
 
 
 def evaluate(regulariser: Regulariser, row: LossInputs) -> jax.Array:
@@ -51,13 +54,40 @@ def entropy_bonus(row: LossInputs, *, coefficient: float) -> jax.Array:
     return -coefficient * row.entropy
 
 
-def kl_to_old(row: LossInputs, *, coefficient: float) -> jax.Array:
-    """loss = coefficient · KL(π̃ ‖ π_old), exact on the tokens that the supports list; [T].
+def trust_region_entropy(row: LossInputs, *, coefficient: float, mass: float = 0.99) -> jax.Array:
+    """TRE-P (arXiv 2602.03635): an entropy bonus among the most probable tokens alone; [T].
+
+        loss = − coefficient · H(π̃ | A) / log |A|,   A the fewest listed tokens that hold the mass
+
+    It pushes no probability into the tail. The paper's α is coefficient / log V. Where |A| = 1 it is zero.
+
+    Args:
+      row: T tokens.
+      coefficient: weight of the entropy, whose largest value is one.
+      mass: probability that A holds, in (0, 1].
+
+    Raises:
+      ValueError: the mass is out of its range.
+    """
+    check_range('mass of trust_region_entropy', mass, lambda x: 0 < x <= 1, 'in (0, 1]')
+    listed = jnp.where(row.new.tokens >= 0, row.new.log_probs, -jnp.inf)
+    falling = -jnp.sort(-listed, axis=-1)
+    probs = jnp.exp(falling)
+    inside = (jnp.cumsum(probs, axis=-1) - probs < mass) & (probs > 0)
+    size = jnp.maximum(jnp.sum(inside, axis=-1), 2)
+    within = jax.nn.log_softmax(jnp.where(inside, falling, -jnp.inf), axis=-1)
+    return -coefficient * jax.vmap(entropy)(within) / jnp.log(size.astype(within.dtype))
+
+
+def kl_to_old(row: LossInputs, *, coefficient: float, estimator: Estimator | None = None) -> jax.Array:
+    """loss = coefficient · KL(π̃ ‖ π_old), exact on the tokens that the supports list, or as `estimator` has it; [T].
 
     Added to `ppo_clip`, it is the control for TROLL's regression: a pull towards π_old itself, at every token, in place
     of one towards the projection.
     """
     check_range('coefficient of a KL divergence', coefficient, is_not_negative, 'at least 0')
+    if estimator is not None:
+        return coefficient * estimator(row.new_log_probs, row.old_log_probs)
     return coefficient * jax.vmap(kl_divergence)(row.new.log_probs, row.old.log_probs)
 
 

@@ -129,6 +129,11 @@ def bucket_tail(new_on_old_support: jax.Array, old: SparseLogProbs) -> tuple[Spa
     return SparseLogProbs(tokens, add_tail(new_on_old_support)), SparseLogProbs(tokens, add_tail(old.log_probs))
 
 
+def sampled_or_not(log_prob: jax.Array) -> jax.Array:
+    """The distribution [2] of one token and all others together, from the token's log-probability []."""
+    return jnp.append(log_prob, _log_tail(log_prob[None]))
+
+
 def _log_tail(log_probs: jax.Array) -> jax.Array:
     """The log of what [K] leaves out of one, at least the resolution of the dtype: one below would be rounding."""
     mass = jnp.sum(jnp.exp(log_probs))
