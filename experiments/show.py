@@ -1,8 +1,8 @@
 """Shows responses of runs side by side, with rewards and constrained tokens, in a terminal or as one HTML page.
 
-    python -m experiments.show RUN                          # the first and the latest step that were saved
-    python -m experiments.show RUN --step 10 200            # two steps of a run
-    python -m experiments.show RUN RUN2 --html samples.html # two runs: curves, responses to the same prompts
+    troll show RUN                          # the first and the latest step that were saved
+    troll show RUN --step 10 200            # two steps of a run
+    troll show RUN RUN2 --html samples.html # two runs: curves, responses to the same prompts
 
 The run may still go on. `Run.save_samples_every` says which steps are saved.
 """

@@ -1,6 +1,6 @@
 """Draws what objectives do to a token's gradient, over the ratio and over the old probability: docs/trust_regions.png.
 
-python -m experiments.trust_regions
+troll trust_regions
 """
 
 from functools import partial

@@ -28,7 +28,7 @@ def test_the_commands_at_the_end_exist(caplog):
         tell_where_to_look(Run(folder='runs/a', steps=1))
         tell_where_to_look(Run(folder='runs/a', steps=1, save_samples_every=0, trackers=()))
     whole, bare = caplog.messages
-    modules = re.findall(r'python -m ([\w.]+) runs/a', whole)
-    assert modules == ['experiments.evaluate', 'experiments.show', 'experiments.plot']
-    assert all(callable(importlib.import_module(module).main) for module in modules)
+    commands = re.findall(r'troll (\w+) runs/a', whole)
+    assert commands == ['evaluate', 'show', 'plot']
+    assert all(callable(importlib.import_module(f'experiments.{command}').main) for command in commands)
     assert 'tensorboard --logdir runs/a' in whole and 'show' not in bare and 'tensorboard' not in bare

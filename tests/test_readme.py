@@ -1,6 +1,10 @@
 """The README and the documents are true of the repository."""
 
+import argparse
+import importlib
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import jax
@@ -16,7 +20,7 @@ from troll_jax.settings import Compute, Method, Run, Sampling
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / 'README.md').read_text()
-DOCUMENTS = [REPOSITORY / 'README.md', REPOSITORY / 'configs/README.md', *sorted((REPOSITORY / 'docs').glob('*.md'))]
+DOCUMENTS = [REPOSITORY / 'README.md', REPOSITORY / 'configs/README.md', *sorted((REPOSITORY / 'docs').rglob('*.md'))]
 named = lambda path: str(path.relative_to(REPOSITORY))
 
 
@@ -76,6 +80,35 @@ def test_what_is_named_exists(document):
     makefile = (REPOSITORY / 'Makefile').read_text()
     for target in re.findall(r'^make (\w+)', text, re.MULTILINE) + re.findall(r'`make (\w+)`', text):
         assert re.search(rf'^{target}:', makefile, re.MULTILINE), target
+
+
+class Understood(Exception):
+    """A command has read its arguments."""
+
+
+@pytest.mark.parametrize('document', DOCUMENTS, ids=named)
+def test_commands_are_understood(document, monkeypatch):
+    """Guards examples with options, configurations or settings that are no longer there."""
+
+    def understood(parse):
+        def wrapped(*args):
+            raise Understood(parse(*args))
+
+        return wrapped
+
+    for name in ('parse_args', 'parse_intermixed_args'):
+        monkeypatch.setattr(argparse.ArgumentParser, name, understood(getattr(argparse.ArgumentParser, name)))
+    for line in '\n'.join(blocks(document.read_text(), 'sh')).replace('\\\n', ' ').splitlines():
+        command = re.match(r'(?:troll |python -m experiments\.)([\w.]+)(.*)', line)
+        if command is None or ' --help' in line:
+            continue
+        name, arguments = f'experiments.{command[1]}', shlex.split(command[2], comments=True)
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, 'argv', [name, *arguments])
+        with pytest.raises(Understood):  # and not SystemExit
+            module.main()
+        commands = [getattr(module, x) for x in ('evaluation', 'warm_start') if hasattr(module, x)]
+        Config([], [word for word in arguments if ' = ' in word], commands)
 
 
 @pytest.mark.parametrize('document', DOCUMENTS, ids=named)

@@ -89,7 +89,7 @@ def inspect(objective, new, old, tokens, advantages) -> LossOutputs:
 
 
 def test_the_projection_silences_what_moved_in_one_direction():
-    """Guards the finding of docs/projection.md, section 4: where d has two values, nothing of the advantage is left.
+    """Guards the finding of docs/projection_derivative.md: where d has two values, nothing of the advantage is left.
 
     Two tokens; and a long tail of which only the sampled token has moved, up or down. Advantages lead out and back.
     The same tail with a second token that moved keeps the share that the formula gives.

@@ -66,8 +66,8 @@ def tell_where_to_look(run: Run) -> None:
     if not run.save_samples_every:
         del commands[f'show {folder} --html samples.html']
     width = max(map(len, commands))
-    lines = [f'  python -m experiments.{command:{width}}  # {what}' for command, what in commands.items()]
+    lines = [f'  troll {command:{width}}  # {what}' for command, what in commands.items()]
     if 'tensorboard' in run.trackers:
         command = f'tensorboard --logdir {folder}'
-        lines.append(f'  {command:{width + len("python -m experiments.")}}  # after `pip install tensorboard`')
+        lines.append(f'  {command:{width + len("troll ")}}  # after `pip install tensorboard`')
     logger.info('\n'.join([f'{folder} has metrics.jsonl and all else of the run. To look at it:', *lines]))

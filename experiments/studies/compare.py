@@ -199,7 +199,6 @@ class Bench:
         mean = lambda name: float(np.mean([row[f'update/{name}'] for row in rows]))
         rewards, last = np.array([row['reward/mean'] for row in rows]), rows[-1].get('critic/explained_variance')
         critic = {} if last is None or not np.isfinite(last) else {'explained_variance': float(last)}
-        constrained = 'projected_share' if 'update/projected_share' in rows[0] else 'clipped_share'
         return (
             setting._asdict()
             | {
@@ -213,7 +212,7 @@ class Bench:
                 'kl_mean': mean('kl_mean'),
                 'kl_p99': mean('kl_p99'),
                 'kl_max': mean('kl_max'),
-                'constrained_share': mean(constrained),
+                'constrained_share': mean('constrained_share'),
                 'skipped': mean('skipped'),
             }
             | critic
