@@ -44,7 +44,7 @@ lint: $(VENV)/installed-test
 $(VENV)/installed: requirements.txt pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN) -m pip install --quiet --upgrade pip
-	$(BIN) -m pip install --quiet -e .
+	PYTHONWARNINGS=ignore $(BIN) -m pip install --quiet -e .  # setuptools warns of folders without Python files
 	touch $@
 
 # Bubblewrap runs the programs that a model writes. Where it can't be installed their tests are skipped, and say so.
