@@ -70,7 +70,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
     evaluate = None
     if run.evaluate_every:
         evaluate = make_validation(experiment, model.tokenizer, sampler_of, compute=compute, trained_on=prompts)
-    with training, compute.grader(experiment.task) as grader, ThreadPoolExecutor(1) as background:
+    with training, ThreadPoolExecutor(1) as background, compute.grader(experiment.task) as grader:
         grader.start()
         trace_programs(sampler, learner, sampling, method, prompts)
         validate = lambda params: metrics_of(evaluate(params, jax.random.key(sampling.seed), grader))
@@ -90,8 +90,8 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
         ahead = None
         for step in training.steps():
             # B groups of G graded responses by the current policy, or an earlier one. Dynamic sampling happens here.
-            sampled = ahead or collect(learner.sampling_params(state), int(state.progress.draws))
-            experience, ahead = sampled(), None
+            experience = (ahead or collect(learner.sampling_params(state), int(state.progress.draws)))()
+            ahead = None
             if compute.overlap and step < run.steps:  # graded while the update runs
                 draws = int(state.progress.draws) + experience.draws
                 ahead = collect(learner.sampling_params(state, ahead=True), draws)

@@ -162,6 +162,8 @@ def test_settings_that_cannot_be():
     assert {path.key for path in paths} == {'query', 'key', 'value', 'gate', 'up'}
     with pytest.raises(ValueError, match=r"no weight of a layer matches 'gates'; expected some of \['query', "):
         decoders.abstract(dataclasses.replace(CONFIG, lora=Lora(targets=['query', 'gates'])))
+    with pytest.raises(ValueError, match='Lora.rank is 2.5; expected a whole number'):
+        Lora(rank=2.5)
     with pytest.raises(ValueError, match='Lora.rank must be above 0; got 0'):
         Lora(rank=0)
     with pytest.raises(ValueError, match='Method.lora is to avoid'):

@@ -55,6 +55,14 @@ def test_a_ball_of_another_divergence_holds(region, divergence, bound):
         np.testing.assert_allclose(variation(new.log_probs, result.log_probs), np.maximum(before - bound, 0), atol=1e-5)
 
 
+@pytest.mark.parametrize('region', [token_region, entropy_region, total_variation_region, chi_squared_region])
+def test_a_bound_that_is_not_positive_is_an_error(region):
+    """Guards a projection of NaN, or one onto the old policy."""
+    for bound in (0.0, -0.1):
+        with pytest.raises(ValueError, match='bound .* must be positive; got'):
+            region(*pairs(2), None, bound=bound)
+
+
 def test_a_bound_by_entropy():
     """Guards the scale: nats per nat of the old policy's entropy."""
     new, old = pairs()

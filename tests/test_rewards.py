@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,16 @@ def test_leaving_the_context_ends_the_workers():
         pid = int(pool(['pid'], ['']).rewards[0])
         assert is_alive(pid)
     assert not is_alive(pid)
+
+
+@pytest.mark.parametrize(('deadline', 'response'), [(None, 'sleep 0.1'), (600.0, 'sleep 500')])
+def test_closing_ends_a_batch_of_another_thread(deadline, response):
+    """Guards a run that is stopped and waits for grades that nobody wants."""
+    with ThreadPoolExecutor(1) as background, Grader(obey, deadline=deadline, workers=1) as pool:
+        batch = background.submit(pool, [response] * 300, [''] * 300)
+        time.sleep(0.2)
+    with pytest.raises(RuntimeError, match='is closed'):
+        batch.result()
 
 
 @needs_proc

@@ -147,7 +147,10 @@ class Learner:
         """
         if not state.past:
             return state.policy
-        return join(state.base, state.past[0] if not ahead else [*state.past[1:], self._copy(state.params)][0])
+        sampling, *later = state.past
+        if ahead:
+            sampling = later[0] if later else self._copy(state.params)
+        return join(state.base, sampling)
 
     @_on_mesh
     def keep_policy(self, state: TrainState) -> TrainState:

@@ -67,7 +67,8 @@ def make_validation(
             # Workers start while the responses are sampled, and are not kept for sets that differ in their grading.
             is_own = own_grader is not None and task == experiment.task
             with nullcontext(own_grader) if is_own else compute.grader(task) as grader:
-                grader.start()
+                if not is_own:  # else it has started, and may be at work in the background
+                    grader.start()
                 sampler = sampler_of(samples)
                 results[name] = evaluate(sampler, params, prompts, grader, tokenizer, key, mesh=compute.mesh)
             logger.info('%s: %.4f', name, success(results[name]).mean())

@@ -89,9 +89,9 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
                 results.append(on_chips(name, program, arguments, tokens=tokens, iterations=iterations, beside=others))
         if of_sampler := [name for name in ('prefill', 'decode') if name in programs]:
             beside = bytes_on_device(state)  # all that is trained stays on the devices
-            sampling = learner.sampling_params(state)
+            policy = learner.sampling_params(state)
             try:
-                weights = compiled_shapes(sampler.begin, sampling)
+                weights = compiled_shapes(sampler.begin, policy)
                 free = MEMORY_SHARE * chip.memory - beside - bytes_on_device(weights)  # for the cache
                 sizes = sampler.sizes(prompts, experiment.max_prompt_length, free)
             except TooLarge as error:
@@ -104,7 +104,7 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
             shape_of = lambda program, *inputs: (
                 weights if program is sampler.begin else compiled_shapes(program, *inputs)
             )
-            every = sampler.programs(sampling, sizes, shape_of=shape_of)
+            every = sampler.programs(policy, sizes, shape_of=shape_of)
             tokens = {'prefill': sizes.rows * sizes.chunk, 'decode': sizes.slots}
             parts = {'prefill': 1, 'decode': sampler.decode_steps}
             room = {'slots': sizes.shards * sizes.slots, 'cached_tokens': sizes.shards * sizes.pages * PAGE_SIZE}

@@ -18,6 +18,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
+from troll_jax.typechecks import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +32,8 @@ class Lora:
       seed: seed of A.
 
     Raises:
-      ValueError: a number out of its range. A pattern without a weight is one where the decoder is built.
+      ValueError: a value of another type or out of its range. A pattern without a weight is one where the decoder is
+        built.
     """
 
     rank: int = 32
@@ -40,6 +42,7 @@ class Lora:
     seed: int = 0
 
     def __post_init__(self):
+        check_fields(self)
         check_range('Lora.rank', self.rank, is_positive, 'above 0')
         check_range('Lora.alpha', self.alpha, is_positive, 'above 0')
         check_range('Lora.seed', self.seed, is_not_negative, 'at least 0')

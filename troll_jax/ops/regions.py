@@ -22,6 +22,7 @@ from troll_jax.ops.projection import (
     project_sparse,
     project_sparse_sequence,
 )
+from troll_jax.ops.ranges import check_range, is_positive
 from troll_jax.types import SparseLogProbs
 
 _LEAST_BOUND = 1e-6  # nats: the smallest that the solver is made for
@@ -44,6 +45,7 @@ def entropy_region(new: SparseLogProbs, old: SparseLogProbs, segments: jax.Array
     H is that of the listed tokens, so the bound is one per nat of entropy.
     """
     del segments
+    check_range('bound of entropy_region', bound, is_positive, 'positive')
     bounds = jnp.maximum(bound * jax.vmap(entropy)(jax.nn.log_softmax(old.log_probs)), _LEAST_BOUND)
     return jax.vmap(lambda new, old, bound: project_sparse(new, old, bound=bound))(new, old, bounds)
 
@@ -71,6 +73,7 @@ def detached_region(
 
 def _mixture(new: SparseLogProbs, old: SparseLogProbs, bound, divergence: Callable, weight: Callable) -> Projection:
     """π_v with v = weight(D(π̃, π_old)) where D is more than the bound, else π̃."""
+    check_range('bound of the region', bound, is_positive, 'positive')
 
     def one(log_probs: jax.Array, old_log_probs: jax.Array) -> Projection:
         distance = divergence(log_probs, old_log_probs)

@@ -84,7 +84,7 @@ class Grader:
         self._selector = selectors.DefaultSelector()
         self._one_at_a_time = threading.RLock()  # a batch in the background and one of an evaluation
         self._failed_starts = 0
-        self._logged_error = self._has_graded = False
+        self._logged_error = self._has_graded = self._closed = False
         if deadline is not None:
             self._setup = (_pickle_by_name(grade), deadline, int(memory_limit_gb * 2**30))
 
@@ -105,27 +105,27 @@ class Grader:
                 self._selector.register(worker.connection, selectors.EVENT_READ, worker)
 
     def close(self) -> None:
-        """Ends the workers."""
-        for worker in list(self._workers):
-            self._remove(worker)
+        """Ends the workers. A batch that another thread grades ends within a second or one grading, with an error."""
+        self._closed = True
+        with self._one_at_a_time:
+            for worker in list(self._workers):
+                self._remove(worker)
 
     def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> Grades:
         """Rewards of `responses[i]` against `answers[i]`, in order.
 
         Raises:
             ValueError: the two differ in length, or a reward is not a finite number (names the sample).
-            RuntimeError: workers cannot start; the grading function raised a `CannotGrade`, with the reason, or it
-                failed on every response so far, of which there are at least two.
+            RuntimeError: the grader is closed; workers cannot start; the grading function raised a `CannotGrade`, with
+                the reason, or it failed on every response so far, of which there are at least two.
         """
         if len(responses) != len(answers):
             raise ValueError(
                 f'Got {len(responses)} responses and {len(answers)} answers; expected one answer for each.'
             )
-        if self._deadline is None:
-            outcomes = [grade_one(self._grade, *pair) for pair in zip(responses, answers, strict=True)]
-        else:
-            with self._one_at_a_time:
-                outcomes = self._grade_in_workers(list(zip(responses, answers, strict=True)))
+        with self._one_at_a_time:
+            grade = self._grade_here if self._deadline is None else self._grade_in_workers
+            outcomes = grade(list(zip(responses, answers, strict=True)))
 
         rewards, graded = np.zeros(len(outcomes), np.float32), np.zeros(len(outcomes), bool)
         counts = {'timeout': 0, 'crash': 0, 'error': 0}
@@ -157,6 +157,17 @@ class Grader:
             )
         return Grades(rewards, counts['timeout'], counts['crash'], counts['error'], graded)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError('the grader is closed, so nothing is graded; make a new one')
+
+    def _grade_here(self, pairs: list[tuple[str, str]]) -> list[tuple[str, object]]:
+        outcomes = []
+        for pair in pairs:
+            self._check_open()
+            outcomes.append(grade_one(self._grade, *pair))
+        return outcomes
+
     def _grade_in_workers(self, pairs: list[tuple[str, str]]) -> list[tuple[str, object]]:
         outcomes: list[tuple[str, object]] = [('crash', None)] * len(pairs)
         waiting = deque(range(len(pairs)))
@@ -164,6 +175,7 @@ class Grader:
         timeout = 0.0  # first see which workers became ready, or died, since the last batch
         try:
             while unfinished:
+                self._check_open()
                 self.start()
                 for key, _ in self._selector.select(timeout):
                     unfinished -= self._receive(key.data, outcomes)
@@ -173,7 +185,8 @@ class Grader:
                 for worker in self._workers:
                     if waiting and worker.idle:
                         worker.send(waiting.popleft(), pairs)
-                timeout = max(0.0, min((w.limit for w in self._workers), default=0.0) - time.monotonic())
+                timeout = min((w.limit for w in self._workers), default=0.0) - time.monotonic()
+                timeout = min(max(0.0, timeout), 1.0)  # looks once a second whether it is closed
             self.start()  # replacements of killed workers load while the caller does other things
         finally:
             # After an interrupt or an error, a worker at work would answer into the next batch.
