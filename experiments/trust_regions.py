@@ -1,8 +1,9 @@
-"""Draws what objectives do to a token's gradient, over the ratio and over the old probability: docs/trust_regions.png.
+"""Draws what objectives do to a token's gradient, over the ratio and over the old probability.
 
-troll trust_regions
+troll trust_regions [--output trust_regions.png]
 """
 
+import argparse
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from matplotlib.figure import Figure
 
+from experiments.plumbing.command import run_command
 from troll_jax.ops.losses import LossInputs, Objective, ppo_clip, troll
 from troll_jax.ops.masked_losses import dppo_binary, icepop, kpop, masked
 from troll_jax.ops.smooth_losses import drpo, sapo, spo, vespo
@@ -45,6 +47,9 @@ def factors(objective: Objective, old: np.ndarray, ratio: np.ndarray, advantage:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--output', default='trust_regions.png')
+    arguments = parser.parse_args()
     figure = Figure(figsize=(11, 7.5), layout='constrained')
     ratios, olds = np.linspace(0.05, 4, 500), np.linspace(0.002, 0.64, 500)
     for (over_ratio, over_old), (sign, fixed) in zip(figure.subplots(2, 2), RATIO.items(), strict=True):
@@ -55,8 +60,9 @@ def main() -> None:
         over_ratio.set(title=f'A = {sign}, m = {OLD}', xlabel='r = p / m', ylim=(-1.5, 3), ylabel='factor on A ∇ log π')
         over_old.set(title=f'A = {sign}, r = {fixed}', xlabel='m = π_old(o)', ylim=(-1.5, 3))
     over_old.legend(ncols=2, fontsize=8)
-    figure.savefig('docs/trust_regions.png', dpi=90)
+    figure.savefig(arguments.output, dpi=90)
+    print(f'wrote {arguments.output}')
 
 
 if __name__ == '__main__':
-    main()
+    run_command(main)
