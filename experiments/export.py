@@ -7,13 +7,14 @@ Of a run with LoRA the weights with its adapters merged into them, or with --ada
 
 import argparse
 import dataclasses
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments.plumbing.command import run_command
+from experiments.plumbing.command import run_command, start_log
 from experiments.plumbing.gin_files import Config
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.models import decoder as decoders
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument('--step', type=int, help='of the checkpoint; the latest by default')
     parser.add_argument('--adapters', action='store_true', help='of LoRA alone, as PEFT has them')
     arguments = parser.parse_args()
+    start_log(logging.WARNING)
     step = export(arguments.run_dir, arguments.folder, arguments.step, adapters=arguments.adapters)
     print(f'wrote step {step} of {arguments.run_dir} to {arguments.folder}')
 

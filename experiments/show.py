@@ -100,7 +100,7 @@ def print_samples(sides: Sequence[Side], rows: Sequence[tuple], console: Console
             return ''
         response = prompt['responses'][at]
         colour = 'green' if response['advantage'] > 0 else 'red' if response['advantage'] < 0 else 'dim'
-        return Group(Text(caption(response), colour), body(response))
+        return Group(Text(caption(response).translate(_VISIBLE), colour), body(response))
 
     def asked(prompt: dict | None) -> Text:
         answer = f'\nanswer {prompt["answer"]}' if prompt and prompt['answer'] else ''
@@ -110,7 +110,7 @@ def print_samples(sides: Sequence[Side], rows: Sequence[tuple], console: Console
         table = Table(expand=True, show_lines=True)
         for side, prompt in zip(sides, row, strict=True):
             update = '' if prompt is None else f', update {prompt["update"]}'
-            table.add_column(Text(side.title + update), ratio=1, overflow='fold')
+            table.add_column(Text((side.title + update).translate(_VISIBLE)), ratio=1, overflow='fold')
         table.add_row(*(asked(prompt) for prompt in row))
         for at in range(max(len(prompt['responses']) for prompt in row if prompt)):
             table.add_row(*(cell(prompt, at) for prompt in row))
@@ -180,7 +180,7 @@ def _column(side: Side, prompt: dict | None) -> str:
         )
     answer = f'<small>answer {escape(prompt["answer"])}</small>' if prompt['answer'] else ''
     return (
-        f'<div><h2>{escape(side.title)} <small>update {prompt["update"]}</small></h2><div class="prompt">{answer}'
+        f'<div><h2>{escape(side.title)} <small>update {prompt["update"]:d}</small></h2><div class="prompt">{answer}'
         f'<pre>{escape(prompt["prompt"].strip())}</pre></div>{"".join(responses)}</div>'
     )
 
@@ -193,7 +193,7 @@ def _numbers(metrics: dict[str, list[dict]]) -> str:
     body = ''
     for run, row in latest.items():
         cells = (f'{row[key]:{format}}' if key in row else '' for key, format in shown.values())
-        body += f'<tr><td>{escape(run)}<td>{row.get("step", "")}' + ''.join(f'<td>{cell}' for cell in cells)
+        body += f'<tr><td>{escape(run)}<td>{row.get("step", 0):d}' + ''.join(f'<td>{cell}' for cell in cells)
     return f'<table><tr>{head}{body}</table>'
 
 

@@ -77,7 +77,7 @@ def test_a_mistyped_binding_is_an_error(binding, match):
 @pytest.mark.parametrize(
     'binding, meant',
     [
-        ('alpha = 0.1', "'troll.alpha'?"),
+        ('alpha = 0.1', "'troll.alpha' or 'Lora.alpha'?"),
         ('checkpoint_evry = 5', "'Run.checkpoint_every'?"),
         ('learning_rate = 1', "'adamw.learning_rate' or 'warm_start.learning_rate'?"),
     ],

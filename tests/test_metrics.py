@@ -156,7 +156,7 @@ def test_tables_are_json_and_follow_a_resumed_run(tmp_path):
     assert [row['step'] for row in table(tmp_path)] == [2, 4, 6, 8]
     (file,) = (tmp_path / 'tensorboard').iterdir()
     texts = [value.tensor.string_val[0].decode() for event in events(file) for value in event.summary.value]
-    assert texts[0].splitlines() == ['- ' + repr('ü\n"') + ' 2 of 5', "- '数' 1 of 1"]
+    assert texts[0].splitlines() == ['    ' + repr('ü\n"') + ' 2 of 5', "    '数' 1 of 1"]
     with (tmp_path / 'constrained_tokens.jsonl').open('a') as file:
         file.write('{"step": 9, "tok')
     with MetricsWriter(tmp_path, resume_after=4) as metrics:

@@ -44,7 +44,7 @@ def test_conversations_and_further_columns(tmp_path):
     task = MathProblems(source=write(tmp_path / 'trl.parquet', rows), columns=('solution', 'topic'), system_prompt='')
     loaded = task.load('test')
     assert loaded[2] == {'messages': CHAT[1:], 'answer': '2', 'solution': r'So $\boxed{2}$.', 'topic': 't2'}
-    with pytest.raises(ValueError, match=r"no column \['topics'\]; got"):
+    with pytest.raises(ValueError, match=r"no column \['topics'\]; got \['prompt', 'solution', 'topic'\]"):
         MathProblems(source=task.source, columns=('topics',)).load('train')
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from experiments.plumbing.samples import in_brackets, split, token_spans
+from experiments.plumbing.samples import in_brackets, in_markdown, split, token_spans
 from experiments.show import Side, page, print_samples, read_sides, rows_of
 from troll_jax.metrics import read_metrics
 
@@ -122,11 +122,21 @@ def test_a_page_is_one_file_and_a_response_is_text(tmp_path):
     assert '<mark>&lt;/pre&gt;</mark><mark>&lt;s</mark>cript' in html
     assert html.count('<svg') == 1 and not re.findall(r'(?:src|@import|(?<!:)href)=?[ "(]*https?:', html)
     assert '<td>0.250' in html and '<td>0.5' in html
+    for of_run, rows in [({'a': [{'step': NASTY}]}, []), (metrics, [(prompts[0] | {'update': NASTY}, None)])]:
+        with pytest.raises(ValueError, match='format'):  # numbers that are none, in files of somebody else's
+            page(sides, rows, of_run)
+
+
+def test_markdown_has_responses_as_code():
+    """Guards text that leaves its block of code, by whatever Markdown takes for the end of a line."""
+    text = in_markdown([sample(f'a\r{NASTY}', f'b\r{NASTY}\n\n{NASTY}', constrained=[])])
+    assert all(line.startswith('    ') for line in re.split('[\r\n]', text) if 'script' in line)
 
 
 def test_a_terminal_gets_text_and_no_commands():
     """Guards marks that are lost where there are no colours, and responses that move the cursor or are markup."""
-    sides = [Side('a', 3, [sample('1+1=', NASTY, constrained=[[0, 6]])]), Side('b', 3, [])]
+    terms = {'rewards': {NASTY: 1.0, 'long': 0.0}}
+    sides = [Side('a', 3, [sample('1+1=', NASTY, constrained=[[0, 6]], **terms)]), Side('b', 3, [])]
     printed = {}
     for colour in (None, 'standard'):
         console = Console(file=io.StringIO(), width=200, color_system=colour, force_terminal=colour is not None)

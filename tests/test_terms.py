@@ -54,6 +54,8 @@ def test_names_of_terms():
     for names in ([], ['a', 'a'], ['mean']):
         with pytest.raises(ValueError, match='rewards are named'):
             check_names([(name, 1.0, task_reward) for name in names])
+    with pytest.raises(ValueError, match=r"\['a'\] take completions; expected @trl_reward"):
+        check_names([('a', 1.0, lambda completions, **kwargs: [0.0] * len(completions)), ('b', 1.0, task_reward)])
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Data, rewards, tasks and objectives of one's own, as docs/your_own.md shows them."""
 
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -55,14 +54,22 @@ def test_the_examples_train_and_are_evaluated_from_anywhere(problems, tmp_path_f
         Config([problems / 'run/config.gin'])
 
 
-def test_code_in_the_folder_of_a_run_is_not_run(problems):
-    """Guards against code that came with a run of somebody else's, beside its configuration or in a folder of it."""
-    (problems / 'run/model').mkdir(parents=True)
-    shutil.move(problems / 'my_task.py', problems / 'run/my_task.py')
-    for path in ('my_task.py', '../my_score.py', str(problems / 'run/my_task.py')):
-        (problems / 'run/config.gin').write_text(f"include '{path}'\n")
+def test_code_in_the_folder_of_a_run_is_not_run(problems, monkeypatch):
+    """Guards against code that came with a run of somebody else's, however its configuration names it."""
+    (problems / 'run/more').mkdir(parents=True)
+    (problems / 'run/evil.py').write_text('1 / 0\n')
+    monkeypatch.syspath_prepend(problems)  # as commands do with the working folder
+    monkeypatch.syspath_prepend(problems / 'run')
+    paths = ('evil.py', '../my_score.py', str(problems / 'run/evil.py'))
+    for line in [*(f"include '{path}'" for path in paths), 'import run.evil', 'import evil']:
+        (problems / 'run/config.gin').write_text(line)
         with pytest.raises(ValueError, match='came with the run .*, so it is not run'):
             Config([problems / 'run/config.gin'])
+    (problems / 'run/config.gin').rename(problems / 'run/more/config.gin')
+    (problems / 'run/config.gin').symlink_to('more/config.gin')
+    (problems / 'run/more/config.gin').write_text("include 'evil.py'")
+    with pytest.raises(ValueError, match='came with the run'):
+        Config([problems / 'run/config.gin'])
     (problems / 'run/config.gin').write_text(f"include '{problems}/my_score.py'\n")
     Config([problems / 'run/config.gin'])
 
@@ -141,6 +148,6 @@ def test_what_has_no_name_of_its_own_is_saved_by_that_in_its_file(problems):
     text = to_gin(config.build(Experiment), config.build(Method))
     assert '\nExperiment.task = @my_more.Plain()\n' in text
     assert "\nMethod.rewards = (('longer', 1.0, @my_more.longer),)\n" in text
-    (problems / 'config.gin').write_text(text)
-    again = Config([problems / 'config.gin'])
+    (problems / 'again.gin').write_text(text)
+    again = Config([problems / 'again.gin'])
     assert to_gin(again.build(Experiment), again.build(Method)) == text

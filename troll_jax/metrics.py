@@ -74,7 +74,7 @@ class MetricsWriter:
         if not self._write:
             return
         _append(self._tables, {'step': step, 'tokens': rows})
-        lines = [f'- {row["text"]!r} {row["constrained"]} of {row["seen"]}' for row in rows]
+        lines = [f'    {row["text"]!r} {row["constrained"]} of {row["seen"]}' for row in rows]
         self._tell(step, lambda tracker: tracker.text(step, 'constrained_tokens', '\n'.join(lines)))
 
     def write_samples(self, step: int, prompts: list[dict], text: str) -> None:

@@ -13,6 +13,7 @@ import functools
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -80,7 +81,7 @@ class Config:
     """Bindings of gin files, and the values that they describe.
 
     Args:
-      files: as in `find_file`, of which later ones win.
+      files: as in `find_file`, of which later ones win. A `config.gin` is that of a run: no code in its folder is run.
       bindings: lines of gin that win over all files.
       commands: functions besides `NAMES` whose arguments may be bound.
 
@@ -97,8 +98,7 @@ class Config:
         self.used: set[str] = set()
         self._open: list[str] = []  # whose arguments are being resolved
         self.outdated: dict[str, str] = {}
-        is_of_run = lambda file: file.name == 'config.gin' and (file.parent / 'model').is_dir()
-        self._runs = [Path(file).resolve().parent for file in files if is_of_run(Path(file))]
+        self._runs = [file.parent.resolve() for file in map(Path, files) if file.name == 'config.gin']
         for file in files:
             file = find_file(file)
             self._read(str(file), file, within=(file.resolve(),))
@@ -249,6 +249,10 @@ class Config:
         self._read(name, file, within=(*within, file.resolve()))
 
     def _import(self, name: str) -> None:
+        for folder in sys.path:
+            place = Path(folder, *name.split('.')).resolve()
+            if any(place.parent.glob(f'{place.name}*')):
+                self._refuse_code_of_runs(name, place, *place.parents)
         try:
             self.modules.append(importlib.import_module(name))
         except ImportError as error:
@@ -258,14 +262,16 @@ class Config:
         """The module of a Python file, by its path from `base`. Code that came with a run is not run."""
         path = Path(name).expanduser()
         file = (base / path).resolve()
-        for run in self._runs:
-            if run in file.parents or not path.is_absolute() and run in (base, *base.parents):
-                raise ValueError(
-                    f'the code {name!r} came with the run {str(run)!r}, so it is not run; expected the full path of a '
-                    'file elsewhere. Copy it there once you trust it.'
-                )
+        self._refuse_code_of_runs(name, *file.parents, *(() if path.is_absolute() else (base, *base.parents)))
         self.modules.append(load_file(file))
         return self.modules[-1]
+
+    def _refuse_code_of_runs(self, name: str, *folders: Path) -> None:
+        if run := next((run for run in self._runs if run in folders), None):
+            raise ValueError(
+                f'the code {name!r} came with the run {str(run)!r}, so it is not run; expected the full path of a file '
+                'elsewhere. Copy it there once you trust it.'
+            )
 
     def _from_files(self, value: Any, base: Path) -> Any:
         """A value with references in place of what it names with a Python file."""

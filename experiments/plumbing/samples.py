@@ -109,7 +109,7 @@ def in_markdown(prompts: Sequence[dict]) -> str:
     """Samples for a tracker: constrained tokens in ⟦brackets⟧."""
     parts = []
     for prompt in prompts:
-        parts += [f'**update {prompt["update"]}**, answer {prompt["answer"]!r}', _code(prompt['prompt'])]
+        parts += [f'**update {prompt["update"]}**, answer', _code(prompt['answer']), _code(prompt['prompt'])]
         for response in prompt['responses']:
             parts += [caption(response), _code(in_brackets(response['text'], response['constrained']))]
     return '\n\n'.join(parts)
@@ -142,4 +142,4 @@ def split(text: str, spans: Sequence[Sequence[int]]) -> list[tuple[str, bool]]:
 
 
 def _code(text: str) -> str:
-    return '\n'.join('    ' + line for line in text.split('\n'))
+    return '\n'.join('    ' + line for line in text.splitlines())

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from troll_jax.ops.needs import by_name
+from troll_jax.ops.needs import by_name, needs
 from troll_jax.rewards import answers as final_answers
 
 
@@ -102,10 +102,12 @@ def read_rows(terms: Sequence[tuple[str, float, RewardTerm]]) -> bool:
 
 
 def check_names(terms: Sequence[tuple[str, float, RewardTerm]]) -> None:
-    """Raises a ValueError for terms without a name of their own in the log."""
+    """Raises a ValueError for terms without a name of their own in the log, and for those of TRL by themselves."""
     names = [name for name, *_ in terms]
     if not names or len(set(names)) < len(names) or set(names) & RESERVED:
         raise ValueError(f'rewards are named {names}; expected at least one, names that differ, and none of {RESERVED}')
+    if of_trl := [name for name, _, term in terms if needs(term, 'completions')]:
+        raise ValueError(f'the rewards {of_trl} take completions; expected @trl_reward, and each as its `function`')
 
 
 def weigh(terms: Sequence[tuple[str, float, RewardTerm]], responses: Responses) -> tuple[np.ndarray, dict]:

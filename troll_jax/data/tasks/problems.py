@@ -61,8 +61,8 @@ class Problems:
         from datasets import concatenate_datasets
 
         columns = (self.question or QUESTIONS, self.answer or ANSWERS)
-        others = (*self.columns, *self._others)
-        rows = load_rows(self.source, split, columns, others=others, config=self.config, test_split=self.test_split)
+        wanted, others = (*columns, *self.columns), (*self.columns, *self._others)
+        rows = load_rows(self.source, split, wanted, others=others, config=self.config, test_split=self.test_split)
         place = partial(locate, self.source, split, test_split=self.test_split)
         in_verls = is_verl(rows.column_names)
         if in_verls:
