@@ -109,7 +109,7 @@ def test_a_misspelt_parameter_is_an_error_that_names_it(name, position, letter):
         (['Experiment.task = @MathProblems()'], 'MathProblems.source'),
         (
             ['Method.optimizer = @adamw()'],
-            'Method.optimizer is .*expected a function of nothing.*Did you mean @adamw\?',
+            r'Method.optimizer is .*expected a function of nothing.*Did you mean @adamw\?',
         ),
         (['Method.objective = @troll()'], '@troll.* calls troll, which takes row, advantages; expected @troll'),
         (['Method.objective = @entropy_bonus'], 'expected a function of LossInputs, Array, Progress'),

@@ -1,6 +1,7 @@
 """Data, rewards, tasks and objectives of one's own, as docs/your_own.md shows them."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -72,6 +73,25 @@ def test_code_in_the_folder_of_a_run_is_not_run(problems, monkeypatch):
         Config([problems / 'run/config.gin'])
     (problems / 'run/config.gin').write_text(f"include '{problems}/my_score.py'\n")
     Config([problems / 'run/config.gin'])
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        "import os\nRun.folder = @os.system()\nos.system.command = 'touch ran'",
+        "import subprocess\nRun.folder = @subprocess.Popen()\nsubprocess.Popen.args = ('touch', 'ran')",
+        "Run.folder = 'more.py:system'",
+    ],
+)
+def test_gin_files_call_nothing_of_python(tmp_path, monkeypatch, text):
+    """Guards against a configuration of somebody else's that starts programs when it is read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'more.py').write_text('from os import system\n')
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    (tmp_path / 'own.gin').write_text(text)
+    with pytest.raises(ValueError, match='is part of Python'):
+        Config(['own.gin'])
+    assert not (tmp_path / 'ran').exists()
 
 
 def test_a_task_of_ones_own_and_verls_compute_score(problems):

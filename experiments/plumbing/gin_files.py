@@ -279,8 +279,7 @@ class Config:
             return {self._from_files(name, base): self._from_files(item, base) for name, item in value.items()}
         if isinstance(value, (list, tuple)):
             return type(value)(self._from_files(item, base) for item in value)
-        match = _IN_FILE.fullmatch(value) if isinstance(value, str) else None
-        if match is None:
+        if not isinstance(value, str) or not (match := _IN_FILE.fullmatch(value)):
             return value
         module, name = self._load(match[1], base), match[2]
         if not callable(found := getattr(module, name, None)):
@@ -320,6 +319,9 @@ class Config:
         for module in self.modules:
             attribute = name.removeprefix(f'{module.__name__}.')
             if callable(found := getattr(module, attribute, None)):
+                owner = getattr(getattr(found, 'func', found), '__module__', None) or ''
+                if owner.partition('.')[0] in sys.stdlib_module_names:
+                    raise ValueError(f'{name!r} is part of Python ({owner}); expected a function or class of yours')
                 full = f'{module.__name__}.{attribute}'
                 self.names[full] = found
                 return f'{scope}{slash}{full}'
