@@ -66,7 +66,8 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
         max_prompt_length=experiment.max_prompt_length,
         max_response_length=experiment.max_response_length,
     )
-    sampler_of = lambda count: samplers(samples_per_prompt=count, **experiment.validation_sampling(count))
+    sampling_of = experiment.validation_sampling
+    sampler_of = lambda count: samplers(samples_per_prompt=count, precision=None, **sampling_of(count))
     evaluate = None
     if run.evaluate_every:
         evaluate = make_validation(experiment, model.tokenizer, sampler_of, compute=compute, trained_on=prompts)
