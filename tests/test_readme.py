@@ -20,7 +20,12 @@ from troll_jax.settings import Compute, Method, Run, Sampling
 
 REPOSITORY = Path(__file__).parent.parent
 README = (REPOSITORY / 'README.md').read_text()
-DOCUMENTS = [REPOSITORY / 'README.md', REPOSITORY / 'configs/README.md', *sorted((REPOSITORY / 'docs').rglob('*.md'))]
+DOCUMENTS = [
+    REPOSITORY / 'README.md',
+    REPOSITORY / 'configs/README.md',
+    REPOSITORY / 'CONTRIBUTING.md',
+    *sorted((REPOSITORY / 'docs').rglob('*.md')),
+]
 named = lambda path: str(path.relative_to(REPOSITORY))
 
 
