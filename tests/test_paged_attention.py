@@ -85,7 +85,7 @@ def test_attention_over_pages_equals_attention_over_contiguous_keys(implementati
 def test_a_long_block_table_is_read_in_parts(monkeypatch):
     """Guards partial softmaxes that are merged, of parts without a token too."""
     monkeypatch.setattr(module, '_SPLIT_TOKENS', 8)
-    monkeypatch.setattr(module, '_BLOCK_TOKENS', PAGE)
+    monkeypatch.setattr(module, '_TRITON_BLOCK_TOKENS', PAGE)
     check('triton', 2, head_dim=16)
 
 

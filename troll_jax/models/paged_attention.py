@@ -20,9 +20,10 @@ Pool = tuple[jax.Array, ...]  # keys and values of one layer, in the layout of a
 
 PAGE_SIZE = 32  # tokens: on CPUs measured to be fast, on accelerators several pages make a block
 _TILE = 16  # XLA: sequences that attend at a time, as measured on a CPU
-_BLOCK_TOKENS = 128  # Triton and ragged: keys that are multiplied at a time
+_BLOCK_TOKENS = 128  # ragged: keys that are multiplied at a time
+_TRITON_BLOCK_TOKENS, _TRITON = 64, {'num_warps': 4, 'num_stages': 1}  # fastest on an H200, docs/accelerators.md
 _SPLIT_TOKENS, _SPLITS = 1024, 8  # Triton: a longer block table is read in parts, by as many programs,
-_PROGRAMS = 512  # unless there are so many as it is, several for each multiprocessor
+_PROGRAMS = 1024  # unless there are so many as it is, several for each multiprocessor
 _IN_FLIGHT = 32  # ragged: rows that are being written at a time
 _NOTHING = float(jnp.finfo(jnp.float32).min)  # the logit of a key that is not seen
 _AXES = {'n': 'batch', 'p': None, 'k': 'kv_heads', 'c': 'kv_heads', 'f': None}
@@ -182,7 +183,7 @@ def _attend_triton(q, pool: Pool, block_table, positions, *, kv_heads: int) -> j
         found = (x.at[:, block_table].get(mode='clip') for x in pool)  # [KH, W, J, PS, F]
         k, v = (x.reshape(kv_heads, sequences, -1, head_dim).transpose(1, 2, 0, 3) for x in found)
         return attention(q, k, v, jnp.arange(k.shape[1])[None, None] <= positions[:, :, None])
-    together = math.gcd(columns, max(1, _BLOCK_TOKENS // page_size))
+    together = math.gcd(columns, max(1, _TRITON_BLOCK_TOKENS // page_size))
     split = columns * page_size > _SPLIT_TOKENS and sequences * kv_heads < _PROGRAMS
     splits = math.gcd(columns // together, _SPLITS) if split else 1
     mixed = triton.paged_attention(
@@ -192,6 +193,7 @@ def _attend_triton(q, pool: Pool, block_table, positions, *, kv_heads: int) -> j
         positions[:, 0] + 1,
         pages_per_compute_block=together,
         k_splits=splits,
+        **_TRITON,
         interpret=platform() == 'cpu',  # for tests
     )
     return mixed[:, None]
