@@ -225,12 +225,15 @@ def _backward(settings: _Settings, hidden, unembedding, mask, normaliser, entrop
 
     chunks = _Chunks.of(mask, settings.chunk)
     inputs = chunks.split((hidden, normaliser, entropy, d_entropy, at, d_at))
-    skip = lambda d_part, inputs: (d_part, jnp.zeros(inputs[0].shape, jnp.float32))
-    d_part, d_hidden = jax.lax.scan(
-        lambda d_part, chunk: jax.lax.cond(chunk[0], one_chunk, skip, d_part, chunk[1]),
-        None if settings.frozen else jnp.zeros(part.shape, jnp.float32),
-        (chunks.needed, inputs),
-    )
+
+    def step(d_part, chunk):
+        # No round or one. Not `cond`, out of which XLA copies the whole gradient for every chunk.
+        needed, inputs = chunk
+        carry = d_part, jnp.zeros(inputs[0].shape, jnp.float32)
+        return jax.lax.fori_loop(0, needed.astype(int), lambda _, carry: one_chunk(carry[0], inputs), carry)
+
+    d_part = None if settings.frozen else jnp.zeros(part.shape, jnp.float32)
+    d_part, d_hidden = jax.lax.scan(step, d_part, (chunks.needed, inputs))
     d_hidden = jax.lax.psum(chunks.join(d_hidden), _VOCAB).astype(hidden.dtype)
     if settings.frozen:
         return d_hidden, None
