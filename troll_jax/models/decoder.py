@@ -126,9 +126,11 @@ class Decoder(nnx.Module):
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Angles]:
         with jax.named_scope('embed'):
             # The table is gathered over 'embed' first: its rows cannot be split over the mesh axes of the batch and
-            # of 'embed' at once, and the compiler's way out would be to replicate all hidden states.
-            table = constrain(self.embedding[...], 'vocab', None)
-            x = constrain(table[tokens].astype(self.config.compute_dtype), 'batch', 'length', None)
+            # of 'embed' at once, and the compiler's way out would be to replicate all hidden states. It travels in the
+            # compute dtype; gradients of a token's row are summed in float32.
+            dtype = self.config.compute_dtype
+            table = constrain(self.embedding[...].astype(dtype), 'vocab', None)
+            x = constrain(table.astype(jnp.float32)[tokens].astype(dtype), 'batch', 'length', None)
             frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
             return x, rotary_angles(positions, frequencies)
 
@@ -250,10 +252,13 @@ def _stacking(path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check_divisible(config: DecoderConfig, mesh: Mesh) -> None:
+    kv_heads = ('kv_heads', config.kv_heads)
+    if mesh.shape[RULES['kv_heads']] % config.kv_heads == 0:  # each device has one, or a copy: the weights are split
+        kv_heads = ('kv_heads · head_dim', config.kv_heads * config.head_dim)
     sizes = {
         'embed': ('width', config.width),
         'heads': ('heads', config.heads),
-        'kv_heads': ('kv_heads', config.kv_heads),
+        'kv_heads': kv_heads,
         'mlp': ('mlp_width', config.mlp_width),
         'vocab': ('vocab_size', config.vocab_size),
     }
