@@ -1,5 +1,6 @@
 """Compiled programs of training and sampling for accelerators that are not there: shardings, precision, cuDNN."""
 
+import math
 import re
 from functools import partial
 
@@ -11,6 +12,7 @@ from tiny import CUDNN, decoder_config
 from experiments.studies.program_cost import compile_program, describe, program_cost, sub_jaxprs
 from troll_jax.critic import Critic
 from troll_jax.learn import Learner
+from troll_jax.models import decoder as decoders
 from troll_jax.models.attention import cudnn_attention
 from troll_jax.models.layers import COMPUTE_DTYPES
 from troll_jax.ops import categorical
@@ -104,6 +106,24 @@ def test_a_gradient_alone_is_sharded_as_the_parameters():
     shardings = jax.tree.leaves(result.output_shardings.params)
     for leaf, sharding in zip(jax.tree.leaves(state.params), shardings, strict=True):
         assert sharding.is_equivalent_to(leaf.sharding, leaf.ndim), leaf
+
+
+@pytest.mark.parametrize('topology', TOPOLOGIES)
+def test_the_embedding_travels_in_the_compute_dtype(topology):
+    """Guards masters that are gathered in float32, at twice the bytes, and gradients that are summed in bfloat16."""
+    mesh = make_mesh(devices=describe(topology)[1])
+    config = decoder_config(1024, layers=0, compute_dtype='bfloat16', **SIZES)
+    graphdef, params = decoders.abstract(config, mesh)
+    tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32, sharding=named_sharding(mesh, ('batch', None)))
+    loss = lambda params, tokens: jnp.sum(decoders.bind(graphdef, params)(tokens, tokens, tokens).astype(jnp.float32))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = compiled(jax.jit(jax.grad(loss)), (params, tokens)).as_text()
+
+    def dtypes(kind: str) -> set[str]:
+        arrays = re.findall(r'([a-z]+\d+)\[([\d,]+)\]', ' '.join(re.findall(rf' = (.*) {kind}(?:-start)?\(', text)))
+        return {dtype for dtype, sizes in arrays if math.prod(map(int, sizes.split(','))) >= 1024 * SIZES['width']}
+
+    assert dtypes('all-gather') == {'bf16'} and dtypes('all-reduce') == {'f32'}
 
 
 @pytest.mark.parametrize('topology', TOPOLOGIES)
