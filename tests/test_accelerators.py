@@ -14,6 +14,7 @@ from troll_jax.critic import Critic
 from troll_jax.learn import Learner
 from troll_jax.models import decoder as decoders
 from troll_jax.models.attention import cudnn_attention
+from troll_jax.models.head import sparse_head
 from troll_jax.models.layers import COMPUTE_DTYPES
 from troll_jax.ops import categorical
 from troll_jax.ops.advantages import gae
@@ -156,6 +157,28 @@ def test_attention_by_cudnn_compiles():
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
         text = compiled(gradient, (shape(4), shape(2), shape(2), segments)).as_text()
     assert '__cudnn$fmha' in text and 'Backward' in text and 'all-gather' not in text
+
+
+def test_what_the_head_moves():
+    """Guards passes over the logits of a chunk: one writes them and one reads them, forward and backward, and their
+    gradient is written and read by two products in bfloat16. And copies of the gradient of the unembedding."""
+    chunk, width, vocab = 1024, 1024, 32_768
+    mesh = make_mesh(devices=describe('h100:1')[1])
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=named_sharding(mesh, [None] * len(sizes)))
+
+    def total(hidden, unembedding, tokens, old):
+        settings = dict(temperature=1.0, support_size=64, support_mass=0.9, chunk=chunk, dtype='bfloat16')
+        output = sparse_head(hidden, unembedding, tokens, old, tokens >= 0, **settings)
+        return jnp.sum(output.log_probs + output.entropy) + jnp.sum(output.on_old_support + output.own.log_probs)
+
+    hidden, tokens, old = (
+        shape(*x) for x in [(jnp.bfloat16, 8 * chunk, width), (int, 8 * chunk), (int, 8 * chunk, 64)]
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+        text = compiled(gradient, (hidden, shape(jnp.float32, vocab, width), tokens, old)).as_text()
+    passes, products, sums = 5.5 * 4 * chunk * vocab, 3 * 2 * vocab * width, 2 * 4 * vocab * width
+    assert sum(cost.bytes for cost in program_cost(text)) / 8 < 1.3 * (passes + products + sums)
 
 
 def test_a_draw_reads_the_logits_once():
