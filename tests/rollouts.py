@@ -19,9 +19,9 @@ NO_LIMITS = np.full(8 * GROUP, RESPONSE)
 
 
 @functools.cache
-def policy_params():
+def policy_params(config=CONFIG):
     """A policy far from uniform whose choices depend on the prompt."""
-    leaves, tree = jax.tree.flatten_with_path(decoders.abstract(CONFIG)[1])
+    leaves, tree = jax.tree.flatten_with_path(decoders.abstract(config)[1])
     keys = jax.random.split(jax.random.key(0), len(leaves))
     draw = lambda path, leaf, key: (1.0 if path[-1].key == 'scale' else 0.0) + 0.4 * jax.random.normal(key, leaf.shape)
     return jax.tree.unflatten(tree, [draw(*leaf, key) for leaf, key in zip(leaves, keys, strict=True)])
@@ -38,9 +38,9 @@ def keys_of(batch: int = 4) -> jax.Array:
 
 
 @functools.cache
-def sampler(temperature=1.0, stop=(NEVER,), group=GROUP, **changes):
+def sampler(temperature=1.0, stop=(NEVER,), group=GROUP, config=CONFIG, **changes):
     return Sampler(
-        CONFIG,
+        config,
         samples_per_prompt=group,
         max_response_length=RESPONSE,
         temperature=temperature,

@@ -1,5 +1,6 @@
 """Compiled programs of training and sampling for accelerators that are not there: shardings, precision, cuDNN."""
 
+import math
 import re
 from functools import partial
 
@@ -11,7 +12,9 @@ from tiny import CUDNN, decoder_config
 from experiments.studies.program_cost import compile_program, describe, program_cost, sub_jaxprs
 from troll_jax.critic import Critic
 from troll_jax.learn import Learner
+from troll_jax.models import decoder as decoders
 from troll_jax.models.attention import cudnn_attention
+from troll_jax.models.head import sparse_head
 from troll_jax.models.layers import COMPUTE_DTYPES
 from troll_jax.ops import categorical
 from troll_jax.ops.advantages import gae
@@ -107,6 +110,24 @@ def test_a_gradient_alone_is_sharded_as_the_parameters():
 
 
 @pytest.mark.parametrize('topology', TOPOLOGIES)
+def test_the_embedding_travels_in_the_compute_dtype(topology):
+    """Guards masters that are gathered in float32, at twice the bytes, and gradients that are summed in bfloat16."""
+    mesh = make_mesh(devices=describe(topology)[1])
+    config = decoder_config(1024, layers=0, compute_dtype='bfloat16', **SIZES)
+    graphdef, params = decoders.abstract(config, mesh)
+    tokens = jax.ShapeDtypeStruct((8, 64), jnp.int32, sharding=named_sharding(mesh, ('batch', None)))
+    loss = lambda params, tokens: jnp.sum(decoders.bind(graphdef, params)(tokens, tokens, tokens).astype(jnp.float32))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = compiled(jax.jit(jax.grad(loss)), (params, tokens)).as_text()
+
+    def dtypes(kind: str) -> set[str]:
+        arrays = re.findall(r'([a-z]+\d+)\[([\d,]+)\]', ' '.join(re.findall(rf' = (.*) {kind}(?:-start)?\(', text)))
+        return {dtype for dtype, sizes in arrays if math.prod(map(int, sizes.split(','))) >= 1024 * SIZES['width']}
+
+    assert dtypes('all-gather') == {'bf16'} and dtypes('all-reduce') == {'f32'}
+
+
+@pytest.mark.parametrize('topology', TOPOLOGIES)
 def test_a_step_of_the_optimizer_gathers_nothing(topology):
     """Guards the step alone, which needs no part of another device but the gradient's norm."""
     mesh = make_mesh(devices=describe(topology)[1])
@@ -136,6 +157,28 @@ def test_attention_by_cudnn_compiles():
         gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
         text = compiled(gradient, (shape(4), shape(2), shape(2), segments)).as_text()
     assert '__cudnn$fmha' in text and 'Backward' in text and 'all-gather' not in text
+
+
+def test_what_the_head_moves():
+    """Guards passes over the logits of a chunk: one writes them and one reads them, forward and backward, and their
+    gradient is written and read by two products in bfloat16. And copies of the gradient of the unembedding."""
+    chunk, width, vocab = 1024, 1024, 32_768
+    mesh = make_mesh(devices=describe('h100:1')[1])
+    shape = lambda dtype, *sizes: jax.ShapeDtypeStruct(sizes, dtype, sharding=named_sharding(mesh, [None] * len(sizes)))
+
+    def total(hidden, unembedding, tokens, old):
+        settings = dict(temperature=1.0, support_size=64, support_mass=0.9, chunk=chunk, dtype='bfloat16')
+        output = sparse_head(hidden, unembedding, tokens, old, tokens >= 0, **settings)
+        return jnp.sum(output.log_probs + output.entropy) + jnp.sum(output.on_old_support + output.own.log_probs)
+
+    hidden, tokens, old = (
+        shape(*x) for x in [(jnp.bfloat16, 8 * chunk, width), (int, 8 * chunk), (int, 8 * chunk, 64)]
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        gradient = jax.jit(jax.grad(total, argnums=(0, 1)))
+        text = compiled(gradient, (hidden, shape(jnp.float32, vocab, width), tokens, old)).as_text()
+    passes, products, sums = 5.5 * 4 * chunk * vocab, 3 * 2 * vocab * width, 2 * 4 * vocab * width
+    assert sum(cost.bytes for cost in program_cost(text)) / 8 < 1.3 * (passes + products + sums)
 
 
 def test_a_draw_reads_the_logits_once():

@@ -346,7 +346,7 @@ def test_bad_configs_are_refused_with_numbers():
         dataclasses.replace(config, mlp='relu')
     with pytest.raises(ValueError, match='3 layers; got 2 values'):
         dataclasses.replace(config, rope_layers=(True, False))
-    with pytest.raises(ValueError, match=r"kv_heads = 2 .*'tensor' = 4; mlp_width = 46 .*; vocab_size = 62 "):
-        abstract(config, make_mesh(1, 2, 4))
+    with pytest.raises(ValueError, match=r"kv_heads = 3 .*'tensor' = 4; mlp_width = 46 .*; vocab_size = 62 "):
+        abstract(dataclasses.replace(config, heads=12, kv_heads=3), make_mesh(1, 2, 4))
     with pytest.raises(ValueError, match=r"width = 34 is not a multiple of mesh axis 'fsdp' = 4"):
         init(config, jax.random.key(0), make_mesh(1, 4, 2))

@@ -33,6 +33,7 @@ from rollouts import (
     steps_of_a_queue,
 )
 from test_decoder import FAMILIES, tiny_hf_config, tiny_torch_model
+from tiny import decoder_config
 
 from experiments.studies.plan import compiled_shapes
 from troll_jax.models import decoder as decoders
@@ -392,6 +393,17 @@ def test_mesh_does_not_matter(shape, gather):
     weights = r'/(dot_general|mul|sharding_constraint|draw/shard_map)$'
     assert all(not gather and re.search(weights, name) for name in moved), moved
     assert gather or moved
+
+
+def test_more_devices_than_kv_heads():
+    """Guards the copies of KV heads, in a prefill and in decode steps, and the size of the cache."""
+    config, mesh = decoder_config(40, mlp_width=24), make_mesh(2, 1, 4)
+    assert config.kv_heads == 2
+    run, params = sampler(config=config, slots=8), policy_params(config)
+    expected = run(params, some_prompts(8), keys_of(8))
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, jax.tree.map(lambda leaf: leaf.sharding, decoders.abstract(config, mesh)[1]))
+        assert_same_responses(run(params, some_prompts(8), keys_of(8)), expected)
 
 
 def test_every_token_is_drawn_with_numbers_of_its_own():

@@ -136,8 +136,8 @@ MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (4, 1, 2), (2, 4, 1), (1, 
 
 @functools.cache
 def on_mesh(mesh_shape, objective):
-    """An update that any mesh of eight devices divides, of packed rows; and its shapes."""
-    config = dataclasses.replace(CONFIG, vocab_size=40, width=16, heads=8, kv_heads=8, mlp_width=24, head_dim=2)
+    """An update that any mesh of eight devices divides, of packed rows; and its shapes. Some devices copy KV heads."""
+    config = dataclasses.replace(CONFIG, vocab_size=40, width=16, heads=8, kv_heads=2, mlp_width=24, head_dim=4)
     params = jax.tree.map(lambda p: 0.5 * p, decoders.init(config, jax.random.key(3)))
     tail_rule = bucket_tail if objective is ppo_clip else default_tail
     update = make_update(config, SGD, objective, SCORING._replace(tail_rule=tail_rule, head_chunk=16))

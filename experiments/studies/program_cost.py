@@ -272,8 +272,9 @@ def _cost(computations, name: str) -> Cost:
             continue
         in_place = _opcodes(computations, instruction) & {'dynamic-update-slice', 'scatter'}
         if in_place or 'output_to_operand_aliasing' in instruction.rest:
-            # In place: the large operand, of the result's size, stays where it is.
-            small = {name for name in names if sizes.get(name, 0) < max(operands)} & sizes.keys()
+            # In place: the operand of the result's size stays where it is.
+            large = result if result in operands else max(operands)
+            small = {name for name in names if sizes.get(name) != large} & sizes.keys()
             moved += 2 * sum(_bytes_read(computations, [instruction], name, sizes[name]) for name in small)
         else:
             read = (_bytes_read(computations, [instruction], name, sizes[name]) for name in set(names) & sizes.keys())

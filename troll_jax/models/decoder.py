@@ -125,12 +125,25 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Angles]:
         with jax.named_scope('embed'):
-            # The table is gathered over 'embed' first: its rows cannot be split over the mesh axes of the batch and
-            # of 'embed' at once, and the compiler's way out would be to replicate all hidden states.
-            table = constrain(self.embedding[...], 'vocab', None)
-            x = constrain(table[tokens].astype(self.config.compute_dtype), 'batch', 'length', None)
+            x = constrain(_look_up(self.config.compute_dtype, self.embedding[...], tokens), 'batch', 'length', None)
             frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
             return x, rotary_angles(positions, frequencies)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _look_up(dtype: str, table: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of a table [V, D] in `dtype`, in which it travels between devices; their gradients are summed in its own."""
+    # Gathered over 'embed' first: its rows cannot be split over the mesh axes of the batch and of 'embed' at once, and
+    # the compiler's way out would be to replicate all hidden states.
+    return constrain(table.astype(dtype), 'vocab', None)[tokens]
+
+
+def _add_up(dtype, residuals, gradient):
+    table, tokens = residuals
+    return constrain(jnp.zeros_like(table).at[tokens].add(gradient.astype(table.dtype)), 'vocab', None), None
+
+
+_look_up.defvjp(lambda dtype, table, tokens: (_look_up(dtype, table, tokens), (table, tokens)), _add_up)
 
 
 def with_best_kernels(
@@ -250,10 +263,13 @@ def _stacking(path: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check_divisible(config: DecoderConfig, mesh: Mesh) -> None:
+    kv_heads = ('kv_heads', config.kv_heads)
+    if mesh.shape[RULES['kv_heads']] % config.kv_heads == 0:  # each device has one, or a copy: the weights are split
+        kv_heads = ('kv_heads · head_dim', config.kv_heads * config.head_dim)
     sizes = {
         'embed': ('width', config.width),
         'heads': ('heads', config.heads),
-        'kv_heads': ('kv_heads', config.kv_heads),
+        'kv_heads': kv_heads,
         'mlp': ('mlp_width', config.mlp_width),
         'vocab': ('vocab_size', config.vocab_size),
     }

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from troll_jax.models.layers import exact_products
+from troll_jax.ops.categorical import largest, summarise
 from troll_jax.ops.support import select
-from troll_jax.ops.top_k import top_k
-from troll_jax.sharding import RULES, shard_map
+from troll_jax.sharding import RULES, platform, shard_map
 from troll_jax.types import SparseLogProbs
 
 _BATCH, _VOCAB, _EMBED = RULES['batch'], RULES['vocab'], RULES['embed']
@@ -159,26 +159,25 @@ def _forward(settings: _Settings, hidden, unembedding, tokens, old_tokens, mask)
     def one_chunk(inputs):
         hidden, tokens, old_tokens = inputs
         scores = _logits(settings, hidden, part, first)
-        largest = jax.lax.pmax(jnp.max(scores, axis=1), _VOCAB)
-        centred = scores - largest[:, None]
-        log_sum = jnp.log(jax.lax.psum(jnp.sum(jnp.exp(centred), axis=1), _VOCAB))
-        log_probs = centred - log_sum[:, None]
+        # The blocks of this part; maximum, normaliser and entropy of the whole vocabulary.
+        blocks = jax.vmap(partial(summarise, axis_name=_VOCAB, one_pass=platform() != 'cpu', gather=False))(scores)
+        normaliser = jnp.stack([blocks.largest, blocks.log_sum], axis=1)
         at = jnp.concatenate([tokens[:, None], old_tokens], axis=1)
         local, here = _local(at, first, part.shape[0])
-        at_log_probs = jax.lax.psum(jnp.where(here, jnp.take_along_axis(log_probs, local, axis=1), 0.0), _VOCAB)
+        at_log_probs = _normalised(jnp.take_along_axis(scores, local, axis=1), normaliser)
+        at_log_probs = jax.lax.psum(jnp.where(here, at_log_probs, 0.0), _VOCAB)
         at_log_probs = jnp.where(at >= 0, at_log_probs, -jnp.inf)
-        entropy = -jax.lax.psum(jnp.sum(jnp.exp(log_probs) * log_probs, axis=1), _VOCAB)
         own = None
         if settings.support_size is not None:
             count = min(settings.support_size, part.shape[0])
-            best_log_probs, best = jax.vmap(partial(top_k, k=count))(log_probs)
-            best_log_probs, best = _gather(best_log_probs, _VOCAB), _gather(best + first, _VOCAB)
+            best, best_log_probs = jax.vmap(partial(largest, k=count))(blocks)
+            best_log_probs, best = _gather(best_log_probs, _VOCAB), _gather(best, _VOCAB)
             best_log_probs, places = jax.lax.top_k(best_log_probs, settings.support_size)
             best = jnp.take_along_axis(best, places, axis=1)
             own = jax.vmap(partial(select, support_mass=settings.support_mass))(
                 best, best_log_probs, tokens, at_log_probs[:, 0]
             )
-        return HeadOutput(at_log_probs[:, 0], entropy, at_log_probs[:, 1:], own), jnp.stack([largest, log_sum], axis=1)
+        return HeadOutput(at_log_probs[:, 0], blocks.entropy, at_log_probs[:, 1:], own), normaliser
 
     # One chunk after the other; those of zero loss weight give nothing but zeros.
     chunks = _Chunks.of(mask, settings.chunk)
@@ -199,15 +198,23 @@ def _backward(settings: _Settings, hidden, unembedding, mask, normaliser, entrop
     def one_chunk(d_part, inputs):
         hidden, normaliser, entropy, d_entropy, at, d_at = inputs
         scores = _logits(settings, hidden, part, first)
-        log_probs = (scores - normaliser[:, :1]) - normaliser[:, 1:]
-        probs = jnp.exp(log_probs)
-        # Of log p(i) the gradient by logit j is [i = j] − p(j), of the entropy −p(j) (log p(j) + H).
-        d_scores = -probs * (jnp.sum(d_at, axis=1, keepdims=True) + d_entropy[:, None] * (log_probs + entropy[:, None]))
+        total = jnp.sum(d_at, axis=1, keepdims=True)
+
+        def d_score(score, d_listed=0.0):
+            # Of log p(i) the gradient by logit j is [i = j] − p(j), of the entropy −p(j) (log p(j) + H).
+            log_prob = _normalised(score, normaliser)
+            dense = -jnp.exp(log_prob) * (total + d_entropy[:, None] * (log_prob + entropy[:, None]))
+            return ((dense + d_listed) / settings.temperature).astype(settings.dtype)
+
+        # Written once, in the dtype of the products; then what is listed, each token once.
         local, here = _local(at, first, part.shape[0])
-        d_scores = jax.vmap(lambda row, where, value: row.at[where].add(value))(
-            d_scores, local, jnp.where(here, d_at, 0.0)
-        )
-        d_scores = (d_scores / settings.temperature).astype(settings.dtype)
+        same = at[:, :, None] == at[:, None, :]
+        listed = jnp.sum(jnp.where(same, d_at[:, None, :], 0.0), axis=2)
+        here &= ~jnp.any(jnp.tril(same, -1), axis=2)
+        d_listed = d_score(jnp.take_along_axis(scores, local, axis=1), listed)
+        place = jnp.where(here, local, part.shape[0] + jnp.arange(at.shape[1]))  # of no token: past the end
+        write = lambda row, at, values: row.at[at].set(values, mode='drop', unique_indices=True)
+        d_scores = jax.vmap(write)(d_score(scores), place, d_listed)
         with exact_products(settings.dtype):
             d_hidden = jnp.einsum('nv,vd->nd', d_scores, part, preferred_element_type=jnp.float32)
             if not settings.frozen:
@@ -218,12 +225,15 @@ def _backward(settings: _Settings, hidden, unembedding, mask, normaliser, entrop
 
     chunks = _Chunks.of(mask, settings.chunk)
     inputs = chunks.split((hidden, normaliser, entropy, d_entropy, at, d_at))
-    skip = lambda d_part, inputs: (d_part, jnp.zeros(inputs[0].shape, jnp.float32))
-    d_part, d_hidden = jax.lax.scan(
-        lambda d_part, chunk: jax.lax.cond(chunk[0], one_chunk, skip, d_part, chunk[1]),
-        None if settings.frozen else jnp.zeros(part.shape, jnp.float32),
-        (chunks.needed, inputs),
-    )
+
+    def step(d_part, chunk):
+        # No round or one. Not `cond`, out of which XLA copies the whole gradient for every chunk.
+        needed, inputs = chunk
+        carry = d_part, jnp.zeros(inputs[0].shape, jnp.float32)
+        return jax.lax.fori_loop(0, needed.astype(int), lambda _, carry: one_chunk(carry[0], inputs), carry)
+
+    d_part = None if settings.frozen else jnp.zeros(part.shape, jnp.float32)
+    d_part, d_hidden = jax.lax.scan(step, d_part, (chunks.needed, inputs))
     d_hidden = jax.lax.psum(chunks.join(d_hidden), _VOCAB).astype(hidden.dtype)
     if settings.frozen:
         return d_hidden, None
@@ -231,6 +241,11 @@ def _backward(settings: _Settings, hidden, unembedding, mask, normaliser, entrop
     d_part = jax.lax.psum_scatter(d_part, _EMBED, scatter_dimension=1, tiled=True)
     d_part = jax.lax.psum(d_part, tuple(axis for axis in _BATCH if axis != _EMBED))
     return d_hidden, d_part.astype(unembedding.dtype)
+
+
+def _normalised(scores: jax.Array, normaliser: jax.Array) -> jax.Array:
+    """Log-probabilities of logits [N, …]; in this order, or they would be rounded at the size of the logits."""
+    return (scores - normaliser[:, :1]) - normaliser[:, 1:]
 
 
 def _logits(settings: _Settings, hidden: jax.Array, part: jax.Array, first: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from troll_jax.models.lora import Adapter, Lora, adapt
 from troll_jax.models.paged_attention import IMPLEMENTATIONS as PAGED_IMPLEMENTATIONS
 from troll_jax.models.quantization import PRECISIONS
 from troll_jax.models.rotary import Angles, RopeScaling, rotate
-from troll_jax.sharding import constrain
+from troll_jax.sharding import axis_size, constrain
 
 # Activation checkpointing: values of a layer that the backward pass keeps instead of computing them again.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
@@ -144,13 +144,20 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
 
     def qkv(self, x: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, S, D] → queries [B, S, H, F], keys and values [B, S, KH, F]; RoPE is applied."""
+        """[B, S, D] → queries [B, S, H, F], keys and values [B, S, KH, F]; RoPE is applied.
+
+        On more devices than KV heads each of these has a copy: KH is then the number of devices.
+        """
         of = {'query': self.query_bias, 'key': self.key_bias, 'value': self.value_bias}
         of = [(getattr(self, name), bias, self.lora.get(name)) for name, bias in of.items()]
         q, k, v = (product(x, *parts).reshape(*x.shape[:-1], -1, self.head_dim) for parts in of)
         if self.query_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
-        return rotate(q, angles), rotate(k, angles), v
+        k = rotate(k, angles)
+        if (copies := axis_size('kv_heads') // k.shape[2]) > 1:
+            whole = (constrain(x, 'batch', 'length', None, None) for x in (k, v))
+            k, v = (constrain(jnp.repeat(x, copies, axis=2), 'batch', 'length', 'kv_heads', None) for x in whole)
+        return rotate(q, angles), k, v
 
     def merge_heads(self, mixed: jax.Array) -> jax.Array:
         """[B, S, H, F] → [B, S, D]."""

@@ -62,7 +62,7 @@ def init_pool(config, pages: int, page_size: int, implementation: str) -> Pool:
       implementation: one of `IMPLEMENTATIONS`.
     """
     kind, devices = IMPLEMENTATIONS[implementation], axis_size('kv_heads')
-    kv_heads, head_dim = kind.padded(config.kv_heads // devices, config.head_dim)
+    kv_heads, head_dim = kind.padded(max(1, config.kv_heads // devices), config.head_dim)  # copies, if there are fewer
     sizes = {'n': pages, 'p': page_size, 'k': devices * kv_heads, 'c': devices * kv_heads * 2, 'f': head_dim}
     # To write a token to bfloat16, XLA on a CPU would convert the whole pool.
     dtype = 'float32' if implementation == 'xla' and platform() == 'cpu' else config.compute_dtype

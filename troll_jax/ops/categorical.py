@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from troll_jax.ops.collectives import all_gather, axis_index, pmax
+from troll_jax.ops.collectives import all_gather, axis_index, pmax, psum
 from troll_jax.ops.top_k import BLOCK, best_blocks, to_blocks
 from troll_jax.ops.top_k import top_k as largest_k
 
@@ -38,24 +38,30 @@ class Blocks(NamedTuple):
     entropy: jax.Array  # [] nats
 
 
-def summarise(logits: jax.Array, axis_name: str | None = None, *, one_pass: bool = False) -> Blocks:
+def summarise(
+    logits: jax.Array, axis_name: str | None = None, *, one_pass: bool = False, gather: bool = True
+) -> Blocks:
     """Blocks of logits, of which at least one is above −inf, in two passes or one over them.
 
     Args:
       logits: [V]; or a device's part of them, all of the same size.
       axis_name: mesh axis over which the vocabulary is split, in its order; None: it is not.
       one_pass: reads the logits once, for two exponentials each: better on accelerators, worse on a CPU.
+      gather: false: `tokens`, `maxima` and `sums` are those of this device's part alone.
     """
     first = axis_index(axis_name) * logits.size
     blocks = to_blocks(logits)
     tokens = first + BLOCK * jnp.arange(len(blocks), dtype=jnp.int32)
     sums = _in_one_pass(blocks) if one_pass else _in_two_passes(blocks)
-    tokens, maxima, *sums = (all_gather(x, axis_name) for x in (tokens, *sums))
-    highest = jnp.max(maxima)
+    if gather:
+        tokens, *sums = (all_gather(x, axis_name) for x in (tokens, *sums))
+        axis_name = None
+    maxima, *sums = sums
+    highest = pmax(jnp.max(maxima), axis_name)
     sums, moments = _relative_to(highest, maxima, *sums)
-    total = jnp.sum(sums)
+    total, moment = (psum(jnp.sum(x), axis_name) for x in (sums, moments))
     log_sum = jnp.log(total)
-    return Blocks(blocks, tokens, maxima, sums, highest, log_sum, log_sum - jnp.sum(moments) / total)
+    return Blocks(blocks, tokens, maxima, sums, highest, log_sum, log_sum - moment / total)
 
 
 def _relative_to(maximum, other, total, moment) -> tuple[jax.Array, jax.Array]:
