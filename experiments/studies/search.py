@@ -103,6 +103,8 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
         if best and not (found and found.step_s < best.step_s):
             break
         best = found
+    if best is None:
+        report(f'{topology}: nothing of the list fits')
     return best
 
 
