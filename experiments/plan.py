@@ -8,6 +8,10 @@ of a perfect overlap: a run takes longer. Three more columns say what a GPU lose
 how often it makes the host wait (at every loop of unknown length and every branch), both per step for decoding and per
 call for all else, and how many instructions are computed again because the program did not fit otherwise.
 
+With --search it looks for the settings of memory and mesh itself: it tries a short list, prints for each topology the
+fastest that fit, and with --write FOLDER writes them as gin files, to be given last:
+troll train dapo qwen3_8b troll FOLDER/h100_8_qwen3_8b.gin.
+
 Neither weights nor data are read; of `Experiment.model` only config.json, and folders of `configs/models` hold those of
 the paper's models. The compilers come with `pip install "jax[tpu,cuda13-local]"`, and neither needs its device;
 attention by cuDNN, which a GPU takes for bfloat16, also needs `pip install --no-deps nvidia-cudnn-cu13`.
@@ -23,6 +27,7 @@ os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 from experiments.plumbing.command import CONFIG_HELP, Parser, files_and_bindings, run_command  # noqa: E402
 from experiments.plumbing.gin_files import ROOT, Config  # noqa: E402
 from experiments.studies.plan import PROGRAMS, plan  # noqa: E402
+from experiments.studies.search import print_recipes, search, write_gin  # noqa: E402
 from troll_jax.experiment import Experiment  # noqa: E402
 from troll_jax.settings import Compute, Method, Sampling  # noqa: E402
 
@@ -58,9 +63,13 @@ def main() -> None:
     parser.add_argument('--topology', required=True, help='one or several, such as v5e:4x4 v5p:4x4x4 h100:8')
     parser.add_argument('bindings', nargs='*', help="gin bindings that win over files'")
     parser.add_argument('--programs', default=','.join(PROGRAMS), help='which of them, to save time')
+    parser.add_argument('--search', action='store_true', help='looks for the fastest settings that fit, in minutes')
+    parser.add_argument('--write', metavar='FOLDER', help='of gin files with what --search finds')
     parser.add_argument('--json', action='store_true', help='prints the rows as one line of JSON, too, last')
     arguments = parser.parse_intermixed_args()
     programs = arguments.programs.split(',')
+    if arguments.write and not arguments.search:
+        raise ValueError('--write writes what --search finds; give --search too')
     if unknown := set(programs) - set(PROGRAMS):
         raise ValueError(f'no program {unknown}; expected some of {",".join(PROGRAMS)}')
     # To argparse, all topologies but the first are words like files and bindings.
@@ -70,7 +79,16 @@ def main() -> None:
     model = config.get('Experiment.model') or ''
     if not Path(model).exists() and (ROOT / model).exists():  # such as configs/models/qwen3-0.6b, from any folder
         config.bindings['Experiment']['model'] = str(ROOT / model)
-    for topology in ','.join([arguments.topology, *filter(is_topology, words)]).split(','):
+    topologies = ','.join([arguments.topology, *filter(is_topology, words)]).split(',')
+    if arguments.search:
+        experiment = config.build(Experiment)
+        found = [search(config, topology) for topology in topologies]
+        print_recipes(experiment, [settings for settings in found if settings])
+        for settings in found if arguments.write else []:
+            if settings:
+                print('wrote', write_gin(arguments.write, experiment, settings))
+        return
+    for topology in topologies:
         rows += plan(config, topology, programs)
     print_table(rows)
     if arguments.json:

@@ -20,7 +20,7 @@ from experiments.finetune import finetune
 from experiments.plumbing.command import read_command_line, run_command
 from experiments.plumbing.run import check_writable
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic, demonstration
-from troll_jax.data.tokenizer import character_tokenizer
+from troll_jax.data.tokenizer import character_tokenizer, save_tokenizer
 from troll_jax.finetune import Finetuning
 from troll_jax.models import decoder as decoders
 from troll_jax.models.families import decoder_config
@@ -123,7 +123,7 @@ def warm_start(
         new = Path(runs, 'new')
         params = decoders.init(decoder_config(hf_config, compute_dtype='float32'), jax.random.key(seed))
         save_pretrained(new, params, hf_config)
-        tokenizer.save_pretrained(new)
+        save_tokenizer(new, tokenizer)
         working = teach('working', new, 1.0, max_steps, accuracy, warmup_updates=50)
         mixed = teach('mixed', working, worked_share, mixed_steps, None, decay_updates=mixed_steps)
         shutil.copytree(mixed, folder, dirs_exist_ok=True)

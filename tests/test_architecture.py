@@ -11,7 +11,7 @@ DOCUMENT = (REPOSITORY / 'docs/architecture.md').read_text()
 BLOCKS = re.findall(r'^```\n((?:experiments|tests)/\n.*?)^```$', DOCUMENT, re.DOTALL | re.MULTILINE)
 
 # Their files are in the tables of configs/README.md: test_paper_configs.py and test_readme.py.
-IN_TABLES = tuple(f'configs/{folder}/' for folder in ('data', 'models', 'ablations', 'objectives'))
+IN_TABLES = tuple(f'configs/{folder}/' for folder in ('data', 'models', 'hardware', 'ablations', 'objectives'))
 
 
 def listed_files() -> list[str]:

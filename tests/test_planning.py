@@ -27,7 +27,9 @@ from experiments.studies.program_cost import (
     program_cost,
     roofline,
 )
+from experiments.studies.search import search
 from troll_jax.models.attention import cudnn_attention, splash_attention
+from troll_jax.settings import Compute
 from troll_jax.sharding import make_mesh, named_sharding
 
 REPOSITORY = Path(__file__).parent.parent
@@ -145,10 +147,8 @@ def test_the_slowest_part_is_the_bound():
 KEYS = 'topology program needed_gb fits tflop moved_gb sent_gb bound_s launches host_waits remat'.split()
 
 
-@pytest.mark.slow
-def test_a_real_plan(tmp_path):
-    """Guards the whole way to the compilers, with a small model: memory, a verdict, rates, launches; and topologies
-    that stand before the file and its bindings."""
+def run_plan(tmp_path, *options):
+    """What the command prints of a small model."""
     config = json.loads((REPOSITORY / 'configs/models/qwen3-0.6b/config.json').read_text())
     config |= {'num_hidden_layers': 2, 'vocab_size': 512, 'hidden_size': 128, 'intermediate_size': 256}
     config |= {'num_attention_heads': 4, 'num_key_value_heads': 2}
@@ -163,11 +163,18 @@ def test_a_real_plan(tmp_path):
         'Sampling.support_size = 8',
     ]
     bindings.append('Compute.attention = "xla"')  # cuDNN is large, and its attention needs it to compile
-    command = [sys.executable, '-m', 'experiments.plan', '--json', '--topology', 'v5e:2x2', 'h100:4']
-    command += ['configs/qwen3_0_6b_gsm8k_troll.gin', *bindings]
+    command = [sys.executable, '-m', 'experiments.plan', *options, 'configs/qwen3_0_6b_gsm8k_troll.gin', *bindings]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
-    rows = json.loads(result.stdout.splitlines()[-1])
+    return result.stdout
+
+
+@pytest.mark.slow
+def test_a_real_plan(tmp_path):
+    """Guards the whole way to the compilers, with a small model: memory, a verdict, rates, launches; and topologies
+    that stand before the file and its bindings."""
+    printed = run_plan(tmp_path, '--json', '--topology', 'v5e:2x2', 'h100:4')
+    rows = json.loads(printed.splitlines()[-1])
     assert [row['program'] for row in rows] == 2 * ['update', 'prefill', 'decode']
     for topology, (update, prefill, decode) in {'v5e:2x2': rows[:3], 'h100:4': rows[3:]}.items():
         for row in (update, prefill, decode):
@@ -176,12 +183,47 @@ def test_a_real_plan(tmp_path):
         # At least three products of every weight and token, on four devices.
         weights = 2 * (128 * 128 * (4 + 2 + 2 + 4) + 3 * 128 * 256)
         assert update['tflop'] > 6 * weights * 32 * 64 / 4 / 1e12
-        assert f'| {topology} | update |' in result.stdout and update['sent_gb']
+        assert f'| {topology} | update |' in printed and update['sent_gb']
         # One prompt of each device at a time, one token of each of its 8 slots.
         assert prefill['tflop'] > 2 * weights * 32 / 1e12 and decode['tflop'] > 2 * weights * 8 / 1e12
         assert decode['slots'] == 32 and decode['cached_tokens'] >= 32 * 64
         # No step waits for the host, and there are more than the products of two layers in kernels.
         assert decode['host_waits'] == 0 and 2 * 9 < decode['launches'] < update['launches']
+
+
+@pytest.mark.slow
+def test_a_real_search(tmp_path):
+    """Guards the way from the compilers to a file that a run reads last; and GPUs on two hosts."""
+    printed = run_plan(tmp_path, '--search', '--write', str(tmp_path / 'found'), '--topology', 'h100:2x2')
+    file = tmp_path / 'found' / f'h100_2x2_{tmp_path.name}.gin'
+    compute = Config(['configs/qwen3_0_6b_gsm8k_troll.gin', file], ['Experiment.model = "m"']).build(Compute)
+    assert compute.fsdp * compute.tensor == 4 and compute.remat is None and compute.slots == 512 * compute.fsdp
+    assert f'wrote {file}' in printed and f'| h100:2x2 | {tmp_path.name} | {compute.tensor} | None |' in printed
+
+
+def test_a_search_ends_at_the_fastest_settings_that_fit(monkeypatch):
+    """Guards the list's order, and the end of the search: at a wider `tensor` that is slower, or where nothing fits."""
+    asked = []
+
+    def costs(config, topology, programs):
+        compute = config.build(Compute)
+        asked.append((compute.tensor, compute.remat, compute.micro_batch_tokens, programs))
+        saved = {None: 100, 'dots': 30, 'full': 7}[compute.remat] * compute.micro_batch_tokens / 2560
+        row = {'needed_gb': saved / compute.tensor, 'memory_gb': memory, 'remat': 0, 'tokens_per_second': 1e9}
+        row |= {'bound_s': {1: 5, 2: 3, 4: 4}[compute.tensor], 'slots': compute.slots, 'cached_tokens': 1e9}
+        return [row | {'program': name} for name in (programs if 'decode' in programs else ['update'])]
+
+    monkeypatch.setattr('experiments.studies.search.plan', costs)
+    config = Config([REPOSITORY / 'configs/qwen3_0_6b_gsm8k_troll.gin'])
+    memory = 16
+    found = search(config, 'v5e:2x2', report=lambda line: None)
+    # With `tensor` = 1 two rows take 14 of 16 GB, with 2 four rows; with 4 they take 7, but that is slower.
+    chosen = {'tensor': 2, 'remat': 'full', 'micro_batch_tokens': 4 * 2560, 'slots': 2 * 512}
+    assert chosen.items() <= found.bindings.items()
+    assert {tensor for tensor, *_ in asked} == {1, 2, 4} and len(asked) <= 3 * (3 + 1)
+    assert found.step_s == pytest.approx(8 * 3, rel=0.02)
+    memory = 1
+    assert search(config, 'v5e:2x2', report=lambda line: None) is None
 
 
 def test_what_is_too_large_for_the_compiler_does_not_fit(capsys):
@@ -212,6 +254,7 @@ def test_a_task_without_a_method_is_an_error():
         ('h100', r"'h100'.*such as h100:1.*pip install \"jax\[cuda13-local\]"),
         ('h100:0', '0 is not a number of GPUs'),
         ('h100:12', '12 is not a number of GPUs on one host, 1 to 8'),
+        ('h100:2x9', '9 is not a number of GPUs on one host, 1 to 8'),
     ],
 )
 def test_an_unknown_topology_is_an_error(topology, message):

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from troll_jax.data.tasks.arithmetic import CHARACTERS
-from troll_jax.data.tokenizer import character_tokenizer, load_tokenizer, stop_token_ids
+from troll_jax.data.tokenizer import character_tokenizer, load_tokenizer, save_tokenizer, stop_token_ids
 from troll_jax.models.hf_weights import load_config, load_pretrained
 
 TEMPLATE = "{% for m in messages %}{{ m['content'] }} {{ eos_token }}{% endfor %}"
@@ -129,3 +129,28 @@ def test_a_mistyped_folder_is_not_looked_for_on_the_hub(name, tmp_path, monkeypa
             load(name.format('typo'))
         assert "['tpyo']" in str(error.value) or '..' in name
         assert ('from the hub' in str(error.value)) == (name == '{}/model')
+
+
+def test_files_of_an_unchanged_tokenizer_are_copied(tmp_path):
+    """Guards against files that transformers writes anew, in words that its earlier versions do not know."""
+    words = ['<unk>', '<eos>', '<more>', 'hi']
+    model = save_words(tmp_path / 'model', words, eos_token='<eos>', unk_token='<unk>', extra_special_tokens=['<more>'])
+    for name in ('config.json', 'model.safetensors'):
+        (tmp_path / 'model' / name).write_text('{}')
+    file = tmp_path / 'model/tokenizer_config.json'
+    file.write_text(json.dumps(json.loads(file.read_text()) | {'chat_template': TEMPLATE}))
+    tokenizer = load_tokenizer(model)
+    save_tokenizer(tmp_path / 'copy', tokenizer, model)
+    copied = {file.name: file.read_bytes() for file in (tmp_path / 'copy').iterdir()}
+    assert copied == {name: (tmp_path / 'model' / name).read_bytes() for name in copied}
+    assert copied.keys() == {'tokenizer.json', 'tokenizer_config.json'}
+
+    tokenizer.chat_template += 'more'
+    save_tokenizer(tmp_path / 'changed', tokenizer)
+    written = json.loads((tmp_path / 'changed/tokenizer_config.json').read_text())
+    assert written['tokenizer_class'] == 'PreTrainedTokenizerFast'
+    assert written['additional_special_tokens'] == ['<more>'] and 'extra_special_tokens' not in written
+    reloaded = load_tokenizer(str(tmp_path / 'changed'))
+    assert reloaded.chat_template == tokenizer.chat_template
+    assert reloaded('hi <more>')['input_ids'] == [3, 2] == tokenizer('hi <more>')['input_ids']
+    assert reloaded.decode([3, 2], skip_special_tokens=True).strip() == 'hi'

@@ -50,7 +50,8 @@ class Sampling:
       max_draws: dynamic sampling, if more than 1: zero-variance groups are replaced by those of up to so many batches
         of prompts in all (DAPO), see `troll_jax.collect`.
       lag: k: a rollout batch is sampled by the policy of k steps before, the first k by the start model, as an
-        asynchronous system would with k steps between its sampler and its trainer. Exact and reproducible.
+        asynchronous system would with k steps between its sampler and its trainer. Exact and reproducible, on GPUs
+        with `--xla_gpu_deterministic_ops=true` in XLA_FLAGS.
       precision: of the sampler's weights and KV cache, as noise to be studied: None, the trainer's; 'bfloat16'; 'int8'
         or 'fp8', which are simulated, see `troll_jax.models.quantization`.
       seed: seed of data order and sampling.

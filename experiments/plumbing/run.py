@@ -27,6 +27,7 @@ from experiments.plumbing.progress import Progress
 from experiments.plumbing.samples import describe_samples, in_markdown, token_flags, token_table
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.collect import Experience
+from troll_jax.data.tokenizer import save_tokenizer
 from troll_jax.experiment import Model, StartModel
 from troll_jax.hub import version_of
 from troll_jax.learn import Updated
@@ -244,7 +245,8 @@ class TrainingRun:
         where.mkdir(parents=True, exist_ok=True)
         _replace(where / SETUP, json.dumps(setup, indent=2) + '\n')
         load_config(self._start.model).save_pretrained(folder / 'model')
-        model.tokenizer.save_pretrained(folder / 'model')
+        start = self._start
+        save_tokenizer(folder / 'model', model.tokenizer, None if start.chat_template_from else start.model)
         GenerationConfig(
             eos_token_id=list(model.stop_tokens), pad_token_id=model.tokenizer.pad_token_id
         ).save_pretrained(folder / 'model')

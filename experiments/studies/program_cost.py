@@ -41,6 +41,9 @@ CHIPS = {
     'h200': Chip(989e12, 141e9, 4800e9, 900e9),
 }
 
+# Of GPUs on several hosts with an adapter of 400 Gb/s for each, both ways: as many rings pass from host to host.
+_BETWEEN_HOSTS = 8 * 2 * 50e9
+
 # What XLA has to know of a GPU that is not there; on a machine that has one,
 # `topologies.get_topology_for_devices(jax.devices()).target_config` says it.
 _HOPPER = """
@@ -65,7 +68,7 @@ def describe(topology: str) -> tuple[Chip, list[jax.Device]]:
 
     Args:
       topology: a generation of TPUs and the sides of a slice, such as v5e:4x4 or v5p:2x2x1; or a GPU and how many of
-        them, such as h100:8.
+        them, such as h100:8, on several hosts h100:2x8.
 
     Raises:
       ValueError: an unknown topology, or a compiler that is not installed.
@@ -79,17 +82,22 @@ def describe(topology: str) -> tuple[Chip, list[jax.Device]]:
             return chip, topologies.get_topology_desc(platform='tpu', topology_name=topology).devices
         if importlib.util.find_spec('jax_cuda13_plugin') is None:
             raise ValueError('the CUDA plugin is not installed')
-        if int(size) not in range(1, 9):
-            raise ValueError(f'{size} is not a number of GPUs on one host, 1 to 8')
+        hosts, _, gpus = size.rpartition('x')
+        hosts = int(hosts or 1)
+        if int(gpus) not in range(1, 9):
+            raise ValueError(f'{gpus} is not a number of GPUs on one host, 1 to 8')
+        if hosts > 1:
+            chip = chip._replace(interconnect=_BETWEEN_HOSTS)
         name, cache = _GPUS[generation]
         config = _HOPPER.format(name=name, cache=cache, memory=chip.memory, bandwidth=chip.bandwidth)
-        return chip, topologies.get_topology_desc(platform='cuda', target_config=config, topology=f'1x1x{size}').devices
+        shape = f'1x{hosts}x{gpus}'
+        return chip, topologies.get_topology_desc(platform='cuda', target_config=config, topology=shape).devices
     except Exception as error:  # whatever the compiler raises
         extra = 'cuda13-local' if generation in _GPUS else 'tpu'
         raise ValueError(
             f'no topology {topology!r}: {str(error).splitlines()[0]}. Expected a generation and the sides of a slice, '
-            'such as v5e:4x4 or v5p:2x2x1, or a GPU and how many, such as h100:1 or h100:8; and the compiler: '
-            f'pip install "jax[{extra}]=={jax.__version__}"'
+            'such as v5e:4x4 or v5p:2x2x1, or a GPU and how many, such as h100:1, h100:8 or h100:2x8; and the '
+            f'compiler: pip install "jax[{extra}]=={jax.__version__}"'
         ) from error
 
 

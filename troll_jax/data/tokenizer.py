@@ -3,10 +3,13 @@
 Masks are made from lengths, never from token ids, so the padding token may be the end-of-sequence token.
 """
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 from gguf import TokenType
+from huggingface_hub import snapshot_download
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import cached_file
@@ -14,6 +17,8 @@ from transformers.utils import cached_file
 from troll_jax.hub import gguf_file, model_of_folder_or_hub, read_json
 from troll_jax.models.gguf import Gguf, end_tokens, read_gguf
 
+# Of a model's folder, those that make its tokenizer.
+_FILES = ('tokenizer*', 'special_tokens_map.json', 'added_tokens.json', 'vocab.*', 'merges.txt', 'chat_template.*')
 PAD, EOS = '<pad>', '<eos>'  # of the character tokenizer
 # How text is split before byte pairs are merged, as tokenizer.json of the models says it, by tokenizer.ggml.pre. The
 # two regular expressions differ in the digits that are kept together.
@@ -65,6 +70,37 @@ def load_tokenizer(model: str, *, chat_template_from: str | None = None) -> PreT
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(stops[0])
     return tokenizer
+
+
+def save_tokenizer(folder: str | Path, tokenizer: PreTrainedTokenizerBase, model: str | None = None) -> None:
+    """Writes the files of a tokenizer, which transformers 4.57 and 5 read.
+
+    Args:
+        folder: created if it is not there; other files in it stay.
+        tokenizer: tokenizer to write.
+        model: the model, as in `load_tokenizer`, whose tokenizer it is unchanged: its files are copied as they are. Of
+            one that was made or changed here, None; a GGUF file has none to copy.
+
+    Raises:
+        FileNotFoundError: no such model.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if model is not None and not gguf_file(model):
+        with model_of_folder_or_hub(model):
+            source = Path(model if os.path.isdir(model) else snapshot_download(model, allow_patterns=list(_FILES)))
+        for file in (file for pattern in _FILES for file in source.glob(pattern) if file.is_file()):
+            shutil.copyfile(file, folder / file.name)
+        return
+    tokenizer.save_pretrained(folder)
+    file = folder / 'tokenizer_config.json'
+    config = read_json(file)
+    # Names of transformers 5 in place of which both versions read older ones.
+    if config['tokenizer_class'] == 'TokenizersBackend':
+        config['tokenizer_class'] = 'PreTrainedTokenizerFast'
+    if isinstance(config.get('extra_special_tokens'), list):
+        config['additional_special_tokens'] = config.pop('extra_special_tokens')
+    file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, model: str) -> tuple[int, ...]:

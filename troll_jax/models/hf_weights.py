@@ -101,7 +101,7 @@ def save_pretrained(
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Exports a model: config.json and weights that transformers opens unchanged.
+    """Exports a model: config.json and weights that transformers 4.57 and 5 open unchanged.
 
     Everything is written beside its final place first, so that a run that dies leaves no half-written file; weights
     of an earlier export are replaced. With several processes each must call this, and the first one writes.
@@ -139,7 +139,12 @@ def save_pretrained(
 
     saved_config = copy.deepcopy(hf_config)
     saved_config.dtype = dtype
-    saved_config.to_json_file(staging / CONFIG)
+    described = json.loads(saved_config.to_json_string())
+    # transformers 4 does not know rope_parameters, and would take its own defaults for these two.
+    rope = dict(described['rope_parameters'])
+    described['rope_theta'] = rope.pop('rope_theta')
+    described['rope_scaling'] = None if rope['rope_type'] == 'default' else rope
+    (staging / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + '\n')
     if len(files) > 1:
         weight_map = {export.name: file for file, shard in zip(files, shards, strict=True) for export in shard}
         total = sum(export.size for shard in shards for export in shard)
