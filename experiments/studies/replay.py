@@ -23,7 +23,6 @@ from experiments.studies.token_gradients import SILENCED, held, inspected, summa
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.experiment import Experiment
 from troll_jax.learn import abstract_state, start_state
-from troll_jax.models.decoder import DecoderConfig
 from troll_jax.models.lora import split
 from troll_jax.models.quantization import PRECISIONS, quantise
 from troll_jax.ops.losses import importance_weighted
@@ -31,7 +30,7 @@ from troll_jax.ops.needs import needs
 from troll_jax.ops.regularisers import Regulariser, regularised
 from troll_jax.optimizer import apply_gradients
 from troll_jax.saved_batches import load_batches
-from troll_jax.score import Scoring, TailRule, make_recompute
+from troll_jax.score import TailRule, make_recompute
 from troll_jax.settings import Compute, Method, Objective, Sampling, scoring
 from troll_jax.sharding import constrain_like, fetch, place
 from troll_jax.types import Batch, TrainState, join
@@ -158,7 +157,9 @@ def replay(
             batches = [place(one, mesh, (None, 'batch')) for one in saved.batches[: updates + 1]]
             state = restore_or_init(checkpoints, shapes, init, load, checkpoint)
             if precision:
-                batches = rescore(model.config, policy, precision, state.policy, batches)
+                dtype = precision if precision == 'bfloat16' else model.config.compute_dtype
+                recompute = make_recompute(dataclasses.replace(model.config, compute_dtype=dtype), policy)
+                batches = [recompute(rounded(state.policy, precision), one)[0] for one in batches]
             if lag:
                 checkpoint = saved.step + lag
                 state = restore_or_init(checkpoints, shapes, init, load, checkpoint)
@@ -278,23 +279,15 @@ def method_file(name: str) -> Path:
     return file
 
 
-def rescore(
-    config: DecoderConfig, scoring: Scoring, precision: str, params: dict, batches: Sequence[Batch]
-) -> list[Batch]:
-    """The batches with the π_old of a sampler of this precision: of its weights, not of its KV cache.
+def rounded(params: dict, precision: str) -> dict:
+    """The parameters that a sampler of this precision computes with; adapters stay as they are."""
 
-    Adapters stay as they are. For the precisions see `troll_jax.models.quantization`.
-    """
-
-    def round_layers(path: tuple, x: jax.Array) -> jax.Array:  # [layers, I, O], and vectors
+    def round_layers(path: tuple, x: jax.Array) -> jax.Array:  # weights [layers, I, O], and vectors
         return quantise(x, precision, axis=-2) if path[0].key == 'layers' and x.ndim == 3 else x
 
     base, trained = split(params)
     weights = jax.jit(partial(jax.tree.map_with_path, round_layers))(trained if base is None else base)
-    if precision == 'bfloat16':
-        config = dataclasses.replace(config, compute_dtype=precision)
-    recompute = make_recompute(config, scoring)
-    return [recompute(weights if base is None else join(weights, trained), batch)[0] for batch in batches]
+    return weights if base is None else join(weights, trained)
 
 
 def distances(logs: dict[str, jax.Array], batch: Batch) -> dict[str, float | None]:

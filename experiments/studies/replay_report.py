@@ -83,12 +83,12 @@ def held_tokens(result: dict, width: int) -> list[str]:
     rows = result['objectives']
     first = rows[next(iter(rows))]['held']
     lines = ['constrained tokens, in % of those with this sign of the advantage and probability p under π_old']
-    lines.append(' ' * width + ''.join(f'{sign:>{16 * len(first) // 2}}' for sign in ('A > 0', 'A < 0')))
-    lines.append(' ' * width + ''.join(f'{name.split(", ")[1]:>16}' for name in first))
-    lines.append('tokens'.ljust(width) + ''.join(f'{cell["tokens"]:>16}' for cell in first.values()))
+    lines.append(' ' * width + ''.join(f'{sign:>{10 * len(first) // 2}}' for sign in ('A > 0', 'A < 0')))
+    lines.append('p up to'.ljust(width) + ''.join(f'{name.split("≤ ")[1]:>10}' for name in first))
+    lines.append('tokens'.ljust(width) + ''.join(f'{cell["tokens"]:>10}' for cell in first.values()))
     for i, (name, row) in enumerate(rows.items()):
         shares = ['–' if cell['share'] is None else f'{100 * cell["share"]:.1f}' for cell in row['held'].values()]
-        lines.append(f'{i + 1:2} {_starred(name, result):{width - 3}}' + ''.join(f'{text:>16}' for text in shares))
+        lines.append(f'{i + 1:2} {_starred(name, result):{width - 3}}' + ''.join(f'{text:>10}' for text in shares))
     return lines
 
 
