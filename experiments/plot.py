@@ -19,7 +19,7 @@ Runs = Mapping[str, Sequence[dict]]  # name → rows of `metrics.jsonl`
 PANELS = [
     ('share of right answers (dots: held-out problems, greedy)', False, {'reward/mean': '-', 'eval/success': 'o'}),
     ('entropy of the sampled tokens, nats', False, {'rollout/entropy': '-'}),
-    ('KL to the policy that sampled, nats (dotted: the largest)', True, {'update/kl_mean': '-', 'update/kl_max': ':'}),
+    ('KL to π_old, nats (dotted: the largest)', True, {'update/kl_mean': '-', 'update/kl_max': ':'}),
     (
         'share of tokens that are projected or clipped',
         False,

@@ -153,8 +153,8 @@ def page(sides: Sequence[Side], rows: Sequence[tuple], metrics: dict[str, list[d
     parts = [f'<h1>{escape(runs)}</h1>', _numbers(metrics), f'<figure>{_curves(metrics)}</figure>']
     parts.append(
         '<p class="dim">A <mark>marked</mark> token was constrained (projected or clipped) by the one update of its '
-        'step that its response is in. The first update of a step is at the policy that sampled, where next to nothing '
-        'is. Lines at the left: green, an advantage above zero; red, below.</p>'
+        'step that its response is in. Without a lag the first update of a step is at the policy that sampled, where '
+        'next to nothing is. Lines at the left: green, an advantage above zero; red, below.</p>'
     )
     for row in rows:
         parts.append(f'<section class="sides">{"".join(map(_column, sides, row))}</section>')

@@ -7,7 +7,7 @@ import pytest
 from nbclient import NotebookClient
 
 REPOSITORY = Path(__file__).parent.parent
-NOTEBOOKS = {'projection': 7, 'train': 1, 'run': 1}  # and their figures
+NOTEBOOKS = {'projection': 7, 'train': 1, 'run': 1, 'replay': 1}  # and their figures
 
 
 def read(name: str):
@@ -25,7 +25,9 @@ def figures(notebook) -> int:
     return sum('image/png' in output.get('data', {}) for cell in notebook.cells for output in cell.get('outputs', ()))
 
 
-@pytest.mark.parametrize('name', ['projection', *(pytest.param(x, marks=pytest.mark.slow) for x in ('train', 'run'))])
+@pytest.mark.parametrize(
+    'name', ['projection', *(pytest.param(x, marks=pytest.mark.slow) for x in ('train', 'run', 'replay'))]
+)
 def test_every_cell_runs_and_draws(name):
     """Guards against a library that moved on without its notebooks, whose own assertions run here too."""
     notebook = read(name)

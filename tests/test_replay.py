@@ -9,16 +9,18 @@ import jax
 import numpy as np
 import pytest
 from loop import settings
-from tiny import save_qwen3
+from tiny import decoder_config, save_qwen3
 
 from experiments.plumbing.gin_files import Config
 from experiments.plumbing.gin_text import to_bindings
-from experiments.studies.replay import find_methods, replay
+from experiments.studies.replay import find_methods, replay, rounded
 from experiments.studies.replay_report import draw, report
 from experiments.train import train
 from troll_jax.data.tasks.arithmetic import CHARACTERS, Arithmetic
 from troll_jax.data.tokenizer import character_tokenizer
 from troll_jax.learn import summarise
+from troll_jax.models import decoder as decoders
+from troll_jax.models.quantization import PRECISIONS
 from troll_jax.packing import BatchShape, abstract_batch
 from troll_jax.saved_batches import load_batches, save_batches
 from troll_jax.settings import Method
@@ -83,13 +85,15 @@ def test_all_objectives_begin_with_the_policy_gradient(run):
     """
     result = replay(run, objectives=['dppo'], updates=0, step=0)
     assert (result['step'], result['checkpoint'], result['updates']) == (0, 0, 0)
-    assert result['kl_of_sampler'] == result['before']['kl_mean'] < 1e-6
+    assert result['kl_at_start'] == result['before']['kl_mean'] < 1e-6
     assert list(result['objectives']) == ['importance_weighted', 'dppo', 'run']
     assert result['objectives']['run']['gradient_norm'] > 0.1
+    equal = result['objectives']['run']['kl_mean_after_equal_step']
     for name, row in result['objectives'].items():
         assert row['finite'] and row['affected_share'] == row['silenced_share'] == 0, name
         assert row['gradient_norm'] == pytest.approx(result['objectives']['run']['gradient_norm'], rel=1e-4)
         assert min(result['cosines'][name].values()) > 0.9999, name
+        assert row['kl_mean_after_equal_step'] == pytest.approx(equal, rel=1e-3)
 
 
 def test_replay_walks_the_way_of_the_run(run, tmp_path):
@@ -109,6 +113,13 @@ def test_replay_walks_the_way_of_the_run(run, tmp_path):
     assert troll['affected_share'] > 0.1
     # What the trust region is for: the same data and optimizer, another place.
     assert plain['affected_share'] == 0 and troll['kl_mean_after'] < plain['kl_mean_after']
+    for distance in ('kl_mean', 'tv_mean'):
+        after = [row[f'{distance}_after_equal_step'] for row in (plain, unbounded, troll)]
+        assert after[0] == pytest.approx(after[1], rel=1e-3) and abs(after[2] / after[0] - 1) > 0.05, distance
+    assert all(row['milliseconds'] > 0 for row in (plain, unbounded, troll))
+    cells = troll['held'].values()
+    held = sum(cell['tokens'] * cell['share'] for cell in cells if cell['tokens'])
+    assert 0 < held <= troll['affected_share'] * result['tokens'] * (1 + 1e-6)
     assert json.loads((run / 'replay_1.json').read_text()) == result
     assert (run / 'replay_1.png').read_bytes().startswith(b'\x89PNG')
 
@@ -133,14 +144,49 @@ def test_a_batch_that_breaks_some_objectives_is_explained(run, tmp_path):
     assert (clip['broken_tokens'], token['micro_batch_row_position']) == (1, list(where))
     assert token['text'] == ['<pad>', '<eos>', *CHARACTERS][batch.tokens[where]]
     assert token['old_log_prob'] == token['loss'] == 'nan' and -20 < token['log_prob'] < 0
-    assert clip['gradient_norm'] is clip['kl_mean_after'] is result['cosines']['clip']['run'] is None
-    assert result['objectives']['run']['kl_mean_after'] > 0
+    assert (
+        clip['gradient_norm']
+        is clip['kl_mean_after']
+        is clip['kl_mean_after_equal_step']
+        is result['cosines']['clip']['run']
+        is None
+    )
+    assert result['objectives']['run']['kl_mean_after'] > 0 < result['objectives']['run']['tv_mean_after_equal_step']
     text = report(result)
     assert 'no checkpoint 7; the parameters are those of 2' in text
     assert f'clip: NOT FINITE at 1 tokens, first at {token["text"]!r} after' in text
     labels = [label.get_text() for label in draw(result).axes[0].get_yticklabels()]
     assert labels == ['importance_weighted', 'clip', 'run *']
     json.dumps(result, allow_nan=False)
+
+
+def test_a_stale_rollout_and_a_rounded_sampler(run):
+    """Guards a lag that moves π_old along, and a precision that rounds nothing or what another checkpoint knows."""
+    start = lambda **options: replay(run, objectives=['importance_weighted'], step=0, updates=0, **options)
+    int8, stale = start(precision='int8'), start(lag=1)
+    assert (int8['checkpoint'], stale['checkpoint'], stale['step']) == (0, 1, 0)
+    assert 1e-6 < int8['kl_at_start'] < 0.1 * stale['kl_at_start']
+    assert 'π_old is recomputed with weights in int8' in report(int8)
+    assert 'rollout of step 0. From checkpoint 1' in report(stale) and 'WARNING' not in report(stale)
+    assert {path.name for path in run.glob('replay_0*.json')} >= {
+        'replay_0_after_0_int8.json',
+        'replay_0_after_0_lag_1.json',
+    }
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
+def test_weights_are_rounded_as_the_sampler_does(precision):
+    """Guards scales of another axis, and embeddings that are rounded, too."""
+    config = decoder_config(23, decode_precision=precision)
+    params = decoders.init(config, jax.random.key(0))
+    got, (others, layers) = rounded(params, precision), decoders.decode_weights(params, config)
+    is_same = [np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (got, params)), strict=True)]
+    assert all(is_same) == (precision == 'bfloat16')  # which is another dtype to compute in
+    assert len(layers) == 2
+    for i, layer in enumerate(layers):
+        jax.tree.map(lambda whole, one, i=i: np.testing.assert_array_equal(whole[i], one), got['layers'], layer)
+    for name in got.keys() - {'layers'}:
+        jax.tree.map(np.testing.assert_array_equal, got[name], others[name])
 
 
 def test_a_minibatch_without_a_token_to_learn_from_is_an_error(run, tmp_path):
@@ -191,6 +237,14 @@ def test_errors_say_what_there_is(run):
         ({'updates': 4}, '0 to 3; got 4'),
         ({'objectives': ['trol']}, "no objective 'trol'. Did you mean 'troll'"),
         ({'batch': 'nothing.npz'}, "no file of saved batches 'nothing.npz'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            replay(run, **arguments)
+    for arguments, message in [
+        ({'step': 0, 'lag': 5}, r'no checkpoint 5, which is 5 steps after .*there are \[1, 2\]'),
+        ({'lag': -1}, 'lag must be at least 0 .*got -1'),
+        ({'precision': 'int4'}, "one of bfloat16, int8, fp8, or none; got 0 and 'int4'"),
+        ({'precision': 'int8', 'bindings': ['Sampling.lag = 1']}, 'has Sampling.lag = 1; leave out --precision'),
     ]:
         with pytest.raises(ValueError, match=message):
             replay(run, **arguments)

@@ -19,7 +19,7 @@ from test_objectives_contract import (
     row_of,
 )
 
-from experiments.studies.token_gradients import by_logits, inspected, summarise
+from experiments.studies.token_gradients import by_logits, held, inspected, summarise
 from troll_jax.ops.losses import LossInputs, LossOutputs, ReferenceView, ppo_clip, troll
 from troll_jax.ops.regularisers import entropy_bonus, kl_to_reference, regularised, trust_region_entropy
 from troll_jax.ops.support import TAIL, at_tokens, bucket_tail, default_tail
@@ -104,8 +104,10 @@ def test_the_projection_silences_what_moved_in_one_direction():
     assert logs['projected'].all() and list(logs['outward']) == [True, False, True, False]
     assert np.all(logs['kept'][:2] < 1e-6) and np.all(logs['kept'][2:] > 0.05)
     assert np.all(logs['pull'] == 0)
+    np.testing.assert_array_equal(logs['returns'][:3], [False, False, False])  # silenced, or outward
     clip = inspect(ppo_clip, new, old, np.zeros(4, int), advantages)
     np.testing.assert_allclose(clip['kept'], [0, 1, 0, 1], atol=1e-12)
+    assert list(clip['returns']) == [False, True, False, True]
 
     # w r (e − π − (d − μ)_0 π (d − μ) / σ²), over the plain A r (e − π̃).
     weight, d = np.asarray(logs['weight'][2]), new[2] - old[2]
@@ -119,13 +121,14 @@ def test_the_projection_silences_what_moved_in_one_direction():
 
 
 def test_the_regression_pulls_whatever_the_advantage():
-    """Guards against a pull that is counted as kept: TROLL's gradient where the projection lets nothing pass."""
+    """Guards a pull that counts as kept, or is not seen to lead back: TROLL's, where nothing passes the projection."""
     old = np.log([[0.5, 0.5]] * 2)
     new = np.log([[0.9, 0.1]] * 2)
     logs = inspect(troll, new, old, np.zeros(2, int), np.array([1.0, 3.0]))
     assert np.all(logs['kept'] < 1e-6)
     np.testing.assert_allclose(logs['pull'][0], 3 * logs['pull'][1], rtol=1e-6)
     np.testing.assert_allclose(logs['pull'], logs['whole'], rtol=1e-5)
+    assert np.all(logs['returns'])
 
 
 def test_summary_by_class():
@@ -135,14 +138,30 @@ def test_summary_by_class():
         'pull': np.zeros(4),
         'whole': np.ones(4),
         'outward': np.array([True, True, False, False]),
+        'returns': np.array([True, False, True, True]),
     }
-    found = summarise(logs, np.array([True, True, True, False]), np.log([0.05, 0.6, 0.7, 0.7]))
+    found = summarise(logs, np.array([True, True, True, False]), np.log([0.04, 0.6, 0.7, 0.7]))
     assert {name: row['tokens'] for name, row in found.items()} == {
         'outward': 2,
         'back': 1,
-        '0 < p ≤ 0.1': 1,
-        '0.1 < p ≤ 0.5': 0,
-        '0.5 < p ≤ 1': 2,
+        '0 < p ≤ 0.05': 1,
+        '0.05 < p ≤ 0.5': 0,
+        '0.5 < p ≤ 0.95': 2,
+        '0.95 < p ≤ 1': 0,
     }
     assert found['outward']['kept'] == pytest.approx([0.1, 0.5, 0.9]) and found['outward']['silenced'] == 0.5
-    assert 'kept' not in found['0.1 < p ≤ 0.5']
+    assert found['outward']['returns'] == 0.5 and found['back']['returns'] == 1
+    assert 'kept' not in found['0.05 < p ≤ 0.5']
+
+
+def test_held_tokens_by_sign_and_probability():
+    """Guards bins that miss a probability of one, and tokens without an advantage that count with a sign."""
+    probs = np.array([0.01, 0.04, 0.3, 1.0, 1.0 + 1e-7, 0.96])
+    advantages, where = np.array([1.0, 1.0, -1.0, 1.0, 1.0, 0.0]), np.array([1, 1, 1, 1, 1, 1], bool)
+    found = held(np.array([1, 0, 1, 1, 1, 1], bool), where, advantages, np.log(probs))
+    assert {name: tuple(cell.values()) for name, cell in found.items() if cell['tokens']} == {
+        'A > 0, 0 < p ≤ 0.05': (2, 0.5),
+        'A > 0, 0.95 < p ≤ 1': (2, 1.0),
+        'A < 0, 0.05 < p ≤ 0.5': (1, 1.0),
+    }
+    assert found['A < 0, 0 < p ≤ 0.05']['share'] is None

@@ -293,6 +293,11 @@ def test_flags_of_tokens(objective):
     assert 0 < constrained.sum() < mask.sum()
     for share in (name, 'constrained_share'):
         np.testing.assert_allclose(constrained.sum(), mask.sum() * logs[0].metrics[share], rtol=1e-5)
+    probs = np.exp(data.log_probs)
+    for low, high in zip((0, 0.05, 0.5, 0.95), ('0.05', '0.5', '0.95', '1'), strict=True):
+        inside = constrained & (probs > low) & (probs <= float(high) + 1e-6)
+        share = logs[0].metrics[f'constrained_up_to_{high}_share']
+        np.testing.assert_allclose(inside.sum(), mask.sum() * share, rtol=1e-5)
     if objective is ppo_clip:
         log_probs = np.asarray(jax.jit(all_log_probs)(nearby_params(), data.tokens))
         log_probs = np.take_along_axis(np.take_along_axis(log_probs, at[:, :, None] - 1, axis=1), sampled[..., None], 2)

@@ -294,7 +294,7 @@ class Run:
       on_change: what a run does that would resume with another experiment, sampling, method, tokenizer or data: 'stop'
         or 'resume'.
       save_rollout_every: steps between rollouts that are saved to be replayed, a multiple of
-        `checkpoint_every`, as `rollouts/<step>.npz` with the step of the checkpoint that sampled it. These checkpoints
+        `checkpoint_every`, as `rollouts/<step>.npz` with the step of the checkpoint before it. These checkpoints
         are kept, besides the latest. 0 turns it off.
       save_samples_every: steps between those of which some responses are saved with their rewards and their constrained
         tokens, in `samples.jsonl`; the first and the last step are among them. 0 turns it off.
@@ -303,7 +303,7 @@ class Run:
         'mlflow'. These have to be installed, the first one is.
       profile_step: step of which a trace is written into `profile`, for TensorBoard or Perfetto.
       max_skipped: steps in a row with a skipped update (its gradient was not finite) after which the run ends with an
-        error. The last of them can be replayed: its rollout and the checkpoint that sampled it are saved. At least 2; 0
+        error. The last of them can be replayed: its rollout and the checkpoint before it are saved. At least 2; 0
         never ends it.
       debug_nans: ends the run where the first NaN appears (`jax_debug_nans`); slow.
 
@@ -350,7 +350,7 @@ class Run:
         if self.save_rollout_every % self.checkpoint_every:
             raise ValueError(
                 f'save_rollout_every = {self.save_rollout_every} must be a multiple of checkpoint_every = '
-                f'{self.checkpoint_every}, so that the parameters that sampled a rollout are there to replay it'
+                f'{self.checkpoint_every}, so that there are parameters to replay a rollout from'
             )
 
     @property

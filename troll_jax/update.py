@@ -21,6 +21,7 @@ from troll_jax.sharding import constrain_like
 from troll_jax.types import Batch, Progress, TrainState, join
 
 _CONSTRAINED = 'constrained'  # in the logs of a gradient: tokens that are projected or clipped
+BINS = 0.05, 0.5, 0.95, 1.0  # of the sampled token's probability under π_old: the upper edges
 # Logged with quantiles, and not only their mean.
 _QUANTILES = ('kl', 'kl_unprojected', 'kl_projected', 'weight', 'eta', 'ratio', 'evaluations')
 
@@ -115,6 +116,8 @@ def make_update(
             params, opt_state = constrain_like(result, lambda mesh: abstract_policy(config, optimizer, mesh))
         mask = batch.loss_weights > 0
         flags = jnp.where(mask, 1 + logs[_CONSTRAINED], 0).astype(jnp.int8)
+        place = jnp.searchsorted(jnp.array(BINS[:-1]), jnp.exp(batch.old_log_probs))
+        logs |= {f'{_CONSTRAINED}_up_to_{edge:g}': logs[_CONSTRAINED] & (place == i) for i, edge in enumerate(BINS)}
         metrics = {'loss': loss, 'gradient_norm': norm, 'skipped': 1.0 - finite, **summarise_tokens(logs, mask)}
         progress = state.progress._replace(
             updates=state.progress.updates + 1,

@@ -44,8 +44,8 @@ def describe_samples(
     """All responses to some prompts of a step, as they are written to `samples.jsonl`.
 
     Args:
-      count: number of prompts. They are spread over the step, because its first update is at the policy that sampled,
-        where nothing is constrained.
+      count: number of prompts. They are spread over the step, because without a lag its first update is at the policy
+        that sampled, where nothing is constrained.
       experience: graded responses of the step.
       flags: [R, T] see `token_flags`; None: only the critic has learnt.
       advantages: [R, T]

@@ -212,9 +212,9 @@ class Bench:
                 'kl_mean': mean('kl_mean'),
                 'kl_p99': mean('kl_p99'),
                 'kl_max': mean('kl_max'),
-                'constrained_share': mean('constrained_share'),
                 'skipped': mean('skipped'),
             }
+            | {name: mean(name) for name in sorted(x.removeprefix('update/') for x in rows[0] if 'constrained' in x)}
             | critic
         )
 

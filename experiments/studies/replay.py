@@ -1,5 +1,6 @@
-"""Compares objectives on one saved rollout: gradients, constrained tokens, and the KL after one step."""
+"""Compares objectives on one saved rollout: gradients, constrained tokens, distances after one step, time."""
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Sequence
@@ -13,23 +14,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from experiments.benchmarks.measure import median_seconds
 from experiments.plumbing.gin_files import ROOT, Config
 from experiments.plumbing.gin_text import to_bindings
 from experiments.plumbing.run import restore_or_init
 from experiments.studies.replay_report import plot
-from experiments.studies.token_gradients import SILENCED, inspected, summarise
+from experiments.studies.token_gradients import SILENCED, held, inspected, summarise
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.experiment import Experiment
 from troll_jax.learn import abstract_state, start_state
+from troll_jax.models.lora import split
+from troll_jax.models.quantization import PRECISIONS, quantise
 from troll_jax.ops.losses import importance_weighted
 from troll_jax.ops.needs import needs
 from troll_jax.ops.regularisers import Regulariser, regularised
 from troll_jax.optimizer import apply_gradients
 from troll_jax.saved_batches import load_batches
-from troll_jax.score import TailRule
+from troll_jax.score import TailRule, make_recompute
 from troll_jax.settings import Compute, Method, Objective, Sampling, scoring
 from troll_jax.sharding import constrain_like, fetch, place
-from troll_jax.types import Batch, TrainState
+from troll_jax.types import Batch, TrainState, join
 from troll_jax.update import Gradient, make_gradient, make_update
 
 METHODS = ROOT / 'configs/objectives'
@@ -69,6 +73,8 @@ def replay(
     updates: int | None = None,
     step: int | None = None,
     batch: str | Path | None = None,
+    lag: int = 0,
+    precision: str | None = None,
     bindings: Sequence[str] = (),
 ) -> dict:
     """Compares objectives on a minibatch of a saved rollout. Writes and returns what the tables show.
@@ -77,14 +83,17 @@ def replay(
       run_dir: folder of the run.
       objectives: names of files of configs/objectives, or paths of others; all of that folder if none. The run's own
         and the plain policy gradient always take part.
-      updates: m, minibatches that the run's objective learns from before. The next one is compared on. With 0 the
-        policy is the one that sampled. None: all but the last.
+      updates: m, minibatches that the run's objective learns from before. The next one is compared on. None: all but
+        the last.
       step: step of the rollout; None is the latest.
       batch: a file of saved batches, in place of a step.
+      lag: starts from the checkpoint of so many steps after the rollout's; π_old stays that of the rollout.
+      precision: one of `PRECISIONS`, in which the rollout's checkpoint recomputes π_old; None: π_old as it was saved.
       bindings: gin bindings; they win over the run's configuration and the objectives' files.
 
     Raises:
-      ValueError: there is no such rollout, checkpoint, objective or minibatch.
+      ValueError: there is no such rollout, checkpoint, objective or minibatch; or a precision, and another policy than
+        the rollout's checkpoint has sampled it.
     """
     run_dir = Path(run_dir)
     config = Config([run_dir / 'config.gin'], bindings)
@@ -101,52 +110,88 @@ def replay(
             f'minibatch {updates + 1} of {path} has no token with a loss weight, so there is nothing to '
             'compare; choose another with --updates'
         )
+    if lag < 0 or precision not in (None, *PRECISIONS):
+        raise ValueError(
+            f'lag must be at least 0 and precision one of {", ".join(PRECISIONS)}, or none; got {lag} and {precision!r}'
+        )
     start, sampling, method, compute = (config.build(kind) for kind in (Experiment, Sampling, Method, Compute))
+    if precision and sampling.lag:
+        raise ValueError(
+            f'the policy that sampled {path} was not saved, since the run has Sampling.lag = {sampling.lag}; leave out '
+            '--precision, or train without a lag and replay with --lag'
+        )
     model, mesh = start.of_run(run_dir / 'model').load_model(compute, method.lora), compute.mesh
     policy, optimizer = scoring(sampling, method, compute), compute.place_optimizer(method.optimizer())
     candidates = find_methods(method, objectives, bindings, has_reference=saved.batches[0].reference is not None)
     own = next(candidate for candidate in candidates if 'run' in [candidate.name, *candidate.same])
 
-    def gradient_of(compared: Compared) -> Callable[..., Gradient]:
-        return jax.jit(
-            make_gradient(model.config, inspected(compared.loss), policy._replace(tail_rule=compared.tail_rule))
-        )
+    def programs(compared: Compared) -> tuple[Callable[..., Gradient], Callable[..., dict]]:
+        """The gradient, and the logs of the tokens: of these the compiler leaves out the network's derivative."""
+        scored = policy._replace(tail_rule=compared.tail_rule)
+        inspect = make_gradient(model.config, inspected(compared.loss), scored)
+        return jax.jit(make_gradient(model.config, compared.loss, scored)), jax.jit(lambda *args: inspect(*args).logs)
 
     @jax.jit
-    def step_along(gradient: dict, state: TrainState):
+    def optimizer_step(gradient: dict, state: TrainState):
         params, _ = apply_gradients(optimizer, gradient, state.opt_state, state.params, jnp.bool(True))
+        return constrain_like(params, lambda _: shapes.params)
+
+    @jax.jit
+    def equal_step(gradient: dict, state: TrainState, length: jax.Array):
+        params = optax.tree.add_scale(state.params, -length / optax.tree.norm(gradient), gradient)
         return constrain_like(params, lambda _: shapes.params)
 
     with jax.set_mesh(mesh):
         with Checkpoints(config.get('Run.checkpoint_folder') or run_dir, read_only=True) as checkpoints:
             checkpoint = max((s for s in checkpoints.steps if s <= saved.step), default=0)
+            if lag and saved.step + lag not in checkpoints.steps:
+                raise ValueError(
+                    f'no checkpoint {saved.step + lag}, which is {lag} steps after the rollout of {path}; there are '
+                    f'{checkpoints.steps}. Choose another --lag, or train with a smaller Run.checkpoint_every'
+                )
+            if precision and checkpoint != saved.step:
+                raise ValueError(f'no checkpoint {saved.step} to recompute π_old with; there are {checkpoints.steps}')
             shapes = abstract_state(model.config, optimizer, mesh)
             init = lambda params: start_state(params, optimizer, shapes)
             load = partial(start.load_params, compute, method.lora)
+            batches = [place(one, mesh, (None, 'batch')) for one in saved.batches[: updates + 1]]
             state = restore_or_init(checkpoints, shapes, init, load, checkpoint)
-        batches = [place(one, mesh, (None, 'batch')) for one in saved.batches[: updates + 1]]
-        plain = gradient_of(Compared(importance_weighted, (), own.method.tail_rule))
-        noise = distances(plain(state.params, state.progress, batches[0], state.base), batches[0])
+            if precision:
+                dtype = precision if precision == 'bfloat16' else model.config.compute_dtype
+                recompute = make_recompute(dataclasses.replace(model.config, compute_dtype=dtype), policy)
+                batches = [recompute(rounded(state.policy, precision), one)[0] for one in batches]
+            if lag:
+                checkpoint = saved.step + lag
+                state = restore_or_init(checkpoints, shapes, init, load, checkpoint)
+        plain, look = programs(Compared(importance_weighted, (), own.method.tail_rule))
+        at_start = distances(look(state.params, state.progress, batches[0], state.base), batches[0])
         update = make_update(model.config, optimizer, own.method.loss, policy._replace(tail_rule=own.method.tail_rule))
         skipped = 0
         for one in batches[:-1]:
             state, log = update(state, one)
             skipped += int(log.metrics['skipped'])
         compared = batches[-1]
-        before = plain(state.params, state.progress, compared, state.base)
+        inputs = state.params, state.progress, compared, state.base
+        distances_at = lambda params: distances(look(params, *inputs[1:]), compared)
+        before = distances_at(state.params)
 
-        gradients, rows, outside = {}, {}, None
-        for candidate in sorted(candidates, key=lambda candidate: candidate is not own):  # its constrained tokens
-            name, got = candidate.name, before
-            if name != BASELINE:
-                got = gradient_of(candidate.method)(state.params, state.progress, compared, state.base)
-            gradients[name] = got.params
-            after = None
-            if np.isfinite(optax.tree.norm(got.params)):
-                after = plain(step_along(got.params, state), state.progress, compared, state.base)
-            outside = fetch(got.logs['constrained']) if outside is None else outside
-            described = describe(got, before, after, compared, outside, model.tokenizer)
-            rows[name] = {'same': candidate.same} | described
+        gradients, rows, outside, length = {}, {}, None, None
+        for candidate in sorted(candidates, key=lambda candidate: candidate is not own):  # its tokens and its step
+            gradient, inspect = (plain, look) if candidate.name == BASELINE else programs(candidate.method)
+            got, logs = gradient(*inputs), inspect(*inputs)
+            after = optimizer_step(got.params, state)
+            if candidate is own:
+                outside, length = fetch(logs['constrained']), optax.tree.norm(optax.tree.sub(after, state.params))
+            gradients[candidate.name] = got.params
+            rows[candidate.name] = (
+                {'same': candidate.same, 'milliseconds': 1e3 * median_seconds(gradient, *inputs, repeats=5)}
+                | describe(got, logs, compared, outside, model.tokenizer)
+                | {f'{name}_after': value for name, value in distances_at(after).items()}
+                | {
+                    f'{name}_after_equal_step': value
+                    for name, value in distances_at(equal_step(got.params, state, length)).items()
+                }
+            )
         rows = {candidate.name: rows[candidate.name] for candidate in candidates}
         cosines = cosines_between(gradients)
 
@@ -159,13 +204,18 @@ def replay(
         'skipped_updates': skipped,
         'run_objective': own.name,
         'tokens': int(np.sum(fetch(compared.loss_weights) > 0)),
-        'kl_of_sampler': noise['kl_mean'],
-        'before': distances(before, compared),
+        'lag': lag,
+        'precision': precision,
+        'run_lag': sampling.lag,
+        'kl_at_start': at_start['kl_mean'],
+        'length_of_equal_step': _number(length),
+        'before': before,
         'objectives': rows,
         'cosines': cosines,
     }
     if jax.process_index() == 0:
         name = f'replay_{path.stem}' + ('' if updates == len(saved.batches) - 1 else f'_after_{updates}')
+        name += (f'_lag_{lag}' if lag else '') + (f'_{precision}' if precision else '')
         (run_dir / f'{name}.json').write_text(json.dumps(result, indent=2) + '\n')
         plot(result, run_dir / f'{name}.png')
     return result
@@ -229,49 +279,54 @@ def method_file(name: str) -> Path:
     return file
 
 
-def distances(gradient: Gradient, batch: Batch) -> dict[str, float | None]:
-    """KL(π̃ ‖ π_old) in nats over the tokens of a batch, and the entropy of π̃."""
+def rounded(params: dict, precision: str) -> dict:
+    """The parameters that a sampler of this precision computes with; adapters stay as they are."""
+
+    def round_layers(path: tuple, x: jax.Array) -> jax.Array:  # weights [layers, I, O], and vectors
+        return quantise(x, precision, axis=-2) if path[0].key == 'layers' and x.ndim == 3 else x
+
+    base, trained = split(params)
+    weights = jax.jit(partial(jax.tree.map_with_path, round_layers))(trained if base is None else base)
+    return weights if base is None else join(weights, trained)
+
+
+def distances(logs: dict[str, jax.Array], batch: Batch) -> dict[str, float | None]:
+    """KL(π̃ ‖ π_old) in nats and total variation over the tokens of a batch, and the entropy of π̃; None: not finite."""
     mask = fetch(batch.loss_weights) > 0
-    kl, entropy = (fetch(gradient.logs[name])[mask] for name in ('kl', 'entropy'))
+    kl, tv, entropy = (fetch(logs[name])[mask] for name in ('kl', 'total_variation', 'entropy'))
     p99 = np.quantile(kl, 0.99, method='nearest')
-    values = {'kl_mean': kl.mean(), 'kl_p99': p99, 'kl_max': kl.max(), 'entropy': entropy.mean()}
+    values = {'kl_mean': kl.mean(), 'kl_p99': p99, 'kl_max': kl.max(), 'tv_mean': tv.mean(), 'entropy': entropy.mean()}
     return {name: _number(value) for name, value in values.items()}
 
 
-def describe(
-    got: Gradient, before: Gradient, after: Gradient | None, batch: Batch, outside: np.ndarray, tokenizer
-) -> dict:
+def describe(got: Gradient, logs: dict, batch: Batch, outside: np.ndarray, tokenizer) -> dict:
     """The figures of one objective on a batch.
 
     Args:
       got: gradient of the objective.
-      before: plain policy gradient, from the same state.
-      after: the same after one step along `got`; None if that is not finite.
+      logs: those of `inspected`.
       batch: batch of both.
       outside: [M, Z, S] bool, the tokens that the run's objective constrains.
       tokenizer: gives the text of a token whose loss or gradient is not finite.
     """
-    batch, logs = fetch(batch), fetch(got.logs)
+    batch, logs = fetch(batch), fetch(logs)
     mask = batch.loss_weights > 0
     affected = logs['constrained']
     silenced = (logs['kept'] < SILENCED) & (batch.advantages != 0)
     finite = np.logical_and.reduce([np.isfinite(logs[x]) for x in ('token_loss', 'token_gradient', 'log_prob')])
     broken = np.argwhere(mask & ~finite)
     norm, loss = (float(fetch(x)) for x in (optax.tree.norm(got.params), got.loss))
-    result = {
+    return {
         'loss': _number(loss),
         'finite': bool(np.isfinite(norm) and np.isfinite(loss)),
         'gradient_norm': _number(norm),
         'affected_share': float(affected[mask].mean()),
         'silenced_share': float(silenced[mask].mean()),
+        'held': held(affected, mask, batch.advantages, batch.old_log_probs),
         'outside': summarise(logs, mask & outside & (batch.advantages != 0), batch.old_log_probs),
         'broken_tokens': len(broken),
         'first_broken': _token(tuple(broken[0]), batch, logs, tokenizer) if len(broken) else None,
     }
-    new = dict.fromkeys(('kl_mean', 'kl_p99', 'kl_max', 'entropy')) if after is None else distances(after, batch)
-    old = distances(before, batch)['entropy']
-    result['entropy_change'] = None if None in (new['entropy'], old) else new['entropy'] - old
-    return result | {f'{name}_after': new[name] for name in ('kl_mean', 'kl_p99', 'kl_max')}
 
 
 def _token(where: tuple[int, int, int], batch: Batch, logs: dict[str, np.ndarray], tokenizer) -> dict:

@@ -15,23 +15,30 @@ def report(result: dict) -> str:
     width = max(map(len, names)) + 5
     show = lambda value, form: '–' if value is None else format(value, form)
     before = {name: show(value, '.3g') for name, value in result['before'].items()}
+    source = ''
+    if result['precision']:
+        source = f'; π_old is recomputed with weights in {result["precision"]}'
+    elif result['run_lag']:
+        source = f'; the policy of {result["run_lag"]} steps before sampled it'
     lines = [
-        f'rollout of step {result["step"]}: {result["updates"]} updates with {result["run_objective"]}, then minibatch '
-        f'{result["updates"] + 1} of {result["minibatches"]}, {result["tokens"]:,} tokens',
-        f'KL(π̃ ‖ π_old) in nats: {show(result["kl_of_sampler"], ".2g")} on average before the first update; before the '
+        f'rollout of step {result["step"]}{source}. From checkpoint {result["checkpoint"]}: {result["updates"]} '
+        f'updates with {result["run_objective"]}, then minibatch {result["updates"] + 1} of {result["minibatches"]}, '
+        f'{result["tokens"]:,} tokens',
+        f'KL(π̃ ‖ π_old) in nats: {show(result["kl_at_start"], ".2g")} on average before the first update; before the '
         'compared step {kl_mean} on average, p99 {kl_p99}, max {kl_max}. Entropy {entropy}'.format(**before),
     ]
-    if result['checkpoint'] != result['step']:
+    if result['checkpoint'] != result['step'] + result['lag']:
         lines.append(
             f'WARNING: there is no checkpoint {result["step"]}; the parameters are those of {result["checkpoint"]} '
-            'instead and did not sample this rollout'
+            'instead'
         )
     if result['skipped_updates']:
         lines.append(f'WARNING: {result["skipped_updates"]} of the updates were skipped, their gradients not finite')
-    titles = ['gradient', 'cosine', 'affected', 'silenced', 'KL mean', 'KL p99', 'KL max', 'entropy']
-    above = ['norm', 'to 1', 'tokens', 'tokens', 'after', 'after', 'after', 'change']
-    for title in (titles, above):
-        lines.append(' ' * width + ''.join(f'{text:>10}' for text in title))
+    lines.append(' ' * (width + 40) + "after the optimizer's step".rjust(30) + 'after an equal step'.rjust(20))
+    titles = ['gradient', 'cosine', 'affected', 'silenced', 'KL mean', 'KL p99', 'entropy', 'KL mean', 'TV mean', 'ms']
+    below = ['norm', 'to 1', 'tokens', 'tokens', '', '', 'change', '', '', '']
+    for title in (titles, below):
+        lines.append((' ' * width + ''.join(f'{text:>10}' for text in title)).rstrip())
     for i, name in enumerate(names):
         row = result['objectives'][name]
         values = [
@@ -39,15 +46,17 @@ def report(result: dict) -> str:
             show(result['cosines'][names[0]][name], '.3f'),
             show(row['affected_share'], '.1%'),
             show(row['silenced_share'], '.1%'),
-            *[show(row[f'{kl}_after'], '.2g') for kl in ('kl_mean', 'kl_p99', 'kl_max')],
-            show(row['entropy_change'], '+.4f'),
+            *[show(row[f'{kl}_after'], '.2g') for kl in ('kl_mean', 'kl_p99')],
+            show(_difference(row['entropy_after'], result['before']['entropy']), '+.4f'),
+            *[show(row[f'{name}_after_equal_step'], '.2g') for name in ('kl_mean', 'tv_mean')],
+            show(row['milliseconds'], '.0f'),
         ]
         lines.append(f'{i + 1:2} {_starred(name, result):{width - 3}}' + ''.join(f'{value:>10}' for value in values))
     lines += ['', 'cosines of gradients' + ' ' * (width - 20) + ''.join(f'{i + 1:>7}' for i in range(len(names)))]
     for i, name in enumerate(names):
         cosines = ''.join(f'{show(result["cosines"][name][other], ".3f"):>7}' for other in names[: i + 1])
         lines.append(f'{i + 1:2} {name:{width - 3}}' + cosines)
-    lines += ['', *token_gradients(result, width)]
+    lines += ['', *held_tokens(result, width), '', *token_gradients(result, width)]
     lines += [
         '',
         "* the run's. Tokens have the run's advantages and weights for all: what differs is the objective, its",
@@ -69,26 +78,46 @@ def report(result: dict) -> str:
     return '\n'.join(lines)
 
 
+def held_tokens(result: dict, width: int) -> list[str]:
+    """The share of tokens that each objective constrains, by sign of the advantage and probability under π_old."""
+    rows = result['objectives']
+    first = rows[next(iter(rows))]['held']
+    lines = ['constrained tokens, in % of those with this sign of the advantage and probability p under π_old']
+    lines.append(' ' * width + ''.join(f'{sign:>{10 * len(first) // 2}}' for sign in ('A > 0', 'A < 0')))
+    lines.append('p up to'.ljust(width) + ''.join(f'{name.split("≤ ")[1]:>10}' for name in first))
+    lines.append('tokens'.ljust(width) + ''.join(f'{cell["tokens"]:>10}' for cell in first.values()))
+    for i, (name, row) in enumerate(rows.items()):
+        shares = ['–' if cell['share'] is None else f'{100 * cell["share"]:.1f}' for cell in row['held'].values()]
+        lines.append(f'{i + 1:2} {_starred(name, result):{width - 3}}' + ''.join(f'{text:>10}' for text in shares))
+    return lines
+
+
 def token_gradients(result: dict, width: int) -> list[str]:
-    """What each objective leaves of the gradient of the tokens that the run's constrains, by class of token."""
+    """What each objective leaves of the gradient of the tokens that the run's constrains, outward and back."""
     rows = result['objectives']
     lines = [
         "tokens that the run's objective constrains: their gradients by logits over the plain ones, 10 / 50 / 90 %",
         'quantiles. Kept: of the part with the advantage; pull: of the rest, such as a regression; silenced: kept less '
-        f'than {SILENCED:.0%}',
+        f'than {SILENCED:.0%};',
+        'returns: the share at which a step along both lowers KL(π̃ ‖ π_old)',
     ]
-    for group, first in rows[next(iter(rows))]['outside'].items():
-        titles = ('kept', 'silenced', 'pull', 'both')
-        lines += ['', f'{group}, {first["tokens"]} tokens'.ljust(width) + ''.join(f'{text:>20}' for text in titles)]
-        for i, name in enumerate(rows if first['tokens'] else ()):
+    for group in ('outward', 'back'):
+        count = rows[next(iter(rows))]['outside'][group]['tokens']
+        titles = ('kept', 'pull', 'silenced', 'returns')
+        lines += ['', f'{group}, {count} tokens'.ljust(width) + ''.join(f'{text:>20}' for text in titles)]
+        for i, name in enumerate(rows if count else ()):
             found, values = rows[name]['outside'][group], ['–'] * 4
             if found['tokens']:
-                kept, pull, whole = (' / '.join(f'{x:.2f}' for x in found[key]) for key in ('kept', 'pull', 'whole'))
-                values = [kept, f'{found["silenced"]:.0%}', pull, whole]
+                values = [' / '.join(f'{x:.2f}' for x in found[key]) for key in ('kept', 'pull')]
+                values += [f'{found[key]:.0%}' for key in ('silenced', 'returns')]
             lines.append(
                 f'{i + 1:2} {_starred(name, result):{width - 3}}' + ''.join(f'{value:>20}' for value in values)
             )
     return lines
+
+
+def _difference(after: float | None, before: float | None) -> float | None:
+    return None if None in (after, before) else after - before
 
 
 def _starred(name: str, result: dict) -> str:
@@ -102,7 +131,7 @@ def plot(result: dict, output: str | Path) -> None:
 
 
 def draw(result: dict) -> Figure:
-    """The cosines of all pairs of gradients, affected tokens, what is kept of their gradients, the KL after a step."""
+    """Cosines of all pairs of gradients, affected tokens, what is kept of their gradients, KL after an equal step."""
     names = list(result['objectives'])
     labels = [_starred(name, result) for name in names]
     rows = result['objectives'].values()
@@ -134,11 +163,11 @@ def draw(result: dict) -> Figure:
         title="kept of the gradient at tokens\nthat the run's objective constrains", xlabel='10, 50, 90 % of them'
     )
     for colour, marker, name in zip(('C0', 'C1', 'C3'), 'oD>', ('mean', 'p99', 'max'), strict=True):
-        values = [number(row[f'kl_{name}_after']) for row in rows]
+        values = [number(row[f'kl_{name}_after_equal_step']) for row in rows]
         axes[3].plot(values, places, marker, color=colour, label=name, alpha=0.7)
         if value := result['before'][f'kl_{name}']:  # a logarithmic axis has no zero
             axes[3].axvline(value, color=colour, linewidth=1, linestyle=':')
-    axes[3].set(title='KL to π_old after one step', xlabel='nats per token; dotted: before', xscale='log')
+    axes[3].set(title='KL to π_old after an equal step', xlabel='nats per token; dotted: before', xscale='log')
     axes[3].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[3].xaxis.set_major_formatter('{x:g}')
     axes[3].xaxis.set_minor_formatter(NullFormatter())  # its labels would lie over each other

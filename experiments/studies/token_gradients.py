@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from troll_jax.ops.categorical import total_variation
 from troll_jax.ops.losses import LossInputs, LossOutputs, Objective, importance_weighted
 from troll_jax.ops.needs import give, needs
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.support import TAIL, bucket_tail
 from troll_jax.types import START, Progress, SparseLogProbs
+from troll_jax.update import BINS
 
 SILENCED = 0.01  # a token with less of its plain gradient than this is silenced
 QUANTILES = 0.1, 0.5, 0.9
-PROBABILITIES = 0.0, 0.1, 0.5, 1.0  # of the sampled token under π_old: edges of the classes that are told apart
 
 
 def with_logits(row: LossInputs, change: jax.Array) -> LossInputs:
@@ -68,7 +69,8 @@ def inspected(objective: Objective) -> Objective:
 
     The plain one is that of `importance_weighted`. Of a loss that is a function of the advantage plus a pull that does
     not depend on it, `kept` [T] is |gradient of the first| and `pull` [T] |gradient of the second|, both over |plain|.
-    `outward` [T] is true where a step along the plain gradient raises KL(π̃ ‖ π_old).
+    `outward` [T] is true where a step along the plain gradient raises KL(π̃ ‖ π_old), `returns` [T] where one along
+    the objective's lowers it.
     """
 
     def with_logs(row: LossInputs, advantages, progress: Progress = START, minibatch=None) -> LossOutputs:
@@ -88,29 +90,48 @@ def inspected(objective: Objective) -> Objective:
             'pull': norm(pull) / unit,
             'whole': norm(whole) / unit,
             'outward': jnp.sum(divergence * plain, axis=-1) < 0,  # a step goes against the gradient of the loss
+            'returns': (jnp.sum(divergence * whole, axis=-1) > 0) & (norm(whole) >= SILENCED * norm(plain)),
+            'total_variation': jax.vmap(total_variation)(row.new.log_probs, row.old.log_probs),
         }
         return losses._replace(logs=losses.logs | jax.lax.stop_gradient(logs))
 
     return with_logs if needs(objective, 'minibatch') else partial(with_logs, minibatch=None)
 
 
+def bins(old_log_probs: np.ndarray) -> dict[str, np.ndarray]:
+    """Classes of tokens by their probability under π_old, and which tokens are in each."""
+    place = np.searchsorted(BINS[:-1], np.exp(old_log_probs))
+    return {
+        f'{low:g} < p ≤ {high:g}': place == i for i, (low, high) in enumerate(zip((0, *BINS[:-1]), BINS, strict=True))
+    }
+
+
+def held(constrained: np.ndarray, where: np.ndarray, advantages: np.ndarray, old_log_probs: np.ndarray) -> dict:
+    """By sign of the advantage and bin of the probability: the tokens, and the share that is constrained; if any."""
+    found = {}
+    for sign, has_sign in {'A > 0': advantages > 0, 'A < 0': advantages < 0}.items():
+        for name, inside in bins(old_log_probs).items():
+            chosen = where & has_sign & inside
+            share = float(constrained[chosen].mean()) if chosen.any() else None
+            found[f'{sign}, {name}'] = {'tokens': int(chosen.sum()), 'share': share}
+    return found
+
+
 def summarise(logs: dict[str, np.ndarray], where: np.ndarray, old_log_probs: np.ndarray) -> dict[str, dict]:
-    """What is kept of the plain gradients, as quantiles, in classes of tokens.
+    """What is kept of the plain gradients, as quantiles, and the share that returns, in classes of tokens.
 
     Args:
       logs: those of `inspected`, any shape.
       where: bool, tokens that count; those whose gradient is not finite do not.
       old_log_probs: log π_old of the sampled tokens.
     """
-    probs, where = np.exp(old_log_probs), where & np.isfinite(logs['whole'])
-    classes = {'outward': logs['outward'], 'back': ~logs['outward']}
-    for low, high in zip(PROBABILITIES[:-1], PROBABILITIES[1:], strict=True):
-        classes[f'{low:g} < p ≤ {high:g}'] = (probs > low) & (probs <= high)
+    where = where & np.isfinite(logs['whole'])
     found = {}
-    for name, inside in classes.items():
+    for name, inside in {'outward': logs['outward'], 'back': ~logs['outward'], **bins(old_log_probs)}.items():
         chosen = where & inside
         found[name] = {'tokens': int(chosen.sum())}
         if chosen.any():
             quantiles = {x: np.quantile(logs[x][chosen], QUANTILES).tolist() for x in ('kept', 'pull', 'whole')}
-            found[name] |= quantiles | {'silenced': float(np.mean(logs['kept'][chosen] < SILENCED))}
+            shares = {'silenced': logs['kept'] < SILENCED, 'returns': logs['returns']}
+            found[name] |= quantiles | {x: float(is_so[chosen].mean()) for x, is_so in shares.items()}
     return found

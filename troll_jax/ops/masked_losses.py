@@ -62,7 +62,10 @@ def dppo_binary(
 
 
 def ipo(row: LossInputs, advantages: jax.Array, *, bound: float = 0.1) -> jax.Array:
-    """IPO, the default of prime-rl (github.com/PrimeIntellect-ai/prime-rl): drop where |p − m| > bound."""
+    """IPO, the default of prime-rl (github.com/PrimeIntellect-ai/prime-rl): drop where |p − m| > bound.
+
+    The bound was 0.1 from August 2026 on (#3418), and is 0.3 since September (#3586).
+    """
     _check(bound)
     return _binary(row, total_variation) > bound
 

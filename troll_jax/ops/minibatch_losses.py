@@ -21,7 +21,7 @@ def m2po(
         loss = − M r A,   M = 0 at the largest log² r among the tokens whose r is on A's side of one, as few as it
                           takes for the mean log² r of the others among them to be at most the budget
 
-    The authors' code clips these tokens instead (github.com/Infini-AI-Lab/M2PO).
+    The authors' code clips these tokens instead, never inside of [0.7, 1.5] (github.com/Infini-AI-Lab/M2PO).
     """
     check_range('budget', budget, is_positive, 'positive')
     squares = lambda x: (x.new_log_probs - x.old_log_probs) ** 2

@@ -96,7 +96,7 @@ def kl_to_reference(
 ) -> jax.Array:
     """loss = coefficient · KL(π̃ ‖ π_ref) at every token: the pull towards a reference model; [T].
 
-    In a reward (`reward_penalty`) the policy is the one that sampled, and this is taken off at every token.
+    In a reward (`reward_penalty`) the policy is π_old, and this is taken off at every token.
 
     Args:
       row: T tokens.
