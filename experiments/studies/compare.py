@@ -130,16 +130,14 @@ class Bench:
 def run_all(suite: Suite, folder: Path, methods: Sequence[str], seeds: int, processes: int = 1) -> None:
     """Makes the runs of a suite that `results.jsonl` lacks; first those that choose bounds, then those they decide on.
 
-    No process makes a run that another one is at, of this command or of the same one elsewhere. One that dies leaves
-    its run to the others.
+    No process makes a run that another one is at, of this command or of the same one started twice. One that dies
+    leaves its run to the others.
 
     Raises:
       ValueError: settings that contradict each other, before any run.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / 'results.jsonl'
-    rows = read_results(path)
-    if not missing(suite, methods, seeds, rows):
+    if not missing(suite, methods, seeds, read_results(folder / 'results.jsonl')):
         return
     config = Config([suite.task])
     experiment, sampling, compute = (config.build(kind) for kind in (Experiment, Sampling, Compute))
@@ -147,55 +145,60 @@ def run_all(suite: Suite, folder: Path, methods: Sequence[str], seeds: int, proc
         for bound in bounds_of(method) if suite.choosing else ['']:
             settings = read(suite.task, method, bound).build(Method)
             check_together(sampling, settings, compute, experiment.max_length)
-    with (folder / 'results.lock').open('w') as locks:
-        with claimed(locks, 'start model', wait=True):
-            if suite.model and not Path(experiment.model).exists():
-                Config([suite.model], commands=[warm_start]).function(warm_start)()
-        print(time_left(suite, methods, seeds, rows, processes), flush=True)
-        start = get_context('spawn').Process
-        helpers = [start(target=run_all, args=(suite, folder, methods, seeds)) for _ in range(processes - 1)]
-        for helper in helpers:
-            helper.start()
-        with compute.grader(experiment.task) as grader, jax.set_mesh(compute.mesh):
-            bench = Bench(suite, experiment, sampling, compute, grader)
-            while todo := missing(suite, methods, seeds, read_results(path)):
-                for wait in (False, True):  # first what nobody is at, then what another process may have left
-                    for setting in todo:
-                        with claimed(locks, setting, wait) as mine:
-                            if mine and setting not in finished(read_results(path)):
-                                row = bench.run(setting)
-                                add_result(path, row)
-                                left = time_left(suite, methods, seeds, read_results(path), processes)
-                                print(
-                                    f'{setting} success {row["success"]:.3f} in {row["seconds"]} s; {left}', flush=True
-                                )
-        for helper in helpers:
-            helper.join()
+    with (folder / 'results.lock').open('w') as locks, claimed(locks, 'start model', wait=True):
+        if suite.model and not Path(experiment.model).exists():
+            Config([suite.model], commands=[warm_start]).function(warm_start)()
+    arguments = suite, folder, methods, seeds, processes
+    helpers = [get_context('spawn').Process(target=work, args=arguments) for _ in range(processes - 1)]
+    for helper in helpers:
+        helper.start()
+    work(*arguments)
+    for helper in helpers:
+        helper.join()
+
+
+def work(suite: Suite, folder: Path, methods: Sequence[str], seeds: int, processes: int) -> None:
+    """Makes the missing runs that no other process is at, until there are none."""
+    path = folder / 'results.jsonl'
+    left = lambda: time_left(suite, methods, seeds, read_results(path), processes)
+    config = Config([suite.task])
+    experiment, sampling, compute = (config.build(kind) for kind in (Experiment, Sampling, Compute))
+    print(left(), flush=True)
+    with (
+        (folder / 'results.lock').open('w') as locks,
+        compute.grader(experiment.task) as grader,
+        jax.set_mesh(compute.mesh),
+    ):
+        bench = Bench(suite, experiment, sampling, compute, grader)
+        while todo := missing(suite, methods, seeds, read_results(path)):
+            for wait in (False, True):  # first what nobody is at, then what another process may have left
+                for setting in todo:
+                    with claimed(locks, setting, wait) as mine:
+                        if mine and setting not in finished(read_results(path)):
+                            row = bench.run(setting)
+                            add_result(path, row)
+                            print(f'{setting}: {row["success"]:.3f} in {row["seconds"]} s; {left()}', flush=True)
 
 
 def missing(suite: Suite, methods: Sequence[str], seeds: int, rows: list[dict]) -> list[Setting]:
     """The runs that can be made: those that choose bounds, or if they are all there, those that are reported."""
     done = finished(rows)
     lacks = lambda bounds, seeds: [setting for setting in suite.runs(bounds, seeds) if setting not in done]
-    return lacks({method: bounds_of(method) for method in methods}, suite.choosing_seeds()) or lacks(
+    tried = {method: bounds_of(method) for method in methods if len(bounds_of(method)) > 1}
+    return lacks(tried, suite.choosing_seeds()) or lacks(
         {method: bounds_shown(suite, rows, method) for method in methods}, suite.reported_seeds(seeds)
     )
 
 
 def time_left(suite: Suite, methods: Sequence[str], seeds: int, rows: list[dict], processes: int) -> str:
-    """How long the missing runs will take, by the mean of those that were made."""
-    count = 0
-    for method in methods:
-        tried = len(bounds_of(method))
-        count += suite.choosing * tried + seeds * (2 if suite.choosing and tried > 1 else 1)
-    wanted = {*suite.choosing_seeds(), *suite.reported_seeds(seeds)}
-    there = [x for x in finished(rows) if x.method in methods and x.seed in wanted]
-    runs = max(count * len(suite.cells()) - len(there), 0)
-    seconds = [row['seconds'] for row in rows]
-    told = (
-        f'about {timedelta(seconds=round(runs * np.mean(seconds) / processes))}' if seconds else 'the first will tell'
-    )
-    return f'at most {runs} runs to go, {told}' if suite.choosing else f'{runs} runs to go, {told}'
+    """How many runs are missing, at most, and how long they take by the mean of those that were made."""
+    todo = missing(suite, methods, seeds, rows)
+    runs, seconds = len(todo), [row['seconds'] for row in rows]
+    if todo and todo[0].seed in suite.choosing_seeds():
+        runs += seeds * len(suite.cells()) * sum(min(len(bounds_of(method)), 2) for method in methods)
+    if not seconds:
+        return f'{runs} runs to go; the first tells how long they take'
+    return f'{runs} runs to go, about {timedelta(seconds=round(runs * np.mean(seconds) / processes))}'
 
 
 @contextmanager

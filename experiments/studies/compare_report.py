@@ -30,13 +30,19 @@ def by_seed(rows: list[dict], cells: Sequence[dict], seeds: Sequence[int], **fix
 
 def estimate(found: dict[int, dict[str, float]]) -> Estimate:
     """Success over seeds, for other seeds and, where the runs have intervals over problems, other problems."""
-    return over_seeds([Estimate(x['success'], x['low'], x['high']) for x in found.values()])
+    return _over([Estimate(x['success'], x['low'], x['high']) for x in found.values()])
 
 
 def less(found: dict[int, dict[str, float]], reference: dict[int, dict[str, float]]) -> Estimate:
     """The mean difference in success, paired by seed; the interval is Student's over seeds, on the same problems."""
     differences = [x['success'] - reference[seed]['success'] for seed, x in found.items() if seed in reference]
-    return over_seeds([Estimate(x, x, x) for x in differences])
+    return _over([Estimate(x, x, x) for x in differences])
+
+
+def _over(estimates: list[Estimate]) -> Estimate:
+    """Over seeds; of one seed without an interval of its own there is none."""
+    known = len(estimates) > 1 or estimates[0].low < estimates[0].high
+    return over_seeds(estimates) if known else Estimate(estimates[0].mean, np.nan, np.nan)
 
 
 def best_bound(suite: Suite, rows: list[dict], method: str) -> str:

@@ -90,10 +90,10 @@ class Setting(NamedTuple):
 
 
 AXES = {  # of a suite; every combination is a cell
-    'learning_rate': 'learning rate',
     'staleness': 'updates per rollout batch',
     'lag': 'steps of lag',
     'precision': 'precision of the sampler',
+    'learning_rate': 'learning rate',
 }
 MISSING = {'bound': '', 'lag': 0, 'precision': None}  # in results of suites that do not vary them
 
@@ -116,7 +116,7 @@ class Suite(NamedTuple):
 
     def cells(self) -> list[dict]:
         """The values of all axes of every cell."""
-        values = product(self.learning_rates, self.staleness, self.lags, self.precisions)
+        values = product(self.staleness, self.lags, self.precisions, self.learning_rates)
         return [dict(zip(AXES, cell, strict=True)) for cell in values]
 
     def runs(self, bounds: dict[str, Sequence[str]], seeds: range) -> Iterator[Setting]:
