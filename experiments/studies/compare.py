@@ -3,15 +3,12 @@
 import fcntl
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import cache, partial
-from hashlib import blake2b
 from multiprocessing import get_context
 from pathlib import Path
-from typing import IO
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +16,7 @@ import numpy as np
 import optax
 
 from experiments.evaluate import summarise
+from experiments.plumbing.claims import claimed
 from experiments.plumbing.gin_files import Config
 from experiments.studies.compare_report import bounds_shown
 from experiments.studies.compare_suites import MISSING, Setting, Suite, bounds_of, read
@@ -199,24 +197,6 @@ def time_left(suite: Suite, methods: Sequence[str], seeds: int, rows: list[dict]
     if not seconds:
         return f'{runs} runs to go; the first tells how long they take'
     return f'{runs} runs to go, about {timedelta(seconds=round(runs * np.mean(seconds) / processes))}'
-
-
-@contextmanager
-def claimed(locks: IO, name: object, wait: bool) -> Iterator[bool]:
-    """True while no other process has what is named so. The system takes a claim back from a process that dies.
-
-    A claim is a lock of one byte of a file, at a place that the name decides. Without `wait`, False if another has it.
-    """
-    byte = int.from_bytes(blake2b(repr(name).encode(), digest_size=6).digest(), 'big')
-    try:
-        fcntl.lockf(locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
-    except (BlockingIOError, PermissionError):
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        fcntl.lockf(locks, fcntl.LOCK_UN, 1, byte)
 
 
 def add_result(path: Path, row: dict) -> None:

@@ -103,7 +103,7 @@ def _title(method: str, bound: str) -> str:
 
 
 def _interval(x: Estimate, sign: str = '') -> str:
-    return f'{x.mean:{sign}.3f} ± {(x.high - x.low) / 2:.3f}'
+    return f'{x.mean:{sign}.3f}' + ('' if np.isnan(x.low) else f' ± {(x.high - x.low) / 2:.3f}')
 
 
 def _shown(found: dict, seeds: int) -> str:
