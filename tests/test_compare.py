@@ -1,20 +1,26 @@
 """The comparison of many short runs: on a tiny model, and its tables by hand."""
 
-import numpy as np
+import subprocess
+import sys
 
+import numpy as np
+import pytest
+
+from experiments.plumbing.claims import claimed
 from experiments.plumbing.gin_text import to_bindings
 from experiments.studies import compare
+from experiments.studies.compare_report import best_bound, by_seed, estimate, less, ranking, table
+from experiments.studies.compare_suites import BOUNDS, SUITES, Suite, bounds_of, read
 from troll_jax.settings import Method
 
 
-def row(method='GRPO/Clip', learning_rate=2e-4, staleness=2, lag=0, seed=0, success=0.5) -> dict:
-    names = ('method', 'learning_rate', 'staleness', 'lag', 'seed', 'success')
-    return dict(zip(names, (method, learning_rate, staleness, lag, seed, success), strict=True))
+def row(method='clip', bound='', staleness=2, seed=0, success=0.5, **more) -> dict:
+    found = {'method': method, 'bound': bound, 'learning_rate': 1e-3, 'staleness': staleness, 'lag': 0}
+    return found | {'precision': None, 'seed': seed, 'success': success} | more
 
 
-def test_runs_differ_in_their_setting_alone(tmp_path, model):
-    """Guards a learning rate that is compiled in and stays that of the first run, a state that one run leaves to the
-    next, and runs that are made twice."""
+@pytest.fixture
+def task(tmp_path, model) -> str:
     task = tmp_path / 'task.gin'
     task.write_text(
         f"""
@@ -32,39 +38,104 @@ def test_runs_differ_in_their_setting_alone(tmp_path, model):
         Compute.head_chunk = 40
         """
     )
-    suite = compare.Suite(str(task), ['PPO/TROLL'], 4, learning_rates=(0.0, 0.1), staleness=(2,), samples=4)
-    compare.run_all(suite, tmp_path / 'results', suite.methods, seeds=1)
-    still, hot = compare.read_results(tmp_path / 'results/results.jsonl')
+    return str(task)
+
+
+def test_runs_differ_in_their_setting_alone(tmp_path, task):
+    """Guards a learning rate that is compiled in and stays that of the first run, a state that one run leaves to the
+    next, runs that are made twice, and what a crash left of a line."""
+    suite = Suite(task, ['PPO/TROLL'], 4, learning_rates=(0.0, 0.1), staleness=(2,), model=None)
+    path = tmp_path / 'results/results.jsonl'
+    compare.run_all(suite, path.parent, suite.methods, seeds=1)
+    still, hot = compare.read_results(path)
     assert (still['learning_rate'], hot['learning_rate']) == (0.0, 0.1)
     assert still['rewards'][0] == hot['rewards'][0] and len(hot['rewards']) == 2
     assert still['kl_mean'] < 1e-9 < 1e-4 < hot['kl_mean']
     assert {'success', 'entropy', 'constrained_share', 'explained_variance'} <= set(hot)
-    written = (tmp_path / 'results/results.jsonl').read_text()
-    compare.run_all(suite._replace(learning_rates=(0.1, 0.0)), tmp_path / 'results', suite.methods, seeds=1)
-    assert (tmp_path / 'results/results.jsonl').read_text() == written
+    written = path.read_text()
+    compare.run_all(suite._replace(learning_rates=(0.1, 0.0)), path.parent, suite.methods, seeds=1)
+    assert path.read_text() == written
+    path.write_text(written[:-9])
+    assert [x.learning_rate for x in compare.missing(suite, suite.methods, 1, compare.read_results(path))] == [0.1]
+    compare.add_result(path, hot)
+    assert compare.read_results(path) == [still, hot]
 
 
-def test_intervals_are_over_seeds():
-    """Guards intervals over runs of one seed at several settings, which are not independent of each other."""
+@pytest.mark.slow
+def test_two_processes_share_the_runs(tmp_path, task):
+    """Guards a run that both make, and a choice of bounds before the other process has made its part of them."""
+    axes = {'learning_rates': (0.1,), 'staleness': (2,), 'precisions': (None, 'int8'), 'lags': (0, 1)}
+    suite = Suite(task, ['clip'], 4, **axes, choosing=1, model=None)
+    compare.run_all(suite, tmp_path / 'results', suite.methods, seeds=1, processes=2)
+    rows = compare.read_results(tmp_path / 'results/results.jsonl')
+    assert len(compare.finished(rows)) == len(rows) and not compare.missing(suite, suite.methods, 1, rows)
+    assert [x['seed'] for x in rows][:16] == [0] * 16 and {x['seed'] for x in rows[16:]} == {1}
+
+
+def test_a_claim_ends_with_its_process(tmp_path):
+    """Guards runs that two processes make at once, and one that nobody makes since a process died over it."""
+    code = (
+        'import sys; from experiments.plumbing.claims import claimed\n'
+        "with claimed(open(sys.argv[1], 'w'), 'one', wait=True): print(flush=True); sys.stdin.read()"
+    )
+    path = tmp_path / 'lock'
+    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE}
+    with subprocess.Popen([sys.executable, '-c', code, str(path)], **pipes) as other, path.open('w') as locks:
+        other.stdout.readline()
+        with claimed(locks, 'one', wait=False) as mine, claimed(locks, 'two', wait=False) as another:
+            assert (mine, another) == (False, True)
+        other.kill()
+        with claimed(locks, 'one', wait=True) as mine:
+            assert mine
+
+
+def test_intervals_are_over_complete_seeds():
+    """Guards intervals over runs of one seed at several settings, which are not independent of each other; means over
+    other cells than those of other seeds; and pairs of two seeds."""
+    suite = Suite('', ['clip', 'troll'], 4, (1e-3,), staleness=(2, 8))
     rows = [row(seed=s, staleness=n, success=x) for s, n, x in [(0, 2, 0.1), (0, 8, 0.3), (1, 2, 0.5), (1, 8, 0.7)]]
-    interval = compare.success_of(rows, method='GRPO/Clip')
+    rows.append(row(seed=2, success=0.9))
+    of = lambda rows, cells, **fixed: by_seed(rows, cells, range(3), method='clip', **fixed)
+    interval = estimate(of(rows, suite.cells()))
     np.testing.assert_allclose(interval.mean, 0.4, rtol=1e-6)
     np.testing.assert_allclose(interval.high - 0.4, 12.706 * np.std([0.2, 0.6], ddof=1) / 2**0.5, rtol=1e-4)
     wide = [x | {'low': x['success'] - 3.0, 'high': x['success'] + 4.0} for x in rows]
-    both = compare.success_of(wide, method='GRPO/Clip')
+    both = estimate(of(wide, suite.cells()))
     np.testing.assert_allclose([0.4 - both.low, both.high - 0.4], np.hypot(interval.high - 0.4, [3.0, 4.0]), rtol=1e-6)
-    assert compare.success_of(rows, method='GRPO/Clip', staleness=8, seed=1) is not None
-    assert compare.success_of(rows, method='PPO/Clip') is None
-    interrupted = [*rows, row(seed=2, staleness=2, success=0.9)]
-    assert compare.success_of(interrupted, method='GRPO/Clip') == interval
-    assert compare.success_of(interrupted, method='GRPO/Clip', staleness=2).mean == np.mean([0.1, 0.5, 0.9])
-    assert '| GRPO, Clip | 0.300 ± ' in compare.table(rows)
+    np.testing.assert_allclose(estimate(of(rows, suite.cells()[:1])).mean, 0.5)
+    assert of(rows, suite.cells(), bound='other') == {}
+    assert '| clip | 0.500 ± 0.994 | 2 of 3 seeds | 2 of 3 seeds |' in table(suite, rows, ['clip'], 3)
+    shifted = {0: {'success': 0.3}, 1: {'success': 0.7}, 2: {'success': 9.0}}
+    np.testing.assert_allclose(less(shifted, of(rows, suite.cells())), 0.1, rtol=1e-6)
+
+
+def test_bounds_are_chosen_by_other_seeds_than_those_reported():
+    """Guards a method that looks good since its bound was chosen for the very seeds that are shown."""
+    suite = Suite('', ['clip', 'troll'], 4, (1e-3,), (2,), choosing=1)
+    tight, loose = bounds_of('troll')[1:3]
+    chances = {('clip', ''): (0.5, 0.4), ('troll', ''): (0.3, 0.6), ('troll', tight): (0.7, 0.2)}
+    rows = [row(*name, seed=seed, success=x) for name, found in chances.items() for seed, x in enumerate(found)]
+    rows += [row('troll', loose, seed=seed, success=0.9) for seed in (1, 2)]
+    assert best_bound(suite, rows, 'troll') == tight
+    own, chosen = ranking(suite, rows, suite.methods, 1).split('\n\n')
+    assert '| troll | 0.600 | +0.200 |' in own and f'| troll (`{tight}`) | 0.200 | -0.200 |' in chosen
+    assert own.index('troll |') < own.index('| clip |') and chosen.index('| clip |') < chosen.index('troll (')
+    assert f'Incomplete: clip (1 of 2 seeds), troll (`{tight}`) (1 of 2 seeds).' in ranking(
+        suite, rows, suite.methods, 2
+    )
+
+
+@pytest.mark.parametrize('method', BOUNDS)
+def test_every_bound_is_another(method):
+    """Guards a value that is not read, or is the file's own: a choice among fewer than other methods have."""
+    found = [to_bindings(read('configs/quickstart.gin', method, x).build(Method)) for x in bounds_of(method)]
+    assert len({str(sorted(x.items())) for x in found}) == (4 if BOUNDS[method] else 1)
 
 
 def test_every_method_has_the_settings_of_its_name():
     """Guards a row of the table that is another method: what is bound last must win over the objective's file."""
-    suite = compare.SUITES['quickstart']
-    bound = {method: to_bindings(compare.read(suite.task, method).build(Method)) for method in suite.methods}
+    suite = SUITES['quickstart']
+    bound = {method: to_bindings(read(suite.task, method).build(Method)) for method in suite.methods}
     assert len(bound) == 16
     assert {m for m, b in bound.items() if b['Method.advantages'] == '@gae'} == {
         m for m in bound if m.startswith('PPO')

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from troll_jax.ops.losses import LossInputs, capped_ratio, importance_weighted, ppo_clip
-from troll_jax.ops.masked_losses import dppo_binary, erc, icepop, ipo, kpop, masked, opsm, trm, vaco
+from troll_jax.ops.masked_losses import dppo_binary, erc, icepop, ipo, kpop, masked, opsm, shuffled, trm, vaco
 from troll_jax.ops.projection import kl_divergence
-from troll_jax.types import SparseLogProbs
+from troll_jax.types import START, SparseLogProbs
 
 
 def row_of(old, new, segments=None) -> LossInputs:
@@ -96,6 +96,20 @@ def test_masked_keeps_what_the_objective_constrains():
     np.testing.assert_array_equal(result.loss, np.where([1, 1, 1, 0, 0, 0], 0, clip.loss))
     np.testing.assert_array_equal(result.constrained, np.array([1, 1, 1, 0, 0, 0]) | np.asarray(clip.constrained))
     np.testing.assert_array_equal(result.logs['clipped'], result.constrained)
+
+
+def test_a_random_mask_has_the_share_of_the_objective():
+    """Guards a control that leaves out more or less of a response than the clip, or the same tokens each time."""
+    segments = np.repeat([1, 2, 0, 3], [13, 7, 5, 17])
+    new = np.random.default_rng(0).uniform(0.15, 0.6, len(segments))
+    row, advantages = row_of([0.3] * len(segments), new, segments), jnp.ones(len(segments))
+    clipped = ppo_clip(row, advantages).constrained
+    masks = [masked(row, advantages, START._replace(updates=n), drop=shuffled).constrained for n in (0, 0, 1)]
+    for segment in (1, 2, 3):
+        counts = [int(jnp.sum(mask[segments == segment])) for mask in (clipped, *masks)]
+        assert len(set(counts)) == 1 and 0 < counts[0] < np.sum(segments == segment)
+    np.testing.assert_array_equal(masks[0], masks[1])
+    assert np.any(masks[0] != masks[2]) and np.any(masks[0] != clipped)
 
 
 def test_a_capped_ratio_keeps_its_gradient():

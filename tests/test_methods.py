@@ -49,6 +49,7 @@ OTHERS = {
     'dppo_binary.divergence': ('@kl_divergence', '@total_variation'),
     'masked.drop': ('@ipo', '@kpop'),
     'masked.objective': ('@cispo',),
+    'shuffled.of': ('@troll', '@ppo_clip'),
     'importance_weighted.ratio': ('@sequence_ratio',),
     'kl_to_old.estimator': ('@k1',),
     'vespo.positive': ('(1.0, 2.0)',),

@@ -23,7 +23,7 @@ from troll_jax.ops.losses import (
     sequence_ratio,
     troll,
 )
-from troll_jax.ops.masked_losses import dppo, dppo_binary, erc, icepop, ipo, kpop, masked, opsm, trm, vaco
+from troll_jax.ops.masked_losses import dppo, dppo_binary, erc, icepop, ipo, kpop, masked, opsm, shuffled, trm, vaco
 from troll_jax.ops.minibatch_losses import kl_cov, m2po
 from troll_jax.ops.needs import give
 from troll_jax.ops.projection import kl_divergence
@@ -72,6 +72,7 @@ OBJECTIVES = {  # with the tail rules that make a difference to them
     'VACO': (dropping(vaco), default_tail),
     'OPSM': (with_settings(dropping(opsm, bound=0.05), objective=ppo_clip), default_tail),
     'ERC': (with_settings(dropping(erc), objective=ppo_clip), default_tail, bucket_tail),
+    'random mask': (dropping(shuffled), default_tail),
     'DRPO': (with_settings(drpo, bound=0.1), default_tail),
     'SPO': (spo, default_tail),
     'SAPO': (sapo, default_tail),

@@ -9,7 +9,7 @@ from isolation import UNTESTED
 from experiments import quickstart, smollm2
 from experiments.plumbing.gin_files import Config
 from experiments.plumbing.names import SETTINGS
-from experiments.studies.compare import SUITES, read
+from experiments.studies.compare_suites import SUITES, read
 from troll_jax.settings import Method, check_together
 
 

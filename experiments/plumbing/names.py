@@ -55,7 +55,7 @@ NAMES: dict[str, Callable] = {
         *(*OBJECTIVES, *REGIONS),
         *(losses.token_ratio, losses.sequence_ratio, losses.capped_ratio),
         *(masked_losses.dppo, masked_losses.dppo_binary, masked_losses.ipo, masked_losses.icepop, masked_losses.kpop),
-        *(masked_losses.trm, masked_losses.opsm, masked_losses.vaco, masked_losses.erc),
+        *(masked_losses.trm, masked_losses.opsm, masked_losses.vaco, masked_losses.erc, masked_losses.shuffled),
         *(categorical.total_variation, projection.kl_divergence),
         *(support.default_tail, support.bucket_tail, schedules.linear_bound, schedules.adaptive_bound),
         schedules.linear_level,

@@ -6,12 +6,22 @@ raises a ValueError for a bound that is out of its range.
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
 from troll_jax.ops.categorical import entropy, total_variation
-from troll_jax.ops.losses import LossInputs, LossOutputs, Minibatch, importance_weighted, token_ratio
+from troll_jax.ops.losses import (
+    LossInputs,
+    LossOutputs,
+    Minibatch,
+    Objective,
+    importance_weighted,
+    ppo_clip,
+    token_ratio,
+)
+from troll_jax.ops.needs import give
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.ranges import check_range, is_positive
 from troll_jax.ops.segments import segment_max, segment_mean
@@ -20,8 +30,9 @@ from troll_jax.types import START, Progress
 
 Divergence = Callable[[jax.Array, jax.Array], jax.Array]
 """Divergence [] of two distributions, from their log-probabilities [K]."""
-Rule = Callable[[LossInputs, jax.Array], jax.Array]
-"""The tokens [T] bool that are left out of a row, from the row and its advantages [T]."""
+Rule = Annotated[Callable[[LossInputs, jax.Array], jax.Array], 'progress']
+"""The tokens [T] bool that are left out of a row, from the row and its advantages [T]; with a parameter `progress` it
+is given that of the run."""
 
 
 def masked(
@@ -33,7 +44,8 @@ def masked(
     objective: Callable[[LossInputs, jax.Array, Progress], LossOutputs] = importance_weighted,
 ) -> LossOutputs:
     """loss = 0 where the rule says drop, else that of the objective, which is − r A if none is given."""
-    dropped, losses = drop(row, advantages), objective(row, advantages, progress)
+    dropped = drop(row, advantages, **give(drop, progress=progress))
+    losses = objective(row, advantages, progress)
     constrained = dropped | losses.constrained
     return LossOutputs(jnp.where(dropped, 0.0, losses.loss), constrained, losses.logs | {'clipped': constrained})
 
@@ -126,6 +138,20 @@ def erc(row: LossInputs, advantages: jax.Array, *, lower: float = 0.95, upper: f
     check_range('upper', upper, lambda x: x > 1, 'more than 1')
     new, old = (jax.vmap(entropy)(x.log_probs) + 1e-8 for x in (row.new, row.old))  # the authors' 1e-8
     return (new <= lower * old) | (new >= upper * old)
+
+
+def shuffled(
+    row: LossInputs, advantages: jax.Array, progress: Progress = START, *, of: Objective = ppo_clip
+) -> jax.Array:
+    """A control: drop as many tokens of a response as the objective `of` constrains there, but random ones.
+
+    Which ones is a function of the update and of a token's place in the row alone.
+    """
+    constrained = of(row, advantages, progress).constrained
+    draw = jax.random.uniform(jax.random.fold_in(jax.random.key(0), progress.updates), constrained.shape)
+    # Both orders go response by response: the constrained tokens of one are dealt out among its own.
+    in_order, at_random = jnp.argsort(row.segments), jnp.lexsort((draw, row.segments))
+    return jnp.zeros_like(constrained).at[at_random].set(constrained[in_order])
 
 
 def leads_out(row: LossInputs | Minibatch, advantages: jax.Array) -> jax.Array:
