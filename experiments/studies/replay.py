@@ -124,7 +124,7 @@ def replay(
             init = lambda params: start_state(params, optimizer, shapes)
             load = partial(start.load_params, compute, method.lora)
             state = restore_or_init(checkpoints, shapes, init, load, checkpoint)
-        batches = [place(one, mesh, (None, 'batch')) for one in saved.batches[: updates + 1]]
+        batches = [place(one, mesh) for one in saved.batches[: updates + 1]]
         plain = gradient_of(Compared(importance_weighted, (), own.method.tail_rule))
         noise = distances(plain(state.params, state.progress, batches[0], state.base), batches[0])
         update = make_update(model.config, optimizer, own.method.loss, policy._replace(tail_rule=own.method.tail_rule))
