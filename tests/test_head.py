@@ -99,8 +99,8 @@ def test_equals_all_logits_for_any_chunk(chunk):
 
 @pytest.mark.parametrize('mesh', [(1, 8, 1), (1, 1, 8), (2, 2, 2), (2, 1, 2)])
 def test_equals_all_logits_on_any_mesh(mesh):
-    """Guards shards of the vocabulary: offsets, candidates of all shards, and sums over the right axes; the order of tokens
-    where rows are split."""
+    """Guards shards of the vocabulary: offsets, candidates of all shards, and sums over the right axes; and the order
+    of tokens where rows are split."""
     mesh = make_mesh(*mesh, context=8 // np.prod(mesh))
     with jax.set_mesh(mesh):
         hidden = jax.device_put(HIDDEN, named_sharding(mesh, (None, None)))

@@ -78,7 +78,7 @@ def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.A
         mask, split = _same(*segments), q.shape[1] < k.shape[1]
         if split:  # the kernel's own causal mask takes the first query to be at the first key
             first = jax.lax.axis_index(RULES['length']) * q.shape[1]
-            mask &= first + jnp.arange(q.shape[1])[:, None] >= jnp.arange(k.shape[1])[None]
+            mask &= first + jnp.arange(q.shape[1])[None, None, :, None] >= jnp.arange(k.shape[1])[None, None, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=not split, implementation='cudnn')
 
     return _over_shards(shard, q, k, v, segment_ids, multiple=2)  # its backward pass takes no odd length with a mask
