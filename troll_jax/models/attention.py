@@ -66,6 +66,7 @@ def best_implementation(device: jax.Device, compute_dtype: str, head_dim: int) -
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """XLA's own attention, on any platform."""
+    # Of a row that is split every device has a part of the queries, and all keys.
     k, v = (constrain(x, 'rows', None, 'kv_heads', 'head_dim') for x in (k, v))
     mask = _same(segment_ids, segment_ids)
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation='xla')
