@@ -276,7 +276,7 @@ class _Chunks(NamedTuple):
 
     def split(self, inputs):
         """[Z, S, ...] → [C, size, ...], filled up with zeros."""
-        flat = lambda x: x.reshape(-1, *x.shape[self.place.ndim :])
+        flat = lambda x: x.reshape(self.place.size, *x.shape[self.place.ndim :])
         return jax.tree.map(lambda x: flat(x).at[self.order].get(mode='fill', fill_value=0), inputs)
 
     def join(self, outputs):
