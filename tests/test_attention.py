@@ -13,10 +13,10 @@ from troll_jax.models import attention as attentions
 from troll_jax.models.attention import attention, best_implementation, packed_attention, splash_attention
 from troll_jax.sharding import make_mesh
 
-BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 131, 6, 2, 10
+BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 134, 6, 2, 10
 # Segments of odd lengths, padding at the end, and an id that comes back; the second row is padding from its start.
 SEGMENTS = np.array(
-    [[1] * 7 + [2] * 53 + [3] * 1 + [1] * 41 + [0] * 29, [0] * 3 + [4] * 120 + [0] * 8],
+    [[1] * 7 + [2] * 53 + [3] * 1 + [1] * 41 + [0] * 32, [0] * 3 + [4] * 120 + [0] * 11],
     np.int32,
 )
 
@@ -64,14 +64,18 @@ def check(function, mesh=None) -> None:
 
 def test_xla_equals_the_reference():
     """Guards segments that see each other, a future that is seen, the order of grouped heads, NaN at padding."""
-    check(functools.partial(packed_attention, implementation='xla'))
+    for context in (1, 2):
+        mesh = make_mesh(1, 1, 2, jax.devices()[: 2 * context], context=context)
+        check(functools.partial(packed_attention, implementation='xla'), mesh)
 
 
-def test_splash_equals_the_reference(monkeypatch):
+@pytest.mark.parametrize('context', [1, 2])
+def test_splash_equals_the_reference(monkeypatch, context):
     """Guards the same on TPUs, and there the scale, what fills a row up to whole blocks, blocks that are skipped, and
-    the split over a mesh of rows and heads."""
+    the split over a mesh of rows, heads, and queries, which begin in the middle of a row."""
     monkeypatch.setattr(attentions, '_SPLASH_BLOCK', 128)
-    check(functools.partial(splash_attention, interpret=True), make_mesh(1, 2, 2, devices=jax.devices()[:4]))
+    mesh = make_mesh(1, 2, 2, jax.devices()[: 4 * context], context=context)
+    check(functools.partial(splash_attention, interpret=True), mesh)
 
 
 def test_a_tpu_holds_no_logits_of_a_whole_row():
@@ -104,7 +108,7 @@ def test_cudnn_is_traced_for_a_gpu(monkeypatch):
         return jnp.sum(packed_attention(q, k, v, jnp.asarray(SEGMENTS), implementation='cudnn').astype(jnp.float32))
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-    for mesh in (None, make_mesh(1, 2, 2, devices=jax.devices()[:4])):
+    for mesh in (None, make_mesh(1, 2, 2, jax.devices()[:4]), make_mesh(1, 2, 2, context=2)):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh if mesh else jax.sharding.AbstractMesh((), ())):
             exported = gradient.trace(*shapes).lower(lowering_platforms=('cuda',)).as_text()
         assert '__cudnn$fmhaScaleBiasSoftmax(' in exported and '__cudnn$fmhaScaleBiasSoftmaxBackward(' in exported

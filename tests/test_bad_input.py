@@ -158,7 +158,7 @@ BELOW = {
     **{f'Sampling.{name}': 0 for name in ('prompts_per_step', 'samples_per_prompt', 'temperature', 'support_size')},
     **{f'Sampling.{name}': 0 for name in ('support_mass', 'max_draws')},
     **{f'Compute.{name}': 0 for name in ('slots', 'cache_gb', 'row_tokens', 'micro_batch_tokens', 'head_chunk')},
-    **{f'Compute.{name}': 0 for name in ('data', 'fsdp', 'tensor')},
+    **{f'Compute.{name}': 0 for name in ('data', 'fsdp', 'context', 'tensor')},
     **{f'Run.{name}': 0 for name in ('steps', 'checkpoint_every', 'keep_checkpoints')},
     **{f'Run.{name}': -1 for name in ('evaluate_every', 'table_every', 'save_rollout_every', 'profile_step')},
     **{f'Experiment.{name}': 0 for name in ('max_prompt_length', 'max_response_length')},
@@ -175,7 +175,7 @@ BELOW = {
 def test_a_number_out_of_its_range_is_an_error_before_anything_is_written(tmp_path, model, name, further):
     """Guards numbers that JAX clamps, wraps or turns into a run that learns nothing."""
     folder = tmp_path / 'runs' / 'run'
-    is_mesh = name in ('Compute.data', 'Compute.fsdp', 'Compute.tensor')
+    is_mesh = name in ('Compute.data', 'Compute.fsdp', 'Compute.context', 'Compute.tensor')
     value = BELOW[name] - further - (2 if is_mesh and further else 0)  # −1 is what is left
     bindings = [*SMALL, f"Experiment.model = '{model}'", f"Run.folder = '{folder}'", f'{name} = {value}']
     with pytest.raises(ValueError, match=name.split('.')[1]):

@@ -267,17 +267,18 @@ def divisible_params(kind: str = 'qwen3'):
 
 
 @both_kinds
-def test_sharded_forward_and_decoding_equal_one_device(kind, capfd):
+@pytest.mark.parametrize('context', [1, 2])
+def test_sharded_forward_and_decoding_equal_one_device(kind, context, capfd):
     """Guards the axes that parameters declare, and that the partitioner never falls back to replicating."""
-    config, mesh = divisible_config(kind), make_mesh(2, 2, 2)
+    config, mesh = divisible_config(kind), make_mesh(2, -1, 2, context=context)
     graphdef, shapes = abstract(config, mesh)
     params = jax.tree.map(lambda p: jnp.where(p == 0, 0.3, p), divisible_params(kind))  # new biases are 0
-    tokens, positions = some_tokens(8, 5), from_zero(8, 5)
+    tokens, positions = some_tokens(8, 6), from_zero(8, 6)
 
     @functools.partial(jax.jit, static_argnums=2)
     def run(params, tokens, shards):
         decoder = bind(graphdef, params)
-        hidden = decoder(tokens, positions, jnp.ones((8, 5), jnp.int32))
+        hidden = decoder(tokens, positions, jnp.ones((8, 6), jnp.int32))
         return hidden, decode(config, params, tokens, positions, init_cache(config, 8, 7, shards))[0]
 
     expected = run(params, tokens, 1)
@@ -346,7 +347,7 @@ def test_bad_configs_are_refused_with_numbers():
         dataclasses.replace(config, mlp='relu')
     with pytest.raises(ValueError, match='3 layers; got 2 values'):
         dataclasses.replace(config, rope_layers=(True, False))
-    with pytest.raises(ValueError, match=r"kv_heads = 3 .*'tensor' = 4; mlp_width = 46 .*; vocab_size = 62 "):
+    with pytest.raises(ValueError, match=r"kv_heads = 3 .* 4 devices .*'tensor'; mlp_width = 46 .*; vocab_size = 62 "):
         abstract(dataclasses.replace(config, heads=12, kv_heads=3), make_mesh(1, 2, 4))
-    with pytest.raises(ValueError, match=r"width = 34 is not a multiple of mesh axis 'fsdp' = 4"):
+    with pytest.raises(ValueError, match=r"width = 34 is not a multiple of the 4 devices of mesh axes .*'fsdp'"):
         init(config, jax.random.key(0), make_mesh(1, 4, 2))

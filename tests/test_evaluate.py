@@ -127,7 +127,7 @@ def prompts(tokenizer):
 
 @pytest.fixture(scope='module')
 def one_device():
-    return jax.make_mesh((1, 1, 1), MESH_AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh((1, 1, 1, 1), MESH_AXES, devices=jax.devices()[:1], axis_types=(AxisType.Auto,) * 4)
 
 
 @pytest.fixture(scope='module')

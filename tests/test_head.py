@@ -37,9 +37,17 @@ def dense(hidden, unembedding):
 EVERY = jnp.ones(TOKENS, bool)
 
 
+def flat_head(*arguments, **settings):
+    """The head of tokens [N], in eight rows."""
+    hidden, unembedding, *others = arguments
+    hidden, *others = (x.reshape(8, -1, *x.shape[1:]) for x in (hidden, *others))
+    outputs = sparse_head(hidden, unembedding, *others, **settings)
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), tuple(outputs))
+
+
 def ours_at(hidden, unembedding, temperature, chunk=1024, support_size=KEPT, mask=EVERY):
     settings = dict(temperature=temperature, support_size=support_size, support_mass=MASS, dtype='float32')
-    return tuple(sparse_head(hidden, unembedding, SAMPLED, OLD, mask, chunk=chunk, **settings))
+    return flat_head(hidden, unembedding, SAMPLED, OLD, mask, chunk=chunk, **settings)
 
 
 ours = functools.partial(ours_at, temperature=TEMPERATURE)
@@ -89,12 +97,13 @@ def test_equals_all_logits_for_any_chunk(chunk):
     assert_same(with_gradients(functools.partial(ours, chunk=chunk))(HIDDEN, UNEMBEDDING), reference())
 
 
-@pytest.mark.parametrize('mesh', [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
+@pytest.mark.parametrize('mesh', [(1, 8, 1), (1, 1, 8), (2, 2, 2), (2, 1, 2)])
 def test_equals_all_logits_on_any_mesh(mesh):
-    """Guards shards of the vocabulary: offsets, candidates of all shards, and sums over the right axes."""
-    mesh = make_mesh(*mesh)
+    """Guards shards of the vocabulary: offsets, candidates of all shards, and sums over the right axes; and the order
+    of tokens where rows are split."""
+    mesh = make_mesh(*mesh, context=8 // np.prod(mesh))
     with jax.set_mesh(mesh):
-        hidden = jax.device_put(HIDDEN, named_sharding(mesh, ('batch', None)))
+        hidden = jax.device_put(HIDDEN, named_sharding(mesh, (None, None)))
         unembedding = jax.device_put(UNEMBEDDING, named_sharding(mesh, ('vocab', 'embed')))
         gradients, outputs = with_gradients(functools.partial(ours, chunk=5))(hidden, unembedding)
         assert gradients[1].sharding.is_equivalent_to(unembedding.sharding, ndim=2)
@@ -162,7 +171,7 @@ def test_ids_past_the_tokenizer_have_no_probability(mesh):
     tokens, old = SAMPLED % size, jnp.where(OLD >= size, OLD - size, OLD)
 
     def head(hidden, unembedding, **changes):
-        return tuple(sparse_head(hidden, unembedding, tokens, old, EVERY, **settings | changes))
+        return flat_head(hidden, unembedding, tokens, old, EVERY, **settings | changes)
 
     expected = with_gradients(head)(HIDDEN, UNEMBEDDING[:size])
     with jax.set_mesh(make_mesh(*mesh, jax.devices()[: np.prod(mesh)])):
@@ -189,7 +198,7 @@ def test_products_in_bfloat16_leave_a_float32_gradient():
         hidden = jnp.ones((1024, WIDTH))
         tokens = jnp.zeros(1024, jnp.int32)
         mask = jnp.ones(1024, bool)
-        return jnp.sum(sparse_head(hidden, unembedding, tokens, tokens[:, None], mask, **settings).log_probs)
+        return jnp.sum(flat_head(hidden, unembedding, tokens, tokens[:, None], mask, **settings)[0])
 
     gradient = jax.jit(jax.grad(total))(jnp.zeros((4, WIDTH)))
     assert gradient.dtype == jnp.float32

@@ -68,7 +68,7 @@ def updated(shape=PACKED[2], mesh_shape=None):
         put = functools.partial(jax.tree.map, lambda x, like: jax.device_put(np.array(x), like.sharding))
         with jax.set_mesh(mesh):
             state = state._replace(params=put(state.params, trained), base=put(state.base, base))
-            state, log = update()(state, place(batch(shape), mesh, (None, 'batch')))
+            state, log = update()(state, place(batch(shape), mesh))
         kept = jax.tree.map(lambda x, like: x.sharding.is_equivalent_to(like.sharding, x.ndim), state.params, trained)
         assert all(jax.tree.leaves(kept))
     # How often the projection is evaluated changes with rounding.

@@ -132,10 +132,12 @@ def test_short_limits_leave_little_padding():
 
 def test_the_longest_sequences_fit():
     """Guards the number of rows that is promised: also where all are as long as they may be, or nearly."""
-    for seed, (row_tokens, budget, devices) in enumerate([(16, 16, 1), (37, 80, 3), (53, None, 2), (16, 160, 8)]):
-        shape = batch_shape(23, 16, row_tokens=row_tokens, micro_batch_tokens=budget, devices=devices)
+    cases = [(16, 16, 1, 1), (37, 80, 3, 1), (53, None, 2, 1), (16, 160, 8, 1), (48, 18, 2, 4)]
+    for seed, (row_tokens, budget, devices, context) in enumerate(cases):
+        sizes = {'row_tokens': row_tokens, 'micro_batch_tokens': budget, 'devices': devices, 'context': context}
+        shape = batch_shape(23, 16, **sizes)
         assert shape.rows % devices == 0 and shape.row_tokens == row_tokens
-        assert budget is None or shape.rows // devices * row_tokens <= budget
+        assert budget is None or shape.rows // devices * row_tokens <= context * budget
         for lengths in (np.full(23, 16), np.full(23, 15), np.random.default_rng(seed).integers(9, 17, 23)):
             rows, starts = first_fit(lengths, row_tokens)
             assert rows.max() < shape.micro_batches * shape.rows
@@ -151,6 +153,7 @@ def test_the_longest_sequences_fit():
         ({'row_tokens': 15}, 'row_tokens = 15 is less than the 16 tokens'),
         ({'micro_batch_tokens': 15}, 'micro_batch_tokens = 15 .* one row of 16'),
         ({'row_tokens': 32, 'micro_batch_tokens': 31}, 'one row of 32'),
+        ({'row_tokens': 30, 'context': 4}, 'row_tokens = 30 must be a multiple of context = 4'),
     ],
 )
 def test_a_budget_that_is_too_small_names_its_numbers(sizes, message):

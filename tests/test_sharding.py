@@ -23,18 +23,21 @@ from troll_jax.sharding import MESH_AXES, RULES, constrain, make_mesh, named_sha
 def test_mesh_sizes(sizes, expected):
     """Guards the order of the axes and the size that is worked out."""
     mesh = make_mesh(*sizes)
-    assert mesh.axis_names == MESH_AXES and mesh.devices.shape == expected
+    assert mesh.axis_names == MESH_AXES and tuple(mesh.shape.values()) == (*expected[:2], 1, expected[2])
     assert {device.id for device in mesh.devices.flat} == set(range(8))
 
 
 def test_all_devices_are_in_fsdp_by_default():
-    assert dict(make_mesh().shape) == {'data': 1, 'fsdp': 8, 'tensor': 1}
+    assert dict(make_mesh().shape) == {'data': 1, 'fsdp': 8, 'context': 1, 'tensor': 1}
 
 
 @pytest.mark.parametrize(
     'sizes, match',
     [
-        ((2, 2, 1), r"'data': 2, 'fsdp': 2, 'tensor': 1} needs 4 devices, but 8 \(cpu\) are there; change Compute"),
+        (
+            (2, 2, 1),
+            r"'fsdp': 2, 'context': 1, 'tensor': 1} needs 4 devices, but 8 \(cpu\) are there; change Compute",
+        ),
         ((1, 16, 1), 'needs 16 devices, but 8'),
         ((3, -1, 1), "'fsdp': -1.* needs a multiple of 3 devices, but 8"),
         ((1, -1, 16), 'needs a multiple of 16 devices, but 8'),
@@ -50,8 +53,8 @@ def test_a_mesh_that_does_not_fit_names_its_numbers(sizes, match):
 
 
 def test_partition_specs():
-    assert partition_spec(('batch', 'length', None)) == PartitionSpec(('data', 'fsdp'), None, None)
-    assert partition_spec(('layers', 'embed', 'mlp')) == PartitionSpec(None, 'fsdp', 'tensor')
+    assert partition_spec(('rows', 'length', None)) == PartitionSpec(('data', 'fsdp'), 'context', None)
+    assert partition_spec(('layers', 'embed', 'mlp')) == PartitionSpec(None, ('fsdp', 'context'), 'tensor')
     assert partition_spec(()) == PartitionSpec()
     mesh = make_mesh(2, 2, 2)
     assert named_sharding(mesh, ('vocab', 'embed')).shard_shape((62, 34)) == (31, 17)

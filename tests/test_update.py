@@ -132,6 +132,7 @@ def test_chunks_of_the_head_do_not_matter(chunk):
 
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (4, 2, 1), (4, 1, 2), (2, 4, 1), (1, 4, 2), (2, 1, 4), (1, 2, 4), (2, 2, 2)]
+MESHES += [(1, 1, 1), (1, 2, 2)]  # what they leave of eight devices is 'context'
 
 
 @functools.cache
@@ -144,28 +145,29 @@ def on_mesh(mesh_shape, objective):
     data = batch(BatchShape(2, 8, 8))
     if mesh_shape is None:
         return run(update, params, data), None
-    mesh = make_mesh(*mesh_shape)
+    mesh = make_mesh(*mesh_shape, context=8 // np.prod(mesh_shape))
     _, shapes = decoders.abstract(config, mesh)
     with jax.set_mesh(mesh):
         params = jax.tree.map(lambda p, leaf: jax.device_put(np.array(p), leaf.sharding), params, shapes)
         state = start(params, SGD)._replace(params=params)
-        state, log = update(state, place(data, mesh, (None, 'batch')))
+        state, log = update(state, place(data, mesh))
     return jax.tree.map(np.asarray, (state.params, log.metrics)), (shapes, state.params)
 
 
 @pytest.mark.parametrize(
     ('shape', 'objective'),
-    [*[(mesh, ppo_clip) for mesh in MESHES], ((2, 2, 2), troll_of_responses), ((2, 2, 2), of_minibatch)],
+    [(mesh, ppo_clip) for mesh in MESHES]
+    + [(mesh, objective) for mesh in [(2, 2, 2), (1, 2, 2)] for objective in (troll_of_responses, of_minibatch)],
 )
 def test_mesh_does_not_matter(shape, objective):
-    """Guards every sum over a sharded axis: rows, parameters, vocabulary; the state keeps its layout."""
+    """Guards every sum over a sharded axis: rows, their length, parameters, vocabulary; the state keeps its layout."""
     got, (shapes, params) = on_mesh(shape, objective)
     assert_same_step(got, on_mesh(None, objective)[0])
     matrices = 0
     for param, leaf in zip(jax.tree.leaves(params), jax.tree.leaves(shapes), strict=True):
         assert param.sharding.is_equivalent_to(leaf.sharding, param.ndim)
-        if param.size > 100:  # all but the scales of norms: what a device holds falls with fsdp and with tensor
-            assert param.addressable_shards[0].data.size * shape[1] * shape[2] == param.size
+        if param.size > 100:  # all but the scales of norms: what a device holds falls with all axes but data
+            assert param.addressable_shards[0].data.size * 8 == param.size * shape[0]
             matrices += 1
     assert matrices == 9
 
@@ -329,7 +331,7 @@ def test_second_update_does_not_compile(objective, caplog):
         on_mesh = lambda x, like: jax.device_put(np.array(x), like.sharding)
         state = start_state(jax.tree.map(on_mesh, nearby_params(), shapes.params), small, shapes)
         for sign in (1, -1, 1):
-            state, log = update(state, place(batch(advantages=sign * ADVANTAGES), mesh, (None, 'batch')))
+            state, log = update(state, place(batch(advantages=sign * ADVANTAGES), mesh))
             shares.append(float(log.metrics.get('projected_share', 0.0)))
     assert len(re.findall(r'Compiling \S*update\b', caplog.text)) == 1
     assert state.progress.step == 0 and state.progress.updates == 3

@@ -136,4 +136,4 @@ def _values(graphdef, params, part: Batch) -> jax.Array:
         hidden = decoders.bind(graphdef, params['decoder'])(part.tokens, part.positions, part.segment_ids)
         values = jnp.einsum('zsd,d->zs', hidden.astype(jnp.float32), params['head'], precision='highest')
         # The hidden state before a token does not see it.
-        return constrain(jnp.where(part.loss_weights > 0, jnp.roll(values, 1, axis=1), 0.0), 'batch', 'length')
+        return constrain(jnp.where(part.loss_weights > 0, jnp.roll(values, 1, axis=1), 0.0), 'rows', 'length')

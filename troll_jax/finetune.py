@@ -19,7 +19,7 @@ from troll_jax.models.lora import Lora
 from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
 from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import Optimizer, apply_gradients
-from troll_jax.packing import abstract_batch, batch_shape, first_fit, padding_share
+from troll_jax.packing import abstract_batch, first_fit, padding_share
 from troll_jax.score import Scoring, for_each_micro_batch, run_head
 from troll_jax.settings import Compute
 from troll_jax.sharding import constrain_like, fetch, place
@@ -90,13 +90,7 @@ class SupervisedLearner:
     def __init__(self, config: decoders.DecoderConfig, finetuning: Finetuning, compute: Compute):
         self.config = config = replace(config, lora=finetuning.lora)
         self.mesh, self._size = compute.mesh, finetuning.batch_size
-        self._shape = batch_shape(
-            self._size,
-            finetuning.max_length,
-            row_tokens=compute.row_tokens,
-            micro_batch_tokens=compute.micro_batch_tokens,
-            devices=compute.batch_devices,
-        )
+        self._shape = compute.batch_shape(self._size, finetuning.max_length)
         self._optimizer = compute.place_optimizer(finetuning.optimizer())
         self.shapes = abstract_state(config, self._optimizer, self.mesh)
         # Two tokens of the model's own support, the first of which is the most probable one.
@@ -115,7 +109,7 @@ class SupervisedLearner:
         """
         batch = self.pack(chats)
         with jax.set_mesh(self.mesh):
-            state, *found = self._update(state, place(batch, self.mesh, (None, 'batch')))
+            state, *found = self._update(state, place(batch, self.mesh))
         sums, metrics = fetch(found)
         return state, metrics | _means(sums) | {'tokens': sums['tokens'], 'padding_share': padding_share(batch)}
 
@@ -123,7 +117,7 @@ class SupervisedLearner:
         """Metrics over all of any number of chats."""
         batches = [self.pack(chats[i : i + self._size]) for i in range(0, len(chats), self._size)]
         with jax.set_mesh(self.mesh):
-            parts = [fetch(self._measure(params, place(batch, self.mesh, (None, 'batch')))) for batch in batches]
+            parts = [fetch(self._measure(params, place(batch, self.mesh))) for batch in batches]
         return _means(jax.tree.map(lambda *x: np.sum(x, dtype=np.float64), *parts))
 
     def pack(self, chats: Sequence[Chat]) -> Batch:

@@ -24,7 +24,7 @@ from troll_jax.ops.values import explained_variance
 from troll_jax.packing import Layout, abstract_batch, make_batch, make_layout, padding_share
 from troll_jax.score import make_recompute, make_reference
 from troll_jax.settings import Compute, Method, Sampling, minibatch_shape, scoring
-from troll_jax.sharding import fetch, named_sharding, place
+from troll_jax.sharding import BATCH_AXES, fetch, named_sharding, place
 from troll_jax.types import START, Batch, Reference, Rollout, TrainState, join
 from troll_jax.update import UpdateLog, abstract_policy, make_update
 
@@ -182,7 +182,7 @@ class Learner:
         method, batches, metrics = self.method, minibatches.batches, dict(minibatches.metrics)
         importance = penalties = values = None
         if self._scores_first:
-            batches = [place(batch, self.mesh, (None, 'batch')) for batch in batches]
+            batches = [place(batch, self.mesh) for batch in batches]
         if method.old_policy == 'recompute':
             batches, noise, importance = zip(*[self._recompute(state.policy, batch) for batch in batches], strict=True)
             metrics[first_kl(self.lag)] = np.mean(noise)
@@ -228,7 +228,7 @@ class Learner:
         for i, at in enumerate(self._slices(len(lengths))):
             known = {name: scored.layouts[i].scatter(array[at]) for name, array in added.items()}
             if self._scores_first:
-                known = place(known, self.mesh, (None, 'batch'))
+                known = place(known, self.mesh)
             if scored.importance is not None:
                 known['advantages'] = known['advantages'] * scored.importance[i]
             batches.append(scored.batches[i]._replace(**known))
@@ -239,7 +239,7 @@ class Learner:
         """One update of the policy, and one of the critic if there is one. The state that is passed in is consumed."""
         policy = critic = None
         if not self._scores_first:  # still on the host: one minibatch at a time is on the devices
-            batch = place(batch, self.mesh, (None, 'batch'))
+            batch = place(batch, self.mesh)
         if self.method.critic is not None:
             new, critic = self._update_critic(state.critic, batch)
             state = state._replace(critic=new)
@@ -264,7 +264,7 @@ class Learner:
 
     def programs(self) -> dict[str, tuple[Callable, tuple]]:
         """The compiled functions of a step by name, with the shapes of their arguments."""
-        sharded = lambda x: named_sharding(self.mesh, (None, 'batch', *[None] * (x.ndim - 2)))
+        sharded = lambda x: named_sharding(self.mesh, (*BATCH_AXES, *[None] * (x.ndim - 3)))
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharded(x)),
             abstract_batch(self._shape, self._support_size),

@@ -33,6 +33,7 @@ def batch_shape(
     row_tokens: int | None = None,
     micro_batch_tokens: int | None = None,
     devices: int = 1,
+    context: int = 1,
 ) -> BatchShape:
     """The shape that holds a number of sequences, whatever their lengths.
 
@@ -43,30 +44,33 @@ def batch_shape(
         sequences of a little more than half of `max_length` would each have a row of their own.
       micro_batch_tokens: the budget of a micro-batch on each device, in tokens; by default 8,192 or one row.
       devices: over which rows are spread, data × fsdp of the mesh.
+      context: over which the length of a row is split, and each of `devices` is so many. Default rows are rounded up.
 
     Raises:
-      ValueError: a row does not hold the longest sequence, or a budget not one row.
+      ValueError: a row does not hold the longest sequence, a budget not one row, or `context` does not divide a row.
     """
-    budget = micro_batch_tokens or _MICRO_BATCH_TOKENS
+    budget = context * (micro_batch_tokens or _MICRO_BATCH_TOKENS)
     if row_tokens is None:
         twice = sequences * max_length > budget * devices and 2 * max_length <= min(_ROW_TOKENS, budget)
-        row_tokens = 2 * max_length if twice else max_length
+        row_tokens = _ceil(2 * max_length if twice else max_length, context) * context
     if row_tokens < max_length:
         raise ValueError(
             f'row_tokens = {row_tokens} is less than the {max_length} tokens that a prompt and its response may have; '
             'raise it, or lower max_prompt_length or max_response_length'
         )
+    if row_tokens % context:
+        raise ValueError(f'row_tokens = {row_tokens} must be a multiple of context = {context}; change one of them')
     if micro_batch_tokens is None:
-        micro_batch_tokens = max(budget, row_tokens)
-    if micro_batch_tokens < row_tokens:
+        budget = max(budget, row_tokens)
+    if budget < row_tokens:
         raise ValueError(
-            f'micro_batch_tokens = {micro_batch_tokens} tokens on each device is less than one row of {row_tokens}; '
-            'raise it, or lower row_tokens'
+            f'micro_batch_tokens = {micro_batch_tokens} tokens on each device, of context = {context}, is less than '
+            f'one row of {row_tokens}; raise it, or lower row_tokens'
         )
     # First-fit needs no more rows than this: a row that has no room for a sequence holds at least as many as fit at
     # their greatest length.
     needed = _ceil(sequences, row_tokens // max_length)
-    rows = min(_ceil(needed, devices), micro_batch_tokens // row_tokens) * devices
+    rows = min(_ceil(needed, devices), budget // row_tokens) * devices
     return BatchShape(_ceil(needed, rows), rows, row_tokens)
 
 

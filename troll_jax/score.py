@@ -15,7 +15,6 @@ from troll_jax.ops.needs import give, needs
 from troll_jax.ops.projection import kl_divergence
 from troll_jax.ops.regularisers import Regulariser, evaluate
 from troll_jax.ops.support import bucket_tail
-from troll_jax.sharding import constrain
 from troll_jax.types import Batch, Reference, SparseLogProbs
 
 TailRule = Annotated[Callable[[jax.Array, SparseLogProbs], tuple[SparseLogProbs, SparseLogProbs]], 'new']
@@ -146,15 +145,13 @@ def run_head(decoder, part: Batch, scoring: Scoring, *, own_support: bool) -> He
     hidden = decoder(part.tokens, part.positions, part.segment_ids)
     # The hidden state before a token predicts it. A sequence begins with a prompt, whose loss weights are zero.
     before = jnp.roll(hidden, 1, axis=1)
-    rows, length = part.tokens.shape
     mask = part.loss_weights > 0
-    flatten = lambda x: constrain(x.reshape(rows * length, *x.shape[2:]), 'batch', *[None] * (x.ndim - 2))
     head = sparse_head(
-        flatten(before),
+        before,
         decoder.unembedding,
-        flatten(part.tokens),
-        flatten(part.old.tokens),
-        flatten(mask),
+        part.tokens,
+        part.old.tokens,
+        mask,
         temperature=scoring.temperature,
         support_size=scoring.support_size if own_support else None,
         support_mass=scoring.support_mass,
@@ -163,7 +160,6 @@ def run_head(decoder, part: Batch, scoring: Scoring, *, own_support: bool) -> He
         tokenizer_size=decoder.config.tokenizer_size,
         frozen=decoder.config.lora is not None,
     )
-    head = jax.tree.map(lambda x: x.reshape(rows, length, *x.shape[1:]), head)
     on_old_support = one_hot_where_masked(mask, SparseLogProbs(part.old.tokens, head.on_old_support)).log_probs
     own = None if head.own is None else one_hot_where_masked(mask, head.own)
     return head._replace(log_probs=jnp.where(mask, head.log_probs, 0.0), on_old_support=on_old_support, own=own)

@@ -30,7 +30,7 @@ from troll_jax.packing import BatchShape, batch_shape
 from troll_jax.rewards.pool import Grader
 from troll_jax.rewards.terms import RewardTerm, check_names, task_reward
 from troll_jax.score import Scoring, TailRule
-from troll_jax.sharding import make_mesh
+from troll_jax.sharding import axis_size, make_mesh
 from troll_jax.typechecks import check_fields
 
 Advantages = Annotated[Callable[[jax.Array], jax.Array], 'greedy_reward', 'values']
@@ -200,6 +200,8 @@ class Compute:
     Args:
       data, fsdp, tensor: sizes of the mesh axes: copies of the model, shards of parameters and batch, shards of every
         layer. One of them may be −1, all devices that are left.
+      context: size of a fourth: shards of the length of every row in training, for long responses; also of the
+        parameters, as `fsdp`. The sampler spreads its slots over it.
       dtype: compute dtype of activations and products, 'bfloat16' or 'float32'. Parameters and probabilities are
         float32.
       attention: kernel for whole sequences: 'xla', 'cudnn' or 'splash'; None is the best on these devices.
@@ -227,6 +229,7 @@ class Compute:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    context: int = 1
     dtype: Literal[*COMPUTE_DTYPES] = 'bfloat16'
     attention: Literal[None, *IMPLEMENTATIONS] = None
     decode_attention: Literal[None, *PAGED_IMPLEMENTATIONS] = None
@@ -259,7 +262,7 @@ class Compute:
     @cached_property
     def mesh(self) -> Mesh:
         """The device mesh. Raises a ValueError if the sizes do not fit the devices that there are."""
-        return make_mesh(self.data, self.fsdp, self.tensor, self.devices)
+        return make_mesh(self.data, self.fsdp, self.tensor, self.devices, context=self.context)
 
     def place_optimizer(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
         """The optimizer with its moments in the host's memory, if that is set."""
@@ -270,10 +273,16 @@ class Compute:
         memory = self.grading_memory
         return Grader(task.grade, deadline=task.deadline, workers=self.grading_workers, memory_limit_gb=memory)
 
-    @property
-    def batch_devices(self) -> int:
-        """Devices over which a batch is sharded."""
-        return self.mesh.shape['data'] * self.mesh.shape['fsdp']
+    def batch_shape(self, sequences: int, max_length: int) -> BatchShape:
+        """See `troll_jax.packing.batch_shape`."""
+        return batch_shape(
+            sequences,
+            max_length,
+            row_tokens=self.row_tokens,
+            micro_batch_tokens=self.micro_batch_tokens,
+            devices=axis_size('rows', self.mesh),
+            context=axis_size('length', self.mesh),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,22 +381,16 @@ def minibatch_shape(sampling: Sampling, method: Method, compute: Compute, max_le
     Raises:
       ValueError: a row does not hold the longest of them, or a micro-batch not one row.
     """
-    return batch_shape(
-        method.minibatch_prompts * sampling.samples_per_prompt,
-        max_length,
-        row_tokens=compute.row_tokens,
-        micro_batch_tokens=compute.micro_batch_tokens,
-        devices=compute.batch_devices,
-    )
+    return compute.batch_shape(method.minibatch_prompts * sampling.samples_per_prompt, max_length)
 
 
 def check_together(sampling: Sampling, method: Method, compute: Compute, max_length: int) -> None:
     """Raises a ValueError with both numbers if settings contradict each other. Asks JAX for its devices."""
-    devices = compute.batch_devices
+    of, devices = 'data × fsdp × context devices of the mesh', axis_size('batch', compute.mesh)
     for name, size, divisor_name, divisor in [
         ('prompts_per_step', sampling.prompts_per_step, 'minibatch_prompts', method.minibatch_prompts),
-        ('prompts_per_step', sampling.prompts_per_step, 'data × fsdp devices of the mesh', devices),
-        ('slots', devices if compute.slots is None else compute.slots, 'data × fsdp devices of the mesh', devices),
+        ('prompts_per_step', sampling.prompts_per_step, of, devices),
+        ('slots', devices if compute.slots is None else compute.slots, of, devices),
     ]:
         if size % divisor:
             raise ValueError(f'{name} = {size} must be a multiple of {divisor_name} = {divisor}')

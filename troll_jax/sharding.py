@@ -12,15 +12,16 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ('data', 'fsdp', 'tensor')
+MESH_AXES = ('data', 'fsdp', 'context', 'tensor')
 
 # Logical axis → mesh axis or axes. A logical axis that is not listed here is an error, not a replicated axis.
 RULES: dict[str | None, str | tuple[str, ...] | None] = {
     None: None,
-    'batch': ('data', 'fsdp'),
-    'length': None,
+    'batch': ('data', 'fsdp', 'context'),  # sequences that are decoded
+    'rows': ('data', 'fsdp'),  # packed sequences that are learnt from,
+    'length': 'context',  # and the positions of such a row
     'layers': None,
-    'embed': 'fsdp',
+    'embed': ('fsdp', 'context'),
     'vocab': 'tensor',
     'heads': 'tensor',
     'kv_heads': 'tensor',
@@ -28,16 +29,26 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     'mlp': 'tensor',
 }
 
+# Of the leading axes [M, Z, S] of a `Batch`.
+BATCH_AXES = (None, 'rows', 'length')
 
-def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Arranges all devices, or those given, in a mesh of `data` × `fsdp` × `tensor`.
+
+def make_mesh(
+    data: int = 1,
+    fsdp: int = -1,
+    tensor: int = 1,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    context: int = 1,
+) -> Mesh:
+    """Arranges all devices, or those given, in a mesh of `data` × `fsdp` × `context` × `tensor`.
 
     At most one size is −1: whatever is left.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
     """
-    sizes = dict(zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+    sizes = dict(zip(MESH_AXES, (data, fsdp, context, tensor), strict=True))
     devices = jax.devices() if devices is None else list(devices)
     count = len(devices)
     free = [name for name, size in sizes.items() if size == -1]
@@ -49,11 +60,11 @@ def make_mesh(data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[
     if math.prod(sizes.values()) != count:
         raise ValueError(
             f'mesh {sizes} needs {fixed if not free else f"a multiple of {fixed}"} devices, but {count} '
-            f'({devices[0].platform}) are there; change Compute.data, Compute.fsdp or Compute.tensor'
+            f'({devices[0].platform}) are there; change Compute.data, Compute.fsdp, Compute.context or Compute.tensor'
         )
     # An axis may be shorter than a side of the slice: 2 of the 4 × 4 × 4 chips of a TPU, say.
     grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
 def one_device_mesh() -> Mesh:
@@ -67,9 +78,9 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty else mesh
 
 
-def axis_size(axis: str) -> int:
-    """The number of devices over which the mesh in context spreads a logical axis; 1 without a mesh."""
-    mesh, names = current_mesh(), RULES[axis]
+def axis_size(axis: str, mesh: Mesh | None = None) -> int:
+    """The number of devices over which a mesh, by default that in context, spreads a logical axis; 1 without one."""
+    mesh, names = mesh or current_mesh(), RULES[axis]
     names = (names,) if isinstance(names, str) else names
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in names)
 
@@ -108,7 +119,7 @@ def named_sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(axes))
 
 
-def place(tree: Any, mesh: Mesh, axes: Sequence[str | None]) -> Any:
+def place(tree: Any, mesh: Mesh, axes: Sequence[str | None] = BATCH_AXES) -> Any:
     """Puts host arrays onto the mesh, each process what its own devices hold.
 
     Args:

@@ -258,7 +258,7 @@ def update(bench: Bench) -> None:
         shape, before = BatchShape(2, rows, sizes.row_tokens), memory()
         shapes = abstract_state(config, optimizer, one_device())
         state = start_state(decoders.init(config, jax.random.key(0), one_device()), optimizer, shapes)
-        batch = place(jax.tree.map(np.asarray, random_batch(shape, config.vocab_size)), one_device(), (None, 'batch'))
+        batch = place(jax.tree.map(np.asarray, random_batch(shape, config.vocab_size)), one_device())
         traced = make_update(config, optimizer, objective, SCORING).trace(state, batch)
         compiled = traced.lower().compile()
         times = []

@@ -111,7 +111,7 @@ def main() -> None:
     times = {name: [] for name in updates}
     if arguments.timed_tokens:
         batch = jax.tree.map(np.asarray, random_batch(shape_of(arguments.timed_tokens), config.vocab_size))
-        batch = place(batch, mesh, (None, 'batch'))
+        batch = place(batch, mesh)
         state = start_state(decoders.init(config, jax.random.key(1), mesh), optimizer, shapes)
         for repeat in range(arguments.repeats + 1):
             for name, update in updates.items():

@@ -44,7 +44,7 @@ _RENAMED = {
     'Method.importance_limit': 'Method.importance = @truncated_importance, and truncated_importance.limit',
     'adamw.offload': 'Compute.offload_optimizer',
     'critic/adamw.offload': 'Compute.offload_optimizer',
-    'Experiment.mesh': 'Compute.data, Compute.fsdp and Compute.tensor',
+    'Experiment.mesh': 'Compute.data, Compute.fsdp, Compute.context and Compute.tensor',
 }
 
 

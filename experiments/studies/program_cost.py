@@ -176,16 +176,18 @@ def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
             continue
         if name in ('dot_product_attention_fwd_wrapper', 'dot_product_attention_bwd_wrapper'):  # cuDNN's, causal
             batch, length, heads, head_dim = equation.invars[0].aval.shape
-            products = 2 if 'fwd' in name else 5
-            once += products * batch * heads * length * (length + 1) * head_dim
+            keys, products = equation.invars[1].aval.shape[1], 2 if 'fwd' in name else 5
+            # With a part of the queries, all keys: the mask is not the kernel's own.
+            once += products * batch * heads * length * (length + 1 if keys == length else 2 * keys) * head_dim
             continue
         repeats = {'scan': params.get('length'), 'shard_map': devices}.get(name, 1)
         if name == 'pallas_call':
             grid = params['grid_mapping'].grid
             repeats = math.prod(grid)
             if params['name'].startswith('splash'):
-                # Square blocks: as many of keys as of queries, which are the grid's last axis.
-                repeats *= (grid[-1] + 1) / (2 * grid[-1])
+                # Square blocks, of keys as many as of queries, or more: then these are the last queries of their rows.
+                queries, keys = sorted(grid[-2:])
+                repeats *= 1 - (queries - 1) / (2 * keys)
         inner = [count_flops(sub, devices) for sub in sub_jaxprs(params)]
         if name == 'cond':
             inner = [max(inner)]

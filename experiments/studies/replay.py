@@ -154,7 +154,7 @@ def replay(
             shapes = abstract_state(model.config, optimizer, mesh)
             init = lambda params: start_state(params, optimizer, shapes)
             load = partial(start.load_params, compute, method.lora)
-            batches = [place(one, mesh, (None, 'batch')) for one in saved.batches[: updates + 1]]
+            batches = [place(one, mesh) for one in saved.batches[: updates + 1]]
             state = restore_or_init(checkpoints, shapes, init, load, checkpoint)
             if precision:
                 dtype = precision if precision == 'bfloat16' else model.config.compute_dtype

@@ -5,11 +5,13 @@ Attention over the KV cache is in `paged_attention.py`. Axis letters: `troll_jax
 
 import re
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from troll_jax.sharding import shard_map
+from troll_jax.sharding import RULES, axis_size, constrain, shard_map
 
 _SPLASH_LANES, _SPLASH_BLOCK = 128, 512  # a block is a multiple of the first and at most the second
 
@@ -64,14 +66,21 @@ def best_implementation(device: jax.Device, compute_dtype: str, head_dim: int) -
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """XLA's own attention, on any platform."""
-    return jax.nn.dot_product_attention(q, k, v, mask=_same(segment_ids), is_causal=True, implementation='xla')
+    # Of a row that is split every device has a part of the queries, and all keys.
+    k, v = (constrain(x, 'rows', None, 'kv_heads', 'head_dim') for x in (k, v))
+    mask = _same(segment_ids, segment_ids)
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation='xla')
 
 
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """cuDNN's flash attention, on NVIDIA's GPUs from Ampere on. bfloat16, head_dim ≤ 128 and a multiple of 8."""
 
-    def shard(q, k, v, segment_ids):
-        return jax.nn.dot_product_attention(q, k, v, mask=_same(segment_ids), is_causal=True, implementation='cudnn')
+    def shard(q, k, v, *segments):
+        mask, split = _same(*segments), q.shape[1] < k.shape[1]
+        if split:  # the kernel's own causal mask takes the first query to be at the first key
+            first = jax.lax.axis_index(RULES['length']) * q.shape[1]
+            mask &= first + jnp.arange(q.shape[1])[None, None, :, None] >= jnp.arange(k.shape[1])[None, None, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=not split, implementation='cudnn')
 
     return _over_shards(shard, q, k, v, segment_ids, multiple=2)  # its backward pass takes no odd length with a mask
 
@@ -86,19 +95,22 @@ def splash_attention(
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # half a second that others need not wait
 
-    length, lanes = q.shape[1], _SPLASH_LANES
+    parts, lanes = axis_size('length'), _SPLASH_LANES
+    length = q.shape[1] // parts
     block = min(_SPLASH_BLOCK, -(-length // lanes) * lanes)
     names = ('q', 'kv', 'kv_compute', 'q_dkv', 'kv_dkv', 'kv_dkv_compute', 'q_dq', 'kv_dq')
     sizes = splash.BlockSizes(**{f'block_{name}': block for name in names})
+    causal = splash.CausalMask((parts * -(-length // block) * block,) * 2)
+    causal = splash.MultiHeadMask([causal] * (q.shape[2] // axis_size('heads')))
+    # Its arrays say for every block of queries which blocks of keys it sees.
+    kernel = splash.make_splash_mha(causal, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret)
+    axes = jax.tree.map(lambda x: ('length',) if x.ndim == 1 else (None, 'length', None), kernel)
 
-    def shard(q, k, v, segment_ids):
-        heads, length = q.shape[2], q.shape[1]
-        causal = splash.MultiHeadMask([splash.CausalMask((length, length))] * heads)
-        kernel = splash.make_splash_mha(causal, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
+    def shard(q, k, v, of_queries, of_keys, kernel):
         heads_first = (x.swapaxes(1, 2) for x in (q * q.shape[3] ** -0.5, k, v))
-        return jax.vmap(kernel)(*heads_first, splash.SegmentIds(segment_ids, segment_ids)).swapaxes(1, 2)
+        return jax.vmap(kernel)(*heads_first, splash.SegmentIds(of_queries, of_keys)).swapaxes(1, 2)
 
-    return _over_shards(shard, q, k, v, segment_ids, multiple=block)
+    return _over_shards(shard, q, k, v, segment_ids, (kernel, axes), multiple=block)
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
@@ -108,15 +120,29 @@ IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-def _same(segment_ids: jax.Array) -> jax.Array:
-    """[B, 1, S, S] bool, true where two tokens are of the same segment."""
-    return segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+def _same(of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
+    """[B, 1, S, L] bool, true where two tokens are of the same segment."""
+    return of_queries[:, None, :, None] == of_keys[:, None, None, :]
 
 
-def _over_shards(kernel: Callable[..., jax.Array], q, k, v, segment_ids, multiple: int) -> jax.Array:
-    """Calls a kernel, which no compiler can split, on each device's rows and heads, padded to a multiple in length."""
-    length = q.shape[1]
-    pad = lambda x: jnp.pad(x, [(0, 0), (0, -length % multiple)] + [(0, 0)] * (x.ndim - 2))
-    of_heads, of_kv_heads = (('batch', 'length', name, 'head_dim') for name in ('heads', 'kv_heads'))
-    kernel = shard_map(kernel, (of_heads, of_kv_heads, of_kv_heads, ('batch', 'length')), of_heads)
-    return kernel(*(pad(x) for x in (q, k, v, segment_ids)))[:, :length]
+def _over_shards(kernel: Callable[..., jax.Array], q, k, v, segment_ids, *more: tuple[Any, Any], multiple: int):
+    """Calls a kernel, which no compiler can split, on each device's rows, heads and queries, with all keys of the rows.
+
+    Args:
+      kernel: function of q, k, v, the segment ids of queries and of keys, and `more`.
+      more: arrays and their logical axes.
+      multiple: what a device has of the length is filled up to a multiple of it.
+    """
+
+    def shard(q, k, v, segment_ids, *more):
+        length = q.shape[1]
+        pad = lambda x, value=0: jnp.pad(
+            x, [(0, 0), (0, -length % multiple)] + [(0, 0)] * (x.ndim - 2), constant_values=value
+        )
+        gather = partial(jax.lax.all_gather, axis_name=RULES['length'], axis=1, tiled=True)
+        q, k, v, segment_ids = pad(q), pad(k), pad(v), pad(segment_ids, -1)
+        return kernel(q, gather(k), gather(v), segment_ids, gather(segment_ids), *more)[:, :length]
+
+    of_heads, of_kv_heads = (('rows', 'length', name, 'head_dim') for name in ('heads', 'kv_heads'))
+    axes = (of_heads, of_kv_heads, of_kv_heads, ('rows', 'length'), *(axes for _, axes in more))
+    return shard_map(shard, axes, of_heads)(q, k, v, segment_ids, *(arrays for arrays, _ in more))

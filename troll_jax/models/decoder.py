@@ -27,7 +27,7 @@ from troll_jax.models.lora import merge, split
 from troll_jax.models.paged_attention import Pool, best_paged_implementation, paged_attention
 from troll_jax.models.quantization import quantise
 from troll_jax.models.rotary import Angles, angles_where, rotary_angles, rotary_frequencies
-from troll_jax.sharding import RULES, constrain, named_sharding
+from troll_jax.sharding import RULES, axis_size, constrain, named_sharding
 
 
 class Decoder(nnx.Module):
@@ -70,12 +70,12 @@ class Decoder(nnx.Module):
             q, k, v = layer.qkv(x, angles_where(rotates, angles))
             with jax.named_scope('attention'):
                 mixed = packed_attention(q, k, v, segment_ids, implementation=self.config.attention)
-            return layer.finish(x, mixed), None
+            return constrain(layer.finish(x, mixed), 'rows', 'length', None), None
 
         if self.config.remat is not None:
             # Inside a scan nothing can merge the recomputation with the original, so the guard against it is waste.
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        x, angles = self._embed(tokens, positions)
+        x, angles = self._embed(tokens, positions, 'rows', 'length')
         with jax.named_scope('layers'), exact_products(self.config.compute_dtype):
             x, _ = jax.lax.scan(body, x, (rotates, stacked))
         with jax.named_scope('final_norm'):
@@ -106,7 +106,7 @@ class Decoder(nnx.Module):
           hidden [W, C, D] as `__call__` gives it, and the cache with these tokens.
         """
         graphdef, _ = nnx.split(self.layers)
-        x, angles = self._embed(tokens, positions)
+        x, angles = self._embed(tokens, positions, 'batch', None)
         rope_layers = self.config.rope_layers or (None,) * len(layers)
         written = []
         with exact_products(self.config.compute_dtype):
@@ -118,14 +118,14 @@ class Decoder(nnx.Module):
                     mixed, pool = paged_attention(
                         q, k, v, pool, block_table, positions, implementation=self.config.decode_attention
                     )
-                x = layer.finish(x, mixed)
+                x = constrain(layer.finish(x, mixed), 'batch', None, None)
                 written.append(pool)
         with jax.named_scope('final_norm'):
             return self.norm(x), written
 
-    def _embed(self, tokens: jax.Array, positions: jax.Array) -> tuple[jax.Array, Angles]:
+    def _embed(self, tokens: jax.Array, positions: jax.Array, *axes: str | None) -> tuple[jax.Array, Angles]:
         with jax.named_scope('embed'):
-            x = constrain(_look_up(self.config.compute_dtype, self.embedding[...], tokens), 'batch', 'length', None)
+            x = constrain(_look_up(self.config.compute_dtype, self.embedding[...], tokens), *axes, None)
             frequencies = rotary_frequencies(self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
             return x, rotary_angles(positions, frequencies)
 
@@ -274,9 +274,9 @@ def _check_divisible(config: DecoderConfig, mesh: Mesh) -> None:
         'vocab': ('vocab_size', config.vocab_size),
     }
     problems = [
-        f'{name} = {size} is not a multiple of mesh axis {RULES[axis]!r} = {mesh.shape[RULES[axis]]}'
+        f'{name} = {size} is not a multiple of the {axis_size(axis, mesh)} devices of mesh axes {RULES[axis]!r}'
         for axis, (name, size) in sizes.items()
-        if size % mesh.shape[RULES[axis]]
+        if size % axis_size(axis, mesh)
     ]
     if problems:
         raise ValueError('the mesh does not divide the model: ' + '; '.join(problems) + '; change make_mesh')

@@ -21,17 +21,18 @@ from troll_jax.ops.support import select
 from troll_jax.sharding import RULES, platform, shard_map
 from troll_jax.types import SparseLogProbs
 
-_BATCH, _VOCAB, _EMBED = RULES['batch'], RULES['vocab'], RULES['embed']
+_TOKENS, _VOCAB, _EMBED = (*RULES['rows'], RULES['length']), RULES['vocab'], RULES['embed']
+_ROWS = ('rows', 'length')
 _NOTHING = -1e30  # a logit
 
 
 class HeadOutput(NamedTuple):
-    """Outputs for N tokens: the inputs of losses and metrics."""
+    """Outputs for the tokens of Z rows: the inputs of losses and metrics."""
 
-    log_probs: jax.Array  # [N] of the tokens given
-    entropy: jax.Array  # [N] nats
-    on_old_support: jax.Array  # [N, K] log π̃ of the tokens that π_old lists
-    own: SparseLogProbs | None  # [N, K'] π̃ on its own most probable tokens
+    log_probs: jax.Array  # [Z, S] of the tokens given
+    entropy: jax.Array  # [Z, S] nats
+    on_old_support: jax.Array  # [Z, S, K] log π̃ of the tokens that π_old lists
+    own: SparseLogProbs | None  # [Z, S, K'] π̃ on its own most probable tokens
 
 
 class _Settings(NamedTuple):
@@ -89,14 +90,14 @@ def sparse_head(
     tokenizer_size: int | None = None,
     frozen: bool = False,
 ) -> HeadOutput:
-    """Log-probabilities of N tokens, and of those that the current policy and the old one list.
+    """Log-probabilities of the tokens of Z rows, and of those that the current policy and the old one list.
 
     Args:
-      hidden: [N, D]
+      hidden: [Z, S, D]
       unembedding: [V, D]
-      tokens: [N] int32
-      old_tokens: [N, K] the support of the distribution that each token was sampled from, padded with −1.
-      mask: [N] bool; outputs of a token where it is false have no meaning, and no gradient.
+      tokens: [Z, S] int32
+      old_tokens: [Z, S, K] the support of the distribution that each token was sampled from, padded with −1.
+      mask: [Z, S] bool; outputs of a token where it is false have no meaning, and no gradient.
       temperature: sampling temperature; the policy is the one that sampled.
       support_size, support_mass: size and mass of the current policy's own support, see `troll_jax.sparsify`; those
         that the old one was made with. None: the current policy's own support is not needed.
@@ -121,8 +122,8 @@ def _head(settings, hidden, unembedding, tokens, old_tokens, mask) -> HeadOutput
 def _head_forward(settings, hidden, unembedding, tokens, old_tokens, mask):
     output, normaliser = shard_map(
         partial(_forward, settings),
-        (('batch', None), ('vocab', 'embed'), ('batch',), ('batch', None), ('batch',)),
-        (('batch',), ('batch',)),
+        (_ROWS, ('vocab', 'embed'), _ROWS, _ROWS, _ROWS),
+        (_ROWS, _ROWS),
     )(hidden, unembedding, tokens, old_tokens, mask)
     own_tokens = None if output.own is None else output.own.tokens
     return output, (hidden, unembedding, tokens, old_tokens, mask, own_tokens, normaliser, output.entropy)
@@ -131,16 +132,16 @@ def _head_forward(settings, hidden, unembedding, tokens, old_tokens, mask):
 def _head_backward(settings, residuals, gradients: HeadOutput):
     hidden, unembedding, tokens, old_tokens, mask, own_tokens, normaliser, entropy = residuals
     # Tokens and their gradients: one list per position, of which padding gets nothing.
-    listed = [(tokens[:, None], gradients.log_probs[:, None]), (old_tokens, gradients.on_old_support)]
+    listed = [(tokens[..., None], gradients.log_probs[..., None]), (old_tokens, gradients.on_old_support)]
     if own_tokens is not None:
         listed.append((own_tokens, gradients.own.log_probs))
-    at, at_gradients = (jnp.concatenate(x, axis=1) for x in zip(*listed, strict=True))
-    at_gradients = jnp.where((at >= 0) & mask[:, None], at_gradients, 0.0)
+    at, at_gradients = (jnp.concatenate(x, axis=-1) for x in zip(*listed, strict=True))
+    at_gradients = jnp.where((at >= 0) & mask[..., None], at_gradients, 0.0)
     d_entropy = jnp.where(mask, gradients.entropy, 0.0)
     d_hidden, d_unembedding = shard_map(
         partial(_backward, settings),
-        (('batch', None), ('vocab', 'embed'), *[('batch',)] * 6),
-        (('batch', None), ('vocab', 'embed')),
+        (_ROWS, ('vocab', 'embed'), *[_ROWS] * 6),
+        (_ROWS, ('vocab', 'embed')),
     )(hidden, unembedding, mask, normaliser, entropy, d_entropy, at, at_gradients)
     return d_hidden, d_unembedding, None, None, None
 
@@ -149,7 +150,7 @@ _head.defvjp(_head_forward, _head_backward)
 
 
 def _forward(settings: _Settings, hidden, unembedding, tokens, old_tokens, mask):
-    """HeadOutput of one device's tokens, and their normaliser [N, 2]: largest logit, log Σ exp(logit − largest).
+    """HeadOutput of one device's tokens, and their normaliser [Z, S, 2]: largest logit, log Σ exp(logit − largest).
 
     Kept apart: their sum would be rounded at the size of the logits, and every log-probability with it.
     """
@@ -239,7 +240,7 @@ def _backward(settings: _Settings, hidden, unembedding, mask, normaliser, entrop
         return d_hidden, None
     # The sum over the tokens of all devices, of which each keeps its part of D.
     d_part = jax.lax.psum_scatter(d_part, _EMBED, scatter_dimension=1, tiled=True)
-    d_part = jax.lax.psum(d_part, tuple(axis for axis in _BATCH if axis != _EMBED))
+    d_part = jax.lax.psum(d_part, tuple(axis for axis in _TOKENS if axis not in _EMBED))
     return d_hidden, d_part.astype(unembedding.dtype)
 
 
@@ -270,27 +271,29 @@ def _local(tokens: jax.Array, first: jax.Array | int, size: int) -> tuple[jax.Ar
 
 
 class _Chunks(NamedTuple):
-    """N tokens in C chunks of one size, those that are needed first."""
+    """The N tokens of a device in C chunks of one size, those that are needed first."""
 
-    place: jax.Array  # [N] index of a token in the concatenated chunks
+    place: jax.Array  # [Z, S] index of a token in the concatenated chunks
     order: jax.Array  # [C, size] the token at that index; N past the last
     needed: jax.Array  # [C] bool, chunks that hold a token of the mask, on any device
 
     @classmethod
     def of(cls, mask: jax.Array, chunk: int) -> '_Chunks':
-        (count,) = mask.shape
+        shape, count, mask = mask.shape, mask.size, mask.reshape(-1)
         size = min(chunk, count)
         total = -(-count // size) * size
         needed = jnp.sum(mask)
         place = jnp.where(mask, jnp.cumsum(mask) - 1, needed + jnp.cumsum(~mask) - 1)
         order = jnp.full(total, count, jnp.int32).at[place].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)
         # The same on all devices, which have to meet in the sums of a chunk.
-        return cls(place, order.reshape(-1, size), jnp.arange(0, total, size) < jax.lax.pmax(needed, _BATCH))
+        needed = jnp.arange(0, total, size) < jax.lax.pmax(needed, _TOKENS)
+        return cls(place.reshape(shape), order.reshape(-1, size), needed)
 
     def split(self, inputs):
-        """[N, ...] → [C, size, ...], filled up with zeros."""
-        return jax.tree.map(lambda x: x.at[self.order].get(mode='fill', fill_value=0), inputs)
+        """[Z, S, ...] → [C, size, ...], filled up with zeros."""
+        flat = lambda x: x.reshape(self.place.size, *x.shape[self.place.ndim :])
+        return jax.tree.map(lambda x: flat(x).at[self.order].get(mode='fill', fill_value=0), inputs)
 
     def join(self, outputs):
-        """[C, size, ...] → [N, ...]."""
+        """[C, size, ...] → [Z, S, ...]."""
         return jax.tree.map(lambda x: x.reshape(self.order.size, *x.shape[2:])[self.place], outputs)

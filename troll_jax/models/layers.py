@@ -96,19 +96,21 @@ def weight(key: jax.Array, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx
 def product(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None = None, lora: Adapter | None = None) -> jax.Array:
     """[..., I] times [I, O], plus the adapter's product, plus [O].
 
-    Flattened to two axes first: on a CPU a product with a batch axis is slower.
+    Flattened to two axes first: on a CPU a product with a batch axis is slower. Not if rows are split over devices:
+    the tokens of one device would no longer lie next to each other.
 
     The parts of a weight that 'embed' spreads over devices are gathered first, in the dtype of the product. Left to
     the partitioner, masters travel in float32, and a TPU's compiler splits the product into one for each device's part,
     of which each reads and writes all activations.
     """
     gathered = constrain(weight[...].astype(x.dtype), *(None if axis == 'embed' else axis for axis in weight.axes))
-    flat = x.reshape(-1, x.shape[-1]) @ gathered
+    flat = (x if axis_size('length') > 1 else x.reshape(-1, x.shape[-1])) @ gathered
     if lora is not None:
         flat = flat + product(lora.scale * product(x, lora.a), lora.b).reshape(flat.shape)
     if bias is not None:
         # In float32, in which its gradient, a sum over all tokens, is summed too.
-        flat = (flat.astype(jnp.float32) + bias[...].astype(jnp.float32)[None]).astype(x.dtype)
+        bias = bias[...].astype(jnp.float32)
+        flat = (flat.astype(jnp.float32) + jnp.expand_dims(bias, range(flat.ndim - 1))).astype(x.dtype)
     return flat.reshape(*x.shape[:-1], flat.shape[-1])
 
 
@@ -226,4 +228,4 @@ class Layer(nnx.Module):
             x = x + self.attention.merge_heads(mixed)
         with jax.named_scope('mlp'):
             x = x + self.mlp(self.mlp_norm(x))
-        return constrain(x, 'batch', 'length', None)
+        return x
