@@ -73,7 +73,7 @@ def prepare(devices: int) -> None:
     jax.config.update('jax_num_cpu_devices', devices)
     watched(troll_jax.collect, 'sample_responses', 'rollout')
     watched(Grader, '__call__', 'grading', lambda _, responses, __: len(responses))
-    watched(troll_jax.learn, 'place', 'update')
+    watched(troll_jax.learn, 'place_parts', 'update')
     watched(TrainingRun, 'record', 'learnt')
     watched(Checkpoints, 'save', 'saving')
     watched(experiments.plumbing.run, 'restore_or_init', 'restoring')
