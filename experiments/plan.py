@@ -6,7 +6,8 @@ Compiles the programs that `experiments.train` would run on the devices, ahead o
 device what the compiler says of memory, and what must at least be computed, moved and sent. The bound on time is that
 of a perfect overlap: a run takes longer. Three more columns say what a GPU loses between kernels: how many it launches,
 how often it makes the host wait (at every loop of unknown length and every branch), both per step for decoding and per
-call for all else, and how many instructions are computed again because the program did not fit otherwise.
+call for all else, and how many instructions are computed again because the program did not fit otherwise. A line for
+each topology says what the responses take in the memory of a host.
 
 Neither weights nor data are read; of `Experiment.model` only config.json, and folders of `configs/models` hold those of
 the paper's models. The compilers come with `pip install "jax[tpu,cuda13-local]"`, and neither needs its device;
@@ -52,6 +53,14 @@ def print_table(rows: list[dict]) -> None:
         )
 
 
+def print_hosts(rows: list[dict]) -> None:
+    for row in {row['topology']: row for row in rows}.values():
+        print(
+            f'{row["topology"]}: in the memory of its host each of {row["processes"]} processes needs '
+            f'{row["rollout_gb"]:.1f} GB for a rollout, and with minibatches {row["host_gb"]:.1f} GB'
+        )
+
+
 def main() -> None:
     parser = Parser(__doc__, (Experiment, Sampling, Method, Compute))
     parser.add_argument('config', help=CONFIG_HELP)
@@ -73,6 +82,7 @@ def main() -> None:
     for topology in ','.join([arguments.topology, *filter(is_topology, words)]).split(','):
         rows += plan(config, topology, programs)
     print_table(rows)
+    print_hosts(rows)
     if arguments.json:
         print(json.dumps(rows))
 

@@ -22,7 +22,10 @@ class Steps(NamedTuple):
 
 
 def empty_rollout(prompts: Prompts, samples: int, length: int, support_size: int, parts: SampleParts) -> Rollout:
-    """A rollout of G samples of each prompt before its first token, in numpy, with room for T tokens of each."""
+    """A rollout of G samples of each prompt before its first token, in numpy, with room for T tokens of each.
+
+    Of the distributions there is room for those of this process's parts.
+    """
     count = len(prompts.tokens) * samples
     floats = lambda: np.zeros((count, length), np.float32)
     kept = count // len(parts.here) * len(parts.held), length, support_size

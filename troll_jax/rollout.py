@@ -147,7 +147,7 @@ class Sampler:
         prompts_of_rows = [row[:size] for row, size in zip(*prompts, strict=True)]
         scheduler = Scheduler(prompts_of_rows, limits, sizes, self.decode_steps)
         parts = sample_parts(jax.sharding.get_mesh(), self.samples_per_prompt)
-        rollout = self.empty(prompts, parts)
+        rollout = self._empty(prompts, parts)
         blocks, prefills, listed, seconds, decoded = 0, 0, 0, [0.0, 0.0], None
         while scheduler.work_is_left:
             begin = time.perf_counter()
@@ -171,8 +171,7 @@ class Sampler:
         stats = RolloutStats(blocks * self.decode_steps, slots, prefills, scheduler.evictions, listed, *seconds)
         return rollout._replace(stats=stats)
 
-    def empty(self, prompts: Prompts, parts: SampleParts) -> Rollout:
-        """A rollout before its first token; of the distributions there is room for those of this process's parts."""
+    def _empty(self, prompts: Prompts, parts: SampleParts) -> Rollout:
         return empty_rollout(prompts, self.samples_per_prompt, self.max_response_length, self.support_size, parts)
 
     def shapes(self, params, prompts: Prompts, keys: jax.Array) -> Rollout:
@@ -181,7 +180,7 @@ class Sampler:
         for program, arguments in self.programs(params, self.sizes(*prompts.tokens.shape)).values():
             jax.eval_shape(program, *arguments)
         parts = sample_parts(one_device_mesh(), self.samples_per_prompt)
-        return jax.eval_shape(lambda: self.empty(Prompts(*(np.zeros(x.shape, np.int32) for x in prompts)), parts))
+        return jax.eval_shape(lambda: self._empty(Prompts(*(np.zeros(x.shape, np.int32) for x in prompts)), parts))
 
     def programs(self, params, sizes: Sizes, *, shape_of=jax.eval_shape) -> dict:
         """The programs 'prefill' and 'decode', each with arguments or their shapes.
