@@ -6,7 +6,8 @@ Compiles the programs that `experiments.train` would run on the devices, ahead o
 device what the compiler says of memory, and what must at least be computed, moved and sent. The bound on time is that
 of a perfect overlap: a run takes longer. Three more columns say what a GPU loses between kernels: how many it launches,
 how often it makes the host wait (at every loop of unknown length and every branch), both per step for decoding and per
-call for all else, and how many instructions are computed again because the program did not fit otherwise.
+call for all else, and how many instructions are computed again because the program did not fit otherwise. A line for
+each topology says what the responses take in the memory of a host.
 
 With --search it looks for the settings of memory and mesh itself: it tries a short list, prints for each topology the
 fastest that fit, and with --write FOLDER writes them as gin files, to be given last:
@@ -57,6 +58,14 @@ def print_table(rows: list[dict]) -> None:
         )
 
 
+def print_hosts(rows: list[dict]) -> None:
+    for row in {row['topology']: row for row in rows}.values():
+        print(
+            f'{row["topology"]}: in the memory of its host each of {row["processes"]} processes needs '
+            f'{row["rollout_gb"]:.1f} GB for a rollout, and with minibatches {row["host_gb"]:.1f} GB'
+        )
+
+
 def main() -> None:
     parser = Parser(__doc__, (Experiment, Sampling, Method, Compute))
     parser.add_argument('config', help=CONFIG_HELP)
@@ -91,6 +100,7 @@ def main() -> None:
     for topology in topologies:
         rows += plan(config, topology, programs)
     print_table(rows)
+    print_hosts(rows)
     if arguments.json:
         print(json.dumps(rows))
 

@@ -11,8 +11,10 @@ from troll_jax.packing import (
     first_fit,
     make_batch,
     make_layout,
+    make_packing,
     padding_share,
 )
+from troll_jax.sharding import SampleParts
 from troll_jax.types import Rollout, SparseLogProbs
 
 PROMPT, RESPONSE, KEPT = 5, 11, 3
@@ -93,6 +95,33 @@ def test_numbers_of_tokens_find_their_places_and_the_way_back():
     batch = make_batch(data, ones, ones, layout)
     np.testing.assert_array_equal(layout.scatter(data.log_probs), batch.old_log_probs)
     np.testing.assert_array_equal(layout.gather(batch.old_log_probs), np.where(inside, data.log_probs, 0))
+
+
+def test_the_parts_of_all_processes_are_the_whole_batch():
+    """Guards a process that packs another's responses, or its own records with another response's tokens: the second
+    minibatch of three, of groups of 6, by processes that hold parts 0 and 2, and 1, on interleaved shards."""
+    data, shape, responses = rollout(random_lengths(54)), BatchShape(5, 6, 16), slice(18, 36)
+    shards, weights = np.array([[0, 3], [1, 5], [2, 4]]), np.linspace(1, 2, 18, dtype=np.float32)
+    whole = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), abstract_batch(shape, KEPT))
+    for here in ([True, False, True], [False, True, False]):
+        parts = SampleParts(shards, np.array(here))
+        held = np.array(here)[np.arange(54) % 3]
+        kept = data._replace(support=jax.tree.map(lambda x, held=held: x[held], data.support))
+        packing = make_packing(kept, responses, shape, parts)
+        mine = packing.pack(kept, weights)
+        rows = shards[here].ravel()  # one of each shard in a micro-batch
+        for to, x in zip(jax.tree.leaves(whole), jax.tree.leaves(mine), strict=True):
+            to[:, rows] = x
+        np.testing.assert_array_equal(packing.scatter(data.log_probs[responses]), mine.old_log_probs)
+    inside = np.arange(RESPONSE) < data.response_lengths[:, None]
+    of_tokens = {'log_probs': whole.old_log_probs, 'tokens': whole.old.tokens[..., 1], 'weights': whole.loss_weights}
+    expected = {'log_probs': data.log_probs[responses], 'tokens': data.support.tokens[responses, :, 1]}
+    expected['weights'] = np.broadcast_to(weights[:, None], (18, RESPONSE))
+    for name, values in of_tokens.items():
+        np.testing.assert_array_equal(packing.gather(values), np.where(inside[responses], expected[name], 0), name)
+    tokens = (data.prompt_lengths + data.response_lengths)[responses].sum()
+    assert np.sum(whole.segment_ids > 0) == tokens
+    assert packing.padding_share(tokens) == pytest.approx(padding_share(whole))
 
 
 def test_a_weight_of_zero_is_not_learnt_from():

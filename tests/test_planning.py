@@ -1,5 +1,6 @@
 """The counts of the planner, against programs whose costs are known; and one real compilation for a TPU topology."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from tiny import CUDNN
 
 from experiments.plan import print_table
 from experiments.plumbing.gin_files import Config
-from experiments.studies.plan import examine, plan
+from experiments.studies.plan import examine, host_memory, plan
 from experiments.studies.program_cost import (
     CHIPS,
     Chip,
@@ -28,8 +29,9 @@ from experiments.studies.program_cost import (
     roofline,
 )
 from experiments.studies.search import search
+from troll_jax.experiment import Experiment
 from troll_jax.models.attention import cudnn_attention, splash_attention
-from troll_jax.settings import Compute
+from troll_jax.settings import Compute, Method, Sampling
 from troll_jax.sharding import make_mesh, named_sharding
 
 REPOSITORY = Path(__file__).parent.parent
@@ -179,10 +181,12 @@ def test_a_real_plan(tmp_path):
     for topology, (update, prefill, decode) in {'v5e:2x2': rows[:3], 'h100:4': rows[3:]}.items():
         for row in (update, prefill, decode):
             assert set(KEYS) < set(row) and row['topology'] == topology and row['remat'] == 0
+            assert row['processes'] == 1 and 0 < row['rollout_gb'] < row['host_gb'] < 0.01
             assert row['fits'] and 0 < row['argument_gb'] < row['needed_gb'] < 1 and row['tokens_per_second'] > 0
         # At least three products of every weight and token, on four devices.
         weights = 2 * (128 * 128 * (4 + 2 + 2 + 4) + 3 * 128 * 256)
         assert update['tflop'] > 6 * weights * 32 * 64 / 4 / 1e12
+        assert f'{topology}: in the memory of its host' in printed
         assert f'| {topology} | update |' in printed and update['sent_gb']
         # One prompt of each device at a time, one token of each of its 8 slots.
         assert prefill['tflop'] > 2 * weights * 32 / 1e12 and decode['tflop'] > 2 * weights * 8 / 1e12
@@ -236,6 +240,21 @@ def test_what_is_too_large_for_the_compiler_does_not_fit(capsys):
     assert not row['fits'] and row['needed_gb'] > row['memory_gb'] == 16
     print_table([{'topology': 'v5e:2x2'} | row])
     assert '| v5e:2x2 | large | | | over' in capsys.readouterr().out
+
+
+def test_memory_of_hosts():
+    """Guards rollouts that are whole in every process: 32,768 responses of 1,024 tokens on hosts with four chips each,
+    by 16 samples of each prompt. All but the distributions is whole: 16 bytes a token, beside their 8 · 64."""
+    bindings = ['Sampling.prompts_per_step = 2048', 'Sampling.samples_per_prompt = 16']
+    bindings += ['Experiment.max_prompt_length = 1024', 'Experiment.max_response_length = 1024']
+    config = Config([REPOSITORY / 'configs/qwen3_0_6b_gsm8k_troll.gin'], bindings)
+    compute, experiment, *others = (config.build(kind) for kind in (Compute, Experiment, Sampling, Method))
+    for topology, processes in [('v5e:2x2', 1), ('v5e:4x4', 4), ('v5e:8x8', 16)]:
+        on = dataclasses.replace(compute, devices=describe(topology)[1])
+        found = host_memory(experiment, *others, on)
+        expected = 32768 * 1024 * (512 / processes + 16) / 1e9
+        assert found['processes'] == processes and found['rollout_gb'] == pytest.approx(expected, 1e-3)
+        assert found['host_gb'] < 60 / processes + 2
 
 
 def test_a_task_without_a_method_is_an_error():

@@ -62,6 +62,13 @@ def test_each_process_grades_and_reads_its_share(result):
     assert all(held / 4 < read < 0.3 * held for read in result['read']), (held, result['read'])
 
 
+def test_each_process_holds_its_share_of_a_rollout(result):
+    """Guards hosts that hold all of it: bytes of the recorded distributions and of a minibatch, by one process and by
+    four, whose devices have two shards of the batch among them."""
+    whole, *of_each = result['held']
+    assert of_each == [[size / 2 for size in whole]] * 4
+
+
 def test_processes_that_cannot_meet_are_an_error(result):
     """Guards a command that goes on alone where several were meant."""
     assert result['lonely']['code'] and 'Give --coordinator' in result['lonely']['said']

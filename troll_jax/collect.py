@@ -44,7 +44,7 @@ class Experience(NamedTuple):
 class _Groups(NamedTuple):
     """Responses to some prompts, G to each."""
 
-    rollout: Rollout  # arrays [groups, G, …]
+    rollout: Rollout  # arrays [groups, G, …], and the support [groups, G', …] of the samples that this process holds
     rewards: np.ndarray  # [groups, G] float32
     compared: np.ndarray  # [groups, G] float32, of which a group without two values is a zero-variance group
     graded: np.ndarray  # [groups, G] bool
@@ -169,12 +169,11 @@ def make_collector(
         return partial(reward, rollout, indices, texts, answers, grade(grader, texts, answers, background), log)
 
     def reward(rollout, indices, texts, answers, grades_of, log) -> tuple[_Groups, dict[str, float]]:
-        start, samples = perf_counter(), len(texts) // len(indices)
-        grades = grades_of()
+        start, grades = perf_counter(), grades_of()
         tokens = response_tokens(rollout)
         responses = gather_responses(prompts, indices, texts, tokens, grades.rewards, max_response_length)
         total, terms = weigh(rewards, responses)
-        by_group = lambda x: x.reshape(len(indices), samples, *x.shape[1:])
+        by_group = lambda x: x.reshape(len(indices), -1, *x.shape[1:])
         compared = grades.rewards if by_task else total
         arrays = rollout._replace(stats=None), total, compared, grades.graded, terms, np.array(answers, object)
         groups = _Groups(*jax.tree.map(by_group, arrays))
@@ -279,7 +278,7 @@ def _describe(rollout: Rollout) -> dict[str, float]:
         'longest_response': lengths.max(),
         'truncated_share': 1 - rollout.stopped.mean(),
         'entropy': np.sum(rollout.entropy, where=mask),
-        'support_size': np.sum(np.sum(rollout.support.tokens >= 0, axis=2), where=mask),
+        'support_size': stats.listed,
         'decode_steps': stats.steps,
         'evictions': stats.evictions,
         'places': stats.steps * stats.slots,

@@ -21,10 +21,10 @@ from troll_jax.ops.advantages import whiten
 from troll_jax.ops.needs import give
 from troll_jax.ops.regularisers import regularised
 from troll_jax.ops.values import explained_variance
-from troll_jax.packing import Layout, abstract_batch, make_batch, make_layout, padding_share
+from troll_jax.packing import Packing, abstract_batch, make_packing
 from troll_jax.score import make_recompute, make_reference
 from troll_jax.settings import Compute, Method, Sampling, minibatch_shape, scoring
-from troll_jax.sharding import BATCH_AXES, fetch, named_sharding, place
+from troll_jax.sharding import BATCH_AXES, fetch, named_sharding, place_parts, sample_parts
 from troll_jax.types import START, Batch, Reference, Rollout, TrainState, join
 from troll_jax.update import UpdateLog, abstract_policy, make_update
 
@@ -35,8 +35,8 @@ class Minibatches(NamedTuple):
     """R responses in minibatches of packed rows, with the scores of all models before any of them changes."""
 
     rollout: Rollout
-    layouts: list[Layout]  # of each minibatch
-    batches: list[Batch]  # without advantages; on the devices once they are scored, else in numpy
+    packings: list[Packing]  # of each minibatch
+    batches: list[Batch]  # without advantages; on the devices once they are scored, else this process's rows in numpy
     metrics: dict[str, float]
     importance: list[jax.Array] | None = None  # [M, Z, S] of each minibatch, factors of the advantages
     penalties: np.ndarray | None = None  # [R, T] to be taken off the reward
@@ -45,7 +45,7 @@ class Minibatches(NamedTuple):
 
     def to_responses(self, arrays: Sequence[jax.Array]) -> np.ndarray:
         """Arrays [M, Z, S] of each minibatch, as [R, T] in numpy."""
-        return _to_responses(self.layouts, arrays)
+        return _to_responses(self.packings, arrays)
 
 
 class Updated(NamedTuple):
@@ -100,6 +100,7 @@ class Learner:
         self._max_response_length, self._support_size = max_response_length, sampling.support_size
         self._minibatch = method.minibatch_prompts * sampling.samples_per_prompt
         self._shape = minibatch_shape(sampling, method, compute, max_prompt_length + max_response_length)
+        self._parts = sample_parts(compute.mesh, sampling.samples_per_prompt)
         self._optimizer, policy = compute.place_optimizer(method.optimizer()), scoring(sampling, method, compute)
         self._update = make_update(config, self._optimizer, regularised(method.objective, method.regularisers), policy)
         self._recompute = make_recompute(config, policy, importance=method.importance)
@@ -158,23 +159,21 @@ class Learner:
         return state._replace(past=(*state.past[1:], self._copy(state.params))) if state.past else state
 
     def pack(self, rollout: Rollout, graded: np.ndarray | None = None) -> Minibatches:
-        """Cuts a rollout into minibatches, and packs each into rows; on the host, in numpy.
+        """Cuts a rollout into minibatches, and packs each into rows; on the host, in numpy, this process's rows.
 
         Responses that are not `graded` [B, G] have no loss weight; None: all are.
         """
         is_learnt = rollout.stopped | (not self.method.mask_truncated)
         if graded is not None:
             is_learnt = is_learnt & graded.reshape(-1)
-        slices, parts, layouts = self._cut(rollout)
-        batches = []
-        for part, layout, at in zip(parts, layouts, slices, strict=True):
-            learnt = is_learnt[at]
-            lengths = np.where(learnt, part.response_lengths, 0)
+        packings, batches, padding = self._cut(rollout), [], []
+        for packing in packings:
+            at = packing.responses
+            lengths = np.where(is_learnt[at], rollout.response_lengths[at], 0)
             weights = np.asarray(self.method.aggregation(lengths, self._max_response_length))
-            nothing = np.zeros(len(learnt), np.float32)
-            batches.append(make_batch(part, nothing, np.where(learnt, weights, 0), layout))
-        padding = np.mean([padding_share(batch) for batch in batches])
-        return Minibatches(rollout, layouts, batches, {'update/padding_share': padding}, learnt=is_learnt)
+            batches.append(packing.pack(rollout, np.where(is_learnt[at], weights, 0)))
+            padding.append(packing.padding_share(np.sum((rollout.prompt_lengths + rollout.response_lengths)[at])))
+        return Minibatches(rollout, packings, batches, {'update/padding_share': np.mean(padding)}, learnt=is_learnt)
 
     @_on_mesh
     def score(self, state: TrainState, minibatches: Minibatches) -> Minibatches:
@@ -182,7 +181,7 @@ class Learner:
         method, batches, metrics = self.method, minibatches.batches, dict(minibatches.metrics)
         importance = penalties = values = None
         if self._scores_first:
-            batches = [place(batch, self.mesh) for batch in batches]
+            batches = [place_parts(batch, self.mesh, self._parts) for batch in batches]
         if method.old_policy == 'recompute':
             batches, noise, importance = zip(*[self._recompute(state.policy, batch) for batch in batches], strict=True)
             metrics[first_kl(self.lag)] = np.mean(noise)
@@ -225,21 +224,24 @@ class Learner:
                     'critic/return': returns.mean(),
                 }
         batches = []
-        for i, at in enumerate(self._slices(len(lengths))):
-            known = {name: scored.layouts[i].scatter(array[at]) for name, array in added.items()}
+        for i, packing in enumerate(scored.packings):
+            known = {name: packing.scatter(array[packing.responses]) for name, array in added.items()}
             if self._scores_first:
-                known = place(known, self.mesh)
+                known = place_parts(known, self.mesh, self._parts)
             if scored.importance is not None:
                 known['advantages'] = known['advantages'] * scored.importance[i]
             batches.append(scored.batches[i]._replace(**known))
         return batches, metrics
 
+    def place(self, batch: Batch) -> Batch:
+        """A minibatch on the devices, where it is not yet if no model scored it: only one at a time is there."""
+        return batch if self._scores_first else place_parts(batch, self.mesh, self._parts)
+
     @_on_mesh
     def update(self, state: TrainState, batch: Batch, *, critic_only: bool = False) -> tuple[TrainState, Updated]:
         """One update of the policy, and one of the critic if there is one. The state that is passed in is consumed."""
         policy = critic = None
-        if not self._scores_first:  # still on the host: one minibatch at a time is on the devices
-            batch = place(batch, self.mesh)
+        batch = self.place(batch)
         if self.method.critic is not None:
             new, critic = self._update_critic(state.critic, batch)
             state = state._replace(critic=new)
@@ -250,7 +252,7 @@ class Learner:
 
     def to_responses(self, rollout: Rollout, arrays: Sequence[jax.Array]) -> np.ndarray:
         """Arrays [M, Z, S] of each minibatch of a rollout's step, as [R, T] in numpy. All processes call it."""
-        return _to_responses(self._cut(rollout)[2], arrays)
+        return _to_responses(self._cut(rollout), arrays)
 
     @_on_mesh
     def end_step(self, state: TrainState, draws: int) -> TrainState:
@@ -296,14 +298,11 @@ class Learner:
         for program, arguments in self.programs().values():
             jax.eval_shape(program, *arguments)
 
-    def _cut(self, rollout: Rollout) -> tuple[list[slice], list[Rollout], list[Layout]]:
+    def _cut(self, rollout: Rollout) -> list[Packing]:
         """The responses of each minibatch, and the places of their tokens in it."""
-        slices = self._slices(len(rollout.response_lengths))
-        parts = [jax.tree.map(lambda x, at=at: x[at], rollout) for at in slices]
-        return slices, parts, [make_layout(part, self._shape) for part in parts]
-
-    def _slices(self, responses: int) -> list[slice]:
-        return [slice(i, i + self._minibatch) for i in range(0, responses, self._minibatch)]
+        count = len(rollout.response_lengths)
+        slices = [slice(i, min(i + self._minibatch, count)) for i in range(0, count, self._minibatch)]
+        return [make_packing(rollout, at, self._shape, self._parts) for at in slices]
 
     def _advantages_of(self, rewards: np.ndarray, greedy: np.ndarray | None, graded: np.ndarray | None) -> np.ndarray:
         """Advantages [B, G] of groups; 0 of what was not graded, or is alone in a group and cannot be by itself."""
@@ -330,8 +329,8 @@ class Learner:
         return whiten(advantages, mask) if self.method.whiten_advantages else advantages, advantages + values
 
 
-def _to_responses(layouts: Sequence[Layout], arrays: Sequence[jax.Array]) -> np.ndarray:
-    return np.concatenate([layout.gather(x) for layout, x in zip(layouts, fetch(arrays), strict=True)])
+def _to_responses(packings: Sequence[Packing], arrays: Sequence[jax.Array]) -> np.ndarray:
+    return np.concatenate([packing.gather(fetch(x)) for packing, x in zip(packings, arrays, strict=True)])
 
 
 def abstract_state(

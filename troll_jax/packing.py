@@ -6,12 +6,14 @@ All batches of a run have one shape, that of a batch in which every sequence is 
 hold nothing come last, and an update does not compute them; the last one that does may be filled in part.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from troll_jax.sharding import SampleParts
 from troll_jax.types import Batch, Rollout, SparseLogProbs
 
 _MICRO_BATCH_TOKENS = 8192  # on each device: enough to keep it busy
@@ -182,6 +184,71 @@ def make_batch(rollout: Rollout, advantages: np.ndarray, weights: np.ndarray, la
     fill(batch.old.tokens, to, rollout.support.tokens[source, t])
     fill(batch.old.log_probs, to, rollout.support.log_probs[source, t])
     return batch
+
+
+class Packing(NamedTuple):
+    """The places of a minibatch's R responses. Those of each part share rows, which its processes pack."""
+
+    responses: slice  # of the rollout
+    layouts: list[Layout]  # of each part, in its share [M, Z / n, S] of the rows
+    parts: SampleParts
+
+    def pack(self, rollout: Rollout, weights: np.ndarray) -> Batch:
+        """A batch [M, Z', S] of the rows of this process's parts, without advantages.
+
+        Args:
+          rollout: of which the minibatch is a part.
+          weights: [R] loss weight of a response's tokens, see `make_batch`.
+        """
+
+        def batch(part: int) -> Batch:
+            mine = _responses_of(rollout, self.responses, part, len(self.layouts))
+            index = self.parts.index(np.arange(self.responses.start + part, self.responses.stop, len(self.layouts)))
+            at = slice(index[0], index[-1] + 1, len(self.parts.held))
+            mine = mine._replace(support=jax.tree.map(lambda x: x[at], rollout.support))
+            return make_batch(mine, np.zeros(len(index), np.float32), self._of(part, weights), self.layouts[part])
+
+        return self._join(batch)
+
+    def scatter(self, values: np.ndarray) -> np.ndarray:
+        """Values of responses' tokens [R, T] at their places in the batch [M, Z', S] of this process."""
+        return self._join(lambda part: self.layouts[part].scatter(self._of(part, values)))
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """The way back, from the whole batch [M, Z, S] to [R, T]; 0 behind the end of a response."""
+        by_shard = values.reshape(len(values), self.parts.shards.size, -1, values.shape[-1])
+        out = np.empty((self.responses.stop - self.responses.start, self.layouts[0].padded[1]), values.dtype)
+        for part, (layout, shards) in enumerate(zip(self.layouts, self.parts.shards, strict=True)):
+            self._of(part, out)[:] = layout.gather(by_shard[:, shards])
+        return out
+
+    def padding_share(self, tokens: int) -> float:
+        """The share of the positions that an update computes and that hold none of so many tokens."""
+        micro_batches = max(layout.rows.max() // layout.shape.rows + 1 for layout in self.layouts)
+        _, rows, row_tokens = self.layouts[0].shape
+        return 1 - tokens / (micro_batches * rows * len(self.layouts) * row_tokens)
+
+    def _of(self, part: int, values: np.ndarray) -> np.ndarray:
+        return values[part :: len(self.layouts)]
+
+    def _join(self, one: Callable[[int], Any]) -> Any:
+        """The rows of all parts that this process holds, next to each other."""
+        first, *others = map(one, self.parts.held)
+        return jax.tree.map(lambda *x: np.concatenate(x, axis=1), first, *others) if others else first
+
+
+def make_packing(rollout: Rollout, responses: slice, shape: BatchShape, parts: SampleParts) -> Packing:
+    """Packs some responses of a rollout, the same on every process; `shape` is what `batch_shape` gives for as many."""
+    count = len(parts.here)
+    shape = shape._replace(rows=shape.rows // count)
+    layouts = [make_layout(_responses_of(rollout, responses, part, count), shape) for part in range(count)]
+    return Packing(responses, layouts, parts)
+
+
+def _responses_of(rollout: Rollout, responses: slice, part: int, count: int) -> Rollout:
+    """Those of a part, without their support."""
+    at = slice(responses.start + part, responses.stop, count)
+    return jax.tree.map(lambda x: x[at], rollout._replace(support=None, stats=None))
 
 
 def padding_share(batch: Batch) -> float:

@@ -26,7 +26,18 @@ from troll_jax.ops.ranges import check_range
 from troll_jax.ops.support import select
 from troll_jax.record import Steps, add, empty_rollout
 from troll_jax.scheduler import Block, Prefill, Scheduler, Sizes
-from troll_jax.sharding import RULES, axis_size, constrain, current_mesh, fetch, one_device_mesh, platform, shard_map
+from troll_jax.sharding import (
+    RULES,
+    SampleParts,
+    axis_size,
+    constrain,
+    current_mesh,
+    fetch,
+    one_device_mesh,
+    platform,
+    sample_parts,
+    shard_map,
+)
 from troll_jax.types import Prompts, Rollout, RolloutStats
 
 MOST_SLOTS = 512
@@ -116,7 +127,7 @@ class Sampler:
           limits: [R] int32, between 1 and T: lengths at which single responses are cut.
 
         Returns:
-          Rollout in numpy, whole on every process.
+          Rollout in numpy; on every process all but the distributions, of which each has those of its parts.
 
         Raises:
           ValueError: prompts that are empty or longer than their array, limits out of range, slots that the devices do
@@ -135,8 +146,9 @@ class Sampler:
         keys = fetch(jax.random.key_data(keys))
         prompts_of_rows = [row[:size] for row, size in zip(*prompts, strict=True)]
         scheduler = Scheduler(prompts_of_rows, limits, sizes, self.decode_steps)
-        rollout = self._empty(prompts)
-        blocks, prefills, seconds, decoded = 0, 0, [0.0, 0.0], None
+        parts = sample_parts(jax.sharding.get_mesh(), self.samples_per_prompt)
+        rollout = self._empty(prompts, parts)
+        blocks, prefills, listed, seconds, decoded = 0, 0, 0, [0.0, 0.0], None
         while scheduler.work_is_left:
             begin = time.perf_counter()
             for jobs in scheduler.schedule():
@@ -147,27 +159,28 @@ class Sampler:
             block = scheduler.block()
             cache, steps = self.decode(weights, cache, block, keys[block.rows // self.samples_per_prompt])
             if decoded is not None:
-                add(rollout, *decoded)  # while the devices decode
+                listed += add(rollout, *decoded, parts)  # while the devices decode
             decoded = block, steps
             tokens, counts, stop_token = (np.asarray(x) for x in steps[:3])  # waits; the same on every process
             scheduler.record(tokens, counts, stop_token >= 0)
             blocks += 1
             seconds[0] += between - begin
             seconds[1] += time.perf_counter() - between
-        add(rollout, *decoded)
+        listed += add(rollout, *decoded, parts)
         slots = sizes.shards * sizes.slots
-        stats = RolloutStats(blocks * self.decode_steps, slots, prefills, scheduler.evictions, *seconds)
+        stats = RolloutStats(blocks * self.decode_steps, slots, prefills, scheduler.evictions, listed, *seconds)
         return rollout._replace(stats=stats)
 
-    def _empty(self, prompts: Prompts) -> Rollout:
-        return empty_rollout(prompts, self.samples_per_prompt, self.max_response_length, self.support_size)
+    def _empty(self, prompts: Prompts, parts: SampleParts) -> Rollout:
+        return empty_rollout(prompts, self.samples_per_prompt, self.max_response_length, self.support_size, parts)
 
     def shapes(self, params, prompts: Prompts, keys: jax.Array) -> Rollout:
         """Traces all programs on shapes; nothing is compiled. Returns those of a rollout, without its `stats`."""
         self.check(prompts, keys)
         for program, arguments in self.programs(params, self.sizes(*prompts.tokens.shape)).values():
             jax.eval_shape(program, *arguments)
-        return jax.eval_shape(lambda: self._empty(Prompts(*(np.zeros(x.shape, np.int32) for x in prompts))))
+        parts = sample_parts(one_device_mesh(), self.samples_per_prompt)
+        return jax.eval_shape(lambda: self._empty(Prompts(*(np.zeros(x.shape, np.int32) for x in prompts)), parts))
 
     def programs(self, params, sizes: Sizes, *, shape_of=jax.eval_shape) -> dict:
         """The programs 'prefill' and 'decode', each with arguments or their shapes.

@@ -2,7 +2,7 @@
 
 import os
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ class SavedBatches(NamedTuple):
     batches: list[Batch]  # in numpy, in the order in which they were learnt from
 
 
-def save_batches(path: str | os.PathLike, batches: Sequence[Batch], *, step: int) -> None:
+def save_batches(path: str | os.PathLike, batches: Iterable[Batch], *, step: int) -> None:
     """Writes minibatches of one rollout as compressed .npz: all of them or, on any failure, nothing.
 
     Of several processes all call it, and the first one writes.
@@ -32,12 +32,16 @@ def save_batches(path: str | os.PathLike, batches: Sequence[Batch], *, step: int
       batches: as they are learnt from, in numpy or on devices.
       step: step of the checkpoint whose parameters sampled them.
     """
-    entries = {'step': np.int64(step), 'count': np.int64(len(batches))}
-    for i, batch in enumerate(fetch(list(batches))):
+    entries, count, first = {'step': np.int64(step)}, 0, jax.process_index() == 0
+    for batch in batches:
         for where, leaf in jax.tree.leaves_with_path(batch):
-            entries[f'{i}/{jax.tree_util.keystr(where, simple=True, separator="/")}'] = leaf
-    if jax.process_index() > 0:
+            whole = fetch(leaf)
+            if first:
+                entries[f'{count}/{jax.tree_util.keystr(where, simple=True, separator="/")}'] = whole
+        count += 1
+    if not first:
         return
+    entries['count'] = np.int64(count)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')

@@ -5,7 +5,7 @@ Parameters and activations name their axes by meaning ('embed', 'mlp', 'batch');
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -143,6 +143,65 @@ def fetch(tree: Any) -> Any:
         return np.asarray(x) if here else multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(whole, tree)
+
+
+class SampleParts(NamedTuple):
+    """How the processes of a mesh share the samples of each prompt: of n parts, sample g belongs to part g % n."""
+
+    shards: np.ndarray  # [n, E / n] int, the shards of the batch in whose rows a part is
+    here: np.ndarray  # [n] bool, whether a device of this process has one of them
+
+    @property
+    def held(self) -> list[int]:
+        """The parts that this process holds."""
+        return np.flatnonzero(self.here).tolist()
+
+    def index(self, rows: np.ndarray) -> np.ndarray:
+        """The places of responses [R] among those that this process holds; −1: it does not."""
+        group, part = np.divmod(rows, len(self.here))
+        return np.where(self.here[part], group * len(self.held) + np.cumsum(self.here)[part] - 1, -1)
+
+
+def sample_parts(mesh: Mesh, samples: int, process: int | None = None) -> SampleParts:
+    """The parts of G samples of a prompt: as many as divide samples, processes and shards of the batch.
+
+    Args:
+      mesh: the devices.
+      samples: G. As every part has as many of each prompt, parts are equal whichever prompts are in a minibatch.
+      process: whose parts are `here`; None: this one.
+    """
+    process = jax.process_index() if process is None else process
+    count = axis_size('rows', mesh)
+    owners = [sorted({device.process_index for device in of}) for of in mesh.devices.reshape(count, -1)]
+    parts = math.gcd(samples, count, len({device.process_index for device in mesh.devices.flat}))
+    shards = np.array(sorted(range(count), key=owners.__getitem__)).reshape(parts, -1)
+    return SampleParts(shards, np.array([any(process in owners[e] for e in part) for part in shards]))
+
+
+def place_parts(tree: Any, mesh: Mesh, parts: SampleParts) -> Any:
+    """Puts the rows of a batch onto the mesh.
+
+    Args:
+      tree: numpy arrays [M, Z', …], on each process the rows of its parts.
+      mesh: the devices.
+      parts: whose rows lie where.
+
+    Returns:
+      Arrays [M, Z, …].
+    """
+    held = parts.shards[parts.here].ravel().tolist()
+
+    def put(x: np.ndarray) -> jax.Array:
+        rows = x.shape[1] // len(held)  # of a shard
+        shape = x.shape[0], parts.shards.size * rows, *x.shape[2:]
+
+        def rows_of(index: tuple[slice, ...]) -> np.ndarray:
+            begin = held.index((index[1].start or 0) // rows) * rows
+            return x[:, begin : begin + rows, *index[2:]]
+
+        return jax.make_array_from_callback(shape, named_sharding(mesh, BATCH_AXES), rows_of)
+
+    return jax.tree.map(put, tree)
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -54,6 +54,7 @@ class RolloutStats(NamedTuple):
     slots: int  # decode slots, responses that are decoded at a time
     prefills: int  # batches of prompts that were prefilled
     evictions: int  # responses that lost their slot for want of memory, and went on later
+    listed: int  # tokens that all recorded distributions list
     prefill_seconds: float  # on this host's clock, with the time that the host takes to start them
     decode_seconds: float  # the same of the decode steps
 
@@ -63,6 +64,7 @@ class Rollout(NamedTuple):
 
     A row of `tokens` is prompt, response, padding, without a gap. The other arrays start at the response's first
     token; entries past `response_lengths` are meaningless. An end-of-sequence token belongs to its response.
+    Each process has the `support` of R' of them, see `troll_jax.sharding.SampleParts`, and all of the others.
     """
 
     tokens: jax.Array  # [R, S] int32
@@ -71,7 +73,7 @@ class Rollout(NamedTuple):
     stop_token: jax.Array  # [R] int32, the end-of-sequence token that it ended with; −1: the length limit cut it
     log_probs: jax.Array  # [R, T] float32, of the sampled tokens, at the sampling temperature
     entropy: jax.Array  # [R, T] float32, nats
-    support: SparseLogProbs  # [R, T, K] the distributions that were sampled from
+    support: SparseLogProbs  # [R', T, K] the distributions that were sampled from
     stats: RolloutStats | None = None
 
     @property

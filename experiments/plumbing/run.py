@@ -145,7 +145,7 @@ class TrainingRun:
         """Saves the minibatches of a step for `experiments.replay`, if it is due or may be the last before an error."""
         every = self.run.save_rollout_every
         if self._is_last_chance() or (every and (step - 1) % every == 0):
-            save_batches(self._rollout_file(step), batches, step=step - 1)
+            save_batches(self._rollout_file(step), map(self._learner.place, batches), step=step - 1)
 
     def record(
         self,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import jax
+import numpy as np
 
 from experiments.plumbing.gin_files import Config
 from experiments.studies.program_cost import (
@@ -25,8 +26,12 @@ from experiments.studies.program_cost import (
 from troll_jax.experiment import Experiment
 from troll_jax.learn import Learner
 from troll_jax.models.paged_attention import PAGE_SIZE
+from troll_jax.packing import abstract_batch
+from troll_jax.record import empty_rollout
 from troll_jax.rollout import MEMORY_SHARE, Sampler
 from troll_jax.settings import Compute, Method, Sampling, check_together, minibatch_shape
+from troll_jax.sharding import sample_parts
+from troll_jax.types import Prompts
 
 PROGRAMS = ('recompute', 'reference', 'values', 'critic', 'update', 'prefill', 'decode')
 
@@ -66,10 +71,10 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
         max_response_length=experiment.max_response_length,
     )
 
-    state = learner.shapes
+    state, host = learner.shapes, host_memory(experiment, sampling, method, compute)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         on_chips = partial(examine, chip=chip, devices=len(devices))
-        label = lambda rows: [{'topology': topology, 'model': experiment.model} | row for row in rows]
+        label = lambda rows: [{'topology': topology, 'model': experiment.model} | host | row for row in rows]
         results = []
         of_learner = learner.programs()
         for program, arguments in of_learner.values():
@@ -173,6 +178,26 @@ def examine(
         'tokens_per_second': tokens / bound.seconds,
         'compile_seconds': seconds,
     }
+
+
+def host_memory(experiment: Experiment, sampling: Sampling, method: Method, compute: Compute) -> dict:
+    """What a process holds of a rollout batch at most, in the memory of its host, and how many processes there are.
+
+    These are rollouts (dynamic sampling has those that it keeps, those of a further draw, and what it puts together;
+    `Compute.overlap` the next one besides) and all minibatches, before they go to the devices.
+    """
+    count, samples, kept = sampling.prompts_per_step, sampling.samples_per_prompt, sampling.support_size
+    processes = {device.process_index for device in compute.mesh.devices.flat}
+    of = lambda process: sample_parts(compute.mesh, samples, process)
+    parts = max(map(of, processes), key=lambda parts: len(parts.held))
+    batch = abstract_batch(minibatch_shape(sampling, method, compute, experiment.max_length), kept)
+    prompts = Prompts(np.zeros((count, experiment.max_prompt_length), np.int32), np.zeros(count, np.int32))
+    rollout = jax.eval_shape(lambda: empty_rollout(prompts, samples, experiment.max_response_length, kept, parts))
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 1e9
+    minibatches = -(-count // method.minibatch_prompts)
+    rollouts = (1 if sampling.max_draws == 1 else 3) + compute.overlap
+    needed = rollouts * size(rollout) + minibatches * size(batch) * len(parts.held) / len(parts.here)
+    return {'processes': len(processes), 'rollout_gb': size(rollout), 'host_gb': needed}
 
 
 def does_not_fit(name: str, chip: Chip, gb: float) -> dict:

@@ -73,7 +73,9 @@ def prepare(devices: int) -> None:
     jax.config.update('jax_num_cpu_devices', devices)
     watched(troll_jax.collect, 'sample_responses', 'rollout')
     watched(Grader, '__call__', 'grading', lambda _, responses, __: len(responses))
-    watched(troll_jax.learn, 'place', 'update')
+    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
+    watched(troll_jax.learn, 'place_parts', 'update', lambda rows, *_: size(rows))
+    watched(troll_jax.learn.Learner, 'pack', 'packing', lambda _, rollout, *__: size(rollout.support))
     watched(TrainingRun, 'record', 'learnt')
     watched(Checkpoints, 'save', 'saving')
     watched(experiments.plumbing.run, 'restore_or_init', 'restoring')
@@ -245,6 +247,9 @@ def short(folder: Path) -> dict:
         'parameters': sum(one.marks(0, 'read')),
         'read': [sum(four.marks(i, 'read')) for i in range(4)],
         'graded': [four.marks(i, 'grading') for i in range(4)],
+        'held': [
+            [of.marks(i, name)[0] for name in ('packing', 'update')] for of in (one, four) for i in range(len(of.all))
+        ],
         'steps': [started_at(run_dir)],
     }
     two = Together(run_dir, 2, *settings)
