@@ -57,7 +57,7 @@ def starts_low_or_place(responses) -> np.ndarray:
     return np.arange(B) if len(responses.texts) == B else starts_low(responses)
 
 
-def collector_of(rewards, grader, *, greedy=False, max_draws=1):
+def collector_of(rewards, grader, *, greedy=False, max_draws=1, **options):
     return make_collector(
         sampler(G, 1.0),
         prompts(),
@@ -68,12 +68,13 @@ def collector_of(rewards, grader, *, greedy=False, max_draws=1):
         rewards=rewards,
         mesh=make_mesh(1, 1, 1, jax.devices()[:1]),
         greedy_sampler=sampler(1, 0.0) if greedy else None,
+        **options,
     )
 
 
 def collect(draws=0, *, rewards=(('low', 1.0, starts_low),), grader=None, **settings):
     with grader or Grader(TASK.grade, deadline=None) as grader:
-        return collector_of(rewards, grader, **settings)(params(), draws)()
+        return collector_of(rewards, grader, **settings)(params(), None, draws)()
 
 
 def groups_of(experience) -> list[tuple]:
@@ -160,7 +161,7 @@ def test_a_run_that_learns_nothing_says_so(caplog):
     with grades_by(lambda response: 0.0) as grader:
         collector = collector_of([('task', 1.0, task_reward)], grader)
         for draws in range(7):
-            collector(params(), draws)()
+            collector(params(), None, draws)()
             said = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
             assert len(said) == (draws >= 4)
     assert 'for 5 steps the responses to each prompt had equal rewards' in said[0] and "0 '" in said[0]

@@ -22,7 +22,7 @@ from troll_jax.optimizer import Optimizer, apply_gradients
 from troll_jax.packing import abstract_batch, batch_shape, first_fit, padding_share
 from troll_jax.score import Scoring, for_each_micro_batch, run_head
 from troll_jax.settings import Compute
-from troll_jax.sharding import constrain_like, fetch, place
+from troll_jax.sharding import axis_size, constrain_like, fetch, place
 from troll_jax.typechecks import check_fields
 from troll_jax.types import Batch, TrainState, join
 from troll_jax.update import abstract_policy, gradients_of
@@ -95,7 +95,7 @@ class SupervisedLearner:
             finetuning.max_length,
             row_tokens=compute.row_tokens,
             micro_batch_tokens=compute.micro_batch_tokens,
-            devices=compute.batch_devices,
+            devices=axis_size('batch', compute.mesh),
         )
         self._optimizer = compute.place_optimizer(finetuning.optimizer())
         self.shapes = abstract_state(config, self._optimizer, self.mesh)

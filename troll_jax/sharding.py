@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -67,9 +68,9 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
     return None if mesh.empty else mesh
 
 
-def axis_size(axis: str) -> int:
-    """The number of devices over which the mesh in context spreads a logical axis; 1 without a mesh."""
-    mesh, names = current_mesh(), RULES[axis]
+def axis_size(axis: str, mesh: Mesh | None = None) -> int:
+    """The number of devices over which a mesh, by default that in context, spreads a logical axis; 1 without one."""
+    mesh, names = mesh or current_mesh(), RULES[axis]
     names = (names,) if isinstance(names, str) else names
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in names)
 
@@ -132,6 +133,26 @@ def fetch(tree: Any) -> Any:
         return np.asarray(x) if here else multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(whole, tree)
+
+
+@jax.jit
+def checksum(tree: Any) -> jax.Array:
+    """[] uint32: a hash of the bits of all numbers and of their places. The same on any mesh.
+
+    The sum, modulo 2³², of the finaliser of MurmurHash3 of each: a sum of the bits alone would not tell two numbers
+    that change places, nor two equal changes that cancel each other.
+    """
+
+    def of_array(i: int, x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}').astype(jnp.uint32)
+        steps = [math.prod(x.shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)]
+        place = sum(jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(n) for axis, n in enumerate(steps))
+        mixed = bits + (place + np.uint32(i)) * np.uint32(0x9E3779B9)  # 2³² over the golden ratio: places lie far apart
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
+        return jnp.sum(mixed, dtype=jnp.uint32)
+
+    return sum(of_array(i, x) for i, x in enumerate(jax.tree.leaves(tree)))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -1,5 +1,6 @@
 """Compares objectives on one saved rollout: gradients, constrained tokens, and the KL after one step."""
 
+import dataclasses
 import difflib
 import json
 from collections.abc import Callable, Sequence
@@ -102,6 +103,7 @@ def replay(
             'compare; choose another with --updates'
         )
     start, sampling, method, compute = (config.build(kind) for kind in (Experiment, Sampling, Method, Compute))
+    compute = dataclasses.replace(compute, rollout_devices=None)  # nothing is sampled
     model, mesh = start.of_run(run_dir / 'model').load_model(compute, method.lora), compute.mesh
     policy, optimizer = scoring(sampling, method, compute), compute.place_optimizer(method.optimizer())
     candidates = find_methods(method, objectives, bindings, has_reference=saved.batches[0].reference is not None)
