@@ -4,7 +4,7 @@
 
 From the second step on a rollout or its grades take half a minute; nothing waits for their end. The last line is JSON:
 of each case after how many seconds the run had ended, and at which step. Every run then goes on, and ends as one that
-was left alone, to the bit.
+was left alone, to the bit; that of two processes with overlap ends as one process does.
 """
 
 import argparse
@@ -21,7 +21,7 @@ import jax
 import troll_jax.collect
 import troll_jax.rewards.pool
 
-from .processes import SIMPLE, Together, started_at
+from .processes import SIMPLE, Together, differences, started_at
 from .runs import assert_same_run, rows
 from .soak import write_model
 
@@ -58,17 +58,19 @@ def slow_down(run_dir: Path, what: str, devices: int) -> None:
     setattr(owner, name, call)
 
 
+def start(run_dir: Path, what: str, processes: int, devices: int, settings: tuple[str, ...]) -> Together:
+    before = partial(slow_down, run_dir, what)
+    return Together(run_dir, processes, *SIMPLE, *LAG, *settings, before=before, devices=devices)
+
+
 def interrupt(folder: Path, case: str) -> tuple[dict, Path, Path]:
     """Interrupts a run and has it go on. Returns what was seen, and the folders of one left alone and of this one."""
     what, number, processes, devices, settings = CASES[case]
-    run_dir, settings = folder / case.replace(', ', '_').replace(' ', '_'), (*SIMPLE, *LAG, *settings)
-    start = lambda run_dir, what: Together(
-        run_dir, processes, *settings, before=partial(slow_down, run_dir, what), devices=devices
-    )
+    run_dir, sizes = folder / case.replace(', ', '_').replace(' ', '_'), (processes, devices, settings)
     alone = folder / f'alone_{processes}_{devices}_{SPLIT[1] in settings}'
     if not alone.exists():
-        start(alone, 'nothing').finish()
-    together = start(run_dir, what)
+        start(alone, 'nothing', *sizes).finish()
+    together = start(run_dir, what, *sizes)
     together.wait_for(0, 'slow', 2)
     together.signal(processes - 1, number)
     ended = together.end(300)
@@ -76,7 +78,7 @@ def interrupt(folder: Path, case: str) -> tuple[dict, Path, Path]:
     assert all(code == expected for code, _ in ended), together.said(0)[-3000:]
     step, logged = started_at(run_dir), rows(run_dir)[-1]['step']
     assert 1 <= step == logged < 4, (step, logged)
-    start(run_dir, 'nothing').finish()
+    start(run_dir, 'nothing', *sizes).finish()
     return {'seconds': round(max(seconds for _, seconds in ended), 1), 'step': step}, alone, run_dir
 
 
@@ -93,8 +95,12 @@ def main() -> None:
         for case in arguments.cases:
             found[case] = interrupt(folder, case)
             print(case, found[case], flush=True)
+        start(folder / 'one_process', 'nothing', 1, 2, SPLIT[:1]).finish()
         for _, alone, run_dir in found.values():  # which touches devices: no forks any more
             assert_same_run(alone, run_dir, 4)
+        if (several := folder / 'alone_2_2_False').exists():
+            apart = differences(folder / 'one_process', several)
+            assert max(apart['numbers'], apart['arrays'])[0] < 1e-5, apart
         print(json.dumps({case: seen for case, (seen, *_) in found.items()}))
 
 
