@@ -81,8 +81,8 @@ class Grader:
     Args:
         grade: `(response, answer) -> reward`, a finite number. With a deadline it is pickled, so it must be importable
             by name: a function of a module, or a method of a picklable object.
-        deadline: time limit of one grading, in seconds of wall clock. None grades in the calling process, for
-            plain string work that cannot hang.
+        deadline: time limit of one grading, in seconds of wall clock. None grades in the calling process, in any
+            of its threads, for plain string work that cannot hang.
         workers: number of processes; by default one per CPU that this process may use.
         memory_limit_gb: address space of a worker, in GB, where the platform can limit it (not on macOS).
 
