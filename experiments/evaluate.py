@@ -14,6 +14,7 @@ for every set, `evaluation_<step>_<set>_<samples>.json` and `responses_….jsonl
 sets as `evaluation_<step>_mean.json`, into the run's folder or `evaluation.folder`.
 """
 
+import dataclasses
 import json
 import logging
 import re
@@ -125,7 +126,8 @@ def evaluation(
     """
     found = find_source(source)
     step = found.step if step is None else step
-    start, compute, lora = config.build(Experiment), config.build(Compute), config.get('Method.lora')
+    start, lora = config.build(Experiment), config.get('Method.lora')
+    compute = dataclasses.replace(config.build(Compute), rollout_devices=None)  # all devices sample
     checkpoints_in = found.checkpoints
     if found.run_dir is not None:
         checkpoints_in = config.get('Run.checkpoint_folder') or found.run_dir

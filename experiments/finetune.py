@@ -49,6 +49,10 @@ def finetune(finetuning: Finetuning, compute: Compute, run: Run, rows: Dataset |
     source, goal = finetuning.source, finetuning.stop_at_accuracy
     if run.keep_best or run.save_rollout_every:
         raise ValueError('Run.keep_best and Run.save_rollout_every need rollouts, and fine-tuning has none; unset them')
+    if compute.rollout_devices is not None:
+        raise ValueError(
+            f'got Compute.rollout_devices = {compute.rollout_devices}, but nothing is sampled; leave it out'
+        )
     if (rows is None) is (source is None):
         raise ValueError(f'got the source {source!r}, and rows: {rows is not None}; expected one of the two')
     run = run if finetuning.held_out else dataclasses.replace(run, evaluate_every=0)

@@ -6,8 +6,9 @@ Compiles the programs that `experiments.train` would run on the devices, ahead o
 device what the compiler says of memory, and what must at least be computed, moved and sent. The bound on time is that
 of a perfect overlap: a run takes longer. Three more columns say what a GPU loses between kernels: how many it launches,
 how often it makes the host wait (at every loop of unknown length and every branch), both per step for decoding and per
-call for all else, and how many instructions are computed again because the program did not fit otherwise. A line for
-each topology says what the responses take in the memory of a host.
+call for all else, and how many instructions are computed again because the program did not fit otherwise. Lines below
+the table say what the responses take in the memory of a host, and which share of the devices should sample if others
+train (`Compute.rollout_devices`).
 
 With --search it looks for the settings of memory and mesh itself: it tries a short list, prints for each topology the
 fastest that fit, and with --write FOLDER writes them as gin files, to be given last:
@@ -27,7 +28,7 @@ os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 
 from experiments.plumbing.command import CONFIG_HELP, Parser, files_and_bindings, run_command  # noqa: E402
 from experiments.plumbing.gin_files import ROOT, Config  # noqa: E402
-from experiments.studies.plan import PROGRAMS, plan  # noqa: E402
+from experiments.studies.plan import PROGRAMS, balance, plan  # noqa: E402
 from experiments.studies.search import print_recipes, search, write_gin  # noqa: E402
 from troll_jax.experiment import Experiment  # noqa: E402
 from troll_jax.settings import Compute, Method, Sampling  # noqa: E402
@@ -84,7 +85,7 @@ def main() -> None:
     # To argparse, all topologies but the first are words like files and bindings.
     words = [arguments.config, *arguments.bindings]
     is_topology = lambda word: ':' in word and '=' not in word
-    rows, config = [], Config(*files_and_bindings([word for word in words if not is_topology(word)]))
+    rows, advice, config = [], [], Config(*files_and_bindings([word for word in words if not is_topology(word)]))
     model = config.get('Experiment.model') or ''
     if not Path(model).exists() and (ROOT / model).exists():  # such as configs/models/qwen3-0.6b, from any folder
         config.bindings['Experiment']['model'] = str(ROOT / model)
@@ -98,9 +99,11 @@ def main() -> None:
                 print('wrote', write_gin(arguments.write, experiment, settings))
         return
     for topology in topologies:
-        rows += plan(config, topology, programs)
+        found = plan(config, topology, programs)
+        rows, advice = rows + found, [*advice, balance(found)]
     print_table(rows)
     print_hosts(rows)
+    print(*filter(None, advice), sep='\n')
     if arguments.json:
         print(json.dumps(rows))
 

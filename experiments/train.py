@@ -71,7 +71,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
     evaluate = None
     if run.evaluate_every:
         evaluate = make_validation(experiment, model.tokenizer, sampler_of, compute=compute, trained_on=prompts)
-    with training, ThreadPoolExecutor(1) as background, compute.grader(experiment.task) as grader:
+    with training, ThreadPoolExecutor(1) as sampling_thread, compute.grader(experiment.task) as grader:
         grader.start()
         trace_programs(sampler, learner, sampling, method, prompts)
         validate = lambda params: metrics_of(evaluate(params, jax.random.key(sampling.seed), grader))
@@ -84,18 +84,19 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
             sampling,
             max_response_length=experiment.max_response_length,
             rewards=method.rewards,
-            mesh=compute.mesh,
+            mesh=compute.rollout_mesh,
             greedy_sampler=greedy_sampler if method.needs_greedy_reward else None,
-            background=background if compute.overlap else None,
+            sampling_thread=sampling_thread if compute.overlap and compute.rollout_devices else None,
+            check=training.check_signals,
         )
         ahead = None
         for step in training.steps():
             # B groups of G graded responses by the current policy, or an earlier one. Dynamic sampling happens here.
-            experience = (ahead or collect(learner.sampling_params(state), int(state.progress.draws)))()
+            draws = int(state.progress.draws)
+            experience = (ahead or collect(*learner.hand_over(state), draws))()
             ahead = None
-            if compute.overlap and step < run.steps:  # graded while the update runs
-                draws = int(state.progress.draws) + experience.draws
-                ahead = collect(learner.sampling_params(state, ahead=True), draws)
+            if compute.overlap and step < run.steps:  # graded while the update runs; on devices of its own sampled too
+                ahead = collect(*learner.hand_over(state, ahead=True), draws + experience.draws)
             state, row, updates = training_step(learner, state, experience, partial(training.save_rollout, step))
             if method.old_policy == 'rollout':
                 warn_of_noise(row)

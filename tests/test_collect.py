@@ -1,6 +1,8 @@
 """From prompts to graded responses, by a real sampler and a policy without any knowledge."""
 
+import dataclasses
 import functools
+import threading
 
 import jax
 import numpy as np
@@ -57,9 +59,9 @@ def starts_low_or_place(responses) -> np.ndarray:
     return np.arange(B) if len(responses.texts) == B else starts_low(responses)
 
 
-def collector_of(rewards, grader, *, greedy=False, max_draws=1):
+def collector_of(rewards, grader, *, greedy=False, max_draws=1, slots=None, **options):
     return make_collector(
-        sampler(G, 1.0),
+        dataclasses.replace(sampler(G, 1.0), slots=slots) if slots else sampler(G, 1.0),
         prompts(),
         grader,
         TOKENIZER,
@@ -68,12 +70,13 @@ def collector_of(rewards, grader, *, greedy=False, max_draws=1):
         rewards=rewards,
         mesh=make_mesh(1, 1, 1, jax.devices()[:1]),
         greedy_sampler=sampler(1, 0.0) if greedy else None,
+        **options,
     )
 
 
 def collect(draws=0, *, rewards=(('low', 1.0, starts_low),), grader=None, **settings):
     with grader or Grader(TASK.grade, deadline=None) as grader:
-        return collector_of(rewards, grader, **settings)(params(), draws)()
+        return collector_of(rewards, grader, **settings)(params(), None, draws)()
 
 
 def groups_of(experience) -> list[tuple]:
@@ -114,6 +117,30 @@ def test_dynamic_sampling_has_a_limit():
     one = collect(max_draws=collect(max_draws=10).draws - 1)
     kept = np.ptp(one.rewards, axis=1) > 0
     assert 0 < kept.sum() < B
+
+
+def test_responses_are_graded_while_others_decode():
+    """Guards grades that are asked for once all has been sampled, and a rollout left early whose grading goes on."""
+    graded, blocks = threading.Event(), []
+
+    def grade(response: str, answer: str) -> float:
+        graded.set()
+        return TASK.grade(response, answer)
+
+    def check():
+        blocks.append(graded.wait(60) if blocks else False)  # the second time some of the first block have ended
+        if len(blocks) == 5:
+            raise InterruptedError
+
+    settings = dict(rewards=[('task', 1.0, task_reward)], slots=4, check=check)
+    with Grader(grade, deadline=None) as grader:
+        collect_some = collector_of(grader=grader, **settings)
+        experience = collect_some(params(), None, 0)()
+        assert blocks == [False, True, True, True]
+        assert groups_of(experience) == groups_of(collect(rewards=settings['rewards']))
+        with pytest.raises(InterruptedError):
+            collect_some(params(), None, 1)
+        assert list(grader(['#'], ['1']).rewards) == [0.0]
 
 
 def test_terms_are_given_the_row_of_each_response():
@@ -160,7 +187,7 @@ def test_a_run_that_learns_nothing_says_so(caplog):
     with grades_by(lambda response: 0.0) as grader:
         collector = collector_of([('task', 1.0, task_reward)], grader)
         for draws in range(7):
-            collector(params(), draws)()
+            collector(params(), None, draws)()
             said = [record.getMessage() for record in caplog.records if record.levelname == 'WARNING']
             assert len(said) == (draws >= 4)
     assert 'for 5 steps the responses to each prompt had equal rewards' in said[0] and "0 '" in said[0]

@@ -16,7 +16,7 @@ from tiny import CUDNN
 
 from experiments.plan import print_table
 from experiments.plumbing.gin_files import Config
-from experiments.studies.plan import examine, host_memory, plan
+from experiments.studies.plan import balance, examine, host_memory, plan
 from experiments.studies.program_cost import (
     CHIPS,
     Chip,
@@ -191,6 +191,7 @@ def test_a_real_plan(tmp_path):
         # One prompt of each device at a time, one token of each of its 8 slots.
         assert prefill['tflop'] > 2 * weights * 32 / 1e12 and decode['tflop'] > 2 * weights * 8 / 1e12
         assert decode['slots'] == 32 and decode['cached_tokens'] >= 32 * 64
+        assert f'\n{topology}: a rollout takes at least ' in printed
         # No step waits for the host, and there are more than the products of two layers in kernels.
         assert decode['host_waits'] == 0 and 2 * 9 < decode['launches'] < update['launches']
 
@@ -315,3 +316,13 @@ def test_flops_of_cudnn():
     attend = lambda q: jnp.sum(cudnn_attention(q, x, x, jnp.ones((batch, length), int)).astype(jnp.float32))
     found, _ = count_flops(jax.make_jaxpr(jax.grad(attend))(x).jaxpr, 1)
     assert found == (2 + 5) * batch * heads * length * (length + 1) * head_dim
+
+
+def test_the_balance_of_two_meshes():
+    """Guards a share of devices that is the wrong way round, or takes one of two numbers of devices for the other."""
+    rows = [
+        {'topology': 'x', 'program': name, 'devices': devices, 'step_s': seconds, 'limit': 'compute'}
+        for name, devices, seconds in [('update', 6, 1.0), ('prefill', 2, 1.0), ('decode', 2, 8.0)]
+    ]
+    assert '9 s on 2 devices' in balance(rows) and '75% of the devices sample' in balance(rows)  # 18 to 6
+    assert balance(rows[:2]) is None and balance([*rows[:2], rows[2] | {'limit': None}]) is None

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from functools import partial
 from itertools import count
 from time import perf_counter
@@ -15,14 +15,16 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from troll_jax.data.prompts import PromptSet, draw_indices
-from troll_jax.rewards.pool import Grader, Grades
+from troll_jax.rewards.pool import Arriving, Grader, Grades
 from troll_jax.rewards.terms import Responses, RewardTerm, task_reward, weigh
 from troll_jax.rollout import Sampler
 from troll_jax.settings import Sampling
+from troll_jax.sharding import checksum
 from troll_jax.types import Rollout
 
 _logger = logging.getLogger(__name__)
 
+_LOOKS = 0.5  # seconds between looks for a signal while grades are waited for
 _SILENT_STEPS = 5  # without two different rewards, until a run says so
 _FAILURES = ('timeouts', 'crashes', 'errors')
 _SECONDS = ('seconds/prefill', 'seconds/decode', 'seconds/rollout', 'seconds/reward')
@@ -54,30 +56,27 @@ class _Groups(NamedTuple):
 
 
 def sample_responses(
-    sampler: Sampler, params, prompts: PromptSet, indices: np.ndarray, key: jax.Array, *, mesh: Mesh
+    sampler: Sampler, params, prompts: PromptSet, indices: np.ndarray, key: jax.Array, *, mesh: Mesh, **options
 ) -> Rollout:
-    """Samples responses to `prompts[indices]`, one rollout of n · G rows.
+    """Samples responses to `prompts[indices]`, one rollout of n · G rows. `options` as in `Sampler.__call__`.
 
     The key of a prompt depends on its place in `indices`.
     """
     with jax.set_mesh(mesh):
-        return sampler(params, prompts[indices], _fold_in_each(key, np.arange(len(indices))))
+        return sampler(params, prompts[indices], _fold_in_each(key, np.arange(len(indices))), **options)
 
 
 _fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
 
 
-def grade(
-    grader: Grader, responses: Sequence[str], answers: Sequence[str], background: Executor | None = None
-) -> Callable[[], Grades]:
-    """Grades a batch that every process has, each of them its share; the result gives all of them all grades.
+def grade(grader: Grader, responses: Sequence[str], answers: Sequence[str]) -> Grades:
+    """Grades a batch that every process has, each of them its share. All of them get all grades."""
+    share = _own_share()
+    return _gather_grades(partial(grader, responses[share], answers[share]), len(responses))
 
-    In the background, or if there is none once they are asked for.
-    """
-    share = slice(jax.process_index(), None, jax.process_count())
-    arguments = grader, responses[share], answers[share]
-    own = partial(*arguments) if background is None else background.submit(*arguments).result
-    return partial(_gather_grades, own, len(responses))
+
+def _own_share() -> slice:
+    return slice(jax.process_index(), None, jax.process_count())
 
 
 def _gather_grades(own: Callable[[], Grades], responses: int) -> Grades:
@@ -103,6 +102,10 @@ def response_tokens(rollout: Rollout) -> list[np.ndarray]:
     """The tokens of each response [R] of a rollout in numpy, with the stop token."""
     starts, ends = rollout.prompt_lengths, rollout.prompt_lengths + rollout.response_lengths
     return [row[start:end] for row, start, end in zip(rollout.tokens, starts, ends, strict=True)]
+
+
+def _everywhere(flag: bool) -> bool:
+    return bool(np.all(multihost_utils.process_allgather(np.array(flag))))
 
 
 def gather_responses(
@@ -132,9 +135,12 @@ def make_collector(
     rewards: Sequence[tuple[str, float, RewardTerm]],
     mesh: Mesh,
     greedy_sampler: Sampler | None = None,
-    background: Executor | None = None,
+    sampling_thread: Executor | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Callable[..., Callable[[], Experience]]:
-    """Builds collect(params, draws), which samples responses to the next prompts by the policy with `params`.
+    """Builds collect(params, expected, draws), which samples responses to the next prompts by a policy.
+
+    Responses are graded in the background, each as soon as it has ended.
 
     Args:
       sampler: sampler of G responses per prompt.
@@ -146,30 +152,51 @@ def make_collector(
         further draws, at most `max_draws` in all. If these do not suffice, zero-variance groups fill up the batch.
       max_response_length: T, tokens.
       rewards: name, weight and function of each reward term.
-      mesh: device mesh.
+      mesh: mesh of the devices that sample.
       greedy_sampler: sampler of one greedy response per prompt, for advantages that compare with it.
-      background: one thread, in which they are graded until the result is asked for; None: then.
+      sampling_thread: one thread, which samples the first draw; None: it is sampled at once. For a mesh of its own.
+      check: is called between blocks of decoding, and while grades are waited for; what it raises ends the rollout.
 
     Returns:
-      A function of the parameters and of `Progress.draws`, on which data and random numbers depend, to a function
-      without arguments that returns the graded responses. The caller adds `Experience.draws` to the draws.
+      A function of the policy's parameters, of the `checksum` that they must have (None: any), and of `Progress.draws`,
+      on which data and random numbers depend, to a function without arguments that returns the graded responses. The
+      caller adds `Experience.draws` to the draws. An OSError says that the checksum is another.
     """
-    key, prompts_per_step = jax.random.key(sampling.seed), sampling.prompts_per_step
+    prompts_per_step = sampling.prompts_per_step
     by_task = any(getattr(term, 'func', term) is task_reward for _, _, term in rewards)
     in_a_row = 0  # steps in which nothing told responses apart
 
     def sample(sampler, params, indices, draw) -> Callable[[], tuple[_Groups, dict[str, float]]]:
-        start = perf_counter()
-        rollout = sample_responses(sampler, params, prompts, indices, jax.random.fold_in(key, draw), mesh=mesh)
-        seconds = perf_counter() - start
-        samples = len(rollout.response_lengths) // len(indices)
-        texts = decode_responses(rollout, tokenizer)
+        start, samples = perf_counter(), len(texts) // len(indices)
         answers = [prompts.answers[i] for i in indices for _ in range(samples)]
-        log = _describe(rollout) | {'seconds/rollout': seconds}
-        return partial(reward, rollout, indices, texts, answers, grade(grader, texts, answers, background), log)
+        texts, share = [''] * len(answers), _own_share()
+        arriving = Arriving(grader, answers[share])
 
-    def reward(rollout, indices, texts, answers, grades_of, log) -> tuple[_Groups, dict[str, float]]:
-        start, grades = perf_counter(), grades_of()
+        def watch(rollout: Rollout, ended: np.ndarray) -> None:
+            grader.check_open()
+            check()
+            part = jax.tree.map(lambda x: x[ended], rollout._replace(log_probs=None, entropy=None, support=None))
+            for i, text in zip(ended, decode_responses(part, tokenizer), strict=True):
+                texts[i] = text
+                if i % share.step == share.start:
+                    arriving.add(i // share.step, text)
+
+        try:
+            with jax.set_mesh(mesh):
+                key = jax.random.fold_in(jax.random.key(sampling.seed), draw)
+            rollout = sample_responses(sampler, params, prompts, indices, key, mesh=mesh, watch=watch)
+        except BaseException:
+            arriving.give_up()
+            raise
+        log = _describe(rollout) | {'seconds/rollout': perf_counter() - start}
+        return partial(reward, rollout, indices, texts, arriving.grades, log)
+
+    def reward(rollout, indices, texts, own: Future[Grades], log) -> tuple[_Groups, dict[str, float]]:
+        start, samples = perf_counter(), len(texts) // len(indices)
+        answers = [prompts.answers[i] for i in indices for _ in range(samples)]
+        while not _everywhere(bool(wait([own], timeout=_LOOKS).done)):
+            check()
+        grades = _gather_grades(own.result, len(texts))
         tokens = response_tokens(rollout)
         responses = gather_responses(prompts, indices, texts, tokens, grades.rewards, max_response_length)
         total, terms = weigh(rewards, responses)
@@ -183,22 +210,35 @@ def make_collector(
         log |= {'some': list(zip(total, texts, strict=True))[:2]}
         return groups, log | {'seconds/reward': perf_counter() - start}
 
-    def draw_groups(params, draw: int) -> list[Callable[[], tuple[_Groups, dict[str, float]]]]:
+    def draw_groups(params, draw: int, expected=None) -> list[Callable[[], tuple[_Groups, dict[str, float]]]]:
+        if expected is not None:
+            with jax.set_mesh(mesh):
+                found, wanted = int(checksum(params)), int(expected)
+            if found != wanted:
+                raise OSError(
+                    f'the weights that are to sample have the checksum {found}, expected {wanted}, that of the policy: '
+                    'they were damaged on their way to Compute.rollout_devices. Nothing is learnt from them; look at '
+                    'these devices, and start again to resume from the latest checkpoint'
+                )
         indices = draw_indices(prompts, prompts_per_step, seed=sampling.seed, draw=draw, level=sampling.level)
         samplers = [sampler] if greedy_sampler is None else [sampler, greedy_sampler]
         return [sample(one, params, indices, draw) for one in samplers]
 
-    def collect(params, draws: int) -> Callable[[], Experience]:
-        first = draw_groups(params, draws)
+    def collect(params, expected: jax.Array | None, draws: int) -> Callable[[], Experience]:
+        if sampling_thread is None:
+            first = draw_groups(params, draws, expected)
+            first_draw = lambda: first
+        else:
+            first_draw = sampling_thread.submit(draw_groups, params, draws, expected).result
         # What samples no further batch lets go of the parameters.
-        return partial(finish, first, None if sampling.max_draws == 1 else params, draws)
+        return partial(finish, first_draw, None if sampling.max_draws == 1 else params, draws, expected)
 
-    def finish(first, params, draws: int) -> Experience:
+    def finish(first_draw, params, draws: int, expected) -> Experience:
         nonlocal in_a_row
         kept, logs, greedy_logs, varied = None, [], [], 0
         for draw in count(draws):
             (groups, log), *greedy = [
-                rewarded() for rewarded in (first if draw == draws else draw_groups(params, draw))
+                rewarded() for rewarded in (first_draw() if draw == draws else draw_groups(params, draw))
             ]
             logs.append(log)
             for baseline, log in greedy:
@@ -246,6 +286,7 @@ def make_collector(
                 'rollout/tokens_per_second': total('tokens', everything) / total('seconds/rollout', everything),
                 'rollout/draws': used,
                 **{name: total(name, everything) for name in _SECONDS},
+                **({} if expected is None else {'rollout/weights_checksum': int(expected)}),
             },
         )
 

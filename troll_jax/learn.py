@@ -24,7 +24,7 @@ from troll_jax.ops.values import explained_variance
 from troll_jax.packing import Packing, abstract_batch, make_packing
 from troll_jax.score import make_recompute, make_reference
 from troll_jax.settings import Compute, Method, Sampling, minibatch_shape, scoring
-from troll_jax.sharding import BATCH_AXES, fetch, named_sharding, place_parts, sample_parts
+from troll_jax.sharding import BATCH_AXES, checksum, fetch, named_sharding, place, place_parts, sample_parts
 from troll_jax.types import START, Batch, Reference, Rollout, TrainState, join
 from troll_jax.update import UpdateLog, abstract_policy, make_update
 
@@ -84,6 +84,8 @@ class Learner:
 
     shapes: TrainState
     """Shapes and shardings of all that is trained."""
+    rollout_mesh: Mesh
+    """Mesh of the devices that sample."""
 
     def __init__(
         self,
@@ -125,6 +127,9 @@ class Learner:
             lambda params: jax.tree.map(jnp.copy, decoders.cast_weights(params, config.compute_dtype)),
             out_shardings=jax.tree.map(lambda x: x.sharding, self.shapes.params),
         )
+        self.rollout_mesh, self._rollout_shapes = compute.rollout_mesh, None
+        if compute.rollout_devices is not None:
+            self._rollout_shapes = decoders.abstract(config, compute.rollout_mesh)[1]
         self._group_advantages = jax.jit(self._group_advantages_of)
         self._token_advantages = jax.jit(self._token_advantages_of)
 
@@ -152,6 +157,26 @@ class Learner:
         if ahead:
             sampling = later[0] if later else self._copy(state.params)
         return join(state.base, sampling)
+
+    @_on_mesh
+    def hand_over(self, state: TrainState, ahead: bool = False) -> tuple[Any, jax.Array | None]:
+        """`sampling_params` on the devices that sample, and their `checksum` before they went there.
+
+        Where these are the devices that train nothing goes anywhere, and the checksum is None.
+        """
+        params = self.sampling_params(state, ahead)
+        if self._rollout_shapes is None:
+            return params, None
+        params = decoders.cast_weights(params, self.config.compute_dtype)
+        shardings = jax.tree.map(lambda x: x.sharding, self._rollout_shapes)
+        return jax.device_put(params, shardings), checksum(params)
+
+    @property
+    def sampling_shapes(self) -> Any:
+        """Shapes and shardings of the parameters that `hand_over` returns."""
+        if self._rollout_shapes is None:
+            return self.sampling_params(self.shapes)
+        return decoders.cast_shapes(self._rollout_shapes, self.config.compute_dtype)
 
     @_on_mesh
     def keep_policy(self, state: TrainState) -> TrainState:

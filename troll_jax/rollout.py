@@ -10,13 +10,14 @@ prefill is compiled where a response has lost its slot for want of memory.
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Sequence
+from functools import cache, cached_property, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from troll_jax.models import decoder as decoders
 from troll_jax.models.head import logits
@@ -117,7 +118,14 @@ class Sampler:
     def truncates(self) -> bool:
         return self.top_k is not None or self.top_p is not None
 
-    def __call__(self, params, prompts: Prompts, keys: jax.Array, limits: np.ndarray | None = None) -> Rollout:
+    def __call__(
+        self,
+        params,
+        prompts: Prompts,
+        keys: jax.Array,
+        limits: np.ndarray | None = None,
+        watch: Callable[[Rollout, np.ndarray], None] = lambda rollout, ended: None,
+    ) -> Rollout:
         """The responses to a prompt depend on the parameters, the prompt and its own key, not on the other prompts.
 
         Args:
@@ -125,6 +133,8 @@ class Sampler:
           prompts: B of them, the same on every process.
           keys: [B] random keys.
           limits: [R] int32, between 1 and T: lengths at which single responses are cut.
+          watch: is called with the rollout so far and the rows that have ended since the last call, while the devices
+            decode the next block; what it raises ends the rollout.
 
         Returns:
           Rollout in numpy; on every process all but the distributions, of which each has those of its parts.
@@ -135,20 +145,26 @@ class Sampler:
         """
         if current_mesh() is None:
             with jax.set_mesh(one_device_mesh()):
-                return self(params, prompts, keys, limits)
+                return self(params, prompts, keys, limits, watch)
         prompts = Prompts(*map(np.asarray, prompts))
         count = len(prompts.tokens) * self.samples_per_prompt
         limits = np.full(count, self.max_response_length) if limits is None else np.asarray(limits)
         self.check(prompts, keys, limits)
         weights = jax.block_until_ready(self.begin(params))
-        sizes = self.sizes(*prompts.tokens.shape, self._free_memory)
+        sizes = self.sizes(*prompts.tokens.shape, self._free_memory(jax.sharding.get_mesh()))
         cache = self.init_cache(weights, sizes)
         keys = fetch(jax.random.key_data(keys))
         prompts_of_rows = [row[:size] for row, size in zip(*prompts, strict=True)]
         scheduler = Scheduler(prompts_of_rows, limits, sizes, self.decode_steps)
         parts = sample_parts(jax.sharding.get_mesh(), self.samples_per_prompt)
         rollout = self._empty(prompts, parts)
-        blocks, prefills, listed, seconds, decoded = 0, 0, 0, [0.0, 0.0], None
+        blocks, prefills, seconds, listed, decoded = 0, 0, [0.0, 0.0], [], None
+
+        def take(block: Block, steps: Steps) -> None:
+            listed.append(add(rollout, block, steps, parts))
+            rows = block.rows[block.rows >= 0]
+            watch(rollout, rows[(rollout.stop_token[rows] >= 0) | (rollout.response_lengths[rows] == limits[rows])])
+
         while scheduler.work_is_left:
             begin = time.perf_counter()
             for jobs in scheduler.schedule():
@@ -159,16 +175,16 @@ class Sampler:
             block = scheduler.block()
             cache, steps = self.decode(weights, cache, block, keys[block.rows // self.samples_per_prompt])
             if decoded is not None:
-                listed += add(rollout, *decoded, parts)  # while the devices decode
+                take(*decoded)  # while the devices decode
             decoded = block, steps
             tokens, counts, stop_token = (np.asarray(x) for x in steps[:3])  # waits; the same on every process
             scheduler.record(tokens, counts, stop_token >= 0)
             blocks += 1
             seconds[0] += between - begin
             seconds[1] += time.perf_counter() - between
-        listed += add(rollout, *decoded, parts)
+        take(*decoded)
         slots = sizes.shards * sizes.slots
-        stats = RolloutStats(blocks * self.decode_steps, slots, prefills, scheduler.evictions, listed, *seconds)
+        stats = RolloutStats(blocks * self.decode_steps, slots, prefills, scheduler.evictions, sum(listed), *seconds)
         return rollout._replace(stats=stats)
 
     def _empty(self, prompts: Prompts, parts: SampleParts) -> Rollout:
@@ -368,18 +384,23 @@ class Sampler:
         return jnp.minimum(tokens, (self.config.tokenizer_size or self.config.vocab_size) - 1), *others
 
     @cached_property
-    def _free_memory(self) -> float:
-        """Bytes that the cache may take on each device, the same on all processes and in all rollouts.
+    def _free_memory(self) -> Callable[[Mesh], float]:
+        """(mesh) → bytes that the cache may take on each device, the same on all processes and in all rollouts.
 
         By what is free later, it would have other shapes, and programs would be compiled again.
         """
-        stats = jax.local_devices()[0].memory_stats()
-        if stats and 'bytes_limit' in stats:
-            free = MEMORY_SHARE * stats['bytes_limit'] - stats['bytes_in_use']
-        else:
-            total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-            free = CPU_MEMORY_SHARE * total / jax.local_device_count()
-        return float(np.min(multihost_utils.process_allgather(np.float32(free))))
+
+        @cache
+        def free_memory(mesh: Mesh) -> float:
+            stats = mesh.local_devices[0].memory_stats()
+            if stats and 'bytes_limit' in stats:
+                free = MEMORY_SHARE * stats['bytes_limit'] - stats['bytes_in_use']
+            else:
+                total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+                free = CPU_MEMORY_SHARE * total / jax.local_device_count()
+            return float(np.min(multihost_utils.process_allgather(np.float32(free))))
+
+        return free_memory
 
 
 def _chunks(jobs: list[list[Prefill]], sizes: Sizes):

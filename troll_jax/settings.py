@@ -219,7 +219,10 @@ class Compute:
       grading_workers: processes that grade; None: one for each CPU.
       grading_memory: address space of each of them, GB.
       offload_optimizer: keeps the moments of the optimizers in the host's memory between updates.
-      overlap: samples a step ahead, and grades while the update before it runs; for `Sampling.lag` of at least 1.
+      overlap: samples a step ahead, and grades while the update before it runs; for `Sampling.lag` of at least 1. With
+        `rollout_devices` it also samples while that update runs.
+      rollout_devices: n; the last n devices sample, and the others train and evaluate. None: all do both. For one
+        process.
       devices: devices of the mesh; None is all of them.
 
     Raises:
@@ -244,6 +247,7 @@ class Compute:
     grading_memory: float = 4.0
     offload_optimizer: bool = False
     overlap: bool = False
+    rollout_devices: int | None = None
     devices: Sequence[jax.Device] | None = None
 
     def __post_init__(self):
@@ -257,12 +261,36 @@ class Compute:
             'head_chunk',
             'grading_workers',
             'grading_memory',
+            'rollout_devices',
         )
 
     @cached_property
     def mesh(self) -> Mesh:
-        """The device mesh. Raises a ValueError if the sizes do not fit the devices that there are."""
-        return make_mesh(self.data, self.fsdp, self.tensor, self.devices, context=self.context)
+        """The device mesh, of the devices that train. Raises a ValueError if the sizes do not fit those there are."""
+        return make_mesh(
+            self.data,
+            self.fsdp,
+            self.tensor,
+            self._devices[: -(self.rollout_devices or 0) or None],
+            context=self.context,
+        )
+
+    @cached_property
+    def rollout_mesh(self) -> Mesh:
+        """The mesh of the devices that sample. With `rollout_devices` all that `tensor` leaves is for `fsdp`."""
+        if self.rollout_devices is None:
+            return self.mesh
+        return make_mesh(tensor=self.mesh.shape['tensor'], devices=self._devices[-self.rollout_devices :])
+
+    @cached_property
+    def _devices(self) -> list[jax.Device]:
+        devices = jax.devices() if self.devices is None else list(self.devices)
+        if self.rollout_devices is not None and (self.rollout_devices >= len(devices) or jax.process_count() > 1):
+            raise ValueError(
+                f'Compute.rollout_devices = {self.rollout_devices} of {len(devices)} devices in {jax.process_count()} '
+                'processes; expected fewer than there are, and one process. Lower it, or leave it out'
+            )
+        return devices
 
     def place_optimizer(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
         """The optimizer with its moments in the host's memory, if that is set."""
@@ -386,12 +414,15 @@ def minibatch_shape(sampling: Sampling, method: Method, compute: Compute, max_le
 
 def check_together(sampling: Sampling, method: Method, compute: Compute, max_length: int) -> None:
     """Raises a ValueError with both numbers if settings contradict each other. Asks JAX for its devices."""
-    of, devices = 'data × fsdp × context devices of the mesh', axis_size('batch', compute.mesh)
-    for name, size, divisor_name, divisor in [
+    of, sampling_devices = 'data × fsdp × context devices of the mesh', axis_size('batch', compute.rollout_mesh)
+    checked = [
         ('prompts_per_step', sampling.prompts_per_step, 'minibatch_prompts', method.minibatch_prompts),
-        ('prompts_per_step', sampling.prompts_per_step, of, devices),
-        ('slots', devices if compute.slots is None else compute.slots, of, devices),
-    ]:
+        ('prompts_per_step', sampling.prompts_per_step, of, sampling_devices),
+    ]
+    if compute.slots is not None:  # of rollouts, and of validation
+        of_meshes = axis_size('batch', compute.mesh), sampling_devices
+        checked += [('slots', compute.slots, of, devices) for devices in of_meshes]
+    for name, size, divisor_name, divisor in checked:
         if size % divisor:
             raise ValueError(f'{name} = {size} must be a multiple of {divisor_name} = {divisor}')
     minibatch_shape(sampling, method, compute, max_length)

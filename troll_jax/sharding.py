@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -202,6 +203,26 @@ def place_parts(tree: Any, mesh: Mesh, parts: SampleParts) -> Any:
         return jax.make_array_from_callback(shape, named_sharding(mesh, BATCH_AXES), rows_of)
 
     return jax.tree.map(put, tree)
+
+
+@jax.jit
+def checksum(tree: Any) -> jax.Array:
+    """[] uint32: a hash of the bits of all numbers and of their places. The same on any mesh.
+
+    The sum, modulo 2³², of the finaliser of MurmurHash3 of each: a sum of the bits alone would not tell two numbers
+    that change places, nor two equal changes that cancel each other.
+    """
+
+    def of_array(i: int, x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, f'uint{8 * x.dtype.itemsize}').astype(jnp.uint32)
+        steps = [math.prod(x.shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)]
+        place = sum(jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(n) for axis, n in enumerate(steps))
+        mixed = bits + (place + np.uint32(i)) * np.uint32(0x9E3779B9)  # 2³² over the golden ratio: places lie far apart
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            mixed = (mixed ^ (mixed >> shift)) * np.uint32(factor)
+        return jnp.sum(mixed, dtype=jnp.uint32)
+
+    return sum(of_array(i, x) for i, x in enumerate(jax.tree.leaves(tree)))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -385,7 +385,7 @@ def step(bench: Bench) -> None:
 
             def one(state):
                 begin = time.perf_counter()
-                experience = collect(learner.sampling_params(state), int(state.progress.draws))()
+                experience = collect(*learner.hand_over(state), int(state.progress.draws))()
                 collected = time.perf_counter()
                 state, _, _ = jax.block_until_ready(training_step(learner, state, experience))
                 end = time.perf_counter()

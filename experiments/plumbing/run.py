@@ -44,8 +44,12 @@ SETUP = 'setup.json'  # beside the checkpoints
 PACKAGES = ['jax', 'flax', 'optax', 'orbax-checkpoint', 'transformers', 'datasets', 'math-verify', 'sympy']
 
 
+class Interrupted(Exception):
+    """Ctrl-C or SIGTERM, in the middle of a step."""
+
+
 class TrainingRun:
-    """A run: its directory and its loop. A context manager.
+    """A run: its directory and its loop. A context manager; left by `Interrupted` it saves the state before the step.
 
     Args:
       learnt: settings that decide what is learnt, the one that names the start model first.
@@ -89,10 +93,17 @@ class TrainingRun:
             self._contexts = stack.pop_all()
         return self
 
-    def __exit__(self, *error) -> None:
-        self._contexts.__exit__(*error)
+    def __exit__(self, kind, error, traceback) -> bool:
+        with self._contexts:
+            if isinstance(error, Interrupted):
+                self.interrupted = True
+                if self._last_step:
+                    self._checkpoints.save(*self._latest)
+            elif error is not None:
+                raise error
         if self.interrupted:
             logger.warning('stopped after step %d, which is saved; start again to resume', self._last_step)
+        return self.interrupted
 
     def start(self, learner: Any, model: Model, data: Sequence[Any], validate: Callable[..., dict]) -> TrainState:
         """Restores the latest checkpoint, or loads the weights and evaluates them; opens the run directory.
@@ -117,6 +128,7 @@ class TrainingRun:
             self._save_setup(model, setup)
         if first >= run.steps:
             logger.warning('nothing to do: %s is at step %d of %d', run.folder, first, run.steps)
+        self._latest, self._last_step = (state, None), first
         self._learner, self._tokenizer, self._validate = learner, model.tokenizer, validate
         self._metrics = self._contexts.enter_context(
             MetricsWriter(
@@ -140,6 +152,11 @@ class TrainingRun:
             yield step
             if self._is_last:
                 break
+
+    def check_signals(self) -> None:
+        """Raises `Interrupted` after Ctrl-C or SIGTERM; for what comes before the first update of a step."""
+        if self._stop():
+            raise Interrupted
 
     def save_rollout(self, step: int, batches: Sequence[Batch]) -> None:
         """Saves the minibatches of a step for `experiments.replay`, if it is due or may be the last before an error."""
@@ -184,13 +201,14 @@ class TrainingRun:
             self._record_tokens(step, updates, experience)
         if run.evaluate_every and (is_last or step % run.evaluate_every == 0 and not is_stopped):
             row |= self._validate(state.policy)
+        self._latest = state, row.get('eval/success')
         self._metrics.write(step, row)
         self._progress.show(step, row)
         if last_chance and self._skipped:
             raise FloatingPointError(not_finite(run.folder, step, self._skipped, self._rollout_file(step)))
         self._checkpoints.check()
         if step % run.checkpoint_every == 0 or self._is_last or self._is_last_chance():
-            self._checkpoints.save(state, row.get('eval/success'))
+            self._checkpoints.save(*self._latest)
 
     def _record_tokens(self, step: int, updates: Sequence[Updated], experience: Experience) -> None:
         """Writes the table of constrained tokens and the samples, if they are due."""
@@ -414,7 +432,7 @@ def not_finite(run_dir: str, step: int, skipped: int, rollout: Path) -> str:
 def stop_on_signal():
     """Yields a function that is true once Ctrl-C or SIGTERM has come, to this process or to another of the run.
 
-    The loop then ends its step and saves. Twice ends at once.
+    The loop then leaves its rollout or ends its update, and saves. Twice ends at once.
     """
     received = []
 
@@ -422,7 +440,9 @@ def stop_on_signal():
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        logger.warning('%s: finishing this step and saving; once more to stop at once', signal.Signals(number).name)
+        logger.warning(
+            '%s: saving after this rollout block or update; twice stops at once', signal.Signals(number).name
+        )
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -18,7 +18,8 @@ def trace_programs(sampler: Sampler, learner: Learner, sampling: Sampling, metho
     batch = sampling.prompts_per_step
     some = jax.eval_shape(lambda: prompts[:batch])
     keys = jax.eval_shape(partial(jax.random.split, num=batch), jax.random.key(0))
-    rollout = sampler.shapes(learner.sampling_params(learner.shapes), some, keys)
+    with jax.set_mesh(learner.rollout_mesh):
+        rollout = sampler.shapes(learner.sampling_shapes, some, keys)
     learner.trace(rollout, batch)
     tokens, grades = np.zeros((2, 1), np.int32), np.zeros(2, np.float32)
     responses = gather_responses(prompts, np.arange(1), ['', ''], tokens, grades, rollout.log_probs.shape[1])

@@ -88,7 +88,7 @@ class Bench:
         state.opt_state.hyperparams['learning_rate'] = jnp.float32(setting.learning_rate)
         rows = []
         for _ in range(self.suite.updates // setting.staleness):
-            experience = collect(learner.sampling_params(state), int(state.progress.draws))()
+            experience = collect(*learner.hand_over(state), int(state.progress.draws))()
             state, row, _ = training_step(learner, state, experience)
             rows.append(row)
         result = evaluate(

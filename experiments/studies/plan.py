@@ -73,7 +73,7 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
 
     state, host = learner.shapes, host_memory(experiment, sampling, method, compute)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        on_chips = partial(examine, chip=chip, devices=len(devices))
+        on_chips = partial(examine, chip=chip)
         label = lambda rows: [{'topology': topology, 'model': experiment.model} | host | row for row in rows]
         results = []
         of_learner = learner.programs()
@@ -91,31 +91,41 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
             if name in programs:
                 others = bytes_on_device(state) - bytes_on_device(arguments[0])
                 tokens, iterations = minibatch * length, shape.micro_batches
-                results.append(on_chips(name, program, arguments, tokens=tokens, iterations=iterations, beside=others))
-        if of_sampler := [name for name in ('prefill', 'decode') if name in programs]:
-            beside = bytes_on_device(state)  # all that is trained stays on the devices
-            policy = learner.sampling_params(state)
-            try:
-                weights = compiled_shapes(sampler.begin, policy)
-                free = MEMORY_SHARE * chip.memory - beside - bytes_on_device(weights)  # for the cache
-                sizes = sampler.sizes(prompts, experiment.max_prompt_length, free)
-            except TooLarge as error:
-                return label(results + [does_not_fit(name, chip, error.gb) for name in of_sampler])
-            except ValueError:
-                if compute.cache_gb is not None:
-                    raise
-                needed = (chip.memory - free) / 1e9
-                return label(results + [does_not_fit(name, chip, needed) for name in of_sampler])
-            shape_of = lambda program, *inputs: (
-                weights if program is sampler.begin else compiled_shapes(program, *inputs)
-            )
-            every = sampler.programs(policy, sizes, shape_of=shape_of)
-            tokens = {'prefill': sizes.rows * sizes.chunk, 'decode': sizes.slots}
-            parts = {'prefill': 1, 'decode': sampler.decode_steps}
-            room = {'slots': sizes.shards * sizes.slots, 'cached_tokens': sizes.shards * sizes.pages * PAGE_SIZE}
-            for name in of_sampler:
-                work = {'tokens': sizes.shards * tokens[name], 'parts': parts[name], 'beside': beside}
-                results.append(on_chips(name, *every[name], **work) | room)
+                work = {'tokens': tokens, 'iterations': iterations, 'beside': others}
+                results.append(
+                    on_chips(
+                        name, program, arguments, **work, calls=prompts // method.minibatch_prompts, devices=mesh.size
+                    )
+                )
+    of_sampler, mesh = [name for name in ('prefill', 'decode') if name in programs], compute.rollout_mesh
+    if not of_sampler:
+        return label(results)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        policy = learner.sampling_shapes
+        # All that is trained stays on the devices, or what was handed over to others.
+        beside = bytes_on_device(state if compute.rollout_devices is None else policy)
+        try:
+            weights = compiled_shapes(sampler.begin, policy)
+            free = MEMORY_SHARE * chip.memory - beside - bytes_on_device(weights)  # for the cache
+            sizes = sampler.sizes(prompts, experiment.max_prompt_length, free)
+        except TooLarge as error:
+            return label(results + [does_not_fit(name, chip, error.gb) for name in of_sampler])
+        except ValueError:
+            if compute.cache_gb is not None:
+                raise
+            needed = (chip.memory - free) / 1e9
+            return label(results + [does_not_fit(name, chip, needed) for name in of_sampler])
+        shape_of = lambda program, *inputs: weights if program is sampler.begin else compiled_shapes(program, *inputs)
+        every = sampler.programs(policy, sizes, shape_of=shape_of)
+        tokens = {'prefill': sizes.rows * sizes.chunk, 'decode': sizes.slots}
+        parts = {'prefill': 1, 'decode': sampler.decode_steps}
+        prefills = -(-prompts // (sizes.shards * sizes.rows)) * -(-experiment.max_prompt_length // sizes.chunk)
+        full = -(-prompts * samples // (sizes.shards * sizes.slots)) * experiment.max_response_length
+        calls = {'prefill': prefills, 'decode': full}
+        room = {'slots': sizes.shards * sizes.slots, 'cached_tokens': sizes.shards * sizes.pages * PAGE_SIZE}
+        for name in of_sampler:
+            work = {'tokens': sizes.shards * tokens[name], 'parts': parts[name], 'beside': beside}
+            results.append(on_chips(name, *every[name], **work, calls=calls[name], devices=mesh.size) | room)
         return label(results)
 
 
@@ -130,6 +140,7 @@ def examine(
     iterations: int = 1,
     parts: int = 1,
     beside: int = 0,
+    calls: int = 1,
 ) -> dict:
     """Compiles a program and returns what it needs; of one that the compiler finds too large, no more than its memory.
 
@@ -144,6 +155,7 @@ def examine(
       parts: equal parts of a call, the steps of a decode program; time, rates, and what is moved, sent and launched are
         those of one.
       beside: bytes on each device that it leaves alone.
+      calls: parts of it in a training step, at most.
     """
     begin = time.perf_counter()
     traced = program.trace(*arguments)
@@ -162,6 +174,7 @@ def examine(
     bound = roofline(chip, flops, cost)
     return {
         'program': name,
+        'devices': devices,
         'argument_gb': memory.argument_size_in_bytes / 1e9,
         'temporary_gb': memory.temp_size_in_bytes / 1e9,
         'needed_gb': needed / 1e9,
@@ -171,6 +184,7 @@ def examine(
         'moved_gb': cost.bytes / 1e9,
         'sent_gb': {kind: size / 1e9 for kind, size in sorted(cost.collectives.items())},
         'bound_s': bound.seconds,
+        'step_s': bound.seconds * calls,
         'limit': bound.limit,
         'launches': cost.launches,
         'host_waits': cost.host_waits,
@@ -200,8 +214,27 @@ def host_memory(experiment: Experiment, sampling: Sampling, method: Method, comp
     return {'processes': len(processes), 'rollout_gb': size(rollout), 'host_gb': needed}
 
 
+def balance(rows: Sequence[dict]) -> str | None:
+    """How many of the devices should sample, by the bounds of all programs on one topology; None if some are unknown.
+
+    Work is taken to be as much on any number of devices, and responses to be of full length.
+    """
+    by_name = {row['program']: row for row in rows}
+    if not {'update', 'decode'} <= by_name.keys() or any(row['limit'] is None for row in rows):
+        return None
+    is_rollout = lambda row: row['program'] in ('prefill', 'decode')
+    seconds = lambda rollout: sum(row['step_s'] for row in rows if is_rollout(row) == rollout)
+    sampling, training = (by_name[name]['devices'] for name in ('decode', 'update'))
+    share = sampling * seconds(True) / (sampling * seconds(True) + training * seconds(False))
+    return (
+        f'{rows[0]["topology"]}: a rollout takes at least {seconds(True):.3g} s on {sampling} devices, its updates '
+        f'{seconds(False):.3g} s on {training}. With Compute.overlap and Compute.rollout_devices both take as long if '
+        f'{share:.0%} of the devices sample'
+    )
+
+
 def does_not_fit(name: str, chip: Chip, gb: float) -> dict:
-    unknown = 'tflop moved_gb sent_gb bound_s limit launches host_waits remat tokens_per_second'.split()
+    unknown = 'tflop moved_gb sent_gb bound_s step_s limit launches host_waits remat tokens_per_second'.split()
     row = {'program': name, 'needed_gb': gb, 'memory_gb': chip.memory / 1e9, 'fits': False}
     return row | dict.fromkeys(unknown)
 

@@ -120,6 +120,7 @@ def replay(
             f'the policy that sampled {path} was not saved, since the run has Sampling.lag = {sampling.lag}; leave out '
             '--precision, or train without a lag and replay with --lag'
         )
+    compute = dataclasses.replace(compute, rollout_devices=None)  # nothing is sampled
     model, mesh = start.of_run(run_dir / 'model').load_model(compute, method.lora), compute.mesh
     policy, optimizer = scoring(sampling, method, compute), compute.place_optimizer(method.optimizer())
     candidates = find_methods(method, objectives, bindings, has_reference=saved.batches[0].reference is not None)

@@ -92,7 +92,15 @@ def prepare(devices: int) -> None:
 class Together:
     """The processes of one command, which have all devices among them."""
 
-    def __init__(self, run_dir: Path, processes: int, *arguments: str, command: Callable[[], None] = train.main):
+    def __init__(
+        self,
+        run_dir: Path,
+        processes: int,
+        *arguments: str,
+        command: Callable[[], None] = train.main,
+        before: Callable[[int], None] = prepare,
+        devices: int = DEVICES,
+    ):
         with socket.socket() as free:
             free.bind(('localhost', 0))
             address = f'localhost:{free.getsockname()[1]}'
@@ -105,7 +113,7 @@ class Together:
                 files=[argument for argument in arguments if argument.endswith('.gin')],
                 options=where(i) if processes > 1 else (),
                 name=f'_{i}',
-                before=functools.partial(prepare, DEVICES // processes),
+                before=functools.partial(before, devices // processes),
                 command=command,
             )
             for i in range(processes)

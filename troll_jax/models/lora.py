@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from troll_jax import sharding
 from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
 from troll_jax.typechecks import check_fields
 
@@ -106,8 +107,6 @@ def merge(params: dict[str, Any], lora: Lora | None) -> dict[str, Any]:
     return unflatten_dict(flat)
 
 
-@jax.jit
 def checksum(params: Any) -> jax.Array:
-    """[] uint32: sums of the bits of all parameters in bfloat16. The same for any mesh and in any compute dtype."""
-    bits = lambda x: jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
-    return sum((2 * i + 1) * jnp.sum(bits(x)) for i, x in enumerate(jax.tree.leaves(params)))
+    """[] uint32: of all parameters in bfloat16, the same for any mesh and in any compute dtype."""
+    return sharding.checksum(jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))

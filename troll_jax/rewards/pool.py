@@ -20,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Pipe
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from troll_jax.rewards.worker import grade_one
 _logger = logging.getLogger(__name__)
 
 _START_LIMIT = 120.0  # seconds for a worker to import the grading function; generous, as file systems may be slow
+_LOOKS = 0.02  # seconds between looks for further responses of a batch
 _STARTS_IN_A_ROW = 3  # workers that may die before they are ready until the pool gives up
 _PROGRAM = 'import sys; sys.path[:] = sys.argv[2:]; from troll_jax.rewards.worker import serve; serve(int(sys.argv[1]))'
 
@@ -44,6 +46,31 @@ class Grades(NamedTuple):
     graded: np.ndarray  # [R] bool; false where it went wrong
 
 
+class Arriving:
+    """A batch that is graded in the background while its responses arrive.
+
+    Args:
+        grader: its grader.
+        answers: the answer to each of R responses.
+    """
+
+    grades: Future[Grades]
+    """What `Grader.__call__` returns of the whole batch, or the error it raises."""
+
+    def __init__(self, grader: 'Grader', answers: Sequence[str]):
+        self._responses, self._waiting = [''] * len(answers), deque()
+        self.grades = grader.background.submit(grader, self._responses, answers, self._waiting)
+
+    def add(self, i: int, response: str) -> None:
+        """Hands over response i, once for each."""
+        self._responses[i] = response
+        self._waiting.append(i)
+
+    def give_up(self) -> None:
+        """Ends the grading: no more responses will come."""
+        self._waiting.append(None)
+
+
 class Grader:
     """Grades batches of responses with one function, each grading under a deadline.
 
@@ -54,8 +81,8 @@ class Grader:
     Args:
         grade: `(response, answer) -> reward`, a finite number. With a deadline it is pickled, so it must be importable
             by name: a function of a module, or a method of a picklable object.
-        deadline: time limit of one grading, in seconds of wall clock. None grades in the calling process, for
-            plain string work that cannot hang.
+        deadline: time limit of one grading, in seconds of wall clock. None grades in the calling process, in any
+            of its threads, for plain string work that cannot hang.
         workers: number of processes; by default one per CPU that this process may use.
         memory_limit_gb: address space of a worker, in GB, where the platform can limit it (not on macOS).
 
@@ -82,6 +109,7 @@ class Grader:
         self._size = workers
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
+        self.background = ThreadPoolExecutor(1)
         self._one_at_a_time = threading.RLock()  # a batch in the background and one of an evaluation
         self._failed_starts = 0
         self._logged_error = self._has_graded = self._closed = False
@@ -110,14 +138,24 @@ class Grader:
         with self._one_at_a_time:
             for worker in list(self._workers):
                 self._remove(worker)
+        self.background.shutdown()
 
-    def __call__(self, responses: Sequence[str], answers: Sequence[str]) -> Grades:
+    def __call__(
+        self, responses: Sequence[str], answers: Sequence[str], waiting: deque[int | None] | None = None
+    ) -> Grades:
         """Rewards of `responses[i]` against `answers[i]`, in order.
+
+        Args:
+            responses: R of them.
+            answers: to each.
+            waiting: which responses are there to be graded; others of them follow, or a None, which ends the batch. By
+                default all are there. See `Arriving`.
 
         Raises:
             ValueError: the two differ in length, or a reward is not a finite number (names the sample).
-            RuntimeError: the grader is closed; workers cannot start; the grading function raised a `CannotGrade`, with
-                the reason, or it failed on every response so far, of which there are at least two.
+            RuntimeError: the grader is closed, or the batch was given up; workers cannot start; the grading function
+                raised a `CannotGrade`, with the reason, or it failed on every response so far, of which there are at
+                least two.
         """
         if len(responses) != len(answers):
             raise ValueError(
@@ -125,7 +163,7 @@ class Grader:
             )
         with self._one_at_a_time:
             grade = self._grade_here if self._deadline is None else self._grade_in_workers
-            outcomes = grade(list(zip(responses, answers, strict=True)))
+            outcomes = grade(responses, answers, deque(range(len(answers))) if waiting is None else waiting)
 
         rewards, graded = np.zeros(len(outcomes), np.float32), np.zeros(len(outcomes), bool)
         counts = {'timeout': 0, 'crash': 0, 'error': 0}
@@ -157,25 +195,29 @@ class Grader:
             )
         return Grades(rewards, counts['timeout'], counts['crash'], counts['error'], graded)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raises a RuntimeError if the grader is closed."""
         if self._closed:
             raise RuntimeError('the grader is closed, so nothing is graded; make a new one')
 
-    def _grade_here(self, pairs: list[tuple[str, str]]) -> list[tuple[str, object]]:
-        outcomes = []
-        for pair in pairs:
-            self._check_open()
-            outcomes.append(grade_one(self._grade, *pair))
+    def _grade_here(self, responses, answers, waiting: deque[int | None]) -> list[tuple[str, object]]:
+        outcomes = [('error', None)] * len(answers)
+        for _ in answers:
+            self.check_open()
+            while not waiting:
+                time.sleep(_LOOKS)
+                self.check_open()
+            i = _next(waiting)
+            outcomes[i] = grade_one(self._grade, responses[i], answers[i])
         return outcomes
 
-    def _grade_in_workers(self, pairs: list[tuple[str, str]]) -> list[tuple[str, object]]:
-        outcomes: list[tuple[str, object]] = [('crash', None)] * len(pairs)
-        waiting = deque(range(len(pairs)))
-        unfinished = len(pairs)
+    def _grade_in_workers(self, responses, answers, waiting: deque[int | None]) -> list[tuple[str, object]]:
+        outcomes: list[tuple[str, object]] = [('crash', None)] * len(answers)
+        unfinished = unsent = len(answers)
         timeout = 0.0  # first see which workers became ready, or died, since the last batch
         try:
             while unfinished:
-                self._check_open()
+                self.check_open()
                 self.start()
                 for key, _ in self._selector.select(timeout):
                     unfinished -= self._receive(key.data, outcomes)
@@ -184,9 +226,11 @@ class Grader:
                         unfinished -= self._give_up(worker, outcomes)
                 for worker in self._workers:
                     if waiting and worker.idle:
-                        worker.send(waiting.popleft(), pairs)
+                        i, unsent = _next(waiting), unsent - 1
+                        worker.send(i, (responses[i], answers[i]))
                 timeout = min((w.limit for w in self._workers), default=0.0) - time.monotonic()
-                timeout = min(max(0.0, timeout), 1.0)  # looks once a second whether it is closed
+                # Looks once a second whether it is closed.
+                timeout = min(max(0.0, timeout), _LOOKS if unsent > len(waiting) else 1.0)
             self.start()  # replacements of killed workers load while the caller does other things
         finally:
             # After an interrupt or an error, a worker at work would answer into the next batch.
@@ -241,6 +285,12 @@ class Grader:
         return worker.end(patience)
 
 
+def _next(waiting: deque[int | None]) -> int:
+    if (i := waiting.popleft()) is None:
+        raise RuntimeError('the rollout ended before all of its responses came to be graded')
+    return i
+
+
 class _Worker:
     """The caller's side of one worker process."""
 
@@ -268,11 +318,11 @@ class _Worker:
     def idle(self) -> bool:
         return self.ready and self.sample is None
 
-    def send(self, sample: int, pairs: list[tuple[str, str]]) -> None:
+    def send(self, sample: int, pair: tuple[str, str]) -> None:
         self.sample = sample
         self.limit = time.monotonic() + self.deadline
         try:
-            self.connection.send(pairs[sample])
+            self.connection.send(pair)
         except OSError:
             pass
 

@@ -1,0 +1,108 @@
+"""Runs that are stopped or killed in the middle of a rollout, or while grades are waited for, and what is left of them.
+
+    python -m tests.faults.interrupt [--folder DIR]
+
+From the second step on a rollout or its grades take half a minute; nothing waits for their end. The last line is JSON:
+of each case after how many seconds the run had ended, and at which step. Every run then goes on, and ends as one that
+was left alone, to the bit; that of two processes with overlap ends as one process does.
+"""
+
+import argparse
+import json
+import os
+import signal
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+
+import troll_jax.collect
+import troll_jax.rewards.pool
+
+from .processes import SIMPLE, Together, differences, started_at
+from .runs import assert_same_run, rows
+from .soak import write_model
+
+LAG = ('Sampling.lag = 1', 'Run.steps = 4', 'Compute.slots = 2')
+SPLIT = ('Compute.overlap = True', 'Compute.rollout_devices = 1')
+CASES = {
+    # What is slow, the signal, processes, devices, settings.
+    'rollout': ('rollout', signal.SIGTERM, 1, 1, ()),
+    'grades': ('grades', signal.SIGINT, 1, 1, ()),
+    'overlap': ('grades', signal.SIGTERM, 1, 1, SPLIT[:1]),
+    'split': ('rollout', signal.SIGTERM, 1, 2, SPLIT),
+    'split, killed': ('rollout', signal.SIGKILL, 1, 2, SPLIT),
+    'two processes': ('rollout', signal.SIGTERM, 2, 2, SPLIT[:1]),
+    'two processes, grades': ('grades', signal.SIGTERM, 2, 2, SPLIT[:1]),
+}
+
+
+def slow_down(run_dir: Path, what: str, devices: int) -> None:
+    """Lets each block of decoding, or each grading, take a second once a step is done."""
+    jax.config.update('jax_num_cpu_devices', devices)
+    owner, name = {
+        'rollout': (troll_jax.collect, 'decode_responses'),
+        'grades': (troll_jax.rewards.pool, 'grade_one'),
+        'nothing': (troll_jax.collect, 'decode_responses'),
+    }[what]
+    function = getattr(owner, name)
+
+    def call(*arguments):
+        if what != 'nothing' and rows(run_dir):
+            os.write(1, b'\nMARK slow 0\n')
+            time.sleep(1.0)
+        return function(*arguments)
+
+    setattr(owner, name, call)
+
+
+def start(run_dir: Path, what: str, processes: int, devices: int, settings: tuple[str, ...]) -> Together:
+    before = partial(slow_down, run_dir, what)
+    return Together(run_dir, processes, *SIMPLE, *LAG, *settings, before=before, devices=devices)
+
+
+def interrupt(folder: Path, case: str) -> tuple[dict, Path, Path]:
+    """Interrupts a run and has it go on. Returns what was seen, and the folders of one left alone and of this one."""
+    what, number, processes, devices, settings = CASES[case]
+    run_dir, sizes = folder / case.replace(', ', '_').replace(' ', '_'), (processes, devices, settings)
+    alone = folder / f'alone_{processes}_{devices}_{SPLIT[1] in settings}'
+    if not alone.exists():
+        start(alone, 'nothing', *sizes).finish()
+    together = start(run_dir, what, *sizes)
+    together.wait_for(0, 'slow', 2)
+    together.signal(processes - 1, number)
+    ended = together.end(300)
+    expected = -9 if number == signal.SIGKILL else 0
+    assert all(code == expected for code, _ in ended), together.said(0)[-3000:]
+    step, logged = started_at(run_dir), rows(run_dir)[-1]['step']
+    assert 1 <= step == logged < 4, (step, logged)
+    start(run_dir, 'nothing', *sizes).finish()
+    return {'seconds': round(max(seconds for _, seconds in ended), 1), 'step': step}, alone, run_dir
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--folder', type=Path, help='to write to, which must not exist; a temporary one by default')
+    parser.add_argument('--cases', nargs='+', choices=CASES, default=list(CASES))
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = arguments.folder or Path(temporary) / 'interrupt'
+        folder.mkdir(parents=True)
+        write_model(folder / 'model')
+        found = {}
+        for case in arguments.cases:
+            found[case] = interrupt(folder, case)
+            print(case, found[case], flush=True)
+        start(folder / 'one_process', 'nothing', 1, 2, SPLIT[:1]).finish()
+        for _, alone, run_dir in found.values():  # which touches devices: no forks any more
+            assert_same_run(alone, run_dir, 4)
+        if (several := folder / 'alone_2_2_False').exists():
+            apart = differences(folder / 'one_process', several)
+            assert max(apart['numbers'], apart['arrays'])[0] < 1e-5, apart
+        print(json.dumps({case: seen for case, (seen, *_) in found.items()}))
+
+
+if __name__ == '__main__':
+    main()
