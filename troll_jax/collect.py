@@ -167,8 +167,8 @@ def make_collector(
     in_a_row = 0  # steps in which nothing told responses apart
 
     def sample(sampler, params, indices, draw) -> Callable[[], tuple[_Groups, dict[str, float]]]:
-        start, samples = perf_counter(), len(texts) // len(indices)
-        answers = [prompts.answers[i] for i in indices for _ in range(samples)]
+        start = perf_counter()
+        answers = [prompts.answers[i] for i in indices for _ in range(sampler.samples_per_prompt)]
         texts, share = [''] * len(answers), _own_share()
         arriving = Arriving(grader, answers[share])
 
