@@ -198,12 +198,12 @@ def test_a_real_plan(tmp_path):
 
 @pytest.mark.slow
 def test_a_real_search(tmp_path):
-    """Guards the way from the compilers to a file that a run reads last; and GPUs on two hosts."""
-    printed = run_plan(tmp_path, '--search', '--write', str(tmp_path / 'found'), '--topology', 'h100:2x2')
-    file = tmp_path / 'found' / f'h100_2x2_{tmp_path.name}.gin'
-    compute = Config(['configs/qwen3_0_6b_gsm8k_troll.gin', file], ['Experiment.model = "m"']).build(Compute)
-    assert compute.fsdp * compute.tensor == 4 and compute.remat is None and compute.slots == 512 * compute.fsdp
-    assert f'wrote {file}' in printed and f'| h100:2x2 | {tmp_path.name} | {compute.tensor} | None |' in printed
+    """Guards the way from the compilers to a file that a run reads last."""
+    printed = run_plan(tmp_path, '--search', '--write', str(tmp_path / 'found'), '--topology', 'h100:1')
+    file = tmp_path / 'found' / f'h100_1_{tmp_path.name}.gin'
+    compute = Config(['configs/qwen3_0_6b_gsm8k_troll.gin', file]).build(Compute)
+    assert (compute.fsdp, compute.tensor, compute.remat, compute.slots) == (1, 1, None, 512)
+    assert f'wrote {file}' in printed and f'| h100:1 | {tmp_path.name} | 1 | None |' in printed
 
 
 def test_a_search_ends_at_the_fastest_settings_that_fit(monkeypatch):
@@ -303,6 +303,8 @@ def test_gpus_and_what_is_computed_twice():
     """Guards the description of a GPU, and the text that says that XLA computes again."""
     chip, devices = describe('h200:4')
     assert len(devices) == 4 and devices[0].device_kind == 'NVIDIA H200' and chip.memory > 1.7 * CHIPS['h100'].memory
+    two_hosts, devices = describe('h100:2x8')
+    assert len(devices) == 16 and devices[-1].process_index == 1 and two_hosts.interconnect < CHIPS['h100'].interconnect
     text = '  %dot.1.remat = f32[2]{0} dot(%a)\n  ROOT %fusion.remat2.1 = f32[2]{0} fusion(%dot.1.remat)\n'
     text += '  %p.remat = f32[2]{0} parameter(0)\n  %add = f32[2]{0} add(%dot.1.remat)\n'
     assert count_rematerialised(text) == 2
