@@ -184,13 +184,15 @@ def replay(
             if candidate is own:
                 outside, length = fetch(logs['constrained']), optax.tree.norm(optax.tree.sub(after, state.params))
             gradients[candidate.name] = got.params
+            steps = {'after': after, 'after_equal_step': equal_step(got.params, state, length)}
+            is_finite = np.isfinite(optax.tree.norm(got.params))
             rows[candidate.name] = (
                 {'same': candidate.same, 'milliseconds': 1e3 * median_seconds(gradient, *inputs, repeats=5)}
                 | describe(got, logs, compared, outside, model.tokenizer)
-                | {f'{name}_after': value for name, value in distances_at(after).items()}
                 | {
-                    f'{name}_after_equal_step': value
-                    for name, value in distances_at(equal_step(got.params, state, length)).items()
+                    f'{name}_{step}': value if is_finite and (step == 'after' or np.isfinite(length)) else None
+                    for step, params in steps.items()
+                    for name, value in distances_at(params).items()
                 }
             )
         rows = {candidate.name: rows[candidate.name] for candidate in candidates}

@@ -104,14 +104,14 @@ def token_gradients(result: dict, width: int) -> list[str]:
     for group in ('outward', 'back'):
         count = rows[next(iter(rows))]['outside'][group]['tokens']
         titles = ('kept', 'pull', 'silenced', 'returns')
-        lines += ['', f'{group}, {count} tokens'.ljust(width) + ''.join(f'{text:>20}' for text in titles)]
+        lines += ['', f'{group}, {count} tokens'.ljust(width) + ''.join(f' {text:>19}' for text in titles)]
         for i, name in enumerate(rows if count else ()):
             found, values = rows[name]['outside'][group], ['–'] * 4
             if found['tokens']:
                 values = [' / '.join(f'{x:.2f}' for x in found[key]) for key in ('kept', 'pull')]
                 values += [f'{found[key]:.0%}' for key in ('silenced', 'returns')]
             lines.append(
-                f'{i + 1:2} {_starred(name, result):{width - 3}}' + ''.join(f'{value:>20}' for value in values)
+                f'{i + 1:2} {_starred(name, result):{width - 3}}' + ''.join(f' {value:>19}' for value in values)
             )
     return lines
 
