@@ -92,7 +92,7 @@ def _ranking(suite, rows, methods, seeds, kind: str, bound: Callable[[str], str]
     for method in sorted(complete, key=lambda method: -complete[method].mean):
         difference = _interval(less(found[method], found[first]), '+') if first in complete and method != first else ''
         cells = [_title(method, bound(method)), _interval(complete[method]), difference]
-        cells += [f'{mean(method, name):.3f}' for name in ('constrained_share', 'kl_mean')]
+        cells += [f'{mean(method, name):.3f}'.replace('nan', '') for name in ('constrained_share', 'kl_mean')]
         lines.append(f'| {" | ".join(cells)} |')
     lacking = [f'{_title(x, bound(x))} ({len(found[x])} of {seeds} seeds)' for x in methods if x not in complete]
     return '\n'.join([*lines, *([f'\nIncomplete: {", ".join(lacking)}.'] if lacking else [])]) + '\n'
