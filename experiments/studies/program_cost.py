@@ -6,8 +6,8 @@ times (a decode loop ends when all responses have, an update works through as ma
 counted apart, per iteration; a loop of unknown length inside of another counts as one round.
 
 Kernels written in Pallas: FLOPs are those of the body times the grid, for splash attention without the blocks above the
-diagonal, which its causal mask skips. cuDNN's attention counts as its products, without what lies above the diagonal. A
-kernel reads its operands and writes its results once, whatever it fetches again.
+diagonal, which its causal mask skips. cuDNN's attention counts as its products, of whole rows without what lies above
+the diagonal. A kernel reads its operands and writes its results once, whatever it fetches again.
 """
 
 import importlib.util
