@@ -36,7 +36,7 @@ def test_several_processes_learn_what_one_learns(result):
     responses, so sums have another order: a loss of nearly 0 is 1e-8 off, 1e-5 of the least that counts as its size.
     """
     assert result['numbers'][0] < 1e-4, result['numbers']
-    assert result['arrays'][0] < 1e-4, result['arrays']
+    assert result['arrays'][0] < 1e-5, result['arrays']
     logged = result['logged']
     assert [row['step'] for row in logged] == list(range(result['steps'][1] + 1))
     assert logged[0]['eval/response_length'] > 1
