@@ -112,7 +112,7 @@ class Decoder(nnx.Module):
         with exact_products(self.config.compute_dtype):
             for params, rotates, pool in zip(layers, rope_layers, cache, strict=True):
                 layer = nnx.merge(graphdef, params)
-                q, *kv = layer.qkv(x, angles_where(rotates, angles))
+                q, *kv = layer.qkv(x, angles_where(rotates, angles), 'batch', None)
                 k, v = (quantise(part, self.config.decode_precision, axis=-1) for part in kv)
                 with jax.named_scope('attention'):
                     mixed, pool = paged_attention(

@@ -145,8 +145,8 @@ class Attention(nnx.Module):
         self.query_norm, self.key_norm = norm(), norm()
         self.head_dim = config.head_dim
 
-    def qkv(self, x: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, S, D] → queries [B, S, H, F], keys and values [B, S, KH, F]; RoPE is applied.
+    def qkv(self, x: jax.Array, angles: Angles, *axes: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """[B, S, D] → queries [B, S, H, F], keys and values [B, S, KH, F]; RoPE is applied. `axes` are those of B and S.
 
         On more devices than KV heads each of these has a copy: KH is then the number of devices.
         """
@@ -157,8 +157,8 @@ class Attention(nnx.Module):
             q, k = self.query_norm(q), self.key_norm(k)
         k = rotate(k, angles)
         if (copies := axis_size('kv_heads') // k.shape[2]) > 1:
-            whole = (constrain(x, 'batch', 'length', None, None) for x in (k, v))
-            k, v = (constrain(jnp.repeat(x, copies, axis=2), 'batch', 'length', 'kv_heads', None) for x in whole)
+            whole = (constrain(x, *axes, None, None) for x in (k, v))
+            k, v = (constrain(jnp.repeat(x, copies, axis=2), *axes, 'kv_heads', None) for x in whole)
         return rotate(q, angles), k, v
 
     def merge_heads(self, mixed: jax.Array) -> jax.Array:
@@ -219,9 +219,9 @@ class Layer(nnx.Module):
         self.mlp = MLP(config, mlp_key)
         adapt(config.lora, jax.random.fold_in(key, 2), self.attention, self.mlp)
 
-    def qkv(self, x: jax.Array, angles: Angles) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x: jax.Array, angles: Angles, *axes: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
         with jax.named_scope('qkv'):
-            return self.attention.qkv(self.attention_norm(x), angles)
+            return self.attention.qkv(self.attention_norm(x), angles, *axes)
 
     def finish(self, x: jax.Array, mixed: jax.Array) -> jax.Array:
         with jax.named_scope('attention_output'):
