@@ -67,7 +67,7 @@ class Decoder(nnx.Module):
         def body(x: jax.Array, of_layer: tuple[Any, ...]) -> tuple[jax.Array, None]:
             rotates, params = of_layer
             layer = nnx.merge(graphdef, params)
-            q, k, v = layer.qkv(x, angles_where(rotates, angles))
+            q, k, v = layer.qkv(x, angles_where(rotates, angles), 'rows', 'length')
             with jax.named_scope('attention'):
                 mixed = packed_attention(q, k, v, segment_ids, implementation=self.config.attention)
             return constrain(layer.finish(x, mixed), 'rows', 'length', None), None
