@@ -47,7 +47,8 @@ def test_meshes_of_other_shapes(tmp_path, model):
     for one, other in zip(without_times(plain), without_checksums(split), strict=True):
         assert one.keys() == other.keys()
         for name in one:
-            np.testing.assert_allclose(one[name], other[name], rtol=1e-2, atol=1e-5, err_msg=name)
+            counts = 'evaluations' in name  # of the solver, whose quantiles are whole or half
+            np.testing.assert_allclose(one[name], other[name], rtol=1e-2, atol=1 if counts else 1e-5, err_msg=name)
 
 
 def test_sampling_in_a_thread_is_not_waited_for():
@@ -109,4 +110,4 @@ def test_splits_that_are_errors(tmp_path, model):
         with pytest.raises(ValueError, match=said):
             run(tmp_path / 'run', model, *bindings, devices=2 if ' 2' in bindings[0] else 8, **LAG)
     assert not (tmp_path / 'run').exists()
-    assert Compute(rollout_devices=2, tensor=2).rollout_mesh.shape == {'data': 1, 'fsdp': 1, 'tensor': 2}
+    assert Compute(rollout_devices=2, tensor=2).rollout_mesh.shape['tensor'] == 2

@@ -440,9 +440,7 @@ def stop_on_signal():
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        logger.warning(
-            '%s: saving after this rollout block or update; twice stops at once', signal.Signals(number).name
-        )
+        logger.warning('%s: saving after this block or update; twice stops at once', signal.Signals(number).name)
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

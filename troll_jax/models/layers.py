@@ -146,7 +146,7 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
 
     def qkv(self, x: jax.Array, angles: Angles, *axes: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, S, D] → queries [B, S, H, F], keys and values [B, S, KH, F]; RoPE is applied. `axes` are those of B and S.
+        """[B, S, D] → queries [B, S, H, F], keys and values [B, S, KH, F]; with RoPE. `axes` are those of B and S.
 
         On more devices than KV heads each of these has a copy: KH is then the number of devices.
         """
