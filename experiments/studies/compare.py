@@ -53,14 +53,14 @@ class Bench:
         )
         self.learner = cache(self._learner)
 
-    def _learner(self, method: str, bound: str, lag: int, precision: str | None) -> Learner:
+    def _learner(self, method: str, bound: str, lag: int) -> Learner:
         """The learner of a method. The learning rate is part of its optimizer's state: one program for all."""
         settings = read(self.suite.task, method, bound).build(Method)
         adamw = settings.optimizer
         optimizer = lambda: optax.inject_hyperparams(lambda learning_rate: adamw(learning_rate=learning_rate))(0.0)
         return Learner(
             self.model.config,
-            replace(self.sampling, lag=lag, precision=precision),
+            replace(self.sampling, lag=lag),
             replace(settings, optimizer=optimizer),
             self.compute,
             max_prompt_length=self.experiment.max_prompt_length,
@@ -70,7 +70,7 @@ class Bench:
     def run(self, setting: Setting) -> dict:
         """Trains from the start model, and evaluates what comes out."""
         begin = time.perf_counter()
-        learner = self.learner(setting.method, setting.bound, setting.lag, setting.precision)
+        learner = self.learner(setting.method, setting.bound, setting.lag)
         sampling = replace(
             self.sampling, prompts_per_step=learner.method.minibatch_prompts * setting.staleness, seed=setting.seed
         )

@@ -109,9 +109,7 @@ class Suite(NamedTuple):
     samples: int = 4  # per held-out problem, at temperature 1
     lags: Sequence[int] = (0,)  # steps between the policy that samples and the one that learns
     precisions: Sequence[str | None] = (None,)  # of the sampler
-    choosing: int = (
-        0  # seeds that choose a bound for each method, the first ones; all others are reported. 0: no choice
-    )
+    choosing: int = 0  # so many seeds, the first, choose a bound for each method; all others are reported. 0: no choice
     model: str | None = 'configs/arithmetic_model.gin'  # makes the start model if it is not there
 
     def cells(self) -> list[dict]:

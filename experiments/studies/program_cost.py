@@ -41,8 +41,7 @@ CHIPS = {
     'h200': Chip(989e12, 141e9, 4800e9, 900e9),
 }
 
-# Of GPUs on several hosts with an adapter of 400 Gb/s for each, both ways: as many rings pass from host to host.
-_BETWEEN_HOSTS = 8 * 2 * 50e9
+_ADAPTER = 2 * 50e9  # 400 Gb/s, both ways, of each GPU where there are several hosts; rings pass through all of them
 
 # What XLA has to know of a GPU that is not there; on a machine that has one,
 # `topologies.get_topology_for_devices(jax.devices()).target_config` says it.
@@ -87,7 +86,7 @@ def describe(topology: str) -> tuple[Chip, list[jax.Device]]:
         if int(gpus) not in range(1, 9):
             raise ValueError(f'{gpus} is not a number of GPUs on one host, 1 to 8')
         if hosts > 1:
-            chip = chip._replace(interconnect=_BETWEEN_HOSTS)
+            chip = chip._replace(interconnect=int(gpus) * _ADAPTER)
         name, cache = _GPUS[generation]
         config = _HOPPER.format(name=name, cache=cache, memory=chip.memory, bandwidth=chip.bandwidth)
         shape = f'1x{hosts}x{gpus}'
@@ -185,7 +184,7 @@ def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
             grid = params['grid_mapping'].grid
             repeats = math.prod(grid)
             if params['name'].startswith('splash'):
-                # Square blocks, of keys as many as of queries, or more: then these are the last queries of their rows.
+                # Blocks are square. If there are more keys than queries (`context`), these are the last of their rows.
                 queries, keys = sorted(grid[-2:])
                 repeats *= 1 - (queries - 1) / (2 * keys)
         inner = [count_flops(sub, devices) for sub in sub_jaxprs(params)]

@@ -115,9 +115,10 @@ def replay(
             f'lag must be at least 0 and precision one of {", ".join(PRECISIONS)}, or none; got {lag} and {precision!r}'
         )
     start, sampling, method, compute = (config.build(kind) for kind in (Experiment, Sampling, Method, Compute))
-    if precision and sampling.lag:
+    run_lag = sampling.lag if method.old_policy == 'rollout' else 0  # recomputed, π_old is the checkpoint's
+    if precision and run_lag:
         raise ValueError(
-            f'the policy that sampled {path} was not saved, since the run has Sampling.lag = {sampling.lag}; leave out '
+            f'the policy that sampled {path} was not saved, since the run has Sampling.lag = {run_lag}; leave out '
             '--precision, or train without a lag and replay with --lag'
         )
     compute = dataclasses.replace(compute, rollout_devices=None)  # nothing is sampled
@@ -209,7 +210,7 @@ def replay(
         'tokens': int(np.sum(fetch(compared.loss_weights) > 0)),
         'lag': lag,
         'precision': precision,
-        'run_lag': sampling.lag,
+        'run_lag': run_lag,
         'kl_at_start': at_start['kl_mean'],
         'length_of_equal_step': _number(length),
         'before': before,

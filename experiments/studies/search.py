@@ -88,9 +88,8 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
             if (sampler := attempt(bindings, SAMPLER)) is None:
                 continue
             prefill, decode = sampler
-            busy = min(
-                1, decode['cached_tokens'] / (decode['slots'] * length)
-            )  # the share of slots that the cache feeds
+            # The share of the slots that the cache feeds.
+            busy = min(1, decode['cached_tokens'] / (decode['slots'] * length))
             step = updates * sum(row['bound_s'] for row in update(i))
             step += responses * experiment.max_response_length / (busy * decode['tokens_per_second'])
             step += sampling.prompts_per_step * experiment.max_prompt_length / prefill['tokens_per_second']
@@ -111,7 +110,7 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
 def print_recipes(experiment: Experiment, found: list[Found]) -> None:
     """A row of settings and bounds for each topology."""
     columns = 'devices, model, tensor, remat, micro-batch, head chunk, moments, slots, update needs, update, '
-    columns += 'decoding, one step'
+    columns += 'one step'
     print('|', columns.replace(', ', ' | '), '|')
     print('|', ' | '.join(['---'] * (columns.count(',') + 1)), '|')
     for topology, bindings, rows, step in found:
@@ -121,7 +120,7 @@ def print_recipes(experiment: Experiment, found: list[Found]) -> None:
             f'{bindings["micro_batch_tokens"]:,} | {bindings["head_chunk"]:,} | '
             f'{"host" if bindings["offload_optimizer"] else "device"} | {bindings["slots"]:,} | '
             f'{update["needed_gb"]:.1f} of {update["memory_gb"]:.0f} GB | {update["bound_s"]:.2g} s | '
-            f'{rows[-1]["tokens_per_second"]:,.0f} tokens/s | {step:,.0f} s |'
+            f'{step:,.0f} s |'
         )
 
 

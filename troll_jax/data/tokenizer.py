@@ -73,7 +73,7 @@ def load_tokenizer(model: str, *, chat_template_from: str | None = None) -> PreT
 
 
 def save_tokenizer(folder: str | Path, tokenizer: PreTrainedTokenizerBase, model: str | None = None) -> None:
-    """Writes the files of a tokenizer, which transformers 4.57 and 5 read.
+    """Writes the files of a tokenizer, which transformers 4.57 and 5 read, or all that read its source's.
 
     Args:
         folder: created if it is not there; other files in it stay.

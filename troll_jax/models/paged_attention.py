@@ -22,7 +22,7 @@ PAGE_SIZE = 32  # tokens: on CPUs measured to be fast, on accelerators several p
 _TILE = 16  # XLA: sequences that attend at a time, as measured on a CPU
 _BLOCK_TOKENS = 128  # ragged: keys that are multiplied at a time
 _TRITON_BLOCK_TOKENS, _TRITON = 64, {'num_warps': 4, 'num_stages': 1}  # fastest on an H200, docs/accelerators.md
-_SPLIT_TOKENS, _SPLITS = 1024, 8  # Triton: a longer block table is read in parts, by as many programs,
+_SPLIT_TOKENS, _SPLITS = 1024, 8  # Triton: a block table this long is read in parts, by as many programs,
 _PROGRAMS = 1024  # unless there are so many as it is, several for each multiprocessor
 _IN_FLIGHT = 32  # ragged: rows that are being written at a time
 _NOTHING = float(jnp.finfo(jnp.float32).min)  # the logit of a key that is not seen
@@ -184,7 +184,7 @@ def _attend_triton(q, pool: Pool, block_table, positions, *, kv_heads: int) -> j
         k, v = (x.reshape(kv_heads, sequences, -1, head_dim).transpose(1, 2, 0, 3) for x in found)
         return attention(q, k, v, jnp.arange(k.shape[1])[None, None] <= positions[:, :, None])
     together = math.gcd(columns, max(1, _TRITON_BLOCK_TOKENS // page_size))
-    split = columns * page_size > _SPLIT_TOKENS and sequences * kv_heads < _PROGRAMS
+    split = columns * page_size >= _SPLIT_TOKENS and sequences * kv_heads < _PROGRAMS
     splits = math.gcd(columns // together, _SPLITS) if split else 1
     mixed = triton.paged_attention(
         q[:, 0] * head_dim**-0.5,

@@ -145,7 +145,8 @@ def shuffled(
 ) -> jax.Array:
     """A control: drop as many tokens of a response as the objective `of` constrains there, but random ones.
 
-    Which ones is a function of the update and of a token's place in the row alone.
+    Not for an `of` that needs the whole minibatch. Which ones is a function of the update and of a token's place in the
+    row alone.
     """
     constrained = of(row, advantages, progress).constrained
     draw = jax.random.uniform(jax.random.fold_in(jax.random.key(0), progress.updates), constrained.shape)
