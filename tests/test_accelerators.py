@@ -173,7 +173,7 @@ def test_what_the_head_moves():
         return jnp.sum(output.log_probs + output.entropy) + jnp.sum(output.on_old_support + output.own.log_probs)
 
     hidden, tokens, old = (
-        shape(*x) for x in [(jnp.bfloat16, 8 * chunk, width), (int, 8 * chunk), (int, 8 * chunk, 64)]
+        shape(*x) for x in [(jnp.bfloat16, 1, 8 * chunk, width), (int, 1, 8 * chunk), (int, 1, 8 * chunk, 64)]
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         gradient = jax.jit(jax.grad(total, argnums=(0, 1)))

@@ -1,5 +1,6 @@
 """GGUF files: the logits and token ids of the model that was converted, or an error that says what is not supported."""
 
+import copy
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -193,7 +194,7 @@ MODELS = {
 
 def tiny(name: str = 'llama', tied: bool = True) -> PreTrainedModel:
     architecture, own = MODELS[name]
-    return tiny_torch_model(tiny_hf_config(tied, architecture, **SIZES | own))
+    return tiny_torch_model(tiny_hf_config(tied, architecture, **copy.deepcopy(SIZES | own)))
 
 
 @pytest.mark.parametrize(

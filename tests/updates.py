@@ -118,4 +118,5 @@ def assert_same_step(one, other):
     (params, metrics), (expected, expected_metrics) = one, other
     norm = max(1.0, expected_metrics['gradient_norm'])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6 * norm, rtol=0), params, expected)
-    assert_same(metrics, expected_metrics, atol=1e-5)
+    for name, expected in expected_metrics.items():  # rounding may cost a token one evaluation more or less
+        assert_same(metrics[name], expected, atol=0.1 if name.startswith('evaluations') else 1e-5)

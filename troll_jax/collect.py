@@ -174,12 +174,12 @@ def make_collector(
 
         def watch(rollout: Rollout, ended: np.ndarray) -> None:
             grader.check_open()
-            check()
             part = jax.tree.map(lambda x: x[ended], rollout._replace(log_probs=None, entropy=None, support=None))
             for i, text in zip(ended, decode_responses(part, tokenizer), strict=True):
                 texts[i] = text
                 if i % share.step == share.start:
                     arriving.add(i // share.step, text)
+            check()  # last: several processes wait for the devices in it
 
         try:
             with jax.set_mesh(mesh):

@@ -18,7 +18,7 @@ _EXPECTED = 'expected what save_batches of this version of troll_jax wrote'
 class SavedBatches(NamedTuple):
     """The result of `load_batches`."""
 
-    step: int  # of the checkpoint whose parameters sampled the responses; 0: the model that the run started from
+    step: int  # of the checkpoint before the step that learnt from them; 0: the model that the run started from
     batches: list[Batch]  # in numpy, in the order in which they were learnt from
 
 
@@ -30,7 +30,7 @@ def save_batches(path: str | os.PathLike, batches: Iterable[Batch], *, step: int
     Args:
       path: file to write; its folder is made.
       batches: as they are learnt from, in numpy or on devices.
-      step: step of the checkpoint whose parameters sampled them.
+      step: step of the checkpoint before they are learnt from.
     """
     entries, count, first = {'step': np.int64(step)}, 0, jax.process_index() == 0
     for batch in batches:

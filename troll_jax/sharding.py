@@ -117,7 +117,13 @@ def partition_spec(axes: Sequence[str | None]) -> PartitionSpec:
 
 
 def named_sharding(mesh: Mesh, axes: Sequence[str | None]) -> NamedSharding:
-    return NamedSharding(mesh, partition_spec(axes))
+    """The layout of an array, in the words that XLA has for its results: a program that returns it takes it again."""
+
+    def names(of: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        left = tuple(name for name in of if name != 'context' or mesh.shape[name] > 1) if isinstance(of, tuple) else of
+        return left[0] if isinstance(left, tuple) and len(left) == 1 else left
+
+    return NamedSharding(mesh, PartitionSpec(*map(names, partition_spec(axes))))
 
 
 def place(tree: Any, mesh: Mesh, axes: Sequence[str | None] = BATCH_AXES) -> Any:

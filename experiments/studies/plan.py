@@ -215,12 +215,14 @@ def host_memory(experiment: Experiment, sampling: Sampling, method: Method, comp
 
 
 def balance(rows: Sequence[dict]) -> str | None:
-    """How many of the devices should sample, by the bounds of all programs on one topology; None if some are unknown.
+    """How many of the devices should sample, by the bounds of all programs on one topology. None if some are unknown, or there
+    are several processes.
 
     Work is taken to be as much on any number of devices, and responses to be of full length.
     """
     by_name = {row['program']: row for row in rows}
-    if not {'update', 'decode'} <= by_name.keys() or any(row['limit'] is None for row in rows):
+    known = {'update', 'decode'} <= by_name.keys() and all(row['limit'] is not None for row in rows)
+    if not known or rows[0].get('processes', 1) > 1:  # devices of several processes cannot be divided
         return None
     is_rollout = lambda row: row['program'] in ('prefill', 'decode')
     seconds = lambda rollout: sum(row['step_s'] for row in rows if is_rollout(row) == rollout)
@@ -228,7 +230,7 @@ def balance(rows: Sequence[dict]) -> str | None:
     share = sampling * seconds(True) / (sampling * seconds(True) + training * seconds(False))
     return (
         f'{rows[0]["topology"]}: a rollout takes at least {seconds(True):.3g} s on {sampling} devices, its updates '
-        f'{seconds(False):.3g} s on {training}. With Compute.overlap and Compute.rollout_devices both take as long if '
+        f'{seconds(False):.3g} s on {training}. With Compute.overlap (which needs Sampling.lag) and Compute.rollout_devices both take as long if '
         f'{share:.0%} of the devices sample'
     )
 

@@ -186,7 +186,7 @@ def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
             if params['name'].startswith('splash'):
                 # Blocks are square. If there are more keys than queries (`context`), these are the last of their rows.
                 queries, keys = sorted(grid[-2:])
-                repeats *= 1 - (queries - 1) / (2 * keys)
+                repeats = repeats * (2 * keys - queries + 1) / (2 * keys)
         inner = [count_flops(sub, devices) for sub in sub_jaxprs(params)]
         if name == 'cond':
             inner = [max(inner)]

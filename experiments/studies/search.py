@@ -74,7 +74,7 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
 
     def with_tensor(tensor: int) -> Found | None:
         shards = len(devices) // tensor
-        mesh = {'data': 1, 'fsdp': shards, 'tensor': tensor}
+        mesh = {'data': 1, 'fsdp': shards, 'context': 1, 'tensor': tensor, 'rollout_devices': None}
         rows_of_device = -(-responses // (updates * shards))
         candidates = []
         for remat, rows, head_chunk, offload in UPDATES:

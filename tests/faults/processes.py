@@ -72,7 +72,7 @@ def watched(owner, name: str, moment: str, value: Callable[..., int] = lambda *_
 def prepare(devices: int) -> None:
     jax.config.update('jax_num_cpu_devices', devices)
     watched(troll_jax.collect, 'sample_responses', 'rollout')
-    watched(Grader, '__call__', 'grading', lambda _, responses, __: len(responses))
+    watched(Grader, '__call__', 'grading', lambda _, responses, *__: len(responses))
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     watched(troll_jax.learn, 'place_parts', 'update', lambda rows, *_: size(rows))
     watched(troll_jax.learn.Learner, 'pack', 'packing', lambda _, rollout, *__: size(rollout.support))
