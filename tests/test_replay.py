@@ -244,7 +244,10 @@ def test_errors_say_what_there_is(run):
         ({'step': 0, 'lag': 5}, r'no checkpoint 5, which is 5 steps after .*there are \[1, 2\]'),
         ({'lag': -1}, 'lag must be at least 0 .*got -1'),
         ({'precision': 'int4'}, "one of bfloat16, int8, fp8, or none; got 0 and 'int4'"),
-        ({'precision': 'int8', 'bindings': ['Sampling.lag = 1']}, 'has Sampling.lag = 1; leave out --precision'),
+        (
+            {'precision': 'int8', 'bindings': ['Sampling.lag = 1', 'Method.old_policy = "rollout"']},
+            'has Sampling.lag = 1; leave out --precision',
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             replay(run, **arguments)

@@ -102,8 +102,7 @@ class TrainingRun:
             elif error is not None:
                 raise error
         if self.interrupted:
-            saved = ', which is saved' if self._last_step else ''
-            logger.warning('stopped after step %d%s; start again to resume', self._last_step, saved)
+            logger.warning('stopped after step %d, the last to be saved; start again to resume', self._last_step)
         return self.interrupted
 
     def start(self, learner: Any, model: Model, data: Sequence[Any], validate: Callable[..., dict]) -> TrainState:
@@ -196,8 +195,7 @@ class TrainingRun:
         if self._skipped:
             logger.warning('step %d: an update was skipped, its gradient was not finite', step)
         is_last, is_stopped = is_last or step == run.steps, self._stop()
-        self._latest = state, None  # lets go of the state before
-        self._is_last, self._last_step = is_last or is_stopped, step
+        self._is_last, self._last_step, self._latest = is_last or is_stopped, step, (state, None)
         self.interrupted = is_stopped and not is_last
         if experience is not None:
             self._record_tokens(step, updates, experience)

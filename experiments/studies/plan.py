@@ -215,8 +215,9 @@ def host_memory(experiment: Experiment, sampling: Sampling, method: Method, comp
 
 
 def balance(rows: Sequence[dict]) -> str | None:
-    """How many of the devices should sample, by the bounds of all programs on one topology. None if some are unknown, or there
-    are several processes.
+    """How many of the devices should sample, by the bounds of all programs on one topology; None if some are unknown.
+
+    And None for several processes, which cannot divide their devices.
 
     Work is taken to be as much on any number of devices, and responses to be of full length.
     """
@@ -230,8 +231,8 @@ def balance(rows: Sequence[dict]) -> str | None:
     share = sampling * seconds(True) / (sampling * seconds(True) + training * seconds(False))
     return (
         f'{rows[0]["topology"]}: a rollout takes at least {seconds(True):.3g} s on {sampling} devices, its updates '
-        f'{seconds(False):.3g} s on {training}. With Compute.overlap (which needs Sampling.lag) and Compute.rollout_devices both take as long if '
-        f'{share:.0%} of the devices sample'
+        f'{seconds(False):.3g} s on {training}. With Compute.overlap (and Sampling.lag) and Compute.rollout_devices '
+        f'both take as long if {share:.0%} of the devices sample'
     )
 
 
