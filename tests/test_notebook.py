@@ -8,6 +8,7 @@ from nbclient import NotebookClient
 
 REPOSITORY = Path(__file__).parent.parent
 NOTEBOOKS = {'projection': 7, 'train': 1, 'run': 1, 'replay': 1}  # and their figures
+FEWER = "'clip', 'dppo', 'spo', "  # objectives that the test of the notebook leaves out: each takes half a minute
 
 
 def read(name: str):
@@ -31,6 +32,8 @@ def figures(notebook) -> int:
 def test_every_cell_runs_and_draws(name):
     """Guards against a library that moved on without its notebooks, whose own assertions run here too."""
     notebook = read(name)
+    for cell in notebook.cells:
+        cell.source = cell.source.replace(FEWER, '')
     run(notebook, REPOSITORY / 'notebooks')
     assert figures(notebook) == NOTEBOOKS[name]
 
