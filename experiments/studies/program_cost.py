@@ -185,7 +185,7 @@ def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
             repeats = math.prod(grid)
             if params['name'].startswith('splash'):
                 # Blocks are square. If there are more keys than queries (`context`), these are the last of their rows.
-                queries, keys = sorted(grid[-2:])
+                queries, keys = (grid[-1], grid[-3]) if 'dkv' in params['name'] else grid[-2:]
                 repeats = repeats * (2 * keys - queries + 1) / (2 * keys)
         inner = [count_flops(sub, devices) for sub in sub_jaxprs(params)]
         if name == 'cond':
