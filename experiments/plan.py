@@ -103,7 +103,8 @@ def main() -> None:
         rows, advice = rows + found, [*advice, balance(found)]
     print_table(rows)
     print_hosts(rows)
-    print(*filter(None, advice), sep='\n')
+    for line in filter(None, advice):
+        print(line)
     if arguments.json:
         print(json.dumps(rows))
 

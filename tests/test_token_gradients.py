@@ -127,7 +127,6 @@ def test_the_regression_pulls_whatever_the_advantage():
     logs = inspect(troll, new, old, np.zeros(2, int), np.array([1.0, 3.0]))
     assert np.all(logs['kept'] < 1e-6)
     np.testing.assert_allclose(logs['pull'][0], 3 * logs['pull'][1], rtol=1e-6)
-    np.testing.assert_allclose(logs['pull'], logs['whole'], rtol=1e-5)
     assert np.all(logs['returns'])
 
 
@@ -136,22 +135,15 @@ def test_summary_by_class():
     logs = {
         'kept': np.array([0.0, 1.0, 0.5, 9.0]),
         'pull': np.zeros(4),
-        'whole': np.ones(4),
+        'token_gradient': np.ones(4),
         'outward': np.array([True, True, False, False]),
         'returns': np.array([True, False, True, True]),
     }
-    found = summarise(logs, np.array([True, True, True, False]), np.log([0.04, 0.6, 0.7, 0.7]))
-    assert {name: row['tokens'] for name, row in found.items()} == {
-        'outward': 2,
-        'back': 1,
-        '0 < p ≤ 0.05': 1,
-        '0.05 < p ≤ 0.5': 0,
-        '0.5 < p ≤ 0.95': 2,
-        '0.95 < p ≤ 1': 0,
-    }
+    found = summarise(logs, np.array([True, True, True, False]))
+    assert {name: row['tokens'] for name, row in found.items()} == {'outward': 2, 'back': 1}
     assert found['outward']['kept'] == pytest.approx([0.1, 0.5, 0.9]) and found['outward']['silenced'] == 0.5
     assert found['outward']['returns'] == 0.5 and found['back']['returns'] == 1
-    assert 'kept' not in found['0.05 < p ≤ 0.5']
+    assert summarise(logs, np.zeros(4, bool)) == {'outward': {'tokens': 0}, 'back': {'tokens': 0}}
 
 
 def test_held_tokens_by_sign_and_probability():

@@ -189,11 +189,10 @@ def make_collector(
             arriving.give_up()
             raise
         log = _describe(rollout) | {'seconds/rollout': perf_counter() - start}
-        return partial(reward, rollout, indices, texts, arriving.grades, log)
+        return partial(reward, rollout, indices, texts, answers, arriving.grades, log)
 
-    def reward(rollout, indices, texts, own: Future[Grades], log) -> tuple[_Groups, dict[str, float]]:
-        start, samples = perf_counter(), len(texts) // len(indices)
-        answers = [prompts.answers[i] for i in indices for _ in range(samples)]
+    def reward(rollout, indices, texts, answers, own: Future[Grades], log) -> tuple[_Groups, dict[str, float]]:
+        start = perf_counter()
         while not _everywhere(bool(wait([own], timeout=_LOOKS).done)):
             check()
         grades = _gather_grades(own.result, len(texts))

@@ -327,7 +327,7 @@ def describe(got: Gradient, logs: dict, batch: Batch, outside: np.ndarray, token
         'affected_share': float(affected[mask].mean()),
         'silenced_share': float(silenced[mask].mean()),
         'held': held(affected, mask, batch.advantages, batch.old_log_probs),
-        'outside': summarise(logs, mask & outside & (batch.advantages != 0), batch.old_log_probs),
+        'outside': summarise(logs, mask & outside & (batch.advantages != 0)),
         'broken_tokens': len(broken),
         'first_broken': _token(tuple(broken[0]), batch, logs, tokenizer) if len(broken) else None,
     }

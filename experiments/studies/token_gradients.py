@@ -88,7 +88,6 @@ def inspected(objective: Objective) -> Objective:
             'log_prob': row.new_log_probs,
             'kept': norm(whole - pull) / unit,
             'pull': norm(pull) / unit,
-            'whole': norm(whole) / unit,
             'outward': jnp.sum(divergence * plain, axis=-1) < 0,  # a step goes against the gradient of the loss
             'returns': (jnp.sum(divergence * whole, axis=-1) > 0) & (norm(whole) >= SILENCED * norm(plain)),
             'total_variation': jax.vmap(total_variation)(row.new.log_probs, row.old.log_probs),
@@ -117,21 +116,20 @@ def held(constrained: np.ndarray, where: np.ndarray, advantages: np.ndarray, old
     return found
 
 
-def summarise(logs: dict[str, np.ndarray], where: np.ndarray, old_log_probs: np.ndarray) -> dict[str, dict]:
-    """What is kept of the plain gradients, as quantiles, and the share that returns, in classes of tokens.
+def summarise(logs: dict[str, np.ndarray], where: np.ndarray) -> dict[str, dict]:
+    """What is kept of the plain gradients, as quantiles, and the share that returns, outward and back.
 
     Args:
       logs: those of `inspected`, any shape.
       where: bool, tokens that count; those whose gradient is not finite do not.
-      old_log_probs: log π_old of the sampled tokens.
     """
-    where = where & np.isfinite(logs['whole'])
+    where = where & np.isfinite(logs['token_gradient'])
     found = {}
-    for name, inside in {'outward': logs['outward'], 'back': ~logs['outward'], **bins(old_log_probs)}.items():
+    for name, inside in {'outward': logs['outward'], 'back': ~logs['outward']}.items():
         chosen = where & inside
         found[name] = {'tokens': int(chosen.sum())}
         if chosen.any():
-            quantiles = {x: np.quantile(logs[x][chosen], QUANTILES).tolist() for x in ('kept', 'pull', 'whole')}
+            quantiles = {x: np.quantile(logs[x][chosen], QUANTILES).tolist() for x in ('kept', 'pull')}
             shares = {'silenced': logs['kept'] < SILENCED, 'returns': logs['returns']}
             found[name] |= quantiles | {x: float(is_so[chosen].mean()) for x, is_so in shares.items()}
     return found
