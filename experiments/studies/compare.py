@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Bench:
                 precision=precision,
             )
         )
-        self.learner = cache(self._learner)
+        self.learner = lru_cache(8)(self._learner)  # the system limits how much compiled code a process may map
 
     def _learner(self, method: str, bound: str, lag: int) -> Learner:
         """The learner of a method. The learning rate is part of its optimizer's state: one program for all."""

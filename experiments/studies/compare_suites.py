@@ -147,7 +147,7 @@ def read(task: str, method: str, bound: str = '') -> Config:
     return Config(files, [*ESTIMATORS.get(estimator, ()), *bindings, *filter(None, bound.split('; '))])
 
 
-_REGIONS = Suite('configs/quickstart.gin', ['clip', *(x for x in BOUNDS if x != 'clip')], 64, (1e-3,), (16,))
+_REGIONS = Suite('configs/quickstart.gin', ['clip', *(x for x in BOUNDS if x != 'clip')], 64, (1e-3,), (16,), choosing=2)
 SUITES = {
     'quickstart': Suite(
         'configs/quickstart.gin',
@@ -160,9 +160,9 @@ SUITES = {
     'lag': Suite('configs/quickstart.gin', PAIRED, 192, (5e-4,), (8,), lags=(0, 1, 4, 16)),
     'long': Suite('configs/quickstart.gin', PAIRED, 4000, (5e-4,), (4,), lags=(4,)),
     'regions': _REGIONS,
-    'bounds': _REGIONS._replace(learning_rates=(5e-4, 1e-3), staleness=(8, 32), updates=192, choosing=2),
-    'precision': _REGIONS._replace(lags=(0, 4), precisions=(None, 'bfloat16', 'int8', 'fp8'), choosing=2),
+    'rates': _REGIONS._replace(learning_rates=(5e-4, 1e-3), staleness=(4, 16)),
+    'precision': _REGIONS._replace(precisions=(None, 'int8', 'fp8'), choosing=0),
     'long_problems': _REGIONS._replace(
-        task='configs/arithmetic_long.gin', model='configs/arithmetic_long_model.gin', updates=384, choosing=2
+        task='configs/arithmetic_long.gin', model='configs/arithmetic_long_model.gin', updates=96
     ),
 }
