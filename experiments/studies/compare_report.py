@@ -1,6 +1,6 @@
 """Tables and figures of `troll compare`: success by cell, and methods in order with differences by seed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import numpy as np
@@ -74,28 +74,34 @@ def table(suite: Suite, rows: list[dict], methods: Sequence[str], seeds: int) ->
 
 
 def ranking(suite: Suite, rows: list[dict], methods: Sequence[str], seeds: int) -> str:
-    """Methods by their mean success over all cells, in Markdown: at the bounds of their files, then at the chosen ones.
+    """Methods by their mean success over all cells, in Markdown, at the bounds of their files and at the chosen ones.
 
     Differences are to the suite's first method, at its own bound or at the chosen one likewise.
     """
-    bounds = {'own': lambda method: ''} | ({'chosen': partial(best_bound, suite, rows)} if suite.choosing else {})
-    return '\n'.join(_ranking(suite, rows, methods, seeds, *kind) for kind in bounds.items())
-
-
-def _ranking(suite, rows, methods, seeds, kind: str, bound: Callable[[str], str]) -> str:
-    of = lambda method: by_seed(rows, suite.cells(), suite.reported_seeds(seeds), method=method, bound=bound(method))
-    found = {method: of(method) for method in methods}
-    complete = {method: estimate(x) for method, x in found.items() if len(x) == seeds}
-    mean = lambda method, name: np.mean([x[name] for x in found[method].values()])
+    bounds = [lambda method: '', *([partial(best_bound, suite, rows)] if suite.choosing else [])]
+    seeds_of = partial(by_seed, rows, suite.cells(), suite.reported_seeds(seeds))
+    found = [{method: seeds_of(method=method, bound=bound(method)) for method in methods} for bound in bounds]
+    there = {method: min(len(of[method]) for of in found) for method in methods}
+    complete = [method for method, count in there.items() if count == seeds]
     first = suite.methods[0]
-    lines = [f'| at {kind} bound | success | less {first} | tokens held | mean KL |', '| --- ' * 5 + '|']
-    for method in sorted(complete, key=lambda method: -complete[method].mean):
-        difference = _interval(less(found[method], found[first]), '+') if first in complete and method != first else ''
-        cells = [_title(method, bound(method)), _interval(complete[method]), difference]
-        cells += [f'{mean(method, name):.3f}'.replace('nan', '') for name in ('constrained_share', 'kl_mean')]
-        lines.append(f'| {" | ".join(cells)} |')
-    lacking = [f'{_title(x, bound(x))} ({len(found[x])} of {seeds} seeds)' for x in methods if x not in complete]
+
+    def cells(of: dict, method: str) -> list[str]:
+        difference = _interval(less(of[method], of[first]), '+') if first in complete and method != first else ''
+        means = [np.mean([x[name] for x in of[method].values()]) for name in ('constrained_share', 'kl_mean')]
+        return [_interval(estimate(of[method])), difference, *(f'{x:.3f}'.replace('nan', '') for x in means)]
+
+    titles = ['success', f'less {first}', 'tokens held', 'mean KL']
+    lines = [_line(['method', *titles, *(['chosen bound', *titles] if suite.choosing else [])])]
+    lines.append(_line(['---'] * lines[0].count(' | ') + ['---']))
+    for method in sorted(complete, key=lambda method: -estimate(found[-1][method]).mean):
+        chosen = [f'`{bounds[1](method)}`'.replace('``', ''), *cells(found[1], method)] if suite.choosing else []
+        lines.append(_line([_title(method, ''), *cells(found[0], method), *chosen]))
+    lacking = [f'{_title(method, "")} ({count} of {seeds} seeds)' for method, count in there.items() if count < seeds]
     return '\n'.join([*lines, *([f'\nIncomplete: {", ".join(lacking)}.'] if lacking else [])]) + '\n'
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f'| {" | ".join(cells)} |'
 
 
 def _title(method: str, bound: str) -> str:

@@ -147,7 +147,9 @@ def read(task: str, method: str, bound: str = '') -> Config:
     return Config(files, [*ESTIMATORS.get(estimator, ()), *bindings, *filter(None, bound.split('; '))])
 
 
-_REGIONS = Suite('configs/quickstart.gin', ['clip', *(x for x in BOUNDS if x != 'clip')], 64, (1e-3,), (16,), choosing=2)
+_REGIONS = Suite(
+    'configs/quickstart.gin', ['clip', *(x for x in BOUNDS if x != 'clip')], 64, (1e-3,), (16,), choosing=2
+)
 SUITES = {
     'quickstart': Suite(
         'configs/quickstart.gin',
