@@ -221,8 +221,8 @@ class Compute:
       offload_optimizer: keeps the moments of the optimizers in the host's memory between updates.
       overlap: samples a step ahead, and grades while the update before it runs; for `Sampling.lag` of at least 1. With
         `rollout_devices` it also samples while that update runs.
-      rollout_devices: n; the last n devices sample, and the others train and evaluate. None: all do both. For one
-        process.
+      rollout_devices: n; the last n devices sample, and the others train and evaluate. None: all do both. Of several
+        processes the last n / processes of each sample.
       devices: devices of the mesh; None is all of them.
 
     Raises:
@@ -271,8 +271,9 @@ class Compute:
             self.data,
             self.fsdp,
             self.tensor,
-            self._devices[: -(self.rollout_devices or 0) or None],
+            self._devices[0],
             context=self.context,
+            in_order=self.rollout_devices is not None,
         )
 
     @cached_property
@@ -280,17 +281,23 @@ class Compute:
         """The mesh of the devices that sample. With `rollout_devices` all that `tensor` leaves is for `fsdp`."""
         if self.rollout_devices is None:
             return self.mesh
-        return make_mesh(tensor=self.mesh.shape['tensor'], devices=self._devices[-self.rollout_devices :])
+        return make_mesh(tensor=self.mesh.shape['tensor'], devices=self._devices[1], in_order=True)
 
     @cached_property
-    def _devices(self) -> list[jax.Device]:
+    def _devices(self) -> tuple[list[jax.Device], list[jax.Device]]:
+        """Those that train, and those that sample, process by process."""
         devices = jax.devices() if self.devices is None else list(self.devices)
-        if self.rollout_devices is not None and (self.rollout_devices >= len(devices) or jax.process_count() > 1):
+        if self.rollout_devices is None:
+            return devices, devices
+        processes = sorted({device.process_index for device in devices})
+        of_each = [[device for device in devices if device.process_index == i] for i in processes]
+        count, left = divmod(self.rollout_devices, len(processes))
+        if left or count >= min(map(len, of_each)):
             raise ValueError(
-                f'Compute.rollout_devices = {self.rollout_devices} of {len(devices)} devices in {jax.process_count()} '
-                'processes; expected fewer than there are, and one process. Lower it, or leave it out'
+                f'Compute.rollout_devices = {self.rollout_devices} of {len(devices)} devices in {len(processes)} '
+                'processes; expected a multiple of the processes, and fewer than there are. Change it, or leave it out'
             )
-        return devices
+        return [x for of in of_each for x in of[:-count]], [x for of in of_each for x in of[-count:]]
 
     def place_optimizer(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
         """The optimizer with its moments in the host's memory, if that is set."""

@@ -214,14 +214,13 @@ def differences(one: Path, other: Path) -> dict[str, float]:
     """The largest relative one of the logged numbers but times, and of the last checkpoint's arrays by their norms."""
     b = rows(other)
     a = rows(one)[: len(b)]  # the other one may have been stopped
-    timed = ('seconds/', 'rollout/tokens_per_second', 'update/tokens_per_second')
+    own = ('seconds/', 'rollout/tokens_per_second', 'update/tokens_per_second', 'rollout/weights_checksum')
+    a, b = ([{name: x for name, x in row.items() if not name.startswith(own)} for row in of] for of in (a, b))
     assert [row.keys() for row in a] == [row.keys() for row in b]
     # A NaN would be no maximum.
     whole = lambda x: float(np.nan_to_num(x, nan=np.inf))
     apart = lambda x, y: whole(np.linalg.norm(np.subtract(x, y)) / max(np.linalg.norm(x), 1e-3))
-    numbers = [
-        (apart(x[name], y[name]), name) for x, y in zip(a, b, strict=True) for name in x if not name.startswith(timed)
-    ]
+    numbers = [(apart(x[name], y[name]), name) for x, y in zip(a, b, strict=True) for name in x]
     step = a[-1]['step']
     saved, expected = (jax.tree.leaves_with_path(everything(run, step)) for run in (other, one))
     assert [path for path, _ in saved] == [path for path, _ in expected]
