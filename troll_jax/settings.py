@@ -30,7 +30,7 @@ from troll_jax.packing import BatchShape, batch_shape
 from troll_jax.rewards.pool import Grader
 from troll_jax.rewards.terms import RewardTerm, check_names, task_reward
 from troll_jax.score import Scoring, TailRule
-from troll_jax.sharding import axis_size, make_mesh
+from troll_jax.sharding import axis_size, make_mesh, split_devices
 from troll_jax.typechecks import check_fields
 
 Advantages = Annotated[Callable[[jax.Array], jax.Array], 'greedy_reward', 'values']
@@ -285,19 +285,9 @@ class Compute:
 
     @cached_property
     def _devices(self) -> tuple[list[jax.Device], list[jax.Device]]:
-        """Those that train, and those that sample, process by process."""
+        """Those that train, and those that sample."""
         devices = jax.devices() if self.devices is None else list(self.devices)
-        if self.rollout_devices is None:
-            return devices, devices
-        processes = sorted({device.process_index for device in devices})
-        of_each = [[device for device in devices if device.process_index == i] for i in processes]
-        count, left = divmod(self.rollout_devices, len(processes))
-        if left or count >= min(map(len, of_each)):
-            raise ValueError(
-                f'Compute.rollout_devices = {self.rollout_devices} of {len(devices)} devices in {len(processes)} '
-                'processes; expected a multiple of the processes, and fewer than there are. Change it, or leave it out'
-            )
-        return [x for of in of_each for x in of[:-count]], [x for of in of_each for x in of[-count:]]
+        return (devices, devices) if self.rollout_devices is None else split_devices(devices, self.rollout_devices)
 
     def place_optimizer(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
         """The optimizer with its moments in the host's memory, if that is set."""
@@ -437,6 +427,14 @@ def check_together(sampling: Sampling, method: Method, compute: Compute, max_len
         raise ValueError(
             f'overlap samples before update and grades; got Sampling.lag = {sampling.lag}, expected at least 1, '
             f'and Sampling.max_draws = {sampling.max_draws}, expected 1; change these, or set Compute.overlap = False'
+        )
+    meshes = compute.mesh, compute.rollout_mesh
+    local, on_cpus = [len(mesh.local_devices) for mesh in meshes], meshes[0].devices.flat[0].platform == 'cpu'
+    if compute.overlap and compute.rollout_devices and jax.process_count() > 1 and on_cpus and min(local) > 1:
+        raise ValueError(
+            f'overlap in several processes on CPUs, which run one program of several of their devices at a time: got '
+            f'{local[0]} that train and {local[1]} that sample in each, and one program would wait for the other '
+            'forever. Have one of each process train or sample, or set Compute.overlap = False'
         )
 
 

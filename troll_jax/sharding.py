@@ -73,6 +73,23 @@ def make_mesh(
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
 
+def split_devices(devices: Sequence[jax.Device], count: int) -> tuple[list[jax.Device], list[jax.Device]]:
+    """The last `count` / P devices of each of P processes are for themselves: the others, and these; by process.
+
+    Raises:
+      ValueError: P does not divide `count`, or a process would have no others.
+    """
+    processes = sorted({device.process_index for device in devices})
+    of_each = [[device for device in devices if device.process_index == i] for i in processes]
+    last, left = divmod(count, len(processes))
+    if left or last >= min(map(len, of_each)):
+        raise ValueError(
+            f'Compute.rollout_devices = {count} of {len(devices)} devices in {len(processes)} processes; expected a '
+            'multiple of the processes, and fewer than there are. Change it, or leave it out'
+        )
+    return [x for of in of_each for x in of[:-last]], [x for of in of_each for x in of[-last:]]
+
+
 def one_device_mesh() -> Mesh:
     """The mesh of one device, for programs that run without a mesh in context."""
     return make_mesh(devices=jax.local_devices()[:1])
@@ -193,7 +210,8 @@ def _send(x: jax.Array, to: NamedSharding) -> jax.Array:
     # On each device of a process the rows of the target mesh that are this process's; or all, if processes share a row.
     rows = 1 if to.mesh.size // len(processes) % to.mesh.shape['tensor'] else len(processes)
     mesh = Mesh(senders.T.reshape(-1, rows, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
-    held = jax.device_put(x, NamedSharding(mesh, to.spec)).addressable_shards[0]
+    with jax.set_mesh(mesh):
+        held = jax.device_put(x, NamedSharding(mesh, to.spec)).addressable_shards[0]
     first = [at.indices(size)[0] for at, size in zip(held.index, x.shape, strict=True)]
 
     def part(index: tuple[slice, ...]) -> jax.Array:
