@@ -83,7 +83,9 @@ def interrupt(folder: Path, case: str) -> tuple[dict, Path, Path]:
     assert all(code == expected for code, _ in ended), together.said(0)[-3000:]
     step, logged = started_at(run_dir), rows(run_dir)[-1]['step']
     assert 1 <= step == logged < 4, (step, logged)
-    start(run_dir, 'nothing', *sizes).finish()
+    # Split with `context`, a process learns from all responses: not from those alone that its own devices sample.
+    later = ('Compute.context = 2',) if settings is BOTH_SPLIT else ()
+    start(run_dir, 'nothing', processes, devices, (*settings, *later)).finish()
     return {'seconds': round(max(seconds for _, seconds in ended), 1), 'step': step}, alone, run_dir
 
 
@@ -105,6 +107,7 @@ def main() -> None:
         rounded = []
         for case, (_, alone, run_dir) in found.items():  # which touches devices: no forks any more
             if CASES[case][-1] is BOTH_SPLIT:
+                assert all('rollout/weights_checksum' in row for row in rows(run_dir))
                 rounded.append((alone, run_dir))
             else:
                 assert_same_run(alone, run_dir, 4)
