@@ -237,10 +237,11 @@ def evaluated(folder: Path, processes: int) -> dict[str, str]:
 
 
 def differences(one: Path, other: Path) -> dict[str, float]:
-    """The largest relative one of the logged numbers but times, and of the last checkpoint's arrays by their norms."""
+    """The largest relative one of the logged numbers but those of a mesh, and of the last checkpoint's arrays by their norms."""
     b = rows(other)
     a = rows(one)[: len(b)]  # the other one may have been stopped
-    own = ('seconds/', 'rollout/tokens_per_second', 'update/tokens_per_second', 'rollout/weights_checksum')
+    own = ('seconds/', 'rollout/tokens_per_second', 'update/tokens_per_second')
+    own += ('rollout/weights_checksum', 'update/padding_share')  # of roundings, and of rows
     a, b = ([{name: x for name, x in row.items() if not name.startswith(own)} for row in of] for of in (a, b))
     assert [row.keys() for row in a] == [row.keys() for row in b]
     # A NaN would be no maximum.
