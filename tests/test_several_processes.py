@@ -71,7 +71,7 @@ def test_each_process_holds_its_share_of_a_rollout(result):
 
 
 def test_weights_go_over_to_the_devices_that_sample(result):
-    """Guards shards in the place of others: each process has one row of the mesh that samples, two, or one and a half."""
+    """Guards shards in the place of others. Of the mesh that samples each process has one row, two, one and a half."""
     assert result['sent'] == [[1, 1, 1]] * 2
     assert 'rollout_devices = 5 of 12 devices in 2 processes; expected a multiple' in result['refused']
 
