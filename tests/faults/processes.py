@@ -237,7 +237,7 @@ def evaluated(folder: Path, processes: int) -> dict[str, str]:
 
 
 def differences(one: Path, other: Path) -> dict[str, float]:
-    """The largest relative one of the logged numbers but a mesh's own, and of the last checkpoint's arrays by their norms."""
+    """The largest relative one of the logged numbers but a mesh's own, and of the last checkpoint's arrays by norms."""
     b = rows(other)
     a = rows(one)[: len(b)]  # the other one may have been stopped
     own = ('seconds/', 'rollout/tokens_per_second', 'update/tokens_per_second')
