@@ -428,14 +428,14 @@ def check_together(sampling: Sampling, method: Method, compute: Compute, max_len
             f'overlap samples before update and grades; got Sampling.lag = {sampling.lag}, expected at least 1, '
             f'and Sampling.max_draws = {sampling.max_draws}, expected 1; change these, or set Compute.overlap = False'
         )
-    meshes = compute.mesh, compute.rollout_mesh
-    local, on_cpus = [len(mesh.local_devices) for mesh in meshes], meshes[0].devices.flat[0].platform == 'cpu'
-    if compute.overlap and compute.rollout_devices and jax.process_count() > 1 and on_cpus and min(local) > 1:
-        raise ValueError(
-            f'overlap in several processes on CPUs, which run one program of several of their devices at a time: got '
-            f'{local[0]} that train and {local[1]} that sample in each, and one program would wait for the other '
-            'forever. Have one of each process train or sample, or set Compute.overlap = False'
-        )
+    if compute.overlap and compute.rollout_devices and jax.process_count() > 1 and jax.default_backend() == 'cpu':
+        train, sample = len(compute.mesh.local_devices), len(compute.rollout_mesh.local_devices)
+        if min(train, sample) > 1:
+            raise ValueError(
+                f'overlap on CPUs, of which {train} train and {sample} sample in each process: it runs one program of '
+                "several CPUs at a time, so one process would wait for another's rollout, and that for its update. "
+                'Have one CPU of each train, or one sample, or set Compute.overlap = False'
+            )
 
 
 def _check_above_zero(settings, *names: str) -> None:

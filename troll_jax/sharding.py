@@ -74,7 +74,7 @@ def make_mesh(
 
 
 def split_devices(devices: Sequence[jax.Device], count: int) -> tuple[list[jax.Device], list[jax.Device]]:
-    """The last `count` / P devices of each of P processes are for themselves: the others, and these; by process.
+    """All but the last `count` / P devices of each of P processes, and these last.
 
     Raises:
       ValueError: P does not divide `count`, or a process would have no others.
@@ -195,8 +195,8 @@ def gather(tree: Any, mesh: Mesh) -> Any:
 def send(tree: Any, shardings: Any) -> Any:
     """Arrays in these layouts on other devices of the same processes, as `jax.device_put` sends those of one process.
 
-    Of several processes each gets what it needs of an array among the devices that have it, and from there to its
-    others. One array at a time is on the former once more.
+    Between several processes the devices that have an array exchange it first, until each of a process holds all that
+    this process's others need, and those copy it: one array at a time, for which there must be room.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
