@@ -85,6 +85,7 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
             max_response_length=experiment.max_response_length,
             rewards=method.rewards,
             mesh=compute.rollout_mesh,
+            learner_mesh=compute.mesh,
             greedy_sampler=greedy_sampler if method.needs_greedy_reward else None,
             sampling_thread=sampling_thread if compute.overlap and compute.rollout_devices else None,
             check=training.check_signals,
@@ -100,6 +101,8 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
             state, row, updates = training_step(learner, state, experience, partial(training.save_rollout, step))
             if method.old_policy == 'rollout':
                 warn_of_noise(row)
+            if ahead and jax.process_count() > 1:
+                sampling_thread.submit(int).result()  # what follows is for all devices: first a rollout in flight ends
             training.record(step, state, row, updates, experience)
     return not training.interrupted
 

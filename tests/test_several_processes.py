@@ -70,6 +70,12 @@ def test_each_process_holds_its_share_of_a_rollout(result):
     assert of_each == [[size / 2 for size in whole]] * 4
 
 
+def test_weights_go_over_to_the_devices_that_sample(result):
+    """Guards shards in the place of others. Of the mesh that samples each process has one row, two, one and a half."""
+    assert result['sent'] == [[1, 1, 1]] * 2
+    assert 'rollout_devices = 5 of 12 devices in 2 processes; expected a multiple' in result['refused']
+
+
 def test_processes_that_cannot_meet_are_an_error(result):
     """Guards a command that goes on alone where several were meant."""
     assert result['lonely']['code'] and 'Give --coordinator' in result['lonely']['said']

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -19,7 +18,7 @@ from troll_jax.rewards.pool import Arriving, Grader, Grades
 from troll_jax.rewards.terms import Responses, RewardTerm, task_reward, weigh
 from troll_jax.rollout import Sampler
 from troll_jax.settings import Sampling
-from troll_jax.sharding import checksum
+from troll_jax.sharding import checksum, gather
 from troll_jax.types import Rollout
 
 _logger = logging.getLogger(__name__)
@@ -69,17 +68,17 @@ def sample_responses(
 _fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, (None, 0)))
 
 
-def grade(grader: Grader, responses: Sequence[str], answers: Sequence[str]) -> Grades:
-    """Grades a batch that every process has, each of them its share. All of them get all grades."""
+def grade(grader: Grader, responses: Sequence[str], answers: Sequence[str], mesh: Mesh) -> Grades:
+    """Grades a batch that every process has, each of them its share. All of them get all grades, over this mesh."""
     share = _own_share()
-    return _gather_grades(partial(grader, responses[share], answers[share]), len(responses))
+    return _gather_grades(partial(grader, responses[share], answers[share]), len(responses), mesh)
 
 
 def _own_share() -> slice:
     return slice(jax.process_index(), None, jax.process_count())
 
 
-def _gather_grades(own: Callable[[], Grades], responses: int) -> Grades:
+def _gather_grades(own: Callable[[], Grades], responses: int, mesh: Mesh) -> Grades:
     count = jax.process_count()
     if count == 1:
         return own()
@@ -88,12 +87,12 @@ def _gather_grades(own: Callable[[], Grades], responses: int) -> Grades:
         grades = own()
     except (ValueError, RuntimeError) as error:
         failed, grades = error, None
-    everywhere = multihost_utils.process_allgather(np.array(failed is not None))
+    everywhere = gather(failed is not None, mesh)
     if failed or np.any(everywhere):
         raise failed or RuntimeError(f'grading failed in process {np.argmax(everywhere)}, which says why')
     padded = np.zeros((2, -(-responses // count)), np.float32)
     padded[:, : len(grades.rewards)] = grades.rewards, grades.graded
-    both, *failures = multihost_utils.process_allgather((padded, *grades[1:4]))
+    both, *failures = gather((padded, *grades[1:4]), mesh)
     rewards, graded = np.moveaxis(both, 0, 2).reshape(2, -1)[:, :responses]
     return Grades(rewards, *(int(np.sum(x)) for x in failures), graded > 0)
 
@@ -102,10 +101,6 @@ def response_tokens(rollout: Rollout) -> list[np.ndarray]:
     """The tokens of each response [R] of a rollout in numpy, with the stop token."""
     starts, ends = rollout.prompt_lengths, rollout.prompt_lengths + rollout.response_lengths
     return [row[start:end] for row, start, end in zip(rollout.tokens, starts, ends, strict=True)]
-
-
-def _everywhere(flag: bool) -> bool:
-    return bool(np.all(multihost_utils.process_allgather(np.array(flag))))
 
 
 def gather_responses(
@@ -134,6 +129,7 @@ def make_collector(
     max_response_length: int,
     rewards: Sequence[tuple[str, float, RewardTerm]],
     mesh: Mesh,
+    learner_mesh: Mesh | None = None,
     greedy_sampler: Sampler | None = None,
     sampling_thread: Executor | None = None,
     check: Callable[[], None] = lambda: None,
@@ -153,6 +149,7 @@ def make_collector(
       max_response_length: T, tokens.
       rewards: name, weight and function of each reward term.
       mesh: mesh of the devices that sample.
+      learner_mesh: that of the devices that learn, whose processes keep the distributions; None: the same.
       greedy_sampler: sampler of one greedy response per prompt, for advantages that compare with it.
       sampling_thread: one thread, which samples the first draw; None: it is sampled at once. For a mesh of its own.
       check: is called between blocks of decoding, and while grades are waited for; what it raises ends the rollout.
@@ -184,7 +181,9 @@ def make_collector(
         try:
             with jax.set_mesh(mesh):
                 key = jax.random.fold_in(jax.random.key(sampling.seed), draw)
-            rollout = sample_responses(sampler, params, prompts, indices, key, mesh=mesh, watch=watch)
+            rollout = sample_responses(
+                sampler, params, prompts, indices, key, mesh=mesh, watch=watch, keep=learner_mesh
+            )
         except BaseException:
             arriving.give_up()
             raise
@@ -193,9 +192,9 @@ def make_collector(
 
     def reward(rollout, indices, texts, answers, own: Future[Grades], log) -> tuple[_Groups, dict[str, float]]:
         start = perf_counter()
-        while not _everywhere(bool(wait([own], timeout=_LOOKS).done)):
+        while not gather(bool(wait([own], timeout=_LOOKS).done), mesh).all():
             check()
-        grades = _gather_grades(own.result, len(texts))
+        grades = _gather_grades(own.result, len(texts), mesh)
         tokens = response_tokens(rollout)
         responses = gather_responses(prompts, indices, texts, tokens, grades.rewards, max_response_length)
         total, terms = weigh(rewards, responses)

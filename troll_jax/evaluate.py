@@ -55,7 +55,7 @@ def evaluate(
     rollout = sample_responses(sampler, params, prompts, np.arange(count), key, mesh=mesh)
     responses = decode_responses(rollout, tokenizer)
     samples = len(responses) // count
-    grades = grade(grader, responses, [answer for answer in prompts.answers for _ in range(samples)])
+    grades = grade(grader, responses, [answer for answer in prompts.answers for _ in range(samples)], mesh)
     by_prompt = lambda x: x.reshape(count, samples)
     return Evaluation(
         prompts=prompts.decode(tokenizer),

@@ -24,7 +24,7 @@ from troll_jax.ops.values import explained_variance
 from troll_jax.packing import Packing, abstract_batch, make_packing
 from troll_jax.score import make_recompute, make_reference
 from troll_jax.settings import Compute, Method, Sampling, minibatch_shape, scoring
-from troll_jax.sharding import BATCH_AXES, checksum, fetch, named_sharding, place, place_parts, sample_parts
+from troll_jax.sharding import BATCH_AXES, checksum, fetch, named_sharding, place, place_parts, sample_parts, send
 from troll_jax.types import START, Batch, Reference, Rollout, TrainState, join
 from troll_jax.update import UpdateLog, abstract_policy, make_update
 
@@ -169,7 +169,7 @@ class Learner:
             return params, None
         params = decoders.cast_weights(params, self.config.compute_dtype)
         shardings = jax.tree.map(lambda x: x.sharding, self._rollout_shapes)
-        return jax.device_put(params, shardings), checksum(params)
+        return send(params, shardings), checksum(params)
 
     @property
     def sampling_shapes(self) -> Any:

@@ -16,7 +16,6 @@ from functools import cache, cached_property, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from troll_jax.models import decoder as decoders
@@ -34,6 +33,7 @@ from troll_jax.sharding import (
     constrain,
     current_mesh,
     fetch,
+    gather,
     one_device_mesh,
     platform,
     sample_parts,
@@ -125,6 +125,7 @@ class Sampler:
         keys: jax.Array,
         limits: np.ndarray | None = None,
         watch: Callable[[Rollout, np.ndarray], None] = lambda rollout, ended: None,
+        keep: Mesh | None = None,
     ) -> Rollout:
         """The responses to a prompt depend on the parameters, the prompt and its own key, not on the other prompts.
 
@@ -135,6 +136,7 @@ class Sampler:
           limits: [R] int32, between 1 and T: lengths at which single responses are cut.
           watch: is called with the rollout so far and the rows that have ended since the last call, while the devices
             decode the next block; what it raises ends the rollout.
+          keep: mesh that learns from the responses, if not that in context: its processes keep the distributions.
 
         Returns:
           Rollout in numpy; on every process all but the distributions, of which each has those of its parts.
@@ -145,7 +147,7 @@ class Sampler:
         """
         if current_mesh() is None:
             with jax.set_mesh(one_device_mesh()):
-                return self(params, prompts, keys, limits, watch)
+                return self(params, prompts, keys, limits, watch, keep)
         prompts = Prompts(*map(np.asarray, prompts))
         count = len(prompts.tokens) * self.samples_per_prompt
         limits = np.full(count, self.max_response_length) if limits is None else np.asarray(limits)
@@ -156,7 +158,7 @@ class Sampler:
         keys = fetch(jax.random.key_data(keys))
         prompts_of_rows = [row[:size] for row, size in zip(*prompts, strict=True)]
         scheduler = Scheduler(prompts_of_rows, limits, sizes, self.decode_steps)
-        parts = sample_parts(jax.sharding.get_mesh(), self.samples_per_prompt)
+        parts = sample_parts(keep or jax.sharding.get_mesh(), self.samples_per_prompt)
         rollout = self._empty(prompts, parts)
         blocks, prefills, seconds, listed, decoded = 0, 0, [0.0, 0.0], [], None
 
@@ -398,7 +400,7 @@ class Sampler:
             else:
                 total = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
                 free = CPU_MEMORY_SHARE * total / jax.local_device_count()
-            return float(np.min(multihost_utils.process_allgather(np.float32(free))))
+            return float(gather(np.float32(free), mesh).min())
 
         return free_memory
 

@@ -30,7 +30,7 @@ from troll_jax.packing import BatchShape, batch_shape
 from troll_jax.rewards.pool import Grader
 from troll_jax.rewards.terms import RewardTerm, check_names, task_reward
 from troll_jax.score import Scoring, TailRule
-from troll_jax.sharding import axis_size, make_mesh
+from troll_jax.sharding import axis_size, make_mesh, split_devices
 from troll_jax.typechecks import check_fields
 
 Advantages = Annotated[Callable[[jax.Array], jax.Array], 'greedy_reward', 'values']
@@ -221,8 +221,8 @@ class Compute:
       offload_optimizer: keeps the moments of the optimizers in the host's memory between updates.
       overlap: samples a step ahead, and grades while the update before it runs; for `Sampling.lag` of at least 1. With
         `rollout_devices` it also samples while that update runs.
-      rollout_devices: n; the last n devices sample, and the others train and evaluate. None: all do both. For one
-        process.
+      rollout_devices: n; the last n devices sample, and the others train and evaluate. None: all do both. Of several
+        processes the last n / processes of each sample.
       devices: devices of the mesh; None is all of them.
 
     Raises:
@@ -271,8 +271,9 @@ class Compute:
             self.data,
             self.fsdp,
             self.tensor,
-            self._devices[: -(self.rollout_devices or 0) or None],
+            self._devices[0],
             context=self.context,
+            in_order=self.rollout_devices is not None,
         )
 
     @cached_property
@@ -280,17 +281,13 @@ class Compute:
         """The mesh of the devices that sample. With `rollout_devices` all that `tensor` leaves is for `fsdp`."""
         if self.rollout_devices is None:
             return self.mesh
-        return make_mesh(tensor=self.mesh.shape['tensor'], devices=self._devices[-self.rollout_devices :])
+        return make_mesh(tensor=self.mesh.shape['tensor'], devices=self._devices[1], in_order=True)
 
     @cached_property
-    def _devices(self) -> list[jax.Device]:
+    def _devices(self) -> tuple[list[jax.Device], list[jax.Device]]:
+        """Those that train, and those that sample."""
         devices = jax.devices() if self.devices is None else list(self.devices)
-        if self.rollout_devices is not None and (self.rollout_devices >= len(devices) or jax.process_count() > 1):
-            raise ValueError(
-                f'Compute.rollout_devices = {self.rollout_devices} of {len(devices)} devices in {jax.process_count()} '
-                'processes; expected fewer than there are, and one process. Lower it, or leave it out'
-            )
-        return devices
+        return (devices, devices) if self.rollout_devices is None else split_devices(devices, self.rollout_devices)
 
     def place_optimizer(self, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
         """The optimizer with its moments in the host's memory, if that is set."""
@@ -431,6 +428,14 @@ def check_together(sampling: Sampling, method: Method, compute: Compute, max_len
             f'overlap samples before update and grades; got Sampling.lag = {sampling.lag}, expected at least 1, '
             f'and Sampling.max_draws = {sampling.max_draws}, expected 1; change these, or set Compute.overlap = False'
         )
+    if compute.overlap and compute.rollout_devices and jax.process_count() > 1 and jax.default_backend() == 'cpu':
+        train, sample = len(compute.mesh.local_devices), len(compute.rollout_mesh.local_devices)
+        if min(train, sample) > 1:
+            raise ValueError(
+                f'overlap on CPUs, of which {train} train and {sample} sample in each process: it runs one program of '
+                "several CPUs at a time, so one process would wait for another's rollout, and that for its update. "
+                'Have one CPU of each train, or one sample, or set Compute.overlap = False'
+            )
 
 
 def _check_above_zero(settings, *names: str) -> None:

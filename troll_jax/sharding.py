@@ -41,10 +41,12 @@ def make_mesh(
     devices: Sequence[jax.Device] | None = None,
     *,
     context: int = 1,
+    in_order: bool = False,
 ) -> Mesh:
     """Arranges all devices, or those given, in a mesh of `data` × `fsdp` × `context` × `tensor`.
 
-    At most one size is −1: whatever is left.
+    At most one size is −1: whatever is left. `in_order` keeps the devices' order; otherwise TPUs must be a cuboid, and
+    neighbours among them are neighbours in the mesh.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices.
@@ -63,9 +65,29 @@ def make_mesh(
             f'mesh {sizes} needs {fixed if not free else f"a multiple of {fixed}"} devices, but {count} '
             f'({devices[0].platform}) are there; change Compute.data, Compute.fsdp, Compute.context or Compute.tensor'
         )
-    # An axis may be shorter than a side of the slice: 2 of the 4 × 4 × 4 chips of a TPU, say.
-    grid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    shape = tuple(sizes.values())
+    if in_order:
+        grid = np.reshape(devices, shape)
+    else:  # an axis may be shorter than a side of the slice: 2 of the 4 × 4 × 4 chips of a TPU, say
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+
+
+def split_devices(devices: Sequence[jax.Device], count: int) -> tuple[list[jax.Device], list[jax.Device]]:
+    """All but the last `count` / P devices of each of P processes, and these last.
+
+    Raises:
+      ValueError: P does not divide `count`, or a process would have no others.
+    """
+    processes = sorted({device.process_index for device in devices})
+    of_each = [[device for device in devices if device.process_index == i] for i in processes]
+    last, left = divmod(count, len(processes))
+    if left or last >= min(map(len, of_each)):
+        raise ValueError(
+            f'Compute.rollout_devices = {count} of {len(devices)} devices in {len(processes)} processes; expected a '
+            'multiple of the processes, and fewer than there are. Change it, or leave it out'
+        )
+    return [x for of in of_each for x in of[:-last]], [x for of in of_each for x in of[-last:]]
 
 
 def one_device_mesh() -> Mesh:
@@ -150,6 +172,54 @@ def fetch(tree: Any) -> Any:
         return np.asarray(x) if here else multihost_utils.process_allgather(x, tiled=True)
 
     return jax.tree.map(whole, tree)
+
+
+def gather(tree: Any, mesh: Mesh) -> Any:
+    """What each process passes in, numbers or arrays of one shape, as [processes, …] in numpy. All processes call it.
+
+    It runs on this mesh alone: other devices may be busy with a program that other processes have not started yet.
+    """
+    if jax.process_count() == 1:
+        return jax.tree.map(lambda x: np.asarray(x)[None], tree)
+    devices = Mesh(mesh.devices.ravel(), 'device')
+    _, of_process = np.unique([device.process_index for device in devices.devices], return_index=True)
+
+    def rows(x: np.ndarray) -> np.ndarray:
+        shape, sharding = (devices.size, *np.shape(x)), NamedSharding(devices, PartitionSpec('device'))
+        return fetch(jax.make_array_from_callback(shape, sharding, lambda _: np.asarray(x)[None]))[of_process]
+
+    with jax.set_mesh(devices):
+        return jax.tree.map(rows, tree)
+
+
+def send(tree: Any, shardings: Any) -> Any:
+    """Arrays in these layouts on other devices of the same processes, as `jax.device_put` sends those of one process.
+
+    Between several processes the devices that have an array exchange it first, until each of a process holds all that
+    this process's others need, and those copy it: one array at a time, for which there must be room.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+    return jax.tree.map(lambda x, to: jax.block_until_ready(_send(x, to)), tree, shardings)
+
+
+def _send(x: jax.Array, to: NamedSharding) -> jax.Array:
+    processes = sorted({device.process_index for device in to.device_set})
+    by_id = sorted(x.sharding.device_set, key=lambda device: device.id)
+    senders = np.array([[device for device in by_id if device.process_index == i] for i in processes])
+    # On each device of a process the rows of the target mesh that are this process's; or all, if processes share a row.
+    rows = 1 if to.mesh.size // len(processes) % to.mesh.shape['tensor'] else len(processes)
+    mesh = Mesh(senders.T.reshape(-1, rows, 1, 1), MESH_AXES, axis_types=(AxisType.Auto,) * 4)
+    with jax.set_mesh(mesh):
+        held = jax.device_put(x, NamedSharding(mesh, to.spec)).addressable_shards[0]
+    first = [at.indices(size)[0] for at, size in zip(held.index, x.shape, strict=True)]
+
+    def part(index: tuple[slice, ...]) -> jax.Array:
+        bounds = [at.indices(size)[:2] for at, size in zip(index, x.shape, strict=True)]
+        return held.data[tuple(slice(begin - i, end - i) for (begin, end), i in zip(bounds, first, strict=True))]
+
+    with jax.set_mesh(make_mesh(devices=[held.device])):
+        return jax.make_array_from_callback(x.shape, to, part)
 
 
 class SampleParts(NamedTuple):

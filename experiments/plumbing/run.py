@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from transformers import GenerationConfig
 
 from experiments.plumbing.gin_files import ROOT, Config
@@ -35,6 +35,7 @@ from troll_jax.metrics import MetricsWriter
 from troll_jax.models.hf_weights import load_config
 from troll_jax.saved_batches import save_batches
 from troll_jax.settings import Compute, Run
+from troll_jax.sharding import gather
 from troll_jax.trackers import check_installed
 from troll_jax.types import Batch, TrainState
 
@@ -66,8 +67,7 @@ class TrainingRun:
         self.learnt, self.compute, self.run = tuple(learnt), compute, run
         self._start: StartModel = self.learnt[0]
         self._is_first_process = jax.process_index() == 0
-        self._skipped = 0  # steps in a row
-        self._is_last = False  # of the steps
+        self._skipped, self._is_last = 0, False  # steps in a row; whether a step is the last
         if self._is_first_process:
             check_installed(run.trackers)
             check_writable(run.folder)
@@ -79,7 +79,7 @@ class TrainingRun:
         with ExitStack() as stack:
             stack.enter_context(nothing_left_behind(run.checkpoints_in))
             # Before the checkpoints, which are still written when the loop has ended.
-            self._stop = stack.enter_context(stop_on_signal())
+            self._stop = stack.enter_context(stop_on_signal(self.compute.rollout_mesh))
             stack.enter_context(jax.set_mesh(self.compute.mesh))
             stack.enter_context(jax.debug_nans(run.debug_nans or jax.config.jax_debug_nans))
             self._checkpoints = stack.enter_context(
@@ -90,6 +90,7 @@ class TrainingRun:
                     keep_best=run.keep_best,
                 )
             )
+            self._trace = stack.enter_context(ExitStack())  # of `Run.profile_step`
             self._contexts = stack.pop_all()
         return self
 
@@ -148,7 +149,7 @@ class TrainingRun:
         self._progress = Progress(self._first, self.run.steps)
         for step in self._progress:
             if step == self.run.profile_step:
-                jax.profiler.start_trace(Path(self.run.folder) / 'profile')
+                self._trace.enter_context(jax.profiler.trace(Path(self.run.folder) / 'profile'))
             yield step
             if self._is_last:
                 break
@@ -188,8 +189,7 @@ class TrainingRun:
           FloatingPointError: `Run.max_skipped` steps in a row had an update that was skipped.
         """
         run = self.run
-        if step == run.profile_step:
-            jax.profiler.stop_trace()
+        self._trace.close()
         last_chance = self._is_last_chance()
         self._skipped = self._skipped + 1 if row.get('update/skipped') or row.get('critic/skipped') else 0
         if self._skipped:
@@ -429,8 +429,8 @@ def not_finite(run_dir: str, step: int, skipped: int, rollout: Path) -> str:
 
 
 @contextmanager
-def stop_on_signal():
-    """Yields a function that is true once Ctrl-C or SIGTERM has come, to this process or to another of the run.
+def stop_on_signal(mesh: Mesh):
+    """Yields a function that is true once Ctrl-C or SIGTERM has come, to a process with devices of the mesh.
 
     The loop then leaves its rollout or ends its update, and saves. Twice ends at once.
     """
@@ -444,7 +444,7 @@ def stop_on_signal():
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: bool(np.any(multihost_utils.process_allgather(np.array(bool(received)))))
+        yield lambda: gather(bool(received), mesh).any()
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -217,13 +217,11 @@ def host_memory(experiment: Experiment, sampling: Sampling, method: Method, comp
 def balance(rows: Sequence[dict]) -> str | None:
     """How many of the devices should sample, by the bounds of all programs on one topology; None if some are unknown.
 
-    And None for several processes, which cannot divide their devices.
-
     Work is taken to be as much on any number of devices, and responses to be of full length.
     """
     by_name = {row['program']: row for row in rows}
     known = {'update', 'decode'} <= by_name.keys() and all(row['limit'] is not None for row in rows)
-    if not known or rows[0].get('processes', 1) > 1:  # devices of several processes cannot be divided
+    if not known:
         return None
     is_rollout = lambda row: row['program'] in ('prefill', 'decode')
     seconds = lambda rollout: sum(row['step_s'] for row in rows if is_rollout(row) == rollout)

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import experiments.plumbing.run
@@ -27,9 +28,12 @@ import troll_jax.collect
 import troll_jax.learn
 import troll_jax.models.hf_weights
 from experiments import evaluate, train
+from experiments.plumbing.command import begin, command_line
 from experiments.plumbing.run import TrainingRun
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.rewards.pool import Grader
+from troll_jax.settings import Compute
+from troll_jax.sharding import checksum, named_sharding, place, send
 
 from .runs import Process, everything, rows, whole_steps
 from .soak import write_model
@@ -87,6 +91,28 @@ def prepare(devices: int) -> None:
         return values
 
     troll_jax.models.hf_weights._Stored.__getitem__ = counted
+
+
+def send_weights() -> None:
+    """A command: sends arrays between meshes, and says of each pair whether all that arrived is in its place."""
+    begin(command_line('', 'folder', '').parse_args())
+    x = np.random.default_rng(0).normal(size=(3, 24, 24)).astype(np.float32)
+    tree, axes = {'a': x, 'b': x[0].astype(jnp.bfloat16)}, {'a': ('layers', 'embed', 'mlp'), 'b': ('vocab', 'embed')}
+    for n, settings in [(4, {'tensor': 2}), (4, {'fsdp': 4, 'context': 2}), (6, {'tensor': 2}), (5, {})]:
+        try:
+            compute = Compute(rollout_devices=n, **settings)
+            source, target = compute.mesh, compute.rollout_mesh
+        except ValueError as error:
+            print(f'{n}: {error}', flush=True)
+            continue
+        with jax.set_mesh(source):
+            params = {name: place(tree[name], source, axes[name]) for name in tree}
+            sent = send(params, {name: named_sharding(target, axes[name]) for name in tree})
+            expected = int(checksum(params))
+        shards = [(name, shard) for name in tree for shard in sent[name].addressable_shards]
+        with jax.set_mesh(target):
+            same = int(checksum(sent)) == expected
+        mark('sent', int(same and all(np.array_equal(shard.data, tree[name][shard.index]) for name, shard in shards)))
 
 
 class Together:
@@ -211,17 +237,17 @@ def evaluated(folder: Path, processes: int) -> dict[str, str]:
 
 
 def differences(one: Path, other: Path) -> dict[str, float]:
-    """The largest relative one of the logged numbers but times, and of the last checkpoint's arrays by their norms."""
+    """The largest relative one of the logged numbers but a mesh's own, and of the last checkpoint's arrays by norms."""
     b = rows(other)
     a = rows(one)[: len(b)]  # the other one may have been stopped
-    timed = ('seconds/', 'rollout/tokens_per_second', 'update/tokens_per_second')
+    own = ('seconds/', 'rollout/tokens_per_second', 'update/tokens_per_second')
+    own += ('rollout/weights_checksum', 'update/padding_share')  # of roundings, and of rows
+    a, b = ([{name: x for name, x in row.items() if not name.startswith(own)} for row in of] for of in (a, b))
     assert [row.keys() for row in a] == [row.keys() for row in b]
     # A NaN would be no maximum.
     whole = lambda x: float(np.nan_to_num(x, nan=np.inf))
     apart = lambda x, y: whole(np.linalg.norm(np.subtract(x, y)) / max(np.linalg.norm(x), 1e-3))
-    numbers = [
-        (apart(x[name], y[name]), name) for x, y in zip(a, b, strict=True) for name in x if not name.startswith(timed)
-    ]
+    numbers = [(apart(x[name], y[name]), name) for x, y in zip(a, b, strict=True) for name in x]
     step = a[-1]['step']
     saved, expected = (jax.tree.leaves_with_path(everything(run, step)) for run in (other, one))
     assert [path for path, _ in saved] == [path for path, _ in expected]
@@ -239,6 +265,8 @@ def short(folder: Path) -> dict:
     alone = Process(folder / 'nobody', folder / 'model', options=['--distributed'])
     _, status = os.waitpid(alone.pid, 0)
     lonely = {'code': os.waitstatus_to_exitcode(status), 'said': alone.log.read_text()}
+    senders = Together(folder / 'sent', 2, command=send_weights, devices=12)
+    senders.finish()
     one = Together(folder / 'alone', 1, *settings, 'Run.keep_checkpoints = 8')
     one.finish()
     run_dir = folder / 'run'
@@ -248,6 +276,8 @@ def short(folder: Path) -> dict:
     ended = four.end(LONGEST)
     result = {
         'lonely': lonely,
+        'sent': [senders.marks(i, 'sent') for i in range(2)],
+        'refused': senders.said(0),
         # Before the next start writes other logs:
         'codes': [code for code, _ in ended],
         'seconds': max(seconds for _, seconds in ended),
