@@ -71,9 +71,10 @@ def batch_shape(
         )
     # First-fit needs no more rows than this: a row that has no room for a sequence holds at least as many as fit at
     # their greatest length.
-    needed = _ceil(sequences, row_tokens // max_length)
-    rows = min(_ceil(needed, devices), budget // row_tokens) * devices
-    return BatchShape(_ceil(needed, rows), rows, row_tokens)
+    rows = _ceil(_ceil(sequences, row_tokens // max_length), devices)  # of each device
+    micro_batches = _ceil(rows, budget // row_tokens)
+    # Equal micro-batches, not full ones and a rest: each is computed whole, and the budget may be more than that takes.
+    return BatchShape(micro_batches, _ceil(rows, micro_batches) * devices, row_tokens)
 
 
 def abstract_batch(shape: BatchShape, kept: int) -> Batch:
