@@ -44,7 +44,8 @@ def batch_shape(
       max_length: tokens of the longest possible sequence, prompt and response.
       row_tokens: S. By default `max_length`; or twice that, up to 1,024, if they do not fit into one micro-batch:
         sequences of a little more than half of `max_length` would each have a row of their own.
-      micro_batch_tokens: the budget of a micro-batch on each device, in tokens; by default 8,192 or one row.
+      micro_batch_tokens: the budget of a micro-batch on each device, in tokens; by default 8,192 or one row. No more
+        of it is taken than as many equal micro-batches need.
       devices: over which rows are spread, data × fsdp of the mesh.
       context: over which the length of a row is split, and each of `devices` is so many. Default rows are rounded up.
 
