@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from troll_jax.models import attention as attentions
-from troll_jax.models.attention import attention, best_implementation, packed_attention, splash_attention
+from troll_jax.models.attention import attention, best_implementation, packed_attention, splash_attention, xla_attention
 from troll_jax.sharding import make_mesh
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 134, 6, 2, 10
@@ -67,6 +67,12 @@ def test_xla_equals_the_reference():
     for context in (1, 2):
         mesh = make_mesh(1, 1, 2, jax.devices()[: 2 * context], context=context)
         check(functools.partial(packed_attention, implementation='xla'), mesh)
+
+
+def test_a_backward_pass_keeps_no_probabilities():
+    """Guards the memory of rows on a CPU: probabilities [B, H, S, S] of every layer, and their exponentials."""
+    _, backward = jax.vjp(lambda *qkv: xla_attention(*qkv, jnp.asarray(SEGMENTS)), *inputs()[:3])
+    assert max(x.size for x in jax.tree.leaves(backward)) < BATCH * HEADS * LENGTH**2
 
 
 @pytest.mark.parametrize('context', [1, 2])

@@ -159,6 +159,12 @@ def test_short_limits_leave_little_padding():
     assert rows(60, 120) == rows(120, 120, devices=2) == 120, 'one micro-batch, of which nothing can be left out'
 
 
+def test_micro_batches_are_equal():
+    """Guards a last micro-batch for one row: it is computed whole, here as 21 rows, and all take the memory of 21."""
+    assert batch_shape(128, 192) == BatchShape(4, 16, 384)
+    assert batch_shape(23, 16, row_tokens=16, micro_batch_tokens=80, devices=2) == BatchShape(3, 8, 16)
+
+
 def test_the_longest_sequences_fit():
     """Guards the number of rows that is promised: also where all are as long as they may be, or nearly."""
     cases = [(16, 16, 1, 1), (37, 80, 3, 1), (53, None, 2, 1), (16, 160, 8, 1), (48, 18, 2, 4)]

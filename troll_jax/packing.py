@@ -44,7 +44,8 @@ def batch_shape(
       max_length: tokens of the longest possible sequence, prompt and response.
       row_tokens: S. By default `max_length`; or twice that, up to 1,024, if they do not fit into one micro-batch:
         sequences of a little more than half of `max_length` would each have a row of their own.
-      micro_batch_tokens: the budget of a micro-batch on each device, in tokens; by default 8,192 or one row.
+      micro_batch_tokens: the budget of a micro-batch on each device, in tokens; by default 8,192 or one row. No more
+        of it is taken than as many equal micro-batches need.
       devices: over which rows are spread, data × fsdp of the mesh.
       context: over which the length of a row is split, and each of `devices` is so many. Default rows are rounded up.
 
@@ -71,9 +72,10 @@ def batch_shape(
         )
     # First-fit needs no more rows than this: a row that has no room for a sequence holds at least as many as fit at
     # their greatest length.
-    needed = _ceil(sequences, row_tokens // max_length)
-    rows = min(_ceil(needed, devices), budget // row_tokens) * devices
-    return BatchShape(_ceil(needed, rows), rows, row_tokens)
+    rows = _ceil(_ceil(sequences, row_tokens // max_length), devices)  # of each device
+    micro_batches = _ceil(rows, budget // row_tokens)
+    # Equal micro-batches, not full ones and a rest: each is computed whole, and the budget may be more than that takes.
+    return BatchShape(micro_batches, _ceil(rows, micro_batches) * devices, row_tokens)
 
 
 def abstract_batch(shape: BatchShape, kept: int) -> Batch:

@@ -214,7 +214,7 @@ class Compute:
       row_tokens: S, tokens of the rows into which responses are packed, at least as many as a prompt and its response
         may have. None: as many, or more where these are few, see `troll_jax.packing.batch_shape`.
       micro_batch_tokens: gradient accumulation: token budget of a micro-batch on each device, at least one row (with
-        `context` its part of one). None is 8,192, or one row. The last micro-batch is padded (`update/padding_share`).
+        `context` its part of one). None is 8,192, or one row. All are equal, with padding (`update/padding_share`).
       head_chunk: tokens whose logits are in memory at a time in an update, on each device.
       grading_workers: processes that grade; None: one for each CPU.
       grading_memory: address space of each of them, GB.

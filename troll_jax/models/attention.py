@@ -45,7 +45,7 @@ def packed_attention(
       q: [B, S, H, F], k and v: [B, S, KH, F].
       segment_ids: [B, S] int32: a token sees itself and the tokens before it in its row under the same id.
       implementation: one of `IMPLEMENTATIONS`, see `best_implementation`. All sum logits and take probabilities in
-        float32; only 'xla' ever holds those of a whole row, [B, H, S, S].
+        float32; only 'xla' ever holds those of a whole row, [B, H, S, S], of one layer at a time.
 
     Returns:
       [B, S, H, F] in the dtype of `q`.
@@ -69,7 +69,11 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Arr
     # Of a row that is split every device has a part of the queries, and all keys.
     k, v = (constrain(x, 'rows', None, 'kv_heads', 'head_dim') for x in (k, v))
     mask = _same(segment_ids, segment_ids)
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation='xla')
+    # Without this a backward pass keeps the probabilities of every layer; kernels compute them again, too.
+    attend = jax.checkpoint(
+        partial(jax.nn.dot_product_attention, is_causal=True, implementation='xla'), prevent_cse=False
+    )
+    return attend(q, k, v, mask=mask)
 
 
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
