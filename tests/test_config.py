@@ -129,21 +129,6 @@ def test_a_scope_is_of_one_use_alone():
         config.check_used()
 
 
-def test_bindings_of_an_earlier_version_are_told_their_new_names(tmp_path):
-    """Guards the configurations of runs that are there."""
-    old = ["train.run_dir = 'a'", 'train.max_tokens = 64', 'train.estimator = @group_normalised', 'make_mesh.fsdp = 8']
-    old += ["Experiment.compute_dtype = 'float32'", 'critic_adamw.b1 = 0.9', 'train.slots = 3', 'train.gone = 1']
-    old += ['adamw.offload = True', 'critic/adamw.offload = True']
-    (tmp_path / 'config.gin').write_text('\n'.join(old))
-    with pytest.raises(ValueError) as error:
-        Config([tmp_path / 'config.gin'])
-    new = ['Run.folder', 'Sampling.support_size', 'Method.advantages', 'Compute.fsdp', 'Compute.dtype']
-    new += ['critic/adamw.b1', 'Compute.slots', 'a field of Sampling, Method, Compute or Run']
-    new += ['Compute.offload_optimizer'] * 2
-    for line, name in zip(old, new, strict=True):
-        assert f'{line.split(" ")[0]} → {name}' in str(error.value)
-
-
 @pytest.mark.parametrize('file', FILES, ids=named)
 def test_every_file_parses_from_any_folder(file, tmp_path, monkeypatch):
     """Guards against a name that was changed in the code only, and an include that the working folder decides."""

@@ -122,11 +122,6 @@ def check_places(places: Sequence[str]) -> None:
         raise ValueError(f'places is {places!r}; expected one or more of {PLACES}, in the order of the search.')
 
 
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last closed `\boxed{...}` of a text, with nested braces; None if there is none."""
-    return _boxes(text)[0]
-
-
 def _boxes(text: str) -> tuple[str | None, bool]:
     """The content of the last closed box that has one, with those that are joined to it, and whether every box is
     closed. Linear in the length of the text."""

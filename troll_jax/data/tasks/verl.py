@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
-from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,21 +24,6 @@ _ROLES = ('system', 'user', 'assistant')
 
 def is_verl(columns: Sequence[str]) -> bool:
     return {'prompt', 'reward_model'} <= set(columns)
-
-
-def read_verl(rows: Dataset, locate: Callable[[int], str], *, ability: str) -> Iterator[tuple[Messages, str]]:
-    """The messages and the ground truth of each row of this `ability`, in their order.
-
-    `locate` names the place of a row by its number, for errors.
-
-    Raises:
-        ValueError: a column is missing, no row is left, or a row's prompt or ground truth is empty or not of its type.
-    """
-    chosen = choose_rows(rows, locate, ability=ability)
-    rows = rows.select(chosen)
-    for row, prompt, reward_model in zip(chosen, rows['prompt'], rows['reward_model'], strict=True):
-        where = partial(locate, row)
-        yield as_conversation(prompt, None, where), ground_truth(reward_model, where)
 
 
 def choose_rows(
