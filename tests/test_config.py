@@ -56,7 +56,7 @@ def build(files, bindings=(), kinds=SETTINGS) -> list:
         ('Method.objective = @trol', r"'trol'[\s\S]*Did you mean 'troll'\?"),
         ('Method.optimizer = @adam', r"'adam'[\s\S]*Did you mean 'adamw'\?"),
         ("AMC.sorce = 'data'", r"Did you mean 'source'\?"),
-        ("AMC.benchmark = 'MATH500'", r"'AMC' has no parameter 'benchmark'[\s\S]*Known: .*data_source, .*source"),
+        ("AMC.benchmark = 'MATH500'", r"'AMC' has no parameter 'benchmark'[\s\S]*It has: .*data_source, .*source"),
         ("MathEval.data_source = 'amc'", r"'MathEval' has no parameter 'data_source'"),
         ("MathEval.sorce = 'data'", r"Did you mean 'source'\?"),
         ('Run.steps = %steps', 'nothing defines the macro %steps'),

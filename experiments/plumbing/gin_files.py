@@ -107,8 +107,7 @@ class Config:
     def function(self, target: Callable, *given: Any) -> functools.partial:
         """A function with its bound arguments behind those that are given. Errors as in `build`."""
         bound = functools.partial(target, *given, **self.arguments(target.__name__))
-        parameters = inspect.signature(bound).parameters.values()
-        if missing := [p.name for p in parameters if p.default is p.empty]:
+        if missing := _missing(bound):
             raise ValueError(_needs(target.__name__, missing))
         return bound
 
@@ -166,17 +165,11 @@ class Config:
 
     def _call(self, key: str) -> Any:
         target, arguments = self._target(key), self.arguments(key)
-        if missing := self._missing(key, arguments):
+        if missing := _missing(functools.partial(target, **arguments)):
             if not inspect.isclass(target) and not isinstance(target, functools.partial):
                 raise ValueError(f'@{key}() calls {key}, which takes {", ".join(missing)}; expected @{key}, or a class')
             raise ValueError(_needs(key, missing))
         return target(**arguments)
-
-    def _missing(self, key: str, arguments: dict[str, Any]) -> list[str]:
-        parameters = inspect.signature(self._target(key)).parameters.values()
-        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        required = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
-        return [name for name in required if name not in arguments]
 
     def _value(self, raw: Any, seen: tuple[str, ...] = ()) -> Any:
         """The value of what was read: macros and references are resolved."""
@@ -267,8 +260,7 @@ class Config:
         module, name = self._load(match[1], base), match[2]
         if not callable(found := getattr(module, name, None)):
             known = [name for name, x in vars(module).items() if callable(x) and not name.startswith('_')]
-            meant = f'Did you mean {_nearest(name, known)!r}? It has: {_listed(known)}.' if known else 'It has none.'
-            raise ValueError(f'{match[1]!r} has no function or class {name!r}.\n{meant}')
+            raise ValueError(f'{match[1]!r} has no function or class {name!r}.\n{_instead(name, known)}')
         return Reference(self._full(f'{module.__name__}.{name}'), call=inspect.isclass(found))
 
     def _bind(self, statement: config_parser.BindingStatement, noted: list[str] | None) -> None:
@@ -281,10 +273,7 @@ class Config:
         known = settable(self._target(key))
         takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self._target(key)).parameters.values())
         if parameter not in known and not takes_any:
-            meant = (
-                f'Did you mean {_nearest(parameter, known)!r}? Known: {_listed(known)}.' if known else 'It has none.'
-            )
-            raise ValueError(f'{name!r} has no parameter {parameter!r}.\n{meant}')
+            raise ValueError(f'{name!r} has no parameter {parameter!r}.\n{_instead(parameter, known)}')
         for item in _leaves(value):
             if isinstance(item, Reference):
                 self._full(item.key)
@@ -383,6 +372,13 @@ def _meant(line: str, names: Mapping[str, Callable]) -> str | None:
     return f'{name} = {constants.get(value.lower()) or (f"@{value}" if value in names else repr(value))}'
 
 
+def _missing(function: Callable) -> list[str]:
+    """Parameters that a call has to give."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+
+
 def _needs(key: str, missing: Sequence[str]) -> str:
     names = ', '.join(f'{key}.{name}' for name in missing)
     return f'{key} needs {names}; bind each, or add a gin file that does'
@@ -398,9 +394,9 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def _instead(name: str, known: Sequence[str]) -> str:
+    return f'Did you mean {_nearest(name, known)!r}? It has: {", ".join(sorted(known))}.' if known else 'It has none.'
+
+
 def _nearest(name: str, known: Sequence[str]) -> str:
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ', '.join(sorted(names))

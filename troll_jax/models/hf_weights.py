@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
@@ -30,11 +30,7 @@ from troll_jax.models.lora import Lora
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 TOKENIZER_FILES = ('tokenizer.model', '*.txt', '*.jinja')  # besides the *.json ones
-DTYPES = {
-    'float32': np.dtype(np.float32),
-    'bfloat16': np.dtype(ml_dtypes.bfloat16),
-    'float16': np.dtype(np.float16),
-}
+DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
 STORED_DTYPES = ('F32', 'BF16', 'F16')  # the same, as safetensors names them
 # Stored by old exports of Llama, and determined by config.json. A model computes it, and so does transformers.
 DERIVED = re.compile(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq')

@@ -65,7 +65,7 @@ def as_conversation(prompt: object, system_prompt: str | None, where: Callable[[
         for m in messages
     ):
         raise ValueError(
-            f'The prompt in {where()} is {_short(prompt)}; expected a list of {{role, content}} with a role of '
+            f'The prompt in {where()} is {repr(prompt)[:120]}; expected a list of {{role, content}} with a role of '
             f'{_ROLES} and a content that is not empty. Fix or drop that row.'
         )
     messages = [{'role': m['role'], 'content': m['content']} for m in messages]
@@ -84,12 +84,7 @@ def ground_truth(reward_model: object, where: Callable[[], str]) -> str:
         truth = str(truth)
     if not isinstance(truth, str) or not truth.strip():
         raise ValueError(
-            f'The reward_model in {where()} is {_short(reward_model)}; expected {{style, ground_truth}} with a '
+            f'The reward_model in {where()} is {repr(reward_model)[:120]}; expected {{style, ground_truth}} with a '
             'ground_truth that is text and not empty, a number, or a list of one. Fix or drop that row.'
         )
     return truth
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f'{text[:117]}...'
