@@ -167,9 +167,9 @@ def evaluation(
                 params = checkpoints.restore_params(shapes, step, partial(start.load_params, compute, lora))
 
         # What is not as by default is part of a file's name, so that one evaluation does not overwrite another.
-        options = {'temperature': temperature, 'top_k': top_k, 'top_p': top_p, 'seed': seed}
-        usual = {'temperature': None, 'top_k': None, 'top_p': None, 'seed': 0}
-        special = ''.join(f'_{option}_{value}' for option, value in options.items() if value != usual[option])
+        options = {'temperature': experiment.validation_temperature, 'top_k': top_k}
+        options |= {'top_p': experiment.validation_top_p, 'seed': seed} | given
+        special = ''.join(f'_{name}_{x}' for name, x in options.items() if x is not None and (name, x) != ('seed', 0))
         summaries = {}
 
         def done(name: str, result: Evaluation) -> None:  # a set at a time: many take hours
@@ -184,14 +184,9 @@ def evaluation(
     if len(summaries) > 1:
         samples = min(result.rewards.shape[1] for result in results.values())
         mean = estimate(*(success(result) for result in results.values()), samples=samples)
-        common = {'split': split, 'top_k': top_k, 'top_p': top_p or experiment.validation_top_p, 'seed': seed}
-        summaries['mean'] = {'step': step, 'sets': list(summaries), 'success': mean._asdict()} | common
-        write(
-            Path(out),
-            f'{step}_mean{"" if split == "test" else f"_{split}"}'
-            f'{"" if samples_per_prompt is None else f"_{samples_per_prompt}"}{special}',
-            summaries['mean'],
-        )
+        summaries['mean'] = {'step': step, 'sets': list(summaries), 'split': split, 'success': mean._asdict()} | options
+        of_all = [part for part in ('train' if split == 'train' else None, samples_per_prompt) if part is not None]
+        write(Path(out), '_'.join(map(str, [step, 'mean', *of_all])) + special, summaries['mean'])
     return summaries
 
 

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from hypothesis import strategies as st
 from experiments.__main__ import FILES
 from experiments.evaluate import evaluation
 from experiments.plumbing.command import run_command
-from experiments.plumbing.gin_files import Config
+from experiments.plumbing.gin_files import Config, settable
 from experiments.plumbing.names import NAMES, SETTINGS
 from experiments.plumbing.run import nothing_left_behind
 from experiments.train import train
@@ -43,13 +42,10 @@ def model(tmp_path_factory) -> Path:
 
 COMMANDS = (evaluation, warm_start)
 TARGETS = NAMES | {command.__name__: command for command in COMMANDS}
-# Of a function that is passed on, the settings are keyword-only.
 PARAMETERS = {
-    f'{name}.{parameter.name}': parameter.annotation
+    f'{name}.{parameter}': inspect.signature(target).parameters[parameter].annotation
     for name, target in sorted(TARGETS.items())
-    for parameter in inspect.signature(target).parameters.values()
-    if isinstance(target, (type, partial)) or parameter.kind is parameter.KEYWORD_ONLY
-    if (name, parameter.name) != ('MathEval', 'data_source') and parameter.name not in getattr(target, 'keywords', ())
+    for parameter in settable(target)
 }
 
 

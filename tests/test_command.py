@@ -85,7 +85,6 @@ def test_files_are_included_from_beside_the_file(tmp_path, monkeypatch):
     ('words', 'form'),
     [
         (['--Method.minibatch_prompts=3'], 'write Method.minibatch_prompts=3'),
-        (['--train.steps=3'], 'write Run.steps=3'),
         (['--learning-rate', '1e-6'], 'write adamw.learning_rate=…'),
         (['Run.folder=runs/x'], """write "Run.folder = 'runs/x'\""""),
         (['Experiment.model = Qwen/Qwen3-0.6B'], """write "Experiment.model = 'Qwen/Qwen3-0.6B'\""""),

@@ -56,7 +56,7 @@ def build(files, bindings=(), kinds=SETTINGS) -> list:
         ('Method.objective = @trol', r"'trol'[\s\S]*Did you mean 'troll'\?"),
         ('Method.optimizer = @adam', r"'adam'[\s\S]*Did you mean 'adamw'\?"),
         ("AMC.sorce = 'data'", r"Did you mean 'source'\?"),
-        ("AMC.benchmark = 'MATH500'", r"'AMC' has no parameter 'benchmark'[\s\S]*Known: .*data_source, .*source"),
+        ("AMC.benchmark = 'MATH500'", r"'AMC' has no parameter 'benchmark'[\s\S]*It has: .*data_source, .*source"),
         ("MathEval.data_source = 'amc'", r"'MathEval' has no parameter 'data_source'"),
         ("MathEval.sorce = 'data'", r"Did you mean 'source'\?"),
         ('Run.steps = %steps', 'nothing defines the macro %steps'),
@@ -127,21 +127,6 @@ def test_a_scope_is_of_one_use_alone():
     assert config.get('Critic.optimizer') is adamw  # files may bind what is not used, the command line may not
     with pytest.raises(ValueError, match="reads 'critic/adamw.b2'"):
         config.check_used()
-
-
-def test_bindings_of_an_earlier_version_are_told_their_new_names(tmp_path):
-    """Guards the configurations of runs that are there."""
-    old = ["train.run_dir = 'a'", 'train.max_tokens = 64', 'train.estimator = @group_normalised', 'make_mesh.fsdp = 8']
-    old += ["Experiment.compute_dtype = 'float32'", 'critic_adamw.b1 = 0.9', 'train.slots = 3', 'train.gone = 1']
-    old += ['adamw.offload = True', 'critic/adamw.offload = True']
-    (tmp_path / 'config.gin').write_text('\n'.join(old))
-    with pytest.raises(ValueError) as error:
-        Config([tmp_path / 'config.gin'])
-    new = ['Run.folder', 'Sampling.support_size', 'Method.advantages', 'Compute.fsdp', 'Compute.dtype']
-    new += ['critic/adamw.b1', 'Compute.slots', 'a field of Sampling, Method, Compute or Run']
-    new += ['Compute.offload_optimizer'] * 2
-    for line, name in zip(old, new, strict=True):
-        assert f'{line.split(" ")[0]} → {name}' in str(error.value)
 
 
 @pytest.mark.parametrize('file', FILES, ids=named)

@@ -10,9 +10,9 @@ import pytest
 from troll_jax.data.prompts import encode_prompts
 from troll_jax.data.tasks.arithmetic import Arithmetic, demonstration
 from troll_jax.data.tasks.gsm8k import GSM8K
-from troll_jax.data.tasks.interface import load_rows, locate
+from troll_jax.data.tasks.interface import load_rows
 from troll_jax.data.tasks.math_problems import BENCHMARKS, INSTRUCTION, DAPOMath, EurusMath, MathEval, MathProblems
-from troll_jax.data.tasks.verl import VERL, read_verl
+from troll_jax.data.tasks.verl import VERL
 from troll_jax.data.tokenizer import character_tokenizer
 
 ASKED = 'Present the answer in LaTeX: \\boxed{your answer}'
@@ -148,13 +148,6 @@ def test_a_system_prompt_takes_the_place_of_the_datas(tasks, system_prompt, syst
     messages = task.load('train')[0]['messages']
     assert [m['content'] for m in messages if m['role'] == 'system'] == system
     assert messages[-1]['role'] == 'user' and len(messages) == len(system) + 1
-
-
-def test_code_is_read_by_the_same_reader(tasks):
-    source = tasks['eurus'].source
-    rows = load_rows(source, 'test', VERL, test_split='validation')
-    ((messages, truth),) = read_verl(rows, lambda row: locate(source, 'test', row), ability='code')
-    assert json.loads(truth) == {'inputs': ['1 2'], 'outputs': ['3']} and messages[1]['role'] == 'user'
 
 
 GOOD = verl_row('math_dapo', 'a?', '7')

@@ -12,12 +12,17 @@ from troll_jax.packing import (
     make_batch,
     make_layout,
     make_packing,
-    padding_share,
 )
 from troll_jax.sharding import SampleParts
-from troll_jax.types import Rollout, SparseLogProbs
+from troll_jax.types import Batch, Rollout, SparseLogProbs
 
 PROMPT, RESPONSE, KEPT = 5, 11, 3
+
+
+def padding_share(batch: Batch) -> float:
+    """The share of the positions that an update computes and that hold no token."""
+    computed = batch.segment_ids[np.any(batch.segment_ids > 0, axis=(1, 2))]
+    return float(np.mean(computed == 0)) if computed.size else 0.0
 
 
 def rollout(lengths) -> Rollout:

@@ -235,7 +235,7 @@ def test_errors_say_what_there_is(run):
     for arguments, message in [
         ({'step': 5}, r'no saved rollout of step 5; there are \[0, 1\]'),
         ({'updates': 4}, '0 to 3; got 4'),
-        ({'objectives': ['trol']}, "no objective 'trol'. Did you mean 'troll'"),
+        ({'objectives': ['trol']}, "called 'objectives/trol'. Did you mean 'objectives/troll'"),
         ({'batch': 'nothing.npz'}, "no file of saved batches 'nothing.npz'"),
     ]:
         with pytest.raises(ValueError, match=message):

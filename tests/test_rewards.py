@@ -13,7 +13,7 @@ from graders import Deadly, Unloadable, obey
 from patience import patience
 
 from troll_jax.data.tasks.gsm8k import GSM8K
-from troll_jax.rewards.answers import last_boxed
+from troll_jax.rewards.answers import find_answer
 from troll_jax.rewards.math import grade_math
 from troll_jax.rewards.pool import Grader
 
@@ -110,13 +110,13 @@ def test_wrong_answers_score_nothing(response, answer):
     assert grade_math(response, answer) == 0.0
 
 
-def test_last_boxed_follows_braces_and_is_linear():
-    assert last_boxed(r'\boxed{\frac{1}{2}} \boxed{\{1\}}') == r'\{1\}'
-    assert last_boxed(r'\boxed{a \boxed{b} c}') == 'b'
-    assert last_boxed(r'\boxed {4}') == '4'
-    assert last_boxed(r'no box } here {') is None
+def test_the_last_box_follows_braces_and_is_linear():
+    assert find_answer(r'\boxed{\frac{1}{2}} \boxed{\{1\}}', ['boxed']) == r'\{1\}'
+    assert find_answer(r'\boxed{a \boxed{b} c}', ['boxed']) == 'b'
+    assert find_answer(r'\boxed {4}', ['boxed']) == '4'
+    assert find_answer(r'no box } here {', ['boxed']) is None
     # Looking for the end of every open box anew takes minutes for this degenerate response.
-    assert last_boxed(r'\boxed{' * 50_000) is None
+    assert find_answer(r'\boxed{' * 50_000, ['boxed']) is None
 
 
 def test_an_empty_reference_is_an_error():

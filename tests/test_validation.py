@@ -113,18 +113,19 @@ def test_a_run_is_evaluated_on_every_set(run_dir, monkeypatch, capsys):
     """Guards responses of one set under the name of another, a number of samples that a set does not ask for, and an
     evaluation that wants more than the run's folder."""
     evaluate(monkeypatch, run_dir)
-    modulo, sums = (read(run_dir, f'responses_1_{name}.jsonl') for name in ('modulo_1', 'sums_3'))
+    names = ('modulo_1', 'sums_3')
+    modulo, sums = (read(run_dir, f'responses_1_{name}_top_p_0.5.jsonl') for name in names)
     assert [len(modulo), len(sums)] == [11, PROBLEMS] and [row['prompt'] for row in sums] == [
         f'{i}+1=' for i in range(PROBLEMS)
     ]
     assert {len(row['responses']) for row in modulo} == {1} and {len(row['responses']) for row in sums} == {3}
     assert any(len(set(row['responses'])) > 1 for row in sums), 'several samples are drawn'
-    summary = read(run_dir, 'evaluation_1_sums_3.json')
+    summary = read(run_dir, 'evaluation_1_sums_3_top_p_0.5.json')
     assert (summary['temperature'], summary['problems'], summary['step']) == (1.0, PROBLEMS, 1)
-    greedy = read(run_dir, 'evaluation_1_modulo_1.json')
+    greedy = read(run_dir, 'evaluation_1_modulo_1_top_p_0.5.json')
     assert (greedy['temperature'], greedy['top_p'], summary['top_p']) == (0.0, None, 0.5)
-    means = [read(run_dir, f'evaluation_1_{name}.json')['success']['mean'] for name in ('modulo_1', 'sums_3')]
-    assert read(run_dir, 'evaluation_1_mean.json')['success']['mean'] == pytest.approx(np.mean(means))
+    means = [read(run_dir, f'evaluation_1_{name}_top_p_0.5.json')['success']['mean'] for name in names]
+    assert read(run_dir, 'evaluation_1_mean_top_p_0.5.json')['success']['mean'] == pytest.approx(np.mean(means))
     assert means[1] == pytest.approx(np.mean([np.mean(row['rewards']) for row in sums])) and 0 < means[1] < 1
     logged = read_metrics(run_dir / 'metrics.jsonl')[-1]
     # Of one seed: what training sampled, at the same temperature and top_p.
@@ -142,16 +143,16 @@ def test_a_checkpoint_a_bucket_and_an_export_are_the_run(run_dir, model, binding
         f"evaluation.folder = '{tmp_path}'",
     ]
     evaluate(monkeypatch, run_dir, one_set, *everything)
-    summary = read(tmp_path, 'evaluation_1_sums_3_top_p_1.0.json')
+    summary = read(tmp_path, 'evaluation_1_sums_3_temperature_0.7_top_p_1.0.json')
     assert (summary['temperature'], summary['top_p']) == (0.7, 1.0)
-    expected = read(run_dir, 'responses_1_sums_3_seed_5.jsonl')
-    assert expected != read(run_dir, 'responses_1_sums_3.jsonl'), 'the seed was meant to matter'
+    expected = read(run_dir, 'responses_1_sums_3_top_p_0.5_seed_5.jsonl')
+    assert expected != read(run_dir, 'responses_1_sums_3_top_p_0.5.jsonl'), 'the seed was meant to matter'
 
     def found(source, *arguments, step=1) -> list[dict]:
         to = ['evaluation.seed = 5', f"evaluation.folder = '{tmp_path}/results'"]
         arguments = [argument for argument in arguments if not argument.startswith('Arithmetic.')]
         evaluate(monkeypatch, source, *arguments, one_set, *to)
-        return read(tmp_path / 'results', f'responses_{step}_sums_3_seed_5.jsonl')
+        return read(tmp_path / 'results', f'responses_{step}_sums_3_top_p_0.5_seed_5.jsonl')
 
     assert found(run_dir / 'checkpoints/1') == expected
     # Checkpoints alone: sizes and tokenizer are those of a model that gin names.
@@ -205,7 +206,7 @@ def test_a_set_is_written_when_it_is_done(run_dir, monkeypatch, tmp_path):
     monkeypatch.setattr(validation, 'evaluate', one_set)
     with pytest.raises(RuntimeError, match='the service is down'):
         evaluate(monkeypatch, run_dir, f"evaluation.folder = '{tmp_path}'")
-    assert read(tmp_path, 'evaluation_1_modulo_1.json')['success']['mean'] == 1
+    assert read(tmp_path, 'evaluation_1_modulo_1_top_p_0.5.json')['success']['mean'] == 1
 
 
 def test_the_log_and_the_files_count_the_same_as_success(run_dir, monkeypatch, tmp_path, capsys):
@@ -217,14 +218,14 @@ def test_the_log_and_the_files_count_the_same_as_success(run_dir, monkeypatch, t
 
     monkeypatch.setattr(validation, 'evaluate', one_set)
     evaluate(monkeypatch, run_dir, f"evaluation.folder = '{tmp_path}'")
-    summary = read(tmp_path, 'evaluation_1_sums_1.json')
+    summary = read(tmp_path, 'evaluation_1_sums_1_top_p_0.5.json')
     correct = (PROBLEMS + 1) // 2 / PROBLEMS
     assert (
         summary['success']['mean'] == summary['mean@1']['mean'] == summary['pass@1']['mean'] == pytest.approx(correct)
     )
     assert summary['reward']['mean'] == pytest.approx(correct + (1 - correct) / 2)
     assert f'sums: {correct:.4f}' in capsys.readouterr().err
-    assert read_success(tmp_path / 'responses_1_sums_1.jsonl').success.mean() == pytest.approx(correct)
+    assert read_success(tmp_path / 'responses_1_sums_1_top_p_0.5.jsonl').success.mean() == pytest.approx(correct)
 
 
 def test_programs_need_a_sandbox_before_a_model_is_loaded(model, tmp_path, monkeypatch):

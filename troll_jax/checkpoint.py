@@ -49,9 +49,8 @@ class Checkpoints:
         else:
             kept = [managers.LatestN(n=keep)]
             kept += [managers.EveryNSteps(keep_every)] if keep_every else []
-            kept += (
-                [managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False)] if keep_best else []
-            )
+            if keep_best:
+                kept.append(managers.BestN(get_metric_fn=_score, n=1, keep_checkpoints_without_metrics=False))
             options = ocp.CheckpointManagerOptions(
                 preservation_policy=managers.AnyPreservationPolicy(kept),
                 best_fn=_score if keep_best else None,  # without which Orbax writes no score

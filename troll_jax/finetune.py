@@ -19,7 +19,7 @@ from troll_jax.models.lora import Lora
 from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
 from troll_jax.ops.support import default_tail
 from troll_jax.optimizer import Optimizer, apply_gradients
-from troll_jax.packing import abstract_batch, first_fit, padding_share
+from troll_jax.packing import abstract_batch, first_fit
 from troll_jax.score import Scoring, for_each_micro_batch, run_head
 from troll_jax.settings import Compute
 from troll_jax.sharding import constrain_like, fetch, place
@@ -111,7 +111,8 @@ class SupervisedLearner:
         with jax.set_mesh(self.mesh):
             state, *found = self._update(state, place(batch, self.mesh))
         sums, metrics = fetch(found)
-        return state, metrics | _means(sums) | {'tokens': sums['tokens'], 'padding_share': padding_share(batch)}
+        computed = batch.segment_ids[np.any(batch.segment_ids > 0, axis=(1, 2))]  # others hold nothing and are skipped
+        return state, metrics | _means(sums) | {'tokens': sums['tokens'], 'padding_share': np.mean(computed == 0)}
 
     def evaluate(self, params: Any, chats: Sequence[Chat]) -> dict[str, float]:
         """Metrics over all of any number of chats."""

@@ -136,26 +136,16 @@ def _append(file: BinaryIO, row: dict) -> None:
       OSError: the line could not be written.
     """
     end, left = os.fstat(file.fileno()).st_size, _line(row)
-    with _explained(file.name, row['step']):
-        try:
-            while left:
-                left = left[file.write(left) :]
-        except OSError:
-            os.ftruncate(file.fileno(), end)
-            raise
-
-
-@contextmanager
-def _explained(path: str | os.PathLike, step: int) -> Iterator[None]:
-    """An OSError that says what to do."""
     try:
-        yield
+        while left:
+            left = left[file.write(left) :]
     except OSError as error:
+        os.ftruncate(file.fileno(), end)
         raise OSError(
             error.errno,
-            f'{error.strerror}: the numbers of step {step} could not be written. See that there is room, then start '
-            'again: the run resumes from its latest checkpoint',
-            os.fspath(path),
+            f'{error.strerror}: the numbers of step {row["step"]} could not be written. See that there is room, then '
+            'start again: the run resumes from its latest checkpoint',
+            os.fspath(file.name),
         ) from error
 
 

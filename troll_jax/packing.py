@@ -253,12 +253,6 @@ def _responses_of(rollout: Rollout, responses: slice, part: int, count: int) -> 
     return jax.tree.map(lambda x: x[at], rollout._replace(support=None, stats=None))
 
 
-def padding_share(batch: Batch) -> float:
-    """The share of the positions that an update computes and that hold no token."""
-    computed = batch.segment_ids[np.any(batch.segment_ids > 0, axis=(1, 2))]
-    return float(np.mean(computed == 0)) if computed.size else 0.0
-
-
 def _every_token(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The sequence of every token, and the index in it, for sequences of these lengths [R]."""
     source = np.repeat(np.arange(len(lengths)), lengths)

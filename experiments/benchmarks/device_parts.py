@@ -25,12 +25,12 @@ from experiments.benchmarks.measure import (
     decode_bytes,
     matmul_rate,
     median_seconds,
+    plain_clip_gradient,
     qwen3_0_6b,
     random_batch,
     random_prompts,
 )
 from experiments.benchmarks.projection import violating_tokens
-from experiments.benchmarks.update import plain_clip_gradient
 from experiments.studies.program_cost import bytes_needed, count_flops
 from experiments.train import training_step
 from troll_jax.collect import make_collector

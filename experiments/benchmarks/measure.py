@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: times, the two ceilings of a machine, the shape of Qwen3-0.6B, and random batches."""
+"""Shared by the benchmarks: times, ceilings of a machine, a model's shape, random batches, Clip with plain logits."""
 
 import statistics
 import time
@@ -8,7 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from troll_jax.models import decoder as decoders
 from troll_jax.models.decoder import DecoderConfig
+from troll_jax.models.head import logits
+from troll_jax.ops.losses import LossInputs, ppo_clip
 from troll_jax.packing import BatchShape
 from troll_jax.types import Batch, Prompts, SparseLogProbs
 
@@ -69,6 +72,26 @@ def random_batch(shape: BatchShape, vocab_size: int) -> Batch:
         old_log_probs=log_probs[..., 0],
         old=SparseLogProbs(kept.astype(jnp.int32), log_probs),
     )
+
+
+def plain_clip_gradient(config: DecoderConfig) -> Callable:
+    """gradient(params, progress, batch) of Clip as it is usually written: log-softmax over [N, V], gather the sampled.
+
+    For batches of one micro-batch and of one sequence in a row.
+    """
+    graphdef, _ = decoders.abstract(config)
+
+    def loss(params, _, batch: Batch) -> jax.Array:
+        decoder, rows = decoders.bind(graphdef, params), jax.tree.map(lambda x: x[0], batch)
+        hidden = decoder(rows.tokens, rows.positions, rows.segment_ids)[:, PROMPT - 1 : -1]
+        scores = logits(hidden, decoder.unembedding, temperature=1.0, dtype=config.compute_dtype)
+        response = jax.tree.map(lambda x: x[:, PROMPT:], rows)
+        log_probs = jnp.take_along_axis(jax.nn.log_softmax(scores), response.tokens[:, :, None], axis=2)[:, :, 0]
+        old = response.old_log_probs, response.old, response.old
+        row = LossInputs(response.tokens, response.segment_ids, log_probs, *old, None)
+        return jnp.mean(jax.vmap(ppo_clip)(row, response.advantages).loss)
+
+    return jax.grad(loss)
 
 
 def random_prompts(count: int, shortest: int, longest: int, room: int, vocab_size: int) -> Prompts:

@@ -15,7 +15,7 @@ from typing import NoReturn
 import jax
 
 import troll_jax
-from experiments.plumbing.gin_files import Config, find_file, nearest_bindings, renamed
+from experiments.plumbing.gin_files import Config, find_file, nearest_bindings
 from experiments.plumbing.names import NAMES, SETTINGS
 from experiments.plumbing.settings_help import describe
 from troll_jax.rewards.worker import CannotGrade
@@ -80,7 +80,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if found := re.match(r'unrecognized arguments: --?([\w./-]+)=?(\S*)', message):
             name, value = found[1].replace('-', '_'), found[2] or '…'
-            names = [renamed(*name.rsplit('.', 1)) or name] if '.' in name else nearest_bindings(name)
+            names = [name] if '.' in name else nearest_bindings(name)
             message += f'. Settings have no dashes: write {" or ".join(f"{name}={value}" for name in names)}'
         super().error(message)
 

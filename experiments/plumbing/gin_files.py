@@ -21,7 +21,7 @@ from typing import Any
 
 from gin import config_parser
 
-from experiments.plumbing.names import NAMES, OBJECTIVES, REGIONS, SETTINGS, load_file
+from experiments.plumbing.names import NAMES, OBJECTIVES, REGIONS, load_file
 from troll_jax.typechecks import check_arguments
 
 # Given by the caller; or, of MathEval, to be bound for one benchmark at a time.
@@ -33,19 +33,6 @@ _HERE = Path(__file__).parents
 ROOT = _HERE[1] if (_HERE[1] / 'configs').is_dir() else _HERE[2]
 """The folder of `configs`: that of `experiments` in an installation, and this repository otherwise."""
 FILES = sorted((ROOT / 'configs').rglob('*.gin'))
-
-_RENAMED = {
-    'train.run_dir': 'Run.folder',
-    'train.checkpoint_dir': 'Run.checkpoint_folder',
-    'train.estimator': 'Method.advantages',
-    'train.max_tokens': 'Sampling.support_size',
-    'train.mass': 'Sampling.support_mass',
-    'Experiment.compute_dtype': 'Compute.dtype',
-    'Method.importance_limit': 'Method.importance = @truncated_importance, and truncated_importance.limit',
-    'adamw.offload': 'Compute.offload_optimizer',
-    'critic/adamw.offload': 'Compute.offload_optimizer',
-    'Experiment.mesh': 'Compute.data, Compute.fsdp, Compute.context and Compute.tensor',
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +84,6 @@ class Config:
         self.macros: dict[str, Any] = {}
         self.used: set[str] = set()
         self._open: list[str] = []  # whose arguments are being resolved
-        self.outdated: dict[str, str] = {}
         self._runs = [file.parent.resolve() for file in map(Path, files) if file.name == 'config.gin']
         for file in files:
             file = find_file(file)
@@ -105,9 +91,6 @@ class Config:
         self._on_command_line: list[str] = []
         for binding in bindings:
             self._read(repr(binding), binding, self._on_command_line)
-        if self.outdated:
-            lines = ', '.join(f'{old} → {new}' for old, new in self.outdated.items())
-            raise ValueError(f'bindings of an earlier version; change {lines}')
         self._check_macros()
         for key in list(self.bindings):
             self.arguments(key)  # their types, also of what is not used
@@ -124,8 +107,7 @@ class Config:
     def function(self, target: Callable, *given: Any) -> functools.partial:
         """A function with its bound arguments behind those that are given. Errors as in `build`."""
         bound = functools.partial(target, *given, **self.arguments(target.__name__))
-        parameters = inspect.signature(bound).parameters.values()
-        if missing := [p.name for p in parameters if p.default is p.empty]:
+        if missing := _missing(bound):
             raise ValueError(_needs(target.__name__, missing))
         return bound
 
@@ -183,17 +165,11 @@ class Config:
 
     def _call(self, key: str) -> Any:
         target, arguments = self._target(key), self.arguments(key)
-        if missing := self._missing(key, arguments):
+        if missing := _missing(functools.partial(target, **arguments)):
             if not inspect.isclass(target) and not isinstance(target, functools.partial):
                 raise ValueError(f'@{key}() calls {key}, which takes {", ".join(missing)}; expected @{key}, or a class')
             raise ValueError(_needs(key, missing))
         return target(**arguments)
-
-    def _missing(self, key: str, arguments: dict[str, Any]) -> list[str]:
-        parameters = inspect.signature(self._target(key)).parameters.values()
-        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        required = [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
-        return [name for name in required if name not in arguments]
 
     def _value(self, raw: Any, seen: tuple[str, ...] = ()) -> Any:
         """The value of what was read: macros and references are resolved."""
@@ -284,8 +260,7 @@ class Config:
         module, name = self._load(match[1], base), match[2]
         if not callable(found := getattr(module, name, None)):
             known = [name for name, x in vars(module).items() if callable(x) and not name.startswith('_')]
-            meant = f'Did you mean {_nearest(name, known)!r}? It has: {_listed(known)}.' if known else 'It has none.'
-            raise ValueError(f'{match[1]!r} has no function or class {name!r}.\n{meant}')
+            raise ValueError(f'{match[1]!r} has no function or class {name!r}.\n{_instead(name, known)}')
         return Reference(self._full(f'{module.__name__}.{name}'), call=inspect.isclass(found))
 
     def _bind(self, statement: config_parser.BindingStatement, noted: list[str] | None) -> None:
@@ -294,19 +269,14 @@ class Config:
         if not parameter:
             self.macros[key] = value
             return
-        if new := renamed(name, parameter):
-            self.outdated[f'{key}.{parameter}'] = new
-            return
         key = self._full(key)
         known = settable(self._target(key))
         takes_any = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(self._target(key)).parameters.values())
         if parameter not in known and not takes_any:
-            meant = (
-                f'Did you mean {_nearest(parameter, known)!r}? Known: {_listed(known)}.' if known else 'It has none.'
-            )
-            raise ValueError(f'{name!r} has no parameter {parameter!r}.\n{meant}')
-        for reference in _references(value):
-            self._full(reference.key)
+            raise ValueError(f'{name!r} has no parameter {parameter!r}.\n{_instead(parameter, known)}')
+        for item in _leaves(value):
+            if isinstance(item, Reference):
+                self._full(item.key)
         self.bindings.setdefault(key, {})[parameter] = value
         if noted is not None:
             noted.append(f'{key}.{parameter}')
@@ -335,12 +305,10 @@ class Config:
     def _target(self, key: str) -> Callable:
         return self.names[key.rpartition('/')[2]]
 
-    def _raw_values(self) -> list[Any]:
-        return [value for bound in (*self.bindings.values(), self.macros) for value in bound.values()]
-
     def _check_macros(self) -> None:
         """Raises a ValueError for `steps = 3`, which defines a macro and does not set `Run.steps`."""
-        used = {macro.name for value in self._raw_values() for macro in _macros(value)}
+        values = [value for bound in (*self.bindings.values(), self.macros) for value in bound.values()]
+        used = {item.name for value in values for item in _leaves(value) if isinstance(item, Macro)}
         for macro in self.macros:
             if macro not in used:
                 meant = ' or '.join(map(repr, nearest_bindings(macro, self.names)))
@@ -394,21 +362,6 @@ def nearest_bindings(parameter: str, names: Mapping[str, Callable] = NAMES) -> l
     return [full for name, full in known if name == near]
 
 
-def renamed(owner: str, parameter: str) -> str | None:
-    """The name of a binding of an earlier version, None if it is none."""
-    name = f'{owner}.{parameter}'
-    if name in _RENAMED:
-        return _RENAMED[name]
-    if owner == 'critic_adamw':
-        return f'critic/adamw.{parameter}'
-    if owner == 'make_mesh' or (owner == 'Experiment' and parameter in ('remat', 'attention')):
-        return f'Compute.{parameter}'
-    if owner == 'train':
-        found = [kind.__name__ for kind in SETTINGS if parameter in kind.__dataclass_fields__]
-        return f'{found[0]}.{parameter}' if found else 'a field of Sampling, Method, Compute or Run'
-    return None
-
-
 def _meant(line: str, names: Mapping[str, Callable]) -> str | None:
     """The binding that is meant by a line with a bare word for a value, None for any other."""
     found = re.match(r'\s*([\w./]+)\s*=\s*([A-Za-z./~][^\s\'"(){}\[\],%@]*)\s*(#|$)', line)
@@ -419,17 +372,16 @@ def _meant(line: str, names: Mapping[str, Callable]) -> str | None:
     return f'{name} = {constants.get(value.lower()) or (f"@{value}" if value in names else repr(value))}'
 
 
+def _missing(function: Callable) -> list[str]:
+    """Parameters that a call has to give."""
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variable]
+
+
 def _needs(key: str, missing: Sequence[str]) -> str:
     names = ', '.join(f'{key}.{name}' for name in missing)
     return f'{key} needs {names}; bind each, or add a gin file that does'
-
-
-def _references(value: Any) -> Iterator[Reference]:
-    yield from (item for item in _leaves(value) if isinstance(item, Reference))
-
-
-def _macros(value: Any) -> Iterator[Macro]:
-    yield from (item for item in _leaves(value) if isinstance(item, Macro))
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -442,9 +394,9 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
+def _instead(name: str, known: Sequence[str]) -> str:
+    return f'Did you mean {_nearest(name, known)!r}? It has: {", ".join(sorted(known))}.' if known else 'It has none.'
+
+
 def _nearest(name: str, known: Sequence[str]) -> str:
     return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ', '.join(sorted(names))

@@ -106,14 +106,8 @@ class _Writer:
     def _object(self, value: Any, owner: str) -> str:
         """A dataclass, of which all fields are written that do not have their default."""
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
-        of_benchmark = {
-            name: target.keywords
-            for name, target in NAMES.items()
-            if isinstance(target, functools.partial) and target.func is type(value)
-        }
-        name, fixed = next(
-            ((name, given) for name, given in of_benchmark.items() if given.items() <= fields.items()), (None, {})
-        )
+        named = {x: known.keywords for x, known in NAMES.items() if getattr(known, 'func', None) is type(value)}
+        name, fixed = next(((x, given) for x, given in named.items() if given.items() <= fields.items()), (None, {}))
         changed = {
             field.name: fields[field.name]
             for field in dataclasses.fields(value)

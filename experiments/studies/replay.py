@@ -1,7 +1,6 @@
 """Compares objectives on one saved rollout: gradients, constrained tokens, distances after one step, time."""
 
 import dataclasses
-import difflib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ import numpy as np
 import optax
 
 from experiments.benchmarks.measure import median_seconds
-from experiments.plumbing.gin_files import ROOT, Config
+from experiments.plumbing.gin_files import ROOT, Config, find_file
 from experiments.plumbing.gin_text import to_bindings
 from experiments.plumbing.run import restore_or_init
-from experiments.studies.replay_report import plot
+from experiments.studies.replay_report import draw
 from experiments.studies.token_gradients import SILENCED, held, inspected, summarise
 from troll_jax.checkpoint import Checkpoints
 from troll_jax.experiment import Experiment
@@ -221,7 +220,7 @@ def replay(
         name = f'replay_{path.stem}' + ('' if updates == len(saved.batches) - 1 else f'_after_{updates}')
         name += (f'_lag_{lag}' if lag else '') + (f'_{precision}' if precision else '')
         (run_dir / f'{name}.json').write_text(json.dumps(result, indent=2) + '\n')
-        plot(result, run_dir / f'{name}.png')
+        draw(result).savefig(run_dir / f'{name}.png', dpi=110)
     return result
 
 
@@ -251,7 +250,8 @@ def find_methods(
     Raises:
       ValueError: such a method was asked for.
     """
-    files = [method_file(name) for name in objectives] or sorted(METHODS.glob('*.gin'))
+    files = [find_file(name if name.endswith('.gin') else f'objectives/{name}') for name in objectives]
+    files = files or sorted(METHODS.glob('*.gin'))
     found = {}
     for file in [METHODS / f'{BASELINE}.gin', *files]:
         config = Config([file], bindings)
@@ -271,16 +271,6 @@ def find_methods(
     for name, compared in found.items():
         names.setdefault(str(to_bindings(compared)), []).append(name)
     return [Candidate(name, found[name], others) for name, *others in names.values()]
-
-
-def method_file(name: str) -> Path:
-    """The gin file that is meant by its path, or by its name in configs/objectives."""
-    file = Path(name) if name.endswith('.gin') else METHODS / f'{name}.gin'
-    if not file.is_file():
-        known = sorted(file.stem for file in METHODS.glob('*.gin'))
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise ValueError(f'no objective {name!r}. Did you mean {near!r}? Known: {", ".join(known)}, or a gin file')
-    return file
 
 
 def rounded(params: dict, precision: str) -> dict:

@@ -1,6 +1,6 @@
 """The tables and the figure of `experiments/replay.py`, from what it writes as JSON."""
 
-from pathlib import Path
+from collections.abc import Iterable
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -37,8 +37,7 @@ def report(result: dict) -> str:
     lines.append(' ' * (width + 40) + "after the optimizer's step".rjust(30) + 'after an equal step'.rjust(20))
     titles = ['gradient', 'cosine', 'affected', 'silenced', 'KL mean', 'KL p99', 'entropy', 'KL mean', 'TV mean', 'ms']
     below = ['norm', 'to 1', 'tokens', 'tokens', '', '', 'change', '', '', '']
-    for title in (titles, below):
-        lines.append((' ' * width + ''.join(f'{text:>10}' for text in title)).rstrip())
+    lines += [(' ' * width + _cells(title)).rstrip() for title in (titles, below)]
     for i, name in enumerate(names):
         row = result['objectives'][name]
         values = [
@@ -51,11 +50,11 @@ def report(result: dict) -> str:
             *[show(row[f'{name}_after_equal_step'], '.2g') for name in ('kl_mean', 'tv_mean')],
             show(row['milliseconds'], '.0f'),
         ]
-        lines.append(f'{i + 1:2} {_starred(name, result):{width - 3}}' + ''.join(f'{value:>10}' for value in values))
-    lines += ['', 'cosines of gradients' + ' ' * (width - 20) + ''.join(f'{i + 1:>7}' for i in range(len(names)))]
+        lines.append(f'{i + 1:2} {_starred(name, result):{width - 3}}' + _cells(values))
+    lines += ['', 'cosines of gradients'.ljust(width) + _cells(range(1, len(names) + 1), 7)]
     for i, name in enumerate(names):
-        cosines = ''.join(f'{show(result["cosines"][name][other], ".3f"):>7}' for other in names[: i + 1])
-        lines.append(f'{i + 1:2} {name:{width - 3}}' + cosines)
+        cosines = [show(result['cosines'][name][other], '.3f') for other in names[: i + 1]]
+        lines.append(f'{i + 1:2} {name:{width - 3}}' + _cells(cosines, 7))
     lines += ['', *held_tokens(result, width), '', *token_gradients(result, width)]
     lines += [
         '',
@@ -84,11 +83,11 @@ def held_tokens(result: dict, width: int) -> list[str]:
     first = rows[next(iter(rows))]['held']
     lines = ['constrained tokens, in % of those with this sign of the advantage and probability p under π_old']
     lines.append(' ' * width + ''.join(f'{sign:>{10 * len(first) // 2}}' for sign in ('A > 0', 'A < 0')))
-    lines.append('p up to'.ljust(width) + ''.join(f'{name.split("≤ ")[1]:>10}' for name in first))
-    lines.append('tokens'.ljust(width) + ''.join(f'{cell["tokens"]:>10}' for cell in first.values()))
+    lines.append('p up to'.ljust(width) + _cells(name.split('≤ ')[1] for name in first))
+    lines.append('tokens'.ljust(width) + _cells(cell['tokens'] for cell in first.values()))
     for i, (name, row) in enumerate(rows.items()):
         shares = ['–' if cell['share'] is None else f'{100 * cell["share"]:.1f}' for cell in row['held'].values()]
-        lines.append(f'{i + 1:2} {_starred(name, result):{width - 3}}' + ''.join(f'{text:>10}' for text in shares))
+        lines.append(f'{i + 1:2} {_starred(name, result):{width - 3}}' + _cells(shares))
     return lines
 
 
@@ -103,17 +102,18 @@ def token_gradients(result: dict, width: int) -> list[str]:
     ]
     for group in ('outward', 'back'):
         count = rows[next(iter(rows))]['outside'][group]['tokens']
-        titles = ('kept', 'pull', 'silenced', 'returns')
-        lines += ['', f'{group}, {count} tokens'.ljust(width) + ''.join(f' {text:>19}' for text in titles)]
+        lines += ['', f'{group}, {count} tokens'.ljust(width) + _cells(('kept', 'pull', 'silenced', 'returns'), 20)]
         for i, name in enumerate(rows if count else ()):
             found, values = rows[name]['outside'][group], ['–'] * 4
             if found['tokens']:
                 values = [' / '.join(f'{x:.2f}' for x in found[key]) for key in ('kept', 'pull')]
                 values += [f'{found[key]:.0%}' for key in ('silenced', 'returns')]
-            lines.append(
-                f'{i + 1:2} {_starred(name, result):{width - 3}}' + ''.join(f' {value:>19}' for value in values)
-            )
+            lines.append(f'{i + 1:2} {_starred(name, result):{width - 3}}' + _cells(values, 20))
     return lines
+
+
+def _cells(values: Iterable, size: int = 10) -> str:
+    return ''.join(f'{value:>{size}}' for value in values)
 
 
 def _difference(after: float | None, before: float | None) -> float | None:
@@ -122,12 +122,6 @@ def _difference(after: float | None, before: float | None) -> float | None:
 
 def _starred(name: str, result: dict) -> str:
     return f'{name} *' if name == result['run_objective'] else name
-
-
-def plot(result: dict, output: str | Path) -> None:
-    """Writes `draw` as a PNG."""
-    figure = draw(result)
-    figure.savefig(output, dpi=110)
 
 
 def draw(result: dict) -> Figure:

@@ -1,4 +1,4 @@
-"""Attention of packed rows, by the best kernel of a platform, and plain attention under any mask.
+"""Attention of packed rows, by the best kernel of a platform.
 
 Attention over the KV cache is in `paged_attention.py`. Axis letters: `troll_jax/types.py`.
 """
@@ -14,26 +14,6 @@ import jax.numpy as jnp
 from troll_jax.sharding import RULES, axis_size, constrain, shard_map
 
 _SPLASH_LANES, _SPLASH_BLOCK = 128, 512  # a block is a multiple of the first and at most the second
-
-
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled dot-product attention in which X = H/KH query heads share a key-value head (GQA).
-
-    Args:
-      q: [B, S, H, F], k and v: [B, L, KH, F], mask: [B, S, L] bool, true where a query may look. A query that may look
-        nowhere gets the mean of all values, not NaN.
-
-    Returns:
-      [B, S, H, F] in the dtype of `q`. Logits and probabilities are float32.
-    """
-    batch, length, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    q = q.reshape(batch, length, kv_heads, heads // kv_heads, head_dim)
-    logits = jnp.einsum('bskxf,blkf->bkxsl', q, k, preferred_element_type=jnp.float32) * head_dim**-0.5
-    logits = jnp.where(mask[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    probs = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    mixed = jnp.einsum('bkxsl,blkf->bskxf', probs, v)
-    return mixed.reshape(batch, length, heads, head_dim)
 
 
 def packed_attention(

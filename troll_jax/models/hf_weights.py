@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
@@ -30,11 +30,7 @@ from troll_jax.models.lora import Lora
 
 CONFIG, WEIGHTS, INDEX = 'config.json', 'model.safetensors', 'model.safetensors.index.json'
 TOKENIZER_FILES = ('tokenizer.model', '*.txt', '*.jinja')  # besides the *.json ones
-DTYPES = {
-    'float32': np.dtype(np.float32),
-    'bfloat16': np.dtype(ml_dtypes.bfloat16),
-    'float16': np.dtype(np.float16),
-}
+DTYPES = {name: jnp.dtype(name) for name in ('float32', 'bfloat16', 'float16')}
 STORED_DTYPES = ('F32', 'BF16', 'F16')  # the same, as safetensors names them
 # Stored by old exports of Llama, and determined by config.json. A model computes it, and so does transformers.
 DERIVED = re.compile(r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq')
@@ -120,8 +116,13 @@ def save_pretrained(
     flat = flatten_dict(params)
     config = decoder_config(hf_config)
     _check_params(flat, flatten_dict(abstract(config)[1]))
-    shards = _plan_shards(_exports(flat, hf_config, config.layers, DTYPES[dtype]), max_shard_bytes)
-    files = [WEIGHTS] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    exports = _exports(flat, hf_config, config.layers, DTYPES[dtype])
+    shards = split_state_dict_into_shards_factory(
+        exports,
+        get_storage_size=lambda export: export.size,
+        filename_pattern='model{suffix}.safetensors',
+        max_shard_size=max_shard_bytes,
+    )
 
     first = jax.process_index() == 0
     folder = Path(folder)
@@ -129,8 +130,8 @@ def save_pretrained(
     if first:
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir(parents=True)
-    for file, shard in zip(files, shards, strict=True):
-        arrays = {export.name: export.fetch() for export in shard}
+    for file, names in shards.filename_to_tensors.items():
+        arrays = {name: exports[name].fetch() for name in names}
         if first:
             save_file(arrays, staging / file, metadata={'format': 'pt'})
         del arrays  # before the next shard is fetched
@@ -145,16 +146,14 @@ def save_pretrained(
     described['rope_theta'] = rope.pop('rope_theta')
     described['rope_scaling'] = None if rope['rope_type'] == 'default' else rope
     (staging / CONFIG).write_text(json.dumps(described, indent=2, sort_keys=True) + '\n')
-    if len(files) > 1:
-        weight_map = {export.name: file for file, shard in zip(files, shards, strict=True) for export in shard}
-        total = sum(export.size for shard in shards for export in shard)
-        index = {'metadata': {'total_size': total}, 'weight_map': weight_map}
+    if shards.is_sharded:
+        index = {'metadata': shards.metadata, 'weight_map': shards.tensor_to_filename}
         (staging / INDEX).write_text(json.dumps(index, indent=2))
     # Old weights go first: a run that dies between these lines leaves a folder that does not open, not a mixture.
     for old in [folder / INDEX, *folder.glob('model*.safetensors')]:
         old.unlink(missing_ok=True)
-    for file in [*files, *([INDEX] if len(files) > 1 else []), CONFIG]:
-        os.replace(staging / file, folder / file)
+    for file in sorted(staging.iterdir()):
+        os.replace(file, folder / file.name)
     staging.rmdir()
 
 
@@ -361,39 +360,22 @@ def _check_params(flat: dict[tuple[str, ...], jax.Array], shapes: dict[tuple[str
 class _Export(NamedTuple):
     """A tensor of a checkpoint that is to be written."""
 
-    name: str
     size: int  # bytes
     fetch: Callable[[], np.ndarray]
 
 
 def _exports(
     flat: dict[tuple[str, ...], jax.Array], hf_config: PretrainedConfig, layers: int, dtype: np.dtype
-) -> list[_Export]:
-    exports = []
+) -> dict[str, _Export]:
+    exports = {}
     for tensor in tensors(hf_config):
         param, names = flat[tensor.path], _names(tensor, layers)
         size = param.size // len(names) * dtype.itemsize
-        exports += [_Export(name, size, partial(_fetch, param, tensor, i, dtype)) for i, name in enumerate(names)]
+        exports |= {name: _Export(size, partial(_fetch, param, tensor, i, dtype)) for i, name in enumerate(names)}
     for constant in family(hf_config.architectures).constants:
-        fetch = partial(np.asarray, constant.value, dtype)
-        exports += [_Export(name, dtype.itemsize, fetch) for name in _names(constant, layers)]
+        export = _Export(dtype.itemsize, partial(np.asarray, constant.value, dtype))
+        exports |= dict.fromkeys(_names(constant, layers), export)
     return exports
-
-
-def _plan_shards(exports: list[_Export], max_shard_bytes: int) -> list[list[_Export]]:
-    """Fills one file after the other."""
-    shards, room = [[]], max_shard_bytes
-    for export in exports:
-        if shards[-1] and export.size > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(export)
-        room -= export.size
-    return shards
-
-
-def _shard_name(i: int, count: int) -> str:
-    return f'model-{i + 1:05}-of-{count:05}.safetensors'
 
 
 @jax.jit

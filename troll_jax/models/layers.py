@@ -60,16 +60,11 @@ class DecoderConfig:
             raise ValueError(f'heads must be a multiple of kv_heads; got {self.heads} and {self.kv_heads}')
         if self.head_dim % 2:
             raise ValueError(f'rotary positions need an even head_dim; got {self.head_dim}')
-        if self.mlp not in MLPS:
-            raise ValueError(f'mlp must be one of {MLPS}; got {self.mlp!r}')
         if self.rope_layers is not None and len(self.rope_layers) != self.layers:
             raise ValueError(f'rope_layers must say it for {self.layers} layers; got {len(self.rope_layers)} values')
-        if self.compute_dtype not in COMPUTE_DTYPES:
-            raise ValueError(f'compute_dtype must be one of {COMPUTE_DTYPES}; got {self.compute_dtype!r}')
-        if self.remat is not None and self.remat not in REMAT_POLICIES:
-            raise ValueError(f'remat must be None or one of {tuple(REMAT_POLICIES)}; got {self.remat!r}')
-        kernels = [('attention', IMPLEMENTATIONS), ('decode_attention', PAGED_IMPLEMENTATIONS)]
-        for name, known in [*kernels, ('decode_precision', (None, *PRECISIONS))]:
+        options = {'mlp': MLPS, 'compute_dtype': COMPUTE_DTYPES, 'remat': (None, *REMAT_POLICIES)}
+        options |= {'attention': IMPLEMENTATIONS, 'decode_attention': PAGED_IMPLEMENTATIONS}
+        for name, known in (options | {'decode_precision': (None, *PRECISIONS)}).items():
             if getattr(self, name) not in known:
                 raise ValueError(f'{name} must be one of {tuple(known)}; got {getattr(self, name)!r}')
 

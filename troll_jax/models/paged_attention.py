@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from troll_jax.models.attention import attention, best_implementation
+from troll_jax.models.attention import best_implementation
 from troll_jax.sharding import axis_size, constrain, platform, shard_map
 
 Pool = tuple[jax.Array, ...]  # keys and values of one layer, in the layout of an implementation
@@ -182,7 +182,8 @@ def _attend_triton(q, pool: Pool, block_table, positions, *, kv_heads: int) -> j
     if chunk > 1:
         found = (x.at[:, block_table].get(mode='clip') for x in pool)  # [KH, W, J, PS, F]
         k, v = (x.reshape(kv_heads, sequences, -1, head_dim).transpose(1, 2, 0, 3) for x in found)
-        return attention(q, k, v, jnp.arange(k.shape[1])[None, None] <= positions[:, :, None])
+        mask = jnp.arange(k.shape[1])[None, None] <= positions[:, :, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation='xla')
     together = math.gcd(columns, max(1, _TRITON_BLOCK_TOKENS // page_size))
     split = columns * page_size >= _SPLIT_TOKENS and sequences * kv_heads < _PROGRAMS
     splits = math.gcd(columns // together, _SPLITS) if split else 1

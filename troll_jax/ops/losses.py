@@ -186,7 +186,6 @@ def ppo_clip(
     Args:
       row: T tokens; only the log-probabilities of the sampled tokens are used.
       advantages: [T]
-      progress: not used.
       lower, upper: the ratio is clipped to [1 − lower, 1 + upper].
       dual: the ratio at which the loss of a token with a negative advantage stops growing, more than 1 + upper; None
         turns this off.
@@ -224,7 +223,6 @@ def cispo(
     Args:
       row: T tokens; only the log-probabilities of the sampled tokens are used.
       advantages: [T]
-      progress: not used.
       lower, upper: the weight is clipped to [1 − lower, 1 + upper]; lower = 1 is no lower bound.
 
     Raises:

@@ -1,4 +1,4 @@
-r"""The final answer of a response, and a check that it has the form that was asked for. Plain string work.
+r"""The final answer of a response. Plain string work.
 
 A place is named by its marker:
 
@@ -53,7 +53,6 @@ _LAST_NUMBER = re.compile(
     rf'(?:\d{{1,3}}(?: \d{{3}})+(?!\d)|{_PART}){_POWER}(?:{_JOIN}{_PART}{_POWER})*'
     rf'(?:\s*\\?%|(?:\s+(?:{"|".join(SCALES)})\b)*))(?!\d)(?P<after>[²³⁄]|[A-Za-z]\b)?'
 )
-_LINE = {'####': re.compile(r'\s*####(.*)'), 'Answer:': re.compile(r'[\s*_]*answer[*_]*\s*:(.*)', re.IGNORECASE)}
 
 
 def find_answer(text: str, places: Sequence[str] = PLACES) -> str | None:
@@ -96,35 +95,10 @@ def _first_problem(text: str) -> str:
     return text[: following.start()] if following else text
 
 
-def answer_format(text: str, place: str = 'boxed') -> float:
-    r"""1.0 if a response gives an answer in the form that was asked for, right or wrong, else 0.0.
-
-    Args:
-        text: the policy's text.
-        place: 'boxed': there is a closed `\boxed{...}` with something in it, and none that was left open. '####' or
-            'Answer:': the last line that is not blank begins with this, and something follows.
-
-    Raises:
-        ValueError: another place; a number anywhere is no form.
-    """
-    if place == 'boxed':
-        content, closed = _boxes(text)
-        return float(closed and content is not None)
-    if place not in _LINE:
-        raise ValueError(f"place is {place!r}; expected a form of answers: 'boxed', '####' or 'Answer:'.")
-    line = _LINE[place].fullmatch(text.rstrip().rpartition('\n')[2])
-    return float(line is not None and bool(line[1].strip(' \t*_')))
-
-
 def check_places(places: Sequence[str]) -> None:
     """Raises a ValueError if there is none, or one that does not exist."""
     if isinstance(places, str) or not places or not set(places) <= set(PLACES):
         raise ValueError(f'places is {places!r}; expected one or more of {PLACES}, in the order of the search.')
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last closed `\boxed{...}` of a text, with nested braces; None if there is none."""
-    return _boxes(text)[0]
 
 
 def _boxes(text: str) -> tuple[str | None, bool]:

@@ -68,30 +68,9 @@ _STOP = re.compile(r'(?<![.\s\\])[.,;:]\s*$')
 _TRIGONOMETRIC = re.compile(r'\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])')
 _DEGREES = re.compile(r'(?<![\d.])(\d+(?:\.\d+)?)\s*\^\s*(?:\\circ|\{\s*\\circ\s*\})')
 _SYMBOLS = str.maketrans(
-    {
-        '−': '-',
-        '–': '-',
-        '×': r'\times ',
-        '·': r'\cdot ',
-        '⁄': '/',
-        '÷': r'\div ',
-        '±': r'\pm ',
-        '°': r'^\circ ',
-        '≈': r'\approx ',
-        '∞': r'\infty ',
-        '≤': r'\le ',
-        '≥': r'\ge ',
-        '≡': r'\equiv ',
-        '∪': r'\cup ',
-        '∈': r'\in ',
-        '∅': r'\emptyset ',
-        '²': '^2',
-        '³': '^3',
-        '½': r'\frac{1}{2}',
-        'π': r'\pi ',
-        '€': '',
-        '£': '',
-    }
+    {'−': '-', '–': '-', '⁄': '/', '€': '', '£': '', '²': '^2', '³': '^3', '½': r'\frac{1}{2}', '∅': r'\emptyset '}
+    | {'×': r'\times ', '·': r'\cdot ', '÷': r'\div ', '±': r'\pm ', '°': r'^\circ ', 'π': r'\pi ', '∞': r'\infty '}
+    | {'≈': r'\approx ', '≤': r'\le ', '≥': r'\ge ', '≡': r'\equiv ', '∪': r'\cup ', '∈': r'\in '}
 )
 DIGITS = r'\d{1,18}'  # of what is computed with here: Python refuses to read numbers of many thousand digits
 FUNCTIONS = 'arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|gcd|lcm|max|min|det'

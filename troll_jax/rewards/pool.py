@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Pipe
 from typing import NamedTuple
 
@@ -309,10 +310,8 @@ class _Worker:
         self.ready = False
         self.sample: int | None = None  # index of the grading at work
         self.limit = time.monotonic() + _START_LIMIT  # when to give up on what it does now
-        try:
+        with suppress(OSError):  # it died at once; the closed connection tells
             self.connection.send(setup)
-        except OSError:
-            pass  # it died at once; the closed connection tells
 
     @property
     def idle(self) -> bool:
@@ -321,10 +320,8 @@ class _Worker:
     def send(self, sample: int, pair: tuple[str, str]) -> None:
         self.sample = sample
         self.limit = time.monotonic() + self.deadline
-        try:
+        with suppress(OSError):
             self.connection.send(pair)
-        except OSError:
-            pass
 
     def end(self, patience: float) -> int:
         """Lets the process end by itself for `patience` seconds, then kills it, and all of its group in any event.
@@ -332,14 +329,10 @@ class _Worker:
         Returns its exit code.
         """
         self.connection.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self.process.wait(patience)
-        except subprocess.TimeoutExpired:
-            pass
-        try:
+        with suppress(ProcessLookupError, PermissionError):  # nobody is left; macOS says it of a zombie
             os.killpg(self.process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):  # nobody is left; macOS says it of a zombie
-            pass
         return self.process.wait()
 
 

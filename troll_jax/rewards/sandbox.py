@@ -79,6 +79,14 @@ class Sandbox(Protocol):
 
 @dataclass(frozen=True)
 class _Limits:
+    """Limits of a program.
+
+    Args:
+        case_seconds: time limit of one case, of wall clock and of CPU.
+        memory_gb: address space of one process, in GiB.
+        output_mb: largest file, and so largest output, in MiB.
+    """
+
     case_seconds: float = 10.0
     memory_gb: float = 1.0
     output_mb: float = 16.0
@@ -108,9 +116,6 @@ class Bubblewrap(_Limits):
     other process in sight, no privileges and its own limits.
 
     Args:
-        case_seconds: time limit of one case, of wall clock and of CPU.
-        memory_gb: address space of one process, in GiB.
-        output_mb: largest file, and so largest output, in MiB.
         processes: processes and threads of a program at a time. Kernels before 5.14 count those of the user.
         disk_mb: size of /tmp, in MiB.
     """
@@ -174,11 +179,6 @@ class Unisolated(_Limits):
     """No isolation: programs that a model wrote can do what the user of this process can.
 
     For machines that have nothing to lose. Time, memory (on Linux) and output are still limited.
-
-    Args:
-        case_seconds: time limit of one case, of wall clock and of CPU.
-        memory_gb: address space of one process, in GiB.
-        output_mb: largest file, and so largest output, in MiB.
     """
 
     def check(self) -> None:

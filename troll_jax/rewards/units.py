@@ -36,57 +36,20 @@ _DENIED = (
     f'positive|point|about|nearly|almost|if|when|where|wrong|false|incorrect|is|are|infinity|{_SCALES}|'
     'arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|gcd|lcm'
 )
+# Names of one unit, separated by commas; each may also have an s.
 _UNITS = {
-    alias: name
-    for name, aliases in {
-        'm': 'm meter metre',
-        'cm': 'cm centimeter centimetre',
-        'mm': 'mm millimeter millimetre',
-        'km': 'km kilometer kilometre',
-        'nm': 'nm nanometer nanometre',
-        'in': 'in inch inche',
-        'ft': 'ft foot feet',
-        'yd': 'yd yard',
-        'mi': 'mi mile',
-        's': 's sec second',
-        'ms': 'ms millisecond',
-        'min': 'min minute',
-        'h': 'h hr hour',
-        'day': 'day',
-        'g': 'g gram',
-        'kg': 'kg kilogram',
-        'mg': 'mg milligram',
-        'lb': 'lb pound',
-        'oz': 'oz ounce',
-        'L': 'L l liter litre',
-        'mL': 'mL ml milliliter millilitre',
-        'N': 'N newton',
-        'J': 'J joule',
-        'kJ': 'kJ kilojoule',
-        'W': 'W watt',
-        'kW': 'kW kilowatt',
-        'V': 'V volt',
-        'A': 'A amp ampere',
-        'K': 'K kelvin',
-        'Pa': 'Pa pascal',
-        'Hz': 'Hz hertz',
-        'C': 'C celsius',
-        'F': 'F fahrenheit',
-        'T': 'T tesla',
-        'mol': 'mol mole',
-        'eV': 'eV electronvolt',
-        'rad': 'rad radian',
-        'degree': 'deg degree circ',
-        'dollar': 'dollar usd',
-        'cent': 'cent',
-        'mph': 'mph',
-        'kph': 'kph',
-        'erg': 'erg',
-        'au': 'AU au',
-        'pc': 'pc parsec',
-    }.items()
-    for word in aliases.split()
-    for alias in {word, word + 's'}
+    alias: names.split()[0]
+    for names in (
+        'm meter metre, cm centimeter centimetre, mm millimeter millimetre, km kilometer kilometre, '
+        'nm nanometer nanometre, in inch inche, ft foot feet, yd yard, mi mile, '
+        's sec second, ms millisecond, min minute, h hr hour, day, '
+        'g gram, kg kilogram, mg milligram, lb pound, oz ounce, L l liter litre, mL ml milliliter millilitre, '
+        'N newton, J joule, kJ kilojoule, erg, eV electronvolt, W watt, kW kilowatt, V volt, A amp ampere, '
+        'K kelvin, C celsius, F fahrenheit, Pa pascal, Hz hertz, T tesla, mol mole, '
+        'degree deg circ, rad radian, dollar usd, cent, mph, kph, au AU, pc parsec'
+    ).split(', ')
+    for word in names.split()
+    for alias in (word, word + 's')
 }
 _POWERS = {'square': 2, 'sq': 2, 'cubic': 3, 'cu': 3}
 _FILLERS = {'per', 'of', 'the', 'a', 'an', 'unit', 'units', 'each'}

@@ -6,15 +6,13 @@ They differ in where they come from, and are one class: problems in verl's schem
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import partial
 from typing import TYPE_CHECKING
 
 from troll_jax.data.tasks.interface import check_asked_for
 from troll_jax.data.tasks.problems import Problems
-from troll_jax.data.tasks.verl import ground_truth
 from troll_jax.rewards.answers import check_places, find_answer
 from troll_jax.rewards.math import grade_math
 
@@ -51,19 +49,17 @@ class MathProblems(Problems):
     def __post_init__(self) -> None:
         check_places(self.places)
 
-    def _references(self, rows: Dataset, column: str, where: Callable[[int], str]) -> Iterator[str]:
-        for row, answer in enumerate(rows[column]):
-            if column == 'reward_model':
-                yield ground_truth(answer, partial(where, row))
-                continue
-            number = type(answer) in (int, float, Decimal) and math.isfinite(answer)
-            if not number and not (isinstance(answer, str) and answer.strip()):
-                raise ValueError(
-                    f'The {column!r} in {where(row)} is {repr(answer)[:120]}; expected LaTeX or a number. Fix or drop '
-                    'that row.'
-                )
-            text = str(answer).strip()
-            yield find_answer(text, ('boxed', '####')) or text
+    def _reference(self, answer: object, column: str, where: Callable[[], str]) -> str:
+        if column == 'reward_model':
+            return answer
+        number = type(answer) in (int, float, Decimal) and math.isfinite(answer)
+        if not number and not (isinstance(answer, str) and answer.strip()):
+            raise ValueError(
+                f'The {column!r} in {where()} is {repr(answer)[:120]}; expected LaTeX or a number. Fix or drop that '
+                'row.'
+            )
+        text = str(answer).strip()
+        return find_answer(text, ('boxed', '####')) or text
 
     def _check(self, loaded: Dataset, where: str) -> None:
         check_asked_for(loaded['messages'], self.places, where)

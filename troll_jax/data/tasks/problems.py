@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from troll_jax.data.tasks.interface import as_dataset, as_messages, check_columns, find_column, load_rows, locate
-from troll_jax.data.tasks.verl import as_conversation, choose_rows, is_verl
+from troll_jax.data.tasks.verl import as_conversation, choose_rows, ground_truth, is_verl
 from troll_jax.ops.needs import by_name
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ class Problems:
             hold out rows of it by `Experiment.held_out`.
         config: configuration on the hub; unused for local files.
         test_split: the source's name of the split for testing.
-        question: column with text or with a conversation; None: the first of `QUESTIONS` that there is.
+        question: column with text or with a conversation; None: the first of `QUESTIONS` that there is. In verl's
+            schema it is always `prompt`, and the answer in `reward_model`.
         answer: column with the answer; None: the first of `ANSWERS` that there is.
         instruction: text under a question that is text; conversations are complete. None for none.
         system_prompt: content of the system message, instead of the data's own; '' for none, None for the data's.
@@ -104,6 +105,12 @@ class Problems:
 
     def _references(self, rows: Dataset, column: str, where: Callable[[int], str]) -> Iterator[str]:
         """What each row is graded by, as text."""
+        for row, answer in enumerate(rows[column]):
+            answer = ground_truth(answer, partial(where, row)) if column == 'reward_model' else answer
+            yield self._reference(answer, column, partial(where, row))
+
+    def _reference(self, answer: object, column: str, where: Callable[[], str]) -> str:
+        """What a row with this answer is graded by; of the column 'reward_model' it is the ground truth."""
         raise NotImplementedError
 
     def _check(self, loaded: Dataset, where: str) -> None:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
-from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,21 +24,6 @@ _ROLES = ('system', 'user', 'assistant')
 
 def is_verl(columns: Sequence[str]) -> bool:
     return {'prompt', 'reward_model'} <= set(columns)
-
-
-def read_verl(rows: Dataset, locate: Callable[[int], str], *, ability: str) -> Iterator[tuple[Messages, str]]:
-    """The messages and the ground truth of each row of this `ability`, in their order.
-
-    `locate` names the place of a row by its number, for errors.
-
-    Raises:
-        ValueError: a column is missing, no row is left, or a row's prompt or ground truth is empty or not of its type.
-    """
-    chosen = choose_rows(rows, locate, ability=ability)
-    rows = rows.select(chosen)
-    for row, prompt, reward_model in zip(chosen, rows['prompt'], rows['reward_model'], strict=True):
-        where = partial(locate, row)
-        yield as_conversation(prompt, None, where), ground_truth(reward_model, where)
 
 
 def choose_rows(
@@ -81,7 +65,7 @@ def as_conversation(prompt: object, system_prompt: str | None, where: Callable[[
         for m in messages
     ):
         raise ValueError(
-            f'The prompt in {where()} is {_short(prompt)}; expected a list of {{role, content}} with a role of '
+            f'The prompt in {where()} is {repr(prompt)[:120]}; expected a list of {{role, content}} with a role of '
             f'{_ROLES} and a content that is not empty. Fix or drop that row.'
         )
     messages = [{'role': m['role'], 'content': m['content']} for m in messages]
@@ -100,12 +84,7 @@ def ground_truth(reward_model: object, where: Callable[[], str]) -> str:
         truth = str(truth)
     if not isinstance(truth, str) or not truth.strip():
         raise ValueError(
-            f'The reward_model in {where()} is {_short(reward_model)}; expected {{style, ground_truth}} with a '
+            f'The reward_model in {where()} is {repr(reward_model)[:120]}; expected {{style, ground_truth}} with a '
             'ground_truth that is text and not empty, a number, or a list of one. Fix or drop that row.'
         )
     return truth
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f'{text[:117]}...'
