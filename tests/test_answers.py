@@ -1,4 +1,4 @@
-"""Answers: where they are taken from, and a golden set of what counts as equal."""
+"""Answers: where they are taken from, the reward for their form, and a golden set of what counts as equal."""
 
 import json
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from troll_jax.rewards.answers import find_answer
+from troll_jax.rewards.answers import answer_format, find_answer
 from troll_jax.rewards.math import grade_math, normalised, same_answer
 
 GOLDEN = [json.loads(line) for line in (Path(__file__).parent / 'math_answers.jsonl').read_text().splitlines()]
@@ -62,14 +62,39 @@ def test_places(text, places, answer):
 @pytest.mark.parametrize('answer', ['18', r'\frac{3}{4}', '(1, 2)', r'x^2 + 2x', r'\text{C}'])
 def test_every_form_is_graded_alike(place, text, answer):
     response = f'There are 5 steps.\n{text % answer}'
-    assert grade_math(response, answer, [place]) == 1.0
+    assert grade_math(response, answer, [place]) == answer_format(response, place) == 1.0
     assert grade_math(response, '5', [place]) == 0.0
+
+
+@pytest.mark.parametrize(
+    'place, text, score',
+    [
+        ('boxed', r'so $\boxed{7}$, as was to be shown', 1),
+        ('boxed', r'\boxed{ }', 0),
+        ('boxed', r'\boxed{7} and \boxed{8', 0),
+        ('boxed', '7', 0),
+        ('####', '3 + 4\n#### 7\n', 1),
+        ('####', '#### 7\nthat is all', 0),
+        ('####', '3 + 4 #### 7', 0),
+        ('####', '####', 0),
+        ('Answer:', 'Add.\n**Answer:** 7', 1),
+        ('Answer:', 'Answer: 7\n\n', 1),
+        ('Answer:', 'The answer is 7', 0),
+        ('Answer:', '**Answer:**', 0),
+        ('Answer:', '', 0),
+    ],
+)
+def test_the_reward_for_the_form(place, text, score):
+    """Guards against paying for a marker alone, and for an answer that more text follows."""
+    assert answer_format(text, place) == score
 
 
 def test_what_is_no_place_is_an_error():
     for places in ('boxed', [], ['box'], ['boxed', None]):
         with pytest.raises(ValueError, match="expected one or more of .*'last number'"):
             find_answer('7', places)
+    with pytest.raises(ValueError, match="place is 'last number'; expected a form"):
+        answer_format('7', 'last number')
 
 
 def test_an_empty_reference_is_an_error():
@@ -84,6 +109,7 @@ def test_hostile_text_takes_linear_time():
     for piece in ('answer ', '#', r'\boxed{', '{', '1,', 'Answer:*', '1 ', 'a ', '√ ', '1:', '1', ' ', '1%', '. '):
         text = piece * 20_000
         find_answer(text)
+        answer_format(text, 'boxed'), answer_format(text, '####'), answer_format(text, 'Answer:')
         normalised(text)
 
 

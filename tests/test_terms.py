@@ -34,11 +34,10 @@ def test_a_share_that_is_none_is_refused(share):
 
 
 def test_answer_format():
-    """Guards a reward for form that looks at another place than it was asked for, and pays for a marker alone."""
-    texts = ['so \\boxed{7}', '#### 7', '\\boxed{7} or \\boxed{8', '\\boxed{}']
-    given = responses([1, 2, 3, 4], 4)._replace(texts=texts)
-    np.testing.assert_array_equal(answer_format(given), [1, 0, 0, 0])
-    np.testing.assert_array_equal(answer_format(given, place='####'), [0, 1, 0, 0])
+    """Guards a reward for form that looks at another place than it was asked for."""
+    given = responses([1, 2], 4)._replace(texts=['so \\boxed{7}', '#### 7'])
+    np.testing.assert_array_equal(answer_format(given), [1, 0])
+    np.testing.assert_array_equal(answer_format(given, place='####'), [0, 1])
 
 
 def test_weighted_sum():

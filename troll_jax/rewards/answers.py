@@ -1,4 +1,4 @@
-r"""The final answer of a response. Plain string work.
+r"""The final answer of a response, and a check that it has the form that was asked for. Plain string work.
 
 A place is named by its marker:
 
@@ -53,6 +53,7 @@ _LAST_NUMBER = re.compile(
     rf'(?:\d{{1,3}}(?: \d{{3}})+(?!\d)|{_PART}){_POWER}(?:{_JOIN}{_PART}{_POWER})*'
     rf'(?:\s*\\?%|(?:\s+(?:{"|".join(SCALES)})\b)*))(?!\d)(?P<after>[²³⁄]|[A-Za-z]\b)?'
 )
+_LINE = {'####': re.compile(r'\s*####(.*)'), 'Answer:': re.compile(r'[\s*_]*answer[*_]*\s*:(.*)', re.IGNORECASE)}
 
 
 def find_answer(text: str, places: Sequence[str] = PLACES) -> str | None:
@@ -93,6 +94,26 @@ def _first_problem(text: str) -> str:
     first = min((match.end() for marker in markers if (match := marker.search(text))), default=len(text))
     following = _NEXT_PROBLEM.search(text, first)
     return text[: following.start()] if following else text
+
+
+def answer_format(text: str, place: str = 'boxed') -> float:
+    r"""1.0 if a response gives an answer in the form that was asked for, right or wrong, else 0.0.
+
+    Args:
+        text: the policy's text.
+        place: 'boxed': there is a closed `\boxed{...}` with something in it, and none that was left open. '####' or
+            'Answer:': the last line that is not blank begins with this, and something follows.
+
+    Raises:
+        ValueError: another place; a number anywhere is no form.
+    """
+    if place == 'boxed':
+        content, closed = _boxes(text)
+        return float(closed and content is not None)
+    if place not in _LINE:
+        raise ValueError(f"place is {place!r}; expected a form of answers: 'boxed', '####' or 'Answer:'.")
+    line = _LINE[place].fullmatch(text.rstrip().rpartition('\n')[2])
+    return float(line is not None and bool(line[1].strip(' \t*_')))
 
 
 def check_places(places: Sequence[str]) -> None:

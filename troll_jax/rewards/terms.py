@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from troll_jax.ops.needs import by_name, needs
-from troll_jax.rewards.answers import find_answer
+from troll_jax.rewards import answers as final_answers
 
 
 class Responses(NamedTuple):
@@ -59,13 +59,13 @@ def soft_overlong(responses: Responses, *, share: float = 0.2) -> np.ndarray:
 
 
 def answer_format(responses: Responses, *, place: str = 'boxed') -> np.ndarray:
-    r"""1 for a response that gives an answer, right or wrong, where it was asked for, else 0; [R]
+    r"""1 for a response whose answer has the form that was asked for, else 0; [R]
 
     Args:
       responses: R of them.
       place: 'boxed', '####' or 'Answer:', see `troll_jax.rewards.answers`.
     """
-    return np.array([find_answer(text, [place]) is not None for text in responses.texts], np.float32)
+    return np.array([final_answers.answer_format(text, place) for text in responses.texts], np.float32)
 
 
 def trl_reward(responses: Responses, *, function: Callable[..., Any], conversational: bool = True) -> np.ndarray:
