@@ -60,7 +60,7 @@ class Slow(StartsWithHash):
 SLOW = [binding.replace('loop', 'test_lag').replace('StartsWithHash', 'Slow') for binding in HASH]
 
 
-@pytest.mark.parametrize(('lag', 'devices'), [(1, 1), (3, 8)])
+@pytest.mark.parametrize(('lag', 'devices'), [(1, 1), (3, 2)])
 def test_overlap_changes_nothing_but_the_time(tmp_path, model, lag, devices):
     """Guards against rollouts of parameters that are not those of the lag, and grades that are waited for."""
     settings = dict(task=[*SLOW, f'Sampling.lag = {lag}', 'Run.evaluate_every = 2'], devices=devices)

@@ -40,7 +40,7 @@ def test_resuming_equals_not_stopping(tmp_path, model, method, bindings):
 
     And against a best checkpoint that is chosen by another number than the log's.
     """
-    settings = {'method': method, 'task': [*HASH, 'Run.evaluate_every = 2'], 'devices': 8 if bindings else 1}
+    settings = {'method': method, 'task': [*HASH, 'Run.evaluate_every = 2'], 'devices': 2 if bindings else 1}
     whole = run(tmp_path / 'whole', model, *bindings, **settings)
     assert all(row['update/gradient_norm'] > 1e-6 for row in whole[1:]), 'every step was meant to teach something'
     run(tmp_path / 'parts', model, *bindings, 'Run.steps = 2', **settings)
@@ -145,7 +145,7 @@ def test_gradients_that_stay_infinite_end_the_run(tmp_path, model):
 def test_the_first_nan_ends_a_run_that_looks_for_it(tmp_path, model):
     """Guards a binding that nothing reads."""
     with pytest.raises(FloatingPointError, match='nan'):
-        run(tmp_path, model, *INFINITE, 'Run.debug_nans = True')
+        run(tmp_path, model, *INFINITE, 'Run.debug_nans = True', method='clip')  # of fewer operations
     assert not jax.config.jax_debug_nans
 
 

@@ -21,30 +21,35 @@ LAG = dict(task=[*HASH, 'Sampling.lag = 1', 'Run.evaluate_every = 2'])
 SPLIT = ['Compute.overlap = True', 'Compute.rollout_devices = 1']
 
 
+@pytest.fixture(scope='module')
+def plain(tmp_path_factory, model) -> tuple:
+    """The folder and the metrics of the run on one device that all others are compared with."""
+    folder = tmp_path_factory.mktemp('plain')
+    return folder, run(folder, model, **LAG)
+
+
 def without_checksums(rows: list[dict]) -> list[dict]:
     return [{name: x for name, x in row.items() if name != 'rollout/weights_checksum'} for row in without_times(rows)]
 
 
-def test_a_split_run_is_the_run_of_one_device(tmp_path, model):
+def test_a_split_run_is_the_run_of_one_device(tmp_path, model, plain):
     """Guards weights of another step, a rollout in flight that a resumed run learns from twice or never, and parameters
     that an update consumes while they are sent: with and without overlap all is as with a lag on one device."""
-    plain = run(tmp_path / 'plain', model, **LAG)
     run(tmp_path / 'overlap', model, *SPLIT, 'Run.steps = 2', devices=2, **LAG)  # and goes on from there
     overlap = run(tmp_path / 'overlap', model, *SPLIT, devices=2, **LAG)
     in_turn = run(tmp_path / 'in_turn', model, SPLIT[1], devices=2, **LAG)
-    assert without_checksums(overlap) == without_checksums(in_turn) == without_times(plain)
+    assert without_checksums(overlap) == without_checksums(in_turn) == without_times(plain[1])
     sums = [[row.get('rollout/weights_checksum') for row in rows] for rows in (overlap, in_turn)]
     assert sums[0] == sums[1] and len(set(sums[0][1:])) == 3, 'of four rollouts, the first two by the start model'
     for name in ('overlap', 'in_turn'):
-        assert_same(everything(tmp_path / name, 4), everything(tmp_path / 'plain', 4))
+        assert_same(everything(tmp_path / name, 4), everything(plain[0], 4))
 
 
-def test_meshes_of_other_shapes(tmp_path, model):
+def test_meshes_of_other_shapes(tmp_path, model, plain):
     """Guards parameters that are laid out for one mesh and read on the other."""
-    plain = run(tmp_path / 'plain', model, devices=4, **LAG)
     mesh = ['Compute.overlap = True', 'Compute.rollout_devices = 4', 'Compute.fsdp = 2', 'Compute.data = 2']
     split = run(tmp_path / 'split', model, *mesh, devices=8, **LAG)
-    for one, other in zip(without_times(plain), without_checksums(split), strict=True):
+    for one, other in zip(without_times(plain[1]), without_checksums(split), strict=True):
         assert one.keys() == other.keys()
         for name in one:
             counts = 'evaluations' in name  # of the solver, whose quantiles are whole or half
@@ -76,9 +81,8 @@ def test_checksum_tells_arrays_apart():
         assert int(checksum(tree | {'a': other})) != sums[0]
 
 
-def test_damaged_weights_are_refused(tmp_path, model, monkeypatch):
+def test_damaged_weights_are_refused(tmp_path, model, plain, monkeypatch):
     """Guards a rollout by weights that nobody has learnt, and the steps before it, which are saved."""
-    plain = run(tmp_path / 'plain', model, **LAG)
     hand_over, calls = Learner.hand_over, []
 
     def damaged(self, state, ahead=False):
@@ -93,7 +97,7 @@ def test_damaged_weights_are_refused(tmp_path, model, monkeypatch):
         run(tmp_path / 'split', model, *SPLIT, 'Run.checkpoint_every = 1', **settings)
     assert read_metrics(tmp_path / 'split/metrics.jsonl')[-1]['step'] == 3
     monkeypatch.undo()
-    assert without_checksums(run(tmp_path / 'split', model, *SPLIT, **settings)) == without_times(plain)
+    assert without_checksums(run(tmp_path / 'split', model, *SPLIT, **settings)) == without_times(plain[1])
 
 
 def test_splits_that_are_errors(tmp_path, model):
