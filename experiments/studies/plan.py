@@ -14,6 +14,7 @@ from experiments.studies.program_cost import (
     Chip,
     TooLarge,
     add_iterations,
+    bytes_kept,
     bytes_needed,
     compile_program,
     count_flops,
@@ -76,7 +77,7 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
         on_chips = partial(examine, chip=chip)
         label = lambda rows: [{'topology': topology, 'model': experiment.model} | host | row for row in rows]
         results = []
-        of_learner = learner.programs()
+        of_learner = {name: work for name, work in learner.programs().items() if name in programs}
         for program, arguments in of_learner.values():
             try:
                 jax.eval_shape(program, *arguments)  # an error now, rather than after minutes of compilation
@@ -88,15 +89,10 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
                     "Compute.attention = 'xla'"
                 ) from error
         for name, (program, arguments) in of_learner.items():
-            if name in programs:
-                others = bytes_on_device(state) - bytes_on_device(arguments[0])
-                tokens, iterations = minibatch * length, shape.micro_batches
-                work = {'tokens': tokens, 'iterations': iterations, 'beside': others}
-                results.append(
-                    on_chips(
-                        name, program, arguments, **work, calls=prompts // method.minibatch_prompts, devices=mesh.size
-                    )
-                )
+            others = bytes_on_device(state) - bytes_on_device(arguments[0])
+            work = {'tokens': minibatch * length, 'iterations': shape.micro_batches, 'beside': others}
+            work |= {'calls': prompts // method.minibatch_prompts, 'devices': mesh.size}
+            results.append(on_chips(name, program, arguments, **work))
     of_sampler, mesh = [name for name in ('prefill', 'decode') if name in programs], compute.rollout_mesh
     if not of_sampler:
         return label(results)
@@ -142,7 +138,8 @@ def examine(
     beside: int = 0,
     calls: int = 1,
 ) -> dict:
-    """Compiles a program and returns what it needs; of one that the compiler finds too large, no more than its memory.
+    """Compiles a program and returns what it needs; of one that is too large for the compiler, or by the sizes of its
+    arrays alone, no more than its memory.
 
     Args:
       name: name of the program, for the table.
@@ -159,6 +156,9 @@ def examine(
     """
     begin = time.perf_counter()
     traced = program.trace(*arguments)
+    least = beside + bytes_on_device(arguments) + bytes_kept(traced.jaxpr.jaxpr) / devices
+    if least > chip.memory:
+        return does_not_fit(name, chip, least / 1e9)
     try:
         compiled = compile_program(traced)
     except TooLarge as error:
@@ -252,4 +252,5 @@ def compiled_shapes(program, *arguments):
 def bytes_on_device(tree) -> int:
     """The bytes of arrays with shardings on one device, without what lies in the memory of its host."""
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    return sum(size(x) for x in jax.tree.leaves(tree) if x.sharding.memory_kind != 'pinned_host')
+    arrays = (x for x in jax.tree.leaves(tree) if getattr(x, 'sharding', None))
+    return sum(size(x) for x in arrays if x.sharding.memory_kind != 'pinned_host')
