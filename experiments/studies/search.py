@@ -16,7 +16,7 @@ from experiments.plumbing.gin_files import Config
 from experiments.studies.plan import PROGRAMS, plan
 from experiments.studies.program_cost import describe
 from troll_jax.experiment import Experiment
-from troll_jax.settings import Method, Sampling
+from troll_jax.settings import Compute, Method, Sampling
 
 TENSOR = (1, 2, 4, 8)
 # Of an update: moments on the host or not, then rematerialisation, rows of a micro-batch on each device, head chunk.
@@ -49,7 +49,7 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
     """The fastest settings of Compute that fit; None if none does.
 
     Args:
-      config: experiment.
+      config: experiment; its `Compute.tensor` is the first that is tried.
       topology: as in `describe`.
       report: told of every attempt.
 
@@ -102,7 +102,7 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
         return None
 
     best = None
-    for tensor in [size for size in TENSOR if len(devices) % size == 0]:
+    for tensor in [size for size in TENSOR if size >= config.build(Compute).tensor and len(devices) % size == 0]:
         found = with_tensor(tensor, best.step_s if best else math.inf)
         if best and not (found and found.step_s < best.step_s):
             break
