@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -243,6 +244,20 @@ def test_a_search_ends_at_the_fastest_settings_that_fit(monkeypatch, tmp_path):
     first, second = (tmp_path / 'README.md').read_text().splitlines()[2:]
     assert written.splitlines()[2:] == [second] and f'| {found.step_s:,.0f} s |' in second
     assert 'nothing of the list fits' in first and first.count('|') == second.count('|')
+
+
+def test_the_table_of_hardware_is_that_of_its_files():
+    """Guards rows that are typed, and files that are not in the table: each file binds what its row says."""
+    folder = REPOSITORY / 'configs/hardware'
+    rows = [line for line in (folder / 'README.md').read_text().splitlines()[2:] if re.match(r'\| \w+:', line)]
+    cells = [[cell.strip() for cell in row.split('|')[1:-1]] for row in rows if 'nothing of the list' not in row]
+    files = {re.sub(r'[^a-z0-9]', '_', f'{devices}_{model}'): rest for devices, model, *rest in cells}
+    assert files.keys() == {path.stem for path in folder.glob('*.gin')}
+    for name, (tensor, remat, tokens, chunk, moments, slots, *_) in files.items():
+        compute = Config([REPOSITORY / 'configs/data/dapo.gin', folder / f'{name}.gin']).build(Compute)
+        found = str(compute.tensor), str(compute.remat), f'{compute.micro_batch_tokens:,}', f'{compute.head_chunk:,}'
+        assert found == (tensor, remat, tokens, chunk)
+        assert ('host' if compute.offload_optimizer else 'device', f'{compute.slots:,}') == (moments, slots)
 
 
 def test_what_a_scan_keeps():
