@@ -213,7 +213,7 @@ def test_a_search_ends_at_the_fastest_settings_that_fit(monkeypatch, tmp_path):
     and the table, in which a second search replaces the row of the first."""
     asked = []
 
-    def costs(config, topology, programs):
+    def costs(config, topology, programs, *, only_if_it_may_fit):
         compute = config.build(Compute)
         asked.append((compute.tensor, compute.remat, compute.micro_batch_tokens, programs))
         saved = {None: 100, 'dots': 30, 'full': 7}[compute.remat] * compute.micro_batch_tokens / 2560

@@ -37,8 +37,16 @@ from troll_jax.types import Prompts
 PROGRAMS = ('recompute', 'reference', 'values', 'critic', 'update', 'prefill', 'decode')
 
 
-def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
+def plan(
+    config: Config, topology: str, programs: Sequence[str] = PROGRAMS, *, only_if_it_may_fit: bool = False
+) -> list[dict]:
     """Compiles those of these programs that the experiment has, and returns what they need on a topology.
+
+    Args:
+      config: experiment.
+      topology: as in `describe`.
+      programs: some of `PROGRAMS`.
+      only_if_it_may_fit: a program is not compiled if the sizes of its arrays alone show that it does not fit.
 
     Raises:
       ValueError: an unknown topology, sizes that do not go together on its devices, or settings that are missing.
@@ -74,7 +82,7 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
 
     state, host = learner.shapes, host_memory(experiment, sampling, method, compute)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        on_chips = partial(examine, chip=chip)
+        on_chips = partial(examine, chip=chip, only_if_it_may_fit=only_if_it_may_fit)
         label = lambda rows: [{'topology': topology, 'model': experiment.model} | host | row for row in rows]
         results = []
         of_learner = {name: work for name, work in learner.programs().items() if name in programs}
@@ -137,9 +145,9 @@ def examine(
     parts: int = 1,
     beside: int = 0,
     calls: int = 1,
+    only_if_it_may_fit: bool = False,
 ) -> dict:
-    """Compiles a program and returns what it needs; of one that is too large for the compiler, or by the sizes of its
-    arrays alone, no more than its memory.
+    """Compiles a program and returns what it needs; of one that the compiler finds too large, no more than its memory.
 
     Args:
       name: name of the program, for the table.
@@ -153,11 +161,12 @@ def examine(
         those of one.
       beside: bytes on each device that it leaves alone.
       calls: parts of it in a training step, at most.
+      only_if_it_may_fit: see `plan`.
     """
     begin = time.perf_counter()
     traced = program.trace(*arguments)
     least = beside + bytes_on_device(arguments) + bytes_kept(traced.jaxpr.jaxpr) / devices
-    if least > chip.memory:
+    if only_if_it_may_fit and least > chip.memory:
         return does_not_fit(name, chip, least / 1e9)
     try:
         compiled = compile_program(traced)

@@ -64,7 +64,7 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
     def attempt(settings: dict[str, Any], programs: tuple[str, ...]) -> list[dict] | None:
         bound = copy.copy(config)
         bound.bindings = config.bindings | {'Compute': config.bindings.get('Compute', {}) | settings}
-        rows = plan(bound, topology, programs)
+        rows = plan(bound, topology, programs, only_if_it_may_fit=True)
         needed, memory = (max(row[key] for row in rows) for key in ('needed_gb', 'memory_gb'))
         # XLA computes again what makes an update too large; the sampler's cache takes all that is left, and may.
         fit = all(row['fits'] for row in rows) and needed <= SHARE * memory
@@ -101,8 +101,8 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
                     return Found(topology, settings, rows + sampler, seconds)
         return None
 
-    best = None
-    for tensor in [size for size in TENSOR if size >= config.build(Compute).tensor and len(devices) % size == 0]:
+    best, sizes = None, [size for size in TENSOR if len(devices) % size == 0]
+    for tensor in [size for size in sizes if size >= config.build(Compute).tensor] or sizes:
         found = with_tensor(tensor, best.step_s if best else math.inf)
         if best and not (found and found.step_s < best.step_s):
             break
