@@ -108,6 +108,8 @@ def plan(
         policy = learner.sampling_shapes
         # All that is trained stays on the devices, or what was handed over to others.
         beside = bytes_on_device(state if compute.rollout_devices is None else policy)
+        if only_if_it_may_fit and beside > chip.memory:
+            return label(results + [does_not_fit(name, chip, beside / 1e9) for name in of_sampler])
         try:
             weights = compiled_shapes(sampler.begin, policy)
             free = MEMORY_SHARE * chip.memory - beside - bytes_on_device(weights)  # for the cache
