@@ -11,8 +11,8 @@ the table say what the responses take in the memory of a host, and which share o
 train (`Compute.rollout_devices`).
 
 With --search it looks for the settings of memory and mesh itself: it tries a short list, prints for each topology the
-fastest that fit, and with --write FOLDER writes them as gin files, to be given last:
-troll train dapo qwen3_8b troll FOLDER/h100_8_qwen3_8b.gin.
+fastest that fit, and with --write FOLDER writes them as gin files, to be given last, such as
+troll train dapo qwen3_8b troll FOLDER/h100_8_qwen3_8b.gin, and into the table of FOLDER/README.md.
 
 Neither weights nor data are read; of `Experiment.model` only config.json, and folders of `configs/models` hold those of
 the paper's models. The compilers come with `pip install "jax[tpu,cuda13-local]"`, and neither needs its device;
@@ -29,7 +29,7 @@ os.environ |= {'TPU_SKIP_MDS_QUERY': '1', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 from experiments.plumbing.command import CONFIG_HELP, Parser, files_and_bindings, run_command  # noqa: E402
 from experiments.plumbing.gin_files import ROOT, Config  # noqa: E402
 from experiments.studies.plan import PROGRAMS, balance, plan  # noqa: E402
-from experiments.studies.search import print_recipes, search, write_gin  # noqa: E402
+from experiments.studies.search import row_of, search, table, write_gin, write_row  # noqa: E402
 from troll_jax.experiment import Experiment  # noqa: E402
 from troll_jax.settings import Compute, Method, Sampling  # noqa: E402
 
@@ -92,11 +92,13 @@ def main() -> None:
     topologies = ','.join([arguments.topology, *filter(is_topology, words)]).split(',')
     if arguments.search:
         experiment = config.build(Experiment)
-        found = [search(config, topology) for topology in topologies]
-        print_recipes(experiment, [settings for settings in found if settings])
-        for settings in found if arguments.write else []:
-            if settings:
-                print('wrote', write_gin(arguments.write, experiment, settings))
+        for topology in topologies:
+            found = search(config, topology)
+            rows.append(row_of(experiment, topology, found))
+            if arguments.write:
+                write_row(arguments.write, rows[-1])
+                print('wrote', write_gin(arguments.write, experiment, found) if found else 'that none fit')
+        print(table(rows))
         return
     for topology in topologies:
         found = plan(config, topology, programs)

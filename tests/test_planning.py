@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -22,13 +23,14 @@ from experiments.studies.program_cost import (
     Chip,
     Cost,
     add_iterations,
+    bytes_kept,
     count_flops,
     count_rematerialised,
     describe,
     program_cost,
     roofline,
 )
-from experiments.studies.search import search
+from experiments.studies.search import row_of, search, write_row
 from troll_jax.experiment import Experiment
 from troll_jax.models.attention import cudnn_attention, splash_attention
 from troll_jax.settings import Compute, Method, Sampling
@@ -207,29 +209,65 @@ def test_a_real_search(tmp_path):
     assert f'wrote {file}' in printed and f'| h100:1 | {tmp_path.name} | 1 | None |' in printed
 
 
-def test_a_search_ends_at_the_fastest_settings_that_fit(monkeypatch):
-    """Guards the list's order, and the end of the search: at a wider `tensor` that is slower, or where nothing fits."""
+def test_a_search_ends_at_the_fastest_settings_that_fit(monkeypatch, tmp_path):
+    """Guards the list's order, and the end of the search: at a wider `tensor` that is slower, or where nothing fits;
+    and the table, in which a second search replaces the row of the first."""
     asked = []
 
-    def costs(config, topology, programs):
+    def costs(config, topology, programs, *, only_if_it_may_fit):
         compute = config.build(Compute)
         asked.append((compute.tensor, compute.remat, compute.micro_batch_tokens, programs))
         saved = {None: 100, 'dots': 30, 'full': 7}[compute.remat] * compute.micro_batch_tokens / 2560
         row = {'needed_gb': saved / compute.tensor, 'memory_gb': memory, 'remat': 0, 'tokens_per_second': 1e9}
+        if 'decode' in programs:
+            row |= {'needed_gb': 8, 'tokens_per_second': {1: 5e5, 2: 1e6, 4: slowest}[compute.tensor]}
         row |= {'bound_s': {1: 5, 2: 3, 4: 4}[compute.tensor], 'slots': compute.slots, 'cached_tokens': 1e9}
+        row['fits'] = row['needed_gb'] <= memory
         return [row | {'program': name} for name in (programs if 'decode' in programs else ['update'])]
 
     monkeypatch.setattr('experiments.studies.search.plan', costs)
     config = Config([REPOSITORY / 'configs/qwen3_0_6b_gsm8k_troll.gin'])
+    experiment, report = config.build(Experiment), lambda line: None
     memory = 16
-    found = search(config, 'v5e:2x2', report=lambda line: None)
-    # With `tensor` = 1 two rows take 14 of 16 GB, with 2 four rows; with 4 they take 7, but that is slower.
-    chosen = {'tensor': 2, 'remat': 'full', 'micro_batch_tokens': 4 * 2560, 'slots': 2 * 512}
-    assert chosen.items() <= found.bindings.items()
-    assert {tensor for tensor, *_ in asked} == {1, 2, 4} and len(asked) <= 3 * (3 + 1)
-    assert found.step_s == pytest.approx(8 * 3, rel=0.02)
+    for slowest in (9e5, 1e4):  # with `tensor` = 4 updates are slower, or decoding alone is slower than a step with 2
+        asked.clear()
+        found = search(config, 'v5e:2x2', report)
+        # With `tensor` = 1 two rows take 14 of 16 GB, with 2 four rows; with 4 they take 7.
+        chosen = {'tensor': 2, 'remat': 'full', 'micro_batch_tokens': 4 * 2560, 'slots': 2 * 512}
+        assert chosen.items() <= found.bindings.items()
+        updates = [tensor for tensor, *_, programs in asked if 'decode' not in programs]
+        assert set(updates) == ({1, 2, 4} if slowest == 9e5 else {1, 2}) and len(asked) <= 3 + 4 + 3 + 3
+        write_row(tmp_path, row_of(experiment, 'v5e:2x2', found))
     memory = 1
-    assert search(config, 'v5e:2x2', report=lambda line: None) is None
+    assert search(config, 'v5e:2x2', report) is None
+    written = (tmp_path / 'README.md').read_text()
+    write_row(tmp_path, row_of(experiment, 'h100:1', None))
+    first, second = (tmp_path / 'README.md').read_text().splitlines()[2:]
+    assert written.splitlines()[2:] == [second] and f'| {found.step_s:,.0f} s |' in second
+    assert 'nothing of the list fits' in first and first.count('|') == second.count('|')
+
+
+def test_the_table_of_hardware_is_that_of_its_files():
+    """Guards rows that are typed, and files that are not in the table: each file binds what its row says."""
+    folder = REPOSITORY / 'configs/hardware'
+    rows = [line for line in (folder / 'README.md').read_text().splitlines()[2:] if re.match(r'\| \w+:', line)]
+    cells = [[cell.strip() for cell in row.split('|')[1:-1]] for row in rows if 'nothing of the list' not in row]
+    files = {re.sub(r'[^a-z0-9]', '_', f'{devices}_{model}'): rest for devices, model, *rest in cells}
+    assert files.keys() == {path.stem for path in folder.glob('*.gin')}
+    for name, (tensor, remat, tokens, chunk, moments, slots, *_) in files.items():
+        compute = Config([REPOSITORY / 'configs/data/dapo.gin', folder / f'{name}.gin']).build(Compute)
+        found = str(compute.tensor), str(compute.remat), f'{compute.micro_batch_tokens:,}', f'{compute.head_chunk:,}'
+        assert found == (tensor, remat, tokens, chunk)
+        assert ('host' if compute.offload_optimizer else 'device', f'{compute.slots:,}') == (moments, slots)
+
+
+def test_what_a_scan_keeps():
+    """Guards the verdict without a compiler: what the layers keep for their gradients, once for each layer."""
+    layer = lambda x, w: (jnp.sin(x @ w), None)
+    loss = lambda x, weights: jnp.sum(jax.lax.scan(layer, x, weights)[0])
+    gradient = jax.make_jaxpr(jax.jit(jax.grad(loss, argnums=1)))
+    kept = bytes_kept(gradient(jnp.zeros((7, 3)), jnp.zeros((5, 3, 3))).jaxpr)
+    assert kept in (5 * 4 * 7 * 3 * 2, 5 * 4 * (7 * 3 * 2 + 3 * 3))  # inputs and cosines, and maybe weights
 
 
 def test_what_is_too_large_for_the_compiler_does_not_fit(capsys):

@@ -14,6 +14,7 @@ from experiments.studies.program_cost import (
     Chip,
     TooLarge,
     add_iterations,
+    bytes_kept,
     bytes_needed,
     compile_program,
     count_flops,
@@ -36,8 +37,16 @@ from troll_jax.types import Prompts
 PROGRAMS = ('recompute', 'reference', 'values', 'critic', 'update', 'prefill', 'decode')
 
 
-def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> list[dict]:
+def plan(
+    config: Config, topology: str, programs: Sequence[str] = PROGRAMS, *, only_if_it_may_fit: bool = False
+) -> list[dict]:
     """Compiles those of these programs that the experiment has, and returns what they need on a topology.
+
+    Args:
+      config: experiment.
+      topology: as in `describe`.
+      programs: some of `PROGRAMS`.
+      only_if_it_may_fit: a program is not compiled if the sizes of its arrays alone show that it does not fit.
 
     Raises:
       ValueError: an unknown topology, sizes that do not go together on its devices, or settings that are missing.
@@ -73,10 +82,10 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
 
     state, host = learner.shapes, host_memory(experiment, sampling, method, compute)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        on_chips = partial(examine, chip=chip)
+        on_chips = partial(examine, chip=chip, only_if_it_may_fit=only_if_it_may_fit)
         label = lambda rows: [{'topology': topology, 'model': experiment.model} | host | row for row in rows]
         results = []
-        of_learner = learner.programs()
+        of_learner = {name: work for name, work in learner.programs().items() if name in programs}
         for program, arguments in of_learner.values():
             try:
                 jax.eval_shape(program, *arguments)  # an error now, rather than after minutes of compilation
@@ -88,15 +97,10 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
                     "Compute.attention = 'xla'"
                 ) from error
         for name, (program, arguments) in of_learner.items():
-            if name in programs:
-                others = bytes_on_device(state) - bytes_on_device(arguments[0])
-                tokens, iterations = minibatch * length, shape.micro_batches
-                work = {'tokens': tokens, 'iterations': iterations, 'beside': others}
-                results.append(
-                    on_chips(
-                        name, program, arguments, **work, calls=prompts // method.minibatch_prompts, devices=mesh.size
-                    )
-                )
+            others = bytes_on_device(state) - bytes_on_device(arguments[0])
+            work = {'tokens': minibatch * length, 'iterations': shape.micro_batches, 'beside': others}
+            work |= {'calls': prompts // method.minibatch_prompts, 'devices': mesh.size}
+            results.append(on_chips(name, program, arguments, **work))
     of_sampler, mesh = [name for name in ('prefill', 'decode') if name in programs], compute.rollout_mesh
     if not of_sampler:
         return label(results)
@@ -104,6 +108,8 @@ def plan(config: Config, topology: str, programs: Sequence[str] = PROGRAMS) -> l
         policy = learner.sampling_shapes
         # All that is trained stays on the devices, or what was handed over to others.
         beside = bytes_on_device(state if compute.rollout_devices is None else policy)
+        if only_if_it_may_fit and beside > chip.memory:
+            return label(results + [does_not_fit(name, chip, beside / 1e9) for name in of_sampler])
         try:
             weights = compiled_shapes(sampler.begin, policy)
             free = MEMORY_SHARE * chip.memory - beside - bytes_on_device(weights)  # for the cache
@@ -141,6 +147,7 @@ def examine(
     parts: int = 1,
     beside: int = 0,
     calls: int = 1,
+    only_if_it_may_fit: bool = False,
 ) -> dict:
     """Compiles a program and returns what it needs; of one that the compiler finds too large, no more than its memory.
 
@@ -156,9 +163,13 @@ def examine(
         those of one.
       beside: bytes on each device that it leaves alone.
       calls: parts of it in a training step, at most.
+      only_if_it_may_fit: see `plan`.
     """
     begin = time.perf_counter()
     traced = program.trace(*arguments)
+    least = beside + bytes_on_device(arguments) + bytes_kept(traced.jaxpr.jaxpr) / devices
+    if only_if_it_may_fit and least > chip.memory:
+        return does_not_fit(name, chip, least / 1e9)
     try:
         compiled = compile_program(traced)
     except TooLarge as error:
@@ -250,4 +261,5 @@ def compiled_shapes(program, *arguments):
 def bytes_on_device(tree) -> int:
     """The bytes of arrays with shardings on one device, without what lies in the memory of its host."""
     size = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    return sum(size(x) for x in jax.tree.leaves(tree) if x.sharding.memory_kind != 'pinned_host')
+    arrays = (x for x in jax.tree.leaves(tree) if getattr(x, 'sharding', None))
+    return sum(size(x) for x in arrays if x.sharding.memory_kind != 'pinned_host')

@@ -1,14 +1,13 @@
 """Tries a short list of memory settings of an experiment on devices that are not there, and keeps the fastest that fit.
 
-Programs are compiled as `plan` does. For each size of the mesh's axis `tensor`, updates are tried by bisection: the
-list goes from the fastest settings to those that take the least memory. Then decode slots, most first. A larger
-`tensor` is tried for as long as it makes a step faster.
+Programs are compiled as `plan` does, of which most that do not fit are not compiled. For each size of the mesh's axis
+`tensor`, decode slots are tried, most first, and then settings of an update, from the fastest to those that take the
+least memory. A larger `tensor` is tried for as long as it makes a step faster.
 """
 
 import copy
-import functools
+import math
 import re
-from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,19 +16,21 @@ from experiments.plumbing.gin_files import Config
 from experiments.studies.plan import PROGRAMS, plan
 from experiments.studies.program_cost import describe
 from troll_jax.experiment import Experiment
-from troll_jax.settings import Method, Sampling
+from troll_jax.settings import Compute, Method, Sampling
 
 TENSOR = (1, 2, 4, 8)
-# Of an update: rematerialisation, rows of a micro-batch on each device, head chunk, moments on the host or not.
-UPDATES = (
-    (None, 4, 2048, False),
-    ('dots', 4, 2048, False),
-    ('full', 4, 2048, False),
-    ('full', 2, 2048, False),
-    ('full', 1, 2048, False),
-    ('full', 1, 512, False),
-    ('full', 1, 512, True),
-)
+# Of an update: moments on the host or not, then rematerialisation, rows of a micro-batch on each device, head chunk.
+UPDATES = {
+    False: (
+        (None, 4, 2048),
+        ('dots', 4, 2048),
+        ('full', 4, 2048),
+        ('full', 2, 2048),
+        ('full', 1, 2048),
+        ('full', 1, 512),
+    ),
+    True: (('full', 1, 512),),
+}
 SLOTS = (512, 128, 32)  # for each shard of the batch
 LEARNER, SAMPLER = PROGRAMS[:-2], PROGRAMS[-2:]
 SHARE = 0.92  # of a device's memory that a run may take: what is left is the runtime's
@@ -48,7 +49,7 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
     """The fastest settings of Compute that fit; None if none does.
 
     Args:
-      config: experiment.
+      config: experiment; its `Compute.tensor` is the first that is tried.
       topology: as in `describe`.
       report: told of every attempt.
 
@@ -63,42 +64,46 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
     def attempt(settings: dict[str, Any], programs: tuple[str, ...]) -> list[dict] | None:
         bound = copy.copy(config)
         bound.bindings = config.bindings | {'Compute': config.bindings.get('Compute', {}) | settings}
-        rows = plan(bound, topology, programs)
+        rows = plan(bound, topology, programs, only_if_it_may_fit=True)
         needed, memory = (max(row[key] for row in rows) for key in ('needed_gb', 'memory_gb'))
         # XLA computes again what makes an update too large; the sampler's cache takes all that is left, and may.
-        fit = needed <= SHARE * memory and not (programs == LEARNER and any(row['remat'] for row in rows))
+        fit = all(row['fits'] for row in rows) and needed <= SHARE * memory
+        fit = fit and not (programs == LEARNER and any(row['remat'] for row in rows))
         words = ', '.join(f'{name} = {value!r}' for name, value in settings.items())
         verdict = f'{needed:.1f} of {memory:.0f} GB' + ('' if fit else ', does not fit')
         report(f'{topology} {"/".join(row["program"] for row in rows)}: {words}: {verdict}')
         return rows if fit else None
 
-    def with_tensor(tensor: int) -> Found | None:
+    def with_tensor(tensor: int, best: float) -> Found | None:
         shards = len(devices) // tensor
         mesh = {'data': 1, 'fsdp': shards, 'context': 1, 'tensor': tensor, 'rollout_devices': None}
         rows_of_device = -(-responses // (updates * shards))
-        candidates = []
-        for remat, rows, head_chunk, offload in UPDATES:
-            settings = {'remat': remat, 'micro_batch_tokens': min(rows, rows_of_device) * length}
-            settings |= {'head_chunk': head_chunk, 'offload_optimizer': offload}
-            candidates += [settings] if settings not in candidates else []
-        update = functools.cache(lambda i: attempt(mesh | candidates[i], LEARNER))
-        i = bisect_left(range(len(candidates)), True, key=lambda i: update(i) is not None)
-        for slots in SLOTS if i < len(candidates) else ():
-            bindings = mesh | candidates[i] | {'slots': slots * shards}
-            if (sampler := attempt(bindings, SAMPLER)) is None:
+        for offload, candidates in UPDATES.items():
+            bindings = mesh | {'offload_optimizer': offload}
+            tries = (bindings | {'slots': slots * shards} for slots in SLOTS)
+            found = next(((one, rows) for one in tries if (rows := attempt(one, SAMPLER))), None)
+            if found is None:
                 continue
+            bindings, sampler = found
             prefill, decode = sampler
             # The share of the slots that the cache feeds.
             busy = min(1, decode['cached_tokens'] / (decode['slots'] * length))
-            step = updates * sum(row['bound_s'] for row in update(i))
-            step += responses * experiment.max_response_length / (busy * decode['tokens_per_second'])
-            step += sampling.prompts_per_step * experiment.max_prompt_length / prefill['tokens_per_second']
-            return Found(topology, bindings, update(i) + sampler, step)
+            seconds = responses * experiment.max_response_length / (busy * decode['tokens_per_second'])
+            seconds += sampling.prompts_per_step * experiment.max_prompt_length / prefill['tokens_per_second']
+            if seconds >= best:
+                return None
+            tokens = lambda rows: min(rows, rows_of_device) * length
+            names = 'remat', 'micro_batch_tokens', 'head_chunk'
+            for values in dict.fromkeys((remat, tokens(rows), chunk) for remat, rows, chunk in candidates):
+                settings = mesh | dict(zip(names, values, strict=True)) | bindings
+                if rows := attempt(settings, LEARNER):
+                    seconds += updates * sum(row['bound_s'] for row in rows)
+                    return Found(topology, settings, rows + sampler, seconds)
         return None
 
-    best = None
-    for tensor in [size for size in TENSOR if len(devices) % size == 0]:
-        found = with_tensor(tensor)
+    best, sizes = None, [size for size in TENSOR if len(devices) % size == 0]
+    for tensor in [size for size in sizes if size >= config.build(Compute).tensor] or sizes:
+        found = with_tensor(tensor, best.step_s if best else math.inf)
         if best and not (found and found.step_s < best.step_s):
             break
         best = found
@@ -107,26 +112,45 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
     return best
 
 
-def print_recipes(experiment: Experiment, found: list[Found]) -> None:
-    """A row of settings and bounds for each topology."""
-    columns = 'devices, model, tensor, remat, micro-batch, head chunk, moments, slots, update needs, update, '
-    columns += 'one step'
-    print('|', columns.replace(', ', ' | '), '|')
-    print('|', ' | '.join(['---'] * (columns.count(',') + 1)), '|')
-    for topology, bindings, rows, step in found:
-        update = next(row for row in rows if row['program'] == 'update')
-        print(
-            f'| {topology} | {experiment.model.rpartition("/")[2]} | {bindings["tensor"]} | {bindings["remat"]} | '
-            f'{bindings["micro_batch_tokens"]:,} | {bindings["head_chunk"]:,} | '
-            f'{"host" if bindings["offload_optimizer"] else "device"} | {bindings["slots"]:,} | '
-            f'{update["needed_gb"]:.1f} of {update["memory_gb"]:.0f} GB | {update["bound_s"]:.2g} s | '
-            f'{step:,.0f} s |'
-        )
+COLUMNS = 'devices, model, tensor, remat, micro-batch, head chunk, moments, slots, update needs, update, one step'
+
+
+def table(rows: list[str]) -> str:
+    """The table of these rows, with its header."""
+    return '\n'.join([f'| {COLUMNS.replace(", ", " | ")} |', '|' + ' --- |' * len(COLUMNS.split(', ')), *rows, ''])
+
+
+def row_of(experiment: Experiment, topology: str, found: Found | None) -> str:
+    """The table's row of what a search has found: settings and bounds."""
+    start = f'| {topology} | {_model(experiment)} |'
+    if found is None:
+        return f'{start} nothing of the list fits |' + ' |' * (len(COLUMNS.split(', ')) - 3)
+    bindings, update = found.bindings, next(row for row in found.rows if row['program'] == 'update')
+    cells = [
+        bindings['tensor'],
+        bindings['remat'],
+        f'{bindings["micro_batch_tokens"]:,}',
+        f'{bindings["head_chunk"]:,}',
+    ]
+    cells += ['host' if bindings['offload_optimizer'] else 'device', f'{bindings["slots"]:,}']
+    cells += [f'{update["needed_gb"]:.1f} of {update["memory_gb"]:.0f} GB', f'{update["bound_s"]:.2g} s']
+    return f'{start} {" | ".join(map(str, cells))} | {found.step_s:,.0f} s |'
+
+
+def write_row(folder: str, row: str) -> None:
+    """Puts a row into the table that ends README.md of a folder, in the place of that of the same devices and model."""
+    path = Path(folder, 'README.md')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = path.read_text() if path.exists() else table([])
+    before, rule, rows = text.partition(table([]).splitlines()[1] + '\n')
+    key = lambda row: [cell.strip() for cell in row.split('|')[1:3]]
+    rows = [other for other in rows.splitlines() if key(other) != key(row)]
+    path.write_text(before + rule + '\n'.join(sorted([*rows, row], key=key)) + '\n')
 
 
 def write_gin(folder: str, experiment: Experiment, found: Found) -> Path:
     """A gin file with the settings, named after the devices and the model; returns its path."""
-    model = experiment.model.rpartition('/')[2]
+    model = _model(experiment)
     words = f'{found.topology}_{model}'.lower()
     path = Path(folder, re.sub(r'[^a-z0-9]', '_', words) + '.gin')
     lines = [
@@ -137,3 +161,7 @@ def write_gin(folder: str, experiment: Experiment, found: Found) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text('\n'.join(lines) + '\n')
     return path
+
+
+def _model(experiment: Experiment) -> str:
+    return experiment.model.rpartition('/')[2]
