@@ -109,6 +109,10 @@ def apply_gradients(
     What of the state lives in the host's memory is brought to the device for the step, and goes back there. The caller
     says how the result is laid out (`constrain_like`): the compiler for GPUs replicates what comes out of a branch.
     """
+    if not isinstance(optimizer, Offloaded):  # in place: what comes out of a branch would be a copy
+        changes, new_state = optimizer.update(gradients, opt_state, params)
+        result = optax.apply_updates(params, changes), new_state
+        return jax.tree.map(partial(jnp.where, finite), result, (params, opt_state))
     home = jax.tree.map(lambda x: jax.typeof(x).memory_space, opt_state)
 
     # In a branch, because a compiler starts copies as early as it can: outside of one, the state would be on the device
