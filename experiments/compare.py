@@ -1,6 +1,6 @@
 """Many short runs of one task: where trust regions, and estimators × policy objectives, are compared.
 
-    troll compare [--suite quickstart | smollm2 | regions | bounds | …] [--seeds 5] [--methods GRPO/TROLL …]
+    troll compare [--suite quickstart | smollm2 | regions | rates | …] [--seeds 5] [--methods GRPO/TROLL …]
 
 All start from one model and make as many updates of as many responses. A suite (studies/compare_suites.py) has methods
 and, as axes, the learning rate, how many updates are made of one rollout batch (its staleness), how many steps lie

@@ -97,7 +97,7 @@ def main() -> None:
             rows.append(row_of(experiment, topology, found))
             if arguments.write:
                 write_row(arguments.write, rows[-1])
-                print('wrote', write_gin(arguments.write, experiment, found) if found else 'that none fit')
+                print('wrote', write_gin(arguments.write, experiment, topology, found) or 'that none fit')
         print(table(rows))
         return
     for topology in topologies:

@@ -17,7 +17,7 @@ import jax
 from experiments.plumbing.command import read_command_line, run_command
 from experiments.plumbing.names import SETTINGS
 from experiments.plumbing.progress import tell_where_to_look
-from experiments.plumbing.run import TrainingRun, warn_of_noise
+from experiments.plumbing.run import Interrupted, TrainingRun, warn_of_noise
 from experiments.plumbing.trace import trace_programs
 from experiments.plumbing.validation import make_validation, metrics_of
 from troll_jax.collect import Experience, make_collector
@@ -101,8 +101,8 @@ def train(experiment: Experiment, sampling: Sampling, method: Method, compute: C
             state, row, updates = training_step(learner, state, experience, partial(training.save_rollout, step))
             if method.old_policy == 'rollout':
                 warn_of_noise(row)
-            if ahead and jax.process_count() > 1:
-                sampling_thread.submit(int).result()  # what follows is for all devices: first a rollout in flight ends
+            if ahead and jax.process_count() > 1:  # what follows is for all devices, also those that sample
+                ahead.end_rollout(everywhere=Interrupted)
             training.record(step, state, row, updates, experience)
     return not training.interrupted
 

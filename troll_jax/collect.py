@@ -42,6 +42,22 @@ class Experience(NamedTuple):
     answers: np.ndarray | None = None  # [B] str, reference answers
 
 
+class Collecting(NamedTuple):
+    """Experience to come: called, it waits for it."""
+
+    finish: Callable[[], Experience]
+    rollout: Future | None  # of the sampling thread
+
+    def __call__(self) -> Experience:
+        return self.finish()
+
+    def end_rollout(self, everywhere: type[Exception]) -> None:
+        """Waits until nothing is sampled, and raises at once what ended it if not of a kind that all processes have."""
+        error = self.rollout and self.rollout.exception()
+        if error and not isinstance(error, everywhere):
+            raise error
+
+
 class _Groups(NamedTuple):
     """Responses to some prompts, G to each."""
 
@@ -133,7 +149,7 @@ def make_collector(
     greedy_sampler: Sampler | None = None,
     sampling_thread: Executor | None = None,
     check: Callable[[], None] = lambda: None,
-) -> Callable[..., Callable[[], Experience]]:
+) -> Callable[..., Collecting]:
     """Builds collect(params, expected, draws), which samples responses to the next prompts by a policy.
 
     Responses are graded in the background, each as soon as it has ended.
@@ -222,14 +238,17 @@ def make_collector(
         samplers = [sampler] if greedy_sampler is None else [sampler, greedy_sampler]
         return [sample(one, params, indices, draw) for one in samplers]
 
-    def collect(params, expected: jax.Array | None, draws: int) -> Callable[[], Experience]:
+    def collect(params, expected: jax.Array | None, draws: int) -> Collecting:
+        rollout = None
         if sampling_thread is None:
             first = draw_groups(params, draws, expected)
             first_draw = lambda: first
         else:
-            first_draw = sampling_thread.submit(draw_groups, params, draws, expected).result
+            rollout = sampling_thread.submit(draw_groups, params, draws, expected)
+            first_draw = rollout.result
         # What samples no further batch lets go of the parameters.
-        return partial(finish, first_draw, None if sampling.max_draws == 1 else params, draws, expected)
+        params = None if sampling.max_draws == 1 else params
+        return Collecting(partial(finish, first_draw, params, draws, expected), rollout)
 
     def finish(first_draw, params, draws: int, expected) -> Experience:
         nonlocal in_a_row

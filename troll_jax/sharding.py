@@ -77,15 +77,15 @@ def split_devices(devices: Sequence[jax.Device], count: int) -> tuple[list[jax.D
     """All but the last `count` / P devices of each of P processes, and these last.
 
     Raises:
-      ValueError: P does not divide `count`, or a process would have no others.
+      ValueError: P does not divide `count`, a process would have no others, or has another number of devices.
     """
     processes = sorted({device.process_index for device in devices})
     of_each = [[device for device in devices if device.process_index == i] for i in processes]
     last, left = divmod(count, len(processes))
-    if left or last >= min(map(len, of_each)):
+    if left or last >= min(map(len, of_each)) or len({*map(len, of_each)}) > 1:
         raise ValueError(
             f'Compute.rollout_devices = {count} of {len(devices)} devices in {len(processes)} processes; expected a '
-            'multiple of the processes, and fewer than there are. Change it, or leave it out'
+            'multiple of the processes, fewer than there are, and as many devices in each. Change it, or leave it out'
         )
     return [x for of in of_each for x in of[:-last]], [x for of in of_each for x in of[-last:]]
 

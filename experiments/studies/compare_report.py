@@ -78,9 +78,10 @@ def ranking(suite: Suite, rows: list[dict], methods: Sequence[str], seeds: int) 
 
     Differences are to the suite's first method, at its own bound or at the chosen one likewise.
     """
-    bounds = [lambda method: '', *([partial(best_bound, suite, rows)] if suite.choosing else [])]
+    own, chosen = dict.fromkeys(methods, ''), {method: best_bound(suite, rows, method) for method in methods}
     seeds_of = partial(by_seed, rows, suite.cells(), suite.reported_seeds(seeds))
-    found = [{method: seeds_of(method=method, bound=bound(method)) for method in methods} for bound in bounds]
+    bounds = [own, chosen] if suite.choosing else [own]
+    found = [{method: seeds_of(method=method, bound=bound) for method, bound in of.items()} for of in bounds]
     there = {method: min(len(of[method]) for of in found) for method in methods}
     complete = [method for method, count in there.items() if count == seeds]
     first = suite.methods[0]
@@ -91,17 +92,15 @@ def ranking(suite: Suite, rows: list[dict], methods: Sequence[str], seeds: int) 
         return [_interval(estimate(of[method])), difference, *(f'{x:.3f}'.replace('nan', '') for x in means)]
 
     titles = ['success', f'less {first}', 'tokens held', 'mean KL']
-    lines = [_line(['method', *titles, *(['chosen bound', *titles] if suite.choosing else [])])]
-    lines.append(_line(['---'] * lines[0].count(' | ') + ['---']))
+    header = ['method', *titles, 'chosen bound', *titles][: 5 * len(bounds)]
+    table = [header, ['---'] * len(header)]
     for method in sorted(complete, key=lambda method: -estimate(found[-1][method]).mean):
-        chosen = [f'`{bounds[1](method)}`'.replace('``', ''), *cells(found[1], method)] if suite.choosing else []
-        lines.append(_line([_title(method, ''), *cells(found[0], method), *chosen]))
+        bound = f'`{chosen[method]}`' if chosen[method] else 'its own'
+        both = [cell for of in found for cell in (bound, *cells(of, method))]
+        table.append([_title(method, ''), *both[1:]])
     lacking = [f'{_title(method, "")} ({count} of {seeds} seeds)' for method, count in there.items() if count < seeds]
+    lines = [f'| {" | ".join(row)} |' for row in table]
     return '\n'.join([*lines, *([f'\nIncomplete: {", ".join(lacking)}.'] if lacking else [])]) + '\n'
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f'| {" | ".join(cells)} |'
 
 
 def _title(method: str, bound: str) -> str:

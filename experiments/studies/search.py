@@ -127,13 +127,11 @@ def row_of(experiment: Experiment, topology: str, found: Found | None) -> str:
         return f'{start} nothing of the list fits |' + ' |' * (len(COLUMNS.split(', ')) - 3)
     bindings, update = found.bindings, next(row for row in found.rows if row['program'] == 'update')
     cells = [
-        bindings['tensor'],
-        bindings['remat'],
-        f'{bindings["micro_batch_tokens"]:,}',
-        f'{bindings["head_chunk"]:,}',
+        *(bindings['tensor'], bindings['remat']),
+        *(f'{bindings[name]:,}' for name in ('micro_batch_tokens', 'head_chunk')),
+        *('host' if bindings['offload_optimizer'] else 'device', f'{bindings["slots"]:,}'),
+        *(f'{update["needed_gb"]:.1f} of {update["memory_gb"]:.0f} GB', f'{update["bound_s"]:.2g} s'),
     ]
-    cells += ['host' if bindings['offload_optimizer'] else 'device', f'{bindings["slots"]:,}']
-    cells += [f'{update["needed_gb"]:.1f} of {update["memory_gb"]:.0f} GB', f'{update["bound_s"]:.2g} s']
     return f'{start} {" | ".join(map(str, cells))} | {found.step_s:,.0f} s |'
 
 
@@ -141,20 +139,23 @@ def write_row(folder: str, row: str) -> None:
     """Puts a row into the table that ends README.md of a folder, in the place of that of the same devices and model."""
     path = Path(folder, 'README.md')
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_text() if path.exists() else table([])
+    text = path.read_text() if path.exists() else ''
+    text += '' if table([]) in text else table([])
     before, rule, rows = text.partition(table([]).splitlines()[1] + '\n')
     key = lambda row: [cell.strip() for cell in row.split('|')[1:3]]
     rows = [other for other in rows.splitlines() if key(other) != key(row)]
     path.write_text(before + rule + '\n'.join(sorted([*rows, row], key=key)) + '\n')
 
 
-def write_gin(folder: str, experiment: Experiment, found: Found) -> Path:
-    """A gin file with the settings, named after the devices and the model; returns its path."""
+def write_gin(folder: str, experiment: Experiment, topology: str, found: Found | None) -> Path | None:
+    """A gin file with the settings, named after the devices and the model; returns its path. None found: no file."""
     model = _model(experiment)
-    words = f'{found.topology}_{model}'.lower()
-    path = Path(folder, re.sub(r'[^a-z0-9]', '_', words) + '.gin')
+    path = Path(folder, re.sub(r'[^a-z0-9]', '_', f'{topology}_{model}'.lower()) + '.gin')
+    if found is None:
+        path.unlink(missing_ok=True)
+        return None
     lines = [
-        f'# {model} on {found.topology}: memory settings for {experiment.max_prompt_length:,} + '
+        f'# {model} on {topology}: memory settings for {experiment.max_prompt_length:,} + '
         f'{experiment.max_response_length:,} tokens or fewer, which `troll plan --search` found.',
         *(f'Compute.{name} = {value!r}' for name, value in found.bindings.items()),
     ]
