@@ -43,6 +43,16 @@ def model(tmp_path_factory) -> str:
     return folder
 
 
+@pytest.fixture(scope='module', autouse=True)
+def room_for_programs() -> Iterator[None]:
+    """Linux lets a process map 65,530 parts of memory, of which each program takes some: beyond, XLA crashes."""
+    yield
+    maps = Path('/proc/self/maps')
+    if maps.exists() and maps.read_bytes().count(b'\n') > 20_000:
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture
 def own_files(tmp_path, monkeypatch) -> Iterator[Path]:
     """A folder with the Python files of docs/your_own.md, whose modules are forgotten afterwards."""
