@@ -93,13 +93,13 @@ def ranking(suite: Suite, rows: list[dict], methods: Sequence[str], seeds: int) 
 
     titles = ['success', f'less {first}', 'tokens held', 'mean KL']
     header = ['method', *titles, 'chosen bound', *titles][: 5 * len(bounds)]
-    table = [header, ['---'] * len(header)]
+    cells_of_all = [header, ['---'] * len(header)]
     for method in sorted(complete, key=lambda method: -estimate(found[-1][method]).mean):
         bound = f'`{chosen[method]}`' if chosen[method] else 'its own'
         both = [cell for of in found for cell in (bound, *cells(of, method))]
-        table.append([_title(method, ''), *both[1:]])
+        cells_of_all.append([_title(method, ''), *both[1:]])
     lacking = [f'{_title(method, "")} ({count} of {seeds} seeds)' for method, count in there.items() if count < seeds]
-    lines = [f'| {" | ".join(row)} |' for row in table]
+    lines = [f'| {" | ".join(row)} |' for row in cells_of_all]
     return '\n'.join([*lines, *([f'\nIncomplete: {", ".join(lacking)}.'] if lacking else [])]) + '\n'
 
 
