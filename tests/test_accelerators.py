@@ -97,6 +97,17 @@ def test_what_is_compiled_for_an_update(topology, name):
     assert len(found) > 10 and all('operand_precision={highest,highest}' in line for line in found)
 
 
+def test_gradients_are_in_memory_once():
+    """Guards the memory of an update on one GPU: the sum over micro-batches and nothing else of the parameters' size.
+    There were three, with the gradient of one micro-batch and zeros for a weight decay of 0."""
+    compute = Compute(devices=describe('h100:1')[1], micro_batch_tokens=64, head_chunk=64)
+    config = decoder_config(256, **SIZES | {'layers': 16, 'mlp_width': 2048, 'remat': 'full'})
+    with jax.sharding.use_abstract_mesh(compute.mesh.abstract_mesh):
+        program, arguments = learner(config, compute).programs()['update']
+        temporary = compiled(program, arguments).memory_analysis().temp_size_in_bytes
+    assert temporary < 1.3 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arguments[0].params))
+
+
 def test_a_gradient_alone_is_sharded_as_the_parameters():
     """Guards the replay of a rollout, which keeps the gradient of every objective."""
     compute = compute_on(describe('h100:8')[1])

@@ -86,6 +86,8 @@ def adamw(
 
 def _decay(changes: optax.Updates, params: optax.Params, *, rate: float) -> optax.Updates:
     """Adds the decay of all parameters but the scales of norms and biases, by their names."""
+    if rate == 0:  # 0 · param is not free: XLA shares the zeros with those that gradients start from, as an array
+        return changes
 
     def one(path, change, param):
         names = jax.tree_util.keystr(path, simple=True, separator='/').split('/')

@@ -138,24 +138,16 @@ def gradients_of(loss: Callable[..., tuple[jax.Array, Any]], params, batch: Batc
       batch: arrays [M, Z, S, …].
     """
 
-    def of_part(i) -> Gradient:
-        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
-        (value, logs), gradients = jax.value_and_grad(loss, has_aux=True)(params, part)
-        return Gradient(gradients, value, logs)
-
     def accumulate(i, total: Gradient) -> Gradient:
-        part = of_part(i)
+        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), batch)
+        value, backward, logs = jax.vjp(lambda params: loss(params, part), params, has_aux=True)
+        # Each layer's gradient is added in place, as soon as there is one: no second copy of all.
+        sums = jax.tree.map(jax.new_ref, total.params)
+        backward.with_refs(sums)(jnp.ones_like(value))
         write = lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, i, 0)
-        return Gradient(
-            jax.tree.map(jnp.add, total.params, part.params),
-            total.loss + part.loss,
-            jax.tree.map(write, total.logs, part.logs),
-        )
+        return Gradient(jax.tree.map(jax.freeze, sums), total.loss + value, jax.tree.map(write, total.logs, logs))
 
     count = batch.tokens.shape[0]
-    if count == 1:
-        whole = of_part(0)
-        return whole._replace(logs=jax.tree.map(lambda x: x[None], whole.logs))
     _, log_shapes = jax.eval_shape(loss, params, jax.tree.map(lambda x: x[0], batch))
     empty = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), log_shapes)
     total = Gradient(jax.tree.map(jnp.zeros_like, params), jnp.float32(0), empty)
