@@ -16,7 +16,7 @@ from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
 from troll_jax.ops.values import value_loss
 from troll_jax.optimizer import Optimizer, adamw, apply_gradients, state_shapes
 from troll_jax.score import for_each_micro_batch
-from troll_jax.sharding import constrain, constrain_like, named_sharding
+from troll_jax.sharding import constrain, named_sharding
 from troll_jax.typechecks import check_fields
 from troll_jax.types import Batch, CriticState
 from troll_jax.update import gradients_of
@@ -111,14 +111,9 @@ def make_critic_update(
 
         with exact_products(config.compute_dtype):
             gradients, total, moved = gradients_of(loss, critic.params, batch)
-        norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(norm)
-        with jax.named_scope('optimizer'):
-            result = CriticState(*apply_gradients(optimizer, gradients, critic.opt_state, critic.params, finite))
-            result = constrain_like(result, partial(abstract_critic, config, optimizer))
-        metrics = {'loss': total, 'gradient_norm': norm, 'skipped': 1.0 - finite}
-        metrics['moved'] = jnp.sum(jnp.where(batch.loss_weights > 0, moved, 0.0)) / count
-        return result, metrics
+        critic, metrics = apply_gradients(optimizer, gradients, critic, partial(abstract_critic, config, optimizer))
+        moved = jnp.sum(jnp.where(batch.loss_weights > 0, moved, 0.0)) / count
+        return critic, metrics | {'loss': total, 'moved': moved}
 
     return update
 

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from troll_jax.data.chats import Chat
 from troll_jax.experiment import StartModel
@@ -22,7 +21,7 @@ from troll_jax.optimizer import Optimizer, apply_gradients
 from troll_jax.packing import abstract_batch, first_fit
 from troll_jax.score import Scoring, for_each_micro_batch, run_head
 from troll_jax.settings import Compute
-from troll_jax.sharding import constrain_like, fetch, place
+from troll_jax.sharding import fetch, place
 from troll_jax.typechecks import check_fields
 from troll_jax.types import Batch, TrainState, join
 from troll_jax.update import abstract_policy, gradients_of
@@ -139,19 +138,13 @@ class SupervisedLearner:
             logs = self._score(join(state.base, params), part)
             return -jnp.sum(logs['log_probs'] * part.loss_weights), jax.lax.stop_gradient(logs)
 
-        like_policy = lambda mesh: abstract_policy(self.config, self._optimizer, mesh)
         with exact_products(self.config.compute_dtype):
             gradients, _, logs = gradients_of(loss, state.params, batch)
-        gradients = constrain_like(gradients, lambda mesh: like_policy(mesh)[0])
-        norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(norm)
-        with jax.named_scope('optimizer'):
-            result = apply_gradients(self._optimizer, gradients, state.opt_state, state.params, finite)
-            params, opt_state = constrain_like(result, like_policy)
+        layout = partial(abstract_policy, self.config, self._optimizer)
+        state, metrics = apply_gradients(self._optimizer, gradients, state, layout)
         done = state.progress
-        progress = done._replace(step=done.step + 1, updates=done.updates + finite)
-        state = state._replace(progress=progress, params=params, opt_state=opt_state)
-        return state, _sums(logs, batch), {'gradient_norm': norm, 'skipped': 1.0 - finite}
+        progress = done._replace(step=done.step + 1, updates=done.updates + (metrics['skipped'] == 0))
+        return state._replace(progress=progress), _sums(logs, batch), metrics
 
     def _measure_of(self, params, batch: Batch) -> dict[str, jax.Array]:
         nothing = jnp.zeros_like(batch.loss_weights)

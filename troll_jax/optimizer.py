@@ -2,16 +2,19 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from troll_jax.ops.ranges import check_range, is_not_negative, is_positive
+from troll_jax.sharding import constrain_like
 
 Optimizer = Callable[[], optax.GradientTransformation]
 """Builds an optimizer, such as `functools.partial(adamw, learning_rate=1e-6)`."""
 
+S = TypeVar('S')  # state of a model that is trained: `TrainState`, `CriticState`
 MU_DTYPES = ('float32', 'bfloat16', 'float16')
 SCHEDULES = ('constant', 'linear', 'cosine')
 
@@ -104,13 +107,32 @@ class Offloaded(optax.GradientTransformation):
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation, gradients, opt_state: optax.OptState, params, finite: jax.Array
-) -> tuple[optax.Params, optax.OptState]:
-    """One step of the optimizer, under `jax.jit`: new parameters and state, or the old ones if not `finite`.
+    optimizer: optax.GradientTransformation, gradients, state: S, shapes: Callable[[jax.sharding.AbstractMesh], Any]
+) -> tuple[S, dict[str, jax.Array]]:
+    """One step of the optimizer, under `jax.jit`; if a gradient is not finite, the state stays as it is.
 
-    What of the state lives in the host's memory is brought to the device for the step, and goes back there. The caller
-    says how the result is laid out (`constrain_like`): the compiler for GPUs replicates what comes out of a branch.
+    What of the state lives in the host's memory is brought to the device for the step, and goes back there.
+
+    Args:
+      optimizer: optimizer of optax.
+      gradients: as the parameters.
+      state: named tuple with `params` and `opt_state`.
+      shapes: of both, with shardings, for a mesh.
+
+    Returns:
+      the state after the step, and the metrics `gradient_norm` and `skipped`.
     """
+    gradients = constrain_like(gradients, lambda mesh: shapes(mesh)[0])
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(norm)
+    with jax.named_scope('optimizer'):
+        result = _step(optimizer, gradients, state.opt_state, state.params, finite)
+        # The compiler for GPUs replicates what comes out of a branch.
+        params, opt_state = constrain_like(result, lambda mesh: tuple(shapes(mesh)))
+    return state._replace(params=params, opt_state=opt_state), {'gradient_norm': norm, 'skipped': 1.0 - finite}
+
+
+def _step(optimizer: optax.GradientTransformation, gradients, opt_state, params, finite: jax.Array):
     if not isinstance(optimizer, Offloaded):  # in place: what comes out of a branch would be a copy
         changes, new_state = optimizer.update(gradients, opt_state, params)
         result = optax.apply_updates(params, changes), new_state

@@ -109,22 +109,19 @@ def make_update(
     @partial(jax.jit, donate_argnums=0)
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, UpdateLog]:
         gradients, loss, logs = gradient(state.params, state.progress, batch, state.base)
-        norm = optax.tree.norm(gradients)
-        finite = jnp.isfinite(norm)
-        with jax.named_scope('optimizer'):
-            result = apply_gradients(optimizer, gradients, state.opt_state, state.params, finite)
-            params, opt_state = constrain_like(result, lambda mesh: abstract_policy(config, optimizer, mesh))
+        layout = partial(abstract_policy, config, optimizer)
+        new_state, metrics = apply_gradients(optimizer, gradients, state, layout)
         mask = batch.loss_weights > 0
         flags = jnp.where(mask, 1 + logs[_CONSTRAINED], 0).astype(jnp.int8)
         place = jnp.searchsorted(jnp.array(BINS[:-1]), jnp.exp(batch.old_log_probs))
         logs |= {f'{_CONSTRAINED}_up_to_{edge:g}': logs[_CONSTRAINED] & (place == i) for i, edge in enumerate(BINS)}
-        metrics = {'loss': loss, 'gradient_norm': norm, 'skipped': 1.0 - finite, **summarise_tokens(logs, mask)}
+        metrics |= {'loss': loss, **summarise_tokens(logs, mask)}
         progress = state.progress._replace(
             updates=state.progress.updates + 1,
             projected=state.progress.projected + metrics.get('projected_share', 0.0),
         )
-        progress = jax.tree.map(lambda new, old: jnp.where(finite, new, old), progress, state.progress)
-        return state._replace(progress=progress, params=params, opt_state=opt_state), UpdateLog(metrics, flags)
+        progress = jax.tree.map(partial(jnp.where, metrics['skipped'] == 0), progress, state.progress)
+        return new_state._replace(progress=progress), UpdateLog(metrics, flags)
 
     return update
 

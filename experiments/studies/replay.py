@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -134,8 +133,7 @@ def replay(
 
     @jax.jit
     def optimizer_step(gradient: dict, state: TrainState):
-        params, _ = apply_gradients(optimizer, gradient, state.opt_state, state.params, jnp.bool(True))
-        return constrain_like(params, lambda _: shapes.params)
+        return apply_gradients(optimizer, gradient, state, lambda _: (shapes.params, shapes.opt_state))[0].params
 
     @jax.jit
     def equal_step(gradient: dict, state: TrainState, length: jax.Array):
