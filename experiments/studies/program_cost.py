@@ -41,6 +41,7 @@ CHIPS = {
     'h200': Chip(989e12, 141e9, 4800e9, 900e9),
 }
 
+SHARE = 0.92  # of a device's memory that a run may take: what is left is the runtime's (XLA_PYTHON_CLIENT_MEM_FRACTION)
 _ADAPTER = 2 * 50e9  # 400 Gb/s, both ways, of each GPU where there are several hosts; rings pass through all of them
 
 # What XLA has to know of a GPU that is not there; on a machine that has one,
@@ -88,7 +89,9 @@ def describe(topology: str) -> tuple[Chip, list[jax.Device]]:
         if hosts > 1:
             chip = chip._replace(interconnect=int(gpus) * _ADAPTER)
         name, cache = _GPUS[generation]
-        config = _HOPPER.format(name=name, cache=cache, memory=chip.memory, bandwidth=chip.bandwidth)
+        # Without a GPU, XLA plans for 80 % of its memory; in a run, for all that JAX has set aside.
+        memory = SHARE / 0.8 * chip.memory
+        config = _HOPPER.format(name=name, cache=cache, memory=memory, bandwidth=chip.bandwidth)
         shape = f'1x{hosts}x{gpus}'
         return chip, topologies.get_topology_desc(platform='cuda', target_config=config, topology=shape).devices
     except Exception as error:  # whatever the compiler raises

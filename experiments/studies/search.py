@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from experiments.plumbing.gin_files import Config
 from experiments.studies.plan import PROGRAMS, plan
-from experiments.studies.program_cost import describe
+from experiments.studies.program_cost import SHARE, describe
 from troll_jax.experiment import Experiment
 from troll_jax.settings import Compute, Method, Sampling
 
@@ -33,7 +33,6 @@ UPDATES = {
 }
 SLOTS = (512, 128, 32)  # for each shard of the batch
 LEARNER, SAMPLER = PROGRAMS[:-2], PROGRAMS[-2:]
-SHARE = 0.92  # of a device's memory that a run may take: what is left is the runtime's
 
 
 class Found(NamedTuple):
@@ -66,7 +65,9 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
         bound.bindings = config.bindings | {'Compute': config.bindings.get('Compute', {}) | settings}
         rows = plan(bound, topology, programs, only_if_it_may_fit=True)
         needed, memory = (max(row[key] for row in rows) for key in ('needed_gb', 'memory_gb'))
+        # XLA computes again what makes an update too large; the sampler's cache takes all that is left, and may.
         fit = all(row['fits'] for row in rows) and needed <= SHARE * memory
+        fit = fit and not (programs == LEARNER and any(row['remat'] for row in rows))
         words = ', '.join(f'{name} = {value!r}' for name, value in settings.items())
         verdict = f'{needed:.1f} of {memory:.0f} GB' + ('' if fit else ', does not fit')
         report(f'{topology} {"/".join(row["program"] for row in rows)}: {words}: {verdict}')
@@ -92,17 +93,12 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
             if seconds >= best:
                 return None
             tokens = lambda rows: min(rows, rows_of_device) * length
-            names, spare = ('remat', 'micro_batch_tokens', 'head_chunk'), None
+            names = 'remat', 'micro_batch_tokens', 'head_chunk'
             for values in dict.fromkeys((remat, tokens(rows), chunk) for remat, rows, chunk in candidates):
                 settings = mesh | dict(zip(names, values, strict=True)) | bindings
                 if rows := attempt(settings, LEARNER):
-                    step_s = seconds + updates * sum(row['bound_s'] for row in rows)
-                    found = Found(topology, settings, rows + sampler, step_s)
-                    if not any(row['remat'] for row in rows):
-                        return found
-                    spare = spare or found  # XLA computes some of it twice, for which no bound accounts
-            if spare:
-                return spare
+                    seconds += updates * sum(row['bound_s'] for row in rows)
+                    return Found(topology, settings, rows + sampler, seconds)
         return None
 
     best, sizes = None, [size for size in TENSOR if len(devices) % size == 0]
@@ -131,7 +127,7 @@ def row_of(experiment: Experiment, topology: str, found: Found | None) -> str:
         return f'{start} nothing of the list fits |' + ' |' * (len(COLUMNS.split(', ')) - 3)
     bindings, update = found.bindings, next(row for row in found.rows if row['program'] == 'update')
     cells = [
-        *(bindings['tensor'], f'{bindings["remat"]}, XLA' if update['remat'] else bindings['remat']),
+        *(bindings['tensor'], bindings['remat']),
         *(f'{bindings[name]:,}' for name in ('micro_batch_tokens', 'head_chunk')),
         *('host' if bindings['offload_optimizer'] else 'device', f'{bindings["slots"]:,}'),
         *(f'{update["needed_gb"]:.1f} of {update["memory_gb"]:.0f} GB', f'{update["bound_s"]:.2g} s'),
