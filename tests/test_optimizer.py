@@ -105,12 +105,15 @@ def test_gradients_are_clipped_by_their_global_norm(scale, clipped):
 
 
 def test_weights_decay_only_if_asked():
-    """Guards against optax's default of 1e-4, which the paper does not use."""
+    """Guards against optax's default of 1e-4, which the paper does not use, and a decay that must be known before."""
     params, gradient = {'a': jnp.array([2.0, -4.0])}, {'a': jnp.zeros(2)}
     (change,) = steps(adamw(RATE), params, [gradient])
     np.testing.assert_array_equal(change['a'], [0, 0])
     (change,) = steps(adamw(RATE, weight_decay=0.1), params, [gradient])
     np.testing.assert_allclose(change['a'], -RATE * 0.1 * params['a'], rtol=1e-6)
+    injected = optax.inject_hyperparams(lambda decay: adamw(RATE, weight_decay=decay))(decay=0.1)
+    (later,) = steps(injected, params, [gradient])
+    np.testing.assert_array_equal(later['a'], change['a'])
 
 
 @pytest.mark.parametrize('knob', [{'b1': 0.5}, {'b2': 0.5}])

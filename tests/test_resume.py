@@ -139,6 +139,12 @@ def test_gradients_that_stay_infinite_end_the_run(tmp_path, model):
     assert result['step'] == result['checkpoint'] == 2 and result['skipped_updates'] == 1
     finite = {name: row['finite'] for name, row in result['objectives'].items()}
     assert finite == {'importance_weighted': True, 'run': False}
+    assert result['length_of_equal_step'] is None  # the run's own step has none
+    after = {
+        name: (row['kl_mean_after'], row['kl_mean_after_equal_step']) for name, row in result['objectives'].items()
+    }
+    assert after['importance_weighted'][0] >= 0
+    assert after['run'] == (None, None) and after['importance_weighted'][1] is None
 
 
 @pytest.mark.slow

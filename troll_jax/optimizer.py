@@ -89,7 +89,7 @@ def adamw(
 
 def _decay(changes: optax.Updates, params: optax.Params, *, rate: float) -> optax.Updates:
     """Adds the decay of all parameters but the scales of norms and biases, by their names."""
-    if rate == 0:  # 0 · param is not free: XLA shares the zeros with those that gradients start from, as an array
+    if isinstance(rate, float | int) and rate == 0:  # 0 · param is not free: XLA keeps the zeros, as an array
         return changes
 
     def one(path, change, param):
@@ -117,7 +117,7 @@ def apply_gradients(
       optimizer: optimizer of optax.
       gradients: as the parameters.
       state: named tuple with `params` and `opt_state`.
-      shapes: of both, with shardings, for a mesh.
+      shapes: these two with shardings, for a mesh.
 
     Returns:
       the state after the step, and the metrics `gradient_norm` and `skipped`.

@@ -178,19 +178,22 @@ def replay(
         for candidate in sorted(candidates, key=lambda candidate: candidate is not own):  # its tokens and its step
             gradient, inspect = (plain, look) if candidate.name == BASELINE else programs(candidate.method)
             got, logs = gradient(*inputs), inspect(*inputs)
-            after = optimizer_step(got.params, state)
+            norm = optax.tree.norm(got.params)
+            steps = {'after': optimizer_step(got.params, state)} if np.isfinite(norm) else {}
             if candidate is own:
-                outside, length = fetch(logs['constrained']), optax.tree.norm(optax.tree.sub(after, state.params))
+                outside = fetch(logs['constrained'])
+                length = optax.tree.norm(optax.tree.sub(steps['after'], state.params)) if steps else np.nan
+            if steps and norm > 0 and np.isfinite(length):
+                steps['after_equal_step'] = equal_step(got.params, state, length)
+            moved = {step: distances_at(params) for step, params in steps.items()}
             gradients[candidate.name] = got.params
-            steps = {'after': after, 'after_equal_step': equal_step(got.params, state, length)}
-            is_finite = np.isfinite(optax.tree.norm(got.params))
             rows[candidate.name] = (
                 {'same': candidate.same, 'milliseconds': 1e3 * median_seconds(gradient, *inputs, repeats=5)}
                 | describe(got, logs, compared, outside, model.tokenizer)
                 | {
-                    f'{name}_{step}': value if is_finite and (step == 'after' or np.isfinite(length)) else None
-                    for step, params in steps.items()
-                    for name, value in distances_at(params).items()
+                    f'{name}_{step}': moved[step][name] if step in moved else None  # no step: not finite, or zero
+                    for step in ('after', 'after_equal_step')
+                    for name in before
                 }
             )
         rows = {candidate.name: rows[candidate.name] for candidate in candidates}

@@ -85,7 +85,7 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
                 continue
             bindings, sampler = found
             prefill, decode = sampler
-            bindings['slots'] = decode['slots']  # as many as there are responses for
+            bindings['slots'] = decode['slots']  # no more than there are responses for
             # The share of the slots that the cache feeds.
             busy = min(1, decode['cached_tokens'] / (decode['slots'] * length))
             seconds = responses * experiment.max_response_length / (busy * decode['tokens_per_second'])
