@@ -210,8 +210,8 @@ def test_a_real_search(tmp_path):
 
 
 def test_a_search_ends_at_the_fastest_settings_that_fit(monkeypatch, tmp_path):
-    """Guards the list's order, and the end of the search: at a wider `tensor` that is slower, or where nothing fits;
-    and the table, in which a second search replaces the row of the first."""
+    """Guards the list's order, and the end of the search: at a wider `tensor` that is slower or does not divide
+    the model, or where nothing fits; and the table, in which a second search replaces the row of the first."""
     asked = []
 
     def costs(config, topology, programs, *, only_if_it_may_fit):
@@ -226,7 +226,10 @@ def test_a_search_ends_at_the_fastest_settings_that_fit(monkeypatch, tmp_path):
         return [row | {'program': name} for name in (programs if 'decode' in programs else ['update'])]
 
     monkeypatch.setattr('experiments.studies.search.plan', costs)
-    config = Config([REPOSITORY / 'configs/qwen3_0_6b_gsm8k_troll.gin'])
+    files, folder = [REPOSITORY / 'configs/qwen3_0_6b_gsm8k_troll.gin'], REPOSITORY / 'configs/models'
+    config, of_14_heads = (
+        Config(files, [f"Experiment.model = '{folder / name}'"]) for name in ('qwen3-0.6b', 'qwen2.5-0.5b')
+    )
     experiment, report = config.build(Experiment), lambda line: None
     memory = 16
     for slowest in (9e5, 1e4):  # with `tensor` = 4 updates are slower, or decoding alone is slower than a step with 2
@@ -238,6 +241,9 @@ def test_a_search_ends_at_the_fastest_settings_that_fit(monkeypatch, tmp_path):
         updates = [tensor for tensor, *_, programs in asked if 'decode' not in programs]
         assert set(updates) == ({1, 2, 4} if slowest == 9e5 else {1, 2}) and len(asked) <= 3 + 4 + 3 + 3
         write_row(tmp_path, row_of(experiment, 'v5e:2x2', found))
+    asked.clear()
+    assert search(of_14_heads, 'v5e:2x2', report) == found
+    assert {tensor for tensor, *_ in asked} == {1, 2}
     memory = 1
     assert search(config, 'v5e:2x2', report) is None
     written = (tmp_path / 'README.md').read_text()

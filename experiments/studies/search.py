@@ -6,6 +6,7 @@ least memory. A larger `tensor` is tried for as long as it makes a step faster.
 """
 
 import copy
+import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from experiments.plumbing.gin_files import Config
 from experiments.studies.plan import PROGRAMS, plan
 from experiments.studies.program_cost import SHARE, describe
 from troll_jax.experiment import Experiment
+from troll_jax.models import decoder as decoders
 from troll_jax.settings import Compute, Method, Sampling
 
 TENSOR = (1, 2, 4, 8)
@@ -57,6 +59,8 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
     """
     _, devices = describe(topology)
     experiment, sampling, method = (config.build(kind) for kind in (Experiment, Sampling, Method))
+    compute = dataclasses.replace(config.build(Compute), devices=devices)
+    decoder = experiment.decoder_config(compute, method.lora)
     responses, length = sampling.prompts_per_step * sampling.samples_per_prompt, experiment.max_length
     updates = sampling.prompts_per_step // method.minibatch_prompts
 
@@ -77,6 +81,11 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
         shards = len(devices) // tensor
         mesh = {'data': 1, 'fsdp': shards, 'context': 1, 'tensor': tensor, 'rollout_devices': None}
         rows_of_device = -(-responses // (updates * shards))
+        try:
+            decoders.abstract(decoder, dataclasses.replace(compute, **mesh).mesh)
+        except ValueError as error:
+            report(f'{topology}: {error}')
+            return None
         for offload, candidates in UPDATES.items():
             bindings = mesh | {'offload_optimizer': offload}
             tries = (bindings | {'slots': slots * shards} for slots in SLOTS)
@@ -102,7 +111,7 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
         return None
 
     best, sizes = None, [size for size in TENSOR if len(devices) % size == 0]
-    for tensor in [size for size in sizes if size >= config.build(Compute).tensor] or sizes:
+    for tensor in [size for size in sizes if size >= compute.tensor] or sizes:
         found = with_tensor(tensor, best.step_s if best else math.inf)
         if best and not (found and found.step_s < best.step_s):
             break
