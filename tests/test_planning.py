@@ -242,6 +242,7 @@ def test_a_search_ends_at_the_fastest_settings_that_fit(monkeypatch, tmp_path):
         assert set(updates) == ({1, 2, 4} if slowest == 9e5 else {1, 2}) and len(asked) <= 3 + 4 + 3 + 3
         write_row(tmp_path, row_of(experiment, 'v5e:2x2', found))
     asked.clear()
+    of_14_heads.bindings['Compute']['tensor'] = 8  # more than there are devices
     assert search(of_14_heads, 'v5e:2x2', report) == found
     assert {tensor for tensor, *_ in asked} == {1, 2}
     memory = 1

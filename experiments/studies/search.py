@@ -60,7 +60,6 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
     _, devices = describe(topology)
     experiment, sampling, method = (config.build(kind) for kind in (Experiment, Sampling, Method))
     compute = dataclasses.replace(config.build(Compute), devices=devices)
-    decoder = experiment.decoder_config(compute, method.lora)
     responses, length = sampling.prompts_per_step * sampling.samples_per_prompt, experiment.max_length
     updates = sampling.prompts_per_step // method.minibatch_prompts
 
@@ -81,8 +80,10 @@ def search(config: Config, topology: str, report: Callable[[str], None] = print)
         shards = len(devices) // tensor
         mesh = {'data': 1, 'fsdp': shards, 'context': 1, 'tensor': tensor, 'rollout_devices': None}
         rows_of_device = -(-responses // (updates * shards))
+        split = dataclasses.replace(compute, **mesh)
+        decoder = experiment.decoder_config(split, method.lora)
         try:
-            decoders.abstract(decoder, dataclasses.replace(compute, **mesh).mesh)
+            decoders.abstract(decoder, split.mesh)
         except ValueError as error:
             report(f'{topology}: {error}')
             return None
