@@ -77,7 +77,8 @@ class Decoder(nnx.Module):
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         x, angles = self._embed(tokens, positions, 'rows', 'length')
         with jax.named_scope('layers'), exact_products(self.config.compute_dtype):
-            x, _ = jax.lax.scan(body, x, (rotates, stacked))
+            if self.config.layers:  # a scan over none cannot add up gradients in place
+                x, _ = jax.lax.scan(body, x, (rotates, stacked))
         with jax.named_scope('final_norm'):
             return self.norm(x)
 
