@@ -9,8 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.studies.program_cost import count_flops
 from troll_jax.models import attention as attentions
-from troll_jax.models.attention import best_implementation, packed_attention, splash_attention, xla_attention
+from troll_jax.models.attention import (
+    IMPLEMENTATIONS,
+    best_implementation,
+    packed_attention,
+    splash_attention,
+    xla_attention,
+)
+from troll_jax.models.layers import REMAT_POLICIES
 from troll_jax.sharding import make_mesh
 
 BATCH, LENGTH, HEADS, KV_HEADS, HEAD_DIM = 2, 134, 6, 2, 10
@@ -118,6 +126,24 @@ def test_cudnn_is_traced_for_a_gpu(monkeypatch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh if mesh else jax.sharding.AbstractMesh((), ())):
             exported = gradient.trace(*shapes).lower(lowering_platforms=('cuda',)).as_text()
         assert '__cudnn$fmhaScaleBiasSoftmax(' in exported and '__cudnn$fmhaScaleBiasSoftmaxBackward(' in exported
+
+
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+def test_the_policy_for_products_keeps_attention(implementation, monkeypatch):
+    """Guards a layer's most expensive operation on long rows, which was no product to the policy and was taken twice."""
+    monkeypatch.setattr('jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91000)
+    q, k, v = (jnp.ones((1, 256, n, 128), jnp.bfloat16) for n in (2, 1, 1))
+    weight = jnp.ones((128, 128), jnp.bfloat16)
+
+    def layer(q, weight):
+        q, segments = q @ weight, jnp.ones((1, 256), int)
+        return jnp.sum(packed_attention(q, k, v, segments, implementation=implementation) @ weight)
+
+    def flops(function) -> float:
+        return count_flops(jax.make_jaxpr(jax.grad(function, argnums=(0, 1)))(q, weight).jaxpr, 1)[0]
+
+    kept = {name: flops(jax.checkpoint(layer, policy=policy)) for name, policy in REMAT_POLICIES.items()}
+    assert kept['dots'] == flops(layer) < kept['full']
 
 
 @pytest.mark.parametrize(

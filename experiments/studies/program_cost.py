@@ -167,6 +167,8 @@ def count_flops(jaxpr: Jaxpr, devices: int) -> tuple[float, float]:
     once = per_iteration = 0.0
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
+        if not (equation.outvars or equation.effects):
+            continue  # a leftover of differentiation, which compilers drop
         if name == 'dot_general':
             (contracting, _), _ = params['dimension_numbers']
             contracted = math.prod(equation.invars[0].aval.shape[axis] for axis in contracting)

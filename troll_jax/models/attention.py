@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from troll_jax.sharding import RULES, axis_size, constrain, shard_map
 
 _SPLASH_LANES, _SPLASH_BLOCK = 128, 512  # a block is a multiple of the first and at most the second
+_OUTPUT = 'attention'  # the name of what a backward pass needs of a forward pass
 
 
 def packed_attention(
@@ -44,6 +46,12 @@ def best_implementation(device: jax.Device, compute_dtype: str, head_dim: int) -
     return 'xla'
 
 
+def keep_output(primitive, *_, **params) -> bool:
+    """A policy of `jax.checkpoint`: keeps the outputs of `packed_attention`, and with them its kernels' statistics."""
+    is_named = primitive.name == 'name' and params['name'] == _OUTPUT
+    return is_named or primitive.name == 'dot_product_attention_fwd_wrapper'  # cuDNN's, to which JAX gives no name
+
+
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
     """XLA's own attention, on any platform."""
     # Of a row that is split every device has a part of the queries, and all keys.
@@ -53,7 +61,7 @@ def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Arr
     attend = jax.checkpoint(
         partial(jax.nn.dot_product_attention, is_causal=True, implementation='xla'), prevent_cse=False
     )
-    return attend(q, k, v, mask=mask)
+    return checkpoint_name(attend(q, k, v, mask=mask), _OUTPUT)
 
 
 def cudnn_attention(q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
@@ -87,7 +95,14 @@ def splash_attention(
     causal = splash.CausalMask((parts * -(-length // block) * block,) * 2)
     causal = splash.MultiHeadMask([causal] * (q.shape[2] // axis_size('heads')))
     # Its arrays say for every block of queries which blocks of keys it sees.
-    kernel = splash.make_splash_mha(causal, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret)
+    kernel = splash.make_splash_mha(
+        causal,
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=parts,
+        residual_checkpoint_name=_OUTPUT,
+        interpret=interpret,
+    )
     axes = jax.tree.map(lambda x: ('length',) if x.ndim == 1 else (None, 'length', None), kernel)
 
     def shard(q, k, v, of_queries, of_keys, kernel):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from troll_jax.models.attention import IMPLEMENTATIONS
+from troll_jax.models.attention import IMPLEMENTATIONS, keep_output
 from troll_jax.models.lora import Adapter, Lora, adapt
 from troll_jax.models.paged_attention import IMPLEMENTATIONS as PAGED_IMPLEMENTATIONS
 from troll_jax.models.quantization import PRECISIONS
@@ -18,7 +18,10 @@ from troll_jax.sharding import axis_size, constrain
 # Activation checkpointing: values of a layer that the backward pass keeps instead of computing them again.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
     'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights, but no attention logits
+    # Products with weights, and attention: no product of a forward pass is taken twice (MaxText: minimal_with_context).
+    'dots': jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, keep_output
+    ),
 }
 COMPUTE_DTYPES = ('bfloat16', 'float32')
 MLPS = ('swiglu', 'xielu')
