@@ -24,7 +24,6 @@ TENSOR = (1, 2, 4, 8)
 # Of an update: moments on the host or not, then rematerialisation, rows of a micro-batch on each device, head chunk.
 UPDATES = {
     False: (
-        (None, 4, 2048),
         ('dots', 4, 2048),
         ('full', 4, 2048),
         ('full', 2, 2048),
