@@ -130,7 +130,7 @@ def test_cudnn_is_traced_for_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 def test_the_policy_for_products_keeps_attention(implementation, monkeypatch):
-    """Guards a layer's most expensive operation on long rows, which was no product to the policy and was taken twice."""
+    """Guards attention, most of a layer on long rows, which was no product to the policy and was taken twice."""
     monkeypatch.setattr('jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version', lambda: 91000)
     q, k, v = (jnp.ones((1, 256, n, 128), jnp.bfloat16) for n in (2, 1, 1))
     weight = jnp.ones((128, 128), jnp.bfloat16)

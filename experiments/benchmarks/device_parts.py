@@ -55,7 +55,7 @@ from troll_jax.update import make_gradient, make_update
 
 BOUND, MASS = 0.05, 1 - 1e-5
 PEAKED = 3.5  # times the embedding of new weights
-SCORING = Scoring(1.0, default_tail, KEPT, MASS)
+SCORING = Scoring(1.0, default_tail, KEPT, MASS, head_chunk=2048)
 
 
 @dataclasses.dataclass(frozen=True)

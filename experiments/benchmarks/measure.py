@@ -48,7 +48,7 @@ def matmul_rate(repeats: int = 8, size: int = 8192) -> float:
 def qwen3_0_6b(**options) -> DecoderConfig:
     """The shape of Qwen3-0.6B, or one that differs in these options."""
     sizes = {'vocab_size': 151_936, 'width': 1024, 'layers': 28, 'heads': 16, 'kv_heads': 8, 'head_dim': 128}
-    rest = {'mlp_width': 3072, 'rope_theta': 1e6, 'norm_eps': 1e-6, 'tied_embeddings': True, 'remat': 'full'}
+    rest = {'mlp_width': 3072, 'rope_theta': 1e6, 'norm_eps': 1e-6, 'tied_embeddings': True, 'remat': 'dots'}
     return DecoderConfig(**sizes | rest | options)
 
 
