@@ -10,6 +10,7 @@ Needs neither a network nor a model nor data: weights are random. The parts, in 
 - decode: Qwen3-0.6B's shape with GSM8K's lengths and 64 to 512 slots, against reading weights and cache once a step;
 - update: the same shape with rows of 2,560 packed tokens: TROLL, Clip, and TROLL with XLA's attention; rates, and peak
   memory as measured and as planned for the same program;
+- attention: one layer of the same shape, by each kernel: time and error, cuDNN's also with offsets instead of a mask;
 - head: loss and gradient of 8,192 tokens without any layer: TROLL, Clip, and Clip with plain logits;
 - projection: alone, against reading and writing its distributions once;
 - step: prompts to new parameters, and where its seconds go.
@@ -37,7 +38,16 @@ from experiments.plumbing.command import run_command
 
 # Part, see `device_parts.py` → its share of the time that it and the parts behind it have.
 # On an H200 with nothing compiled yet a process needs 12 s before it measures, and one size of decode 80 s.
-SHARES = {'ceilings': 1.0, 'numerics': 3.0, 'decode': 5.0, 'update': 3.0, 'head': 2.0, 'projection': 1.0, 'step': 3.0}
+SHARES = {
+    'ceilings': 1.0,
+    'numerics': 3.0,
+    'decode': 5.0,
+    'update': 3.0,
+    'attention': 1.0,
+    'head': 2.0,
+    'projection': 1.0,
+    'step': 3.0,
+}
 
 
 def run_parts(names: Sequence[str], out: Path, seconds: float, profile: bool) -> Iterator[dict[str, Any]]:

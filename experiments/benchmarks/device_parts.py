@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import troll_jax
+from experiments.benchmarks.attention import compare_attention
 from experiments.benchmarks.measure import (
     KEPT,
     copy_bandwidth,
@@ -29,6 +30,7 @@ from experiments.benchmarks.measure import (
     qwen3_0_6b,
     random_batch,
     random_prompts,
+    relative_distance,
 )
 from experiments.benchmarks.projection import violating_tokens
 from experiments.studies.program_cost import bytes_needed, count_flops
@@ -169,11 +171,9 @@ def numerics(bench: Bench) -> None:
             return jax.tree.map(np.asarray, jax.jit(gradient)(*jax.device_put((params, START, batch), device)))
 
     ours, exact = on(jax.devices()[0]), on(cpu)
-    flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
-    distance = lambda a, b: np.linalg.norm(flat(a) - flat(b)) / np.linalg.norm(flat(b))
-    report('gradient in float32, relative', distance(ours.params, exact.params), 1e-4)
+    report('gradient in float32, relative', relative_distance(ours.params, exact.params), 1e-4)
     of_head = lambda gradient: gradient.params['embedding']  # which is tied to it
-    report('gradient of the head in float32, relative', distance(of_head(ours), of_head(exact)), 1e-4)
+    report('gradient of the head in float32, relative', relative_distance(of_head(ours), of_head(exact)), 1e-4)
     report('entropies in float32, nats', np.max(np.abs(ours.logs['entropy'] - exact.logs['entropy'])), 1e-4)
 
     # On a CPU, in the larger sizes, these are 1e-12 and 5e-5; products in TF32 would give some 1e-6.
@@ -298,6 +298,16 @@ def update(bench: Bench) -> None:
         first_that_fits(fewer, functools.partial(measure, 'TROLL, attention by XLA', troll, plain))
 
 
+def attention(bench: Bench) -> None:
+    config, sizes = model_for(bench.sizes.model), bench.sizes
+
+    def measure(rows: int) -> None:
+        for name, figures in compare_attention(config, rows, sizes.row_tokens, sizes.repeats):
+            bench.report(f'attention, {name}', rows=rows, **figures, passed=figures['error'] < 0.02)
+
+    first_that_fits(sizes.rows, measure)
+
+
 def head(bench: Bench) -> None:
     config = dataclasses.replace(model_for(bench.sizes.model), layers=0)
     params = decoders.init(config, jax.random.key(0))
@@ -404,7 +414,7 @@ def step(bench: Bench) -> None:
     first_that_fits(sizes.step_prompts, measure)
 
 
-PARTS = {part.__name__: part for part in (ceilings, numerics, decode, update, head, projection, step)}
+PARTS = {part.__name__: part for part in (ceilings, numerics, decode, update, attention, head, projection, step)}
 
 
 def run_part(name: str, out: Path, profile: bool) -> None:

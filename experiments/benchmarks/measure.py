@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,12 @@ def median_seconds(function: Callable, *arguments, repeats: int, calls: int = 1)
     jax.block_until_ready(function(*arguments))
     several = lambda: [function(*arguments) for _ in range(calls)]
     return statistics.median(timed(several) for _ in range(repeats)) / calls
+
+
+def relative_distance(found: Any, exact: Any) -> float:
+    """|found − exact| / |exact| of two trees of arrays, each taken as one vector."""
+    flat = lambda tree: np.concatenate([np.ravel(np.asarray(x, np.float32)) for x in jax.tree.leaves(tree)])
+    return float(np.linalg.norm(flat(found) - flat(exact)) / np.linalg.norm(flat(exact)))
 
 
 def copy_bandwidth(repeats: int = 8, size: int | None = None) -> float:
