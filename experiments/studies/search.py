@@ -25,6 +25,7 @@ TENSOR = (1, 2, 4, 8)
 UPDATES = {
     False: (
         ('dots', 4, 2048),
+        ('attention', 4, 2048),
         ('full', 4, 2048),
         ('full', 2, 2048),
         ('full', 1, 2048),

@@ -18,6 +18,7 @@ from troll_jax.sharding import axis_size, constrain
 # Activation checkpointing: values of a layer that the backward pass keeps instead of computing them again.
 REMAT_POLICIES: dict[str, Callable[..., bool]] = {
     'full': jax.checkpoint_policies.nothing_saveable,
+    'attention': keep_output,
     # Products with weights, and attention: no product of a forward pass is taken twice (MaxText: minimal_with_context).
     'dots': jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable, keep_output
