@@ -206,8 +206,8 @@ class Compute:
         float32.
       attention: kernel for whole sequences: 'xla', 'cudnn' or 'splash'; None is the best on these devices.
       decode_attention: kernel for decoding: 'xla', 'triton' or 'ragged'; None is the best on these devices.
-      remat: rematerialisation in the backward pass, to save memory: None; of all but products and attention ('dots'); of
-        all but 'attention'; or of whole layers ('full').
+      remat: rematerialisation in the backward pass, to save memory. A layer keeps for it all (None), products with
+        weights and attention's outputs ('dots'), 'attention' alone, or nothing but its input ('full').
       slots: decode slots, responses that are decoded at a time, at most, on all devices together, a matter of speed.
         None: 512 for each shard of the batch. Fewer responses take the next power of two.
       cache_gb: memory of the sampler's KV cache on each device; requests wait if it is full. None: all that is free.

@@ -26,8 +26,8 @@ UPDATES = {
     False: (
         ('dots', 4, 2048),
         ('attention', 4, 2048),
-        ('full', 4, 2048),
-        ('full', 2, 2048),
+        ('attention', 2, 2048),
+        ('attention', 1, 2048),
         ('full', 1, 2048),
         ('full', 1, 512),
     ),

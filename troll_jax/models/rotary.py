@@ -48,7 +48,7 @@ def angles_where(rotates: jax.Array | None, angles: Angles) -> Angles:
 def rotate(x: jax.Array, angles: Angles) -> jax.Array:
     """Applies RoPE: rotates plane i of a head, spanned by components i and i + F/2 (Hugging Face's layout)."""
     cos, sin = angles
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, x.shape[-1] // 2)
     first, second = halves[..., 0, :], halves[..., 1, :]
     # Stacked, not concatenated: XLA's compiler for GPUs then fuses it with the norm before it.
     rotated = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-2)
