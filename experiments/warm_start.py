@@ -98,7 +98,7 @@ def warm_start(
         architectures=['Qwen3ForCausalLM'],
         dtype='float32',
     )
-    compute = Compute(dtype='float32', head_chunk=4096, devices=jax.devices()[:1])
+    compute = Compute(dtype='float32', remat=None, head_chunk=4096, devices=jax.devices()[:1])
     problems = task.problems('train')
 
     with tempfile.TemporaryDirectory() as runs:

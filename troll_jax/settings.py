@@ -237,7 +237,7 @@ class Compute:
     dtype: Literal[*COMPUTE_DTYPES] = 'bfloat16'
     attention: Literal[None, *IMPLEMENTATIONS] = None
     decode_attention: Literal[None, *PAGED_IMPLEMENTATIONS] = None
-    remat: Literal[None, *REMAT_POLICIES] = None
+    remat: Literal[None, *REMAT_POLICIES] = 'dots'
     slots: int | None = None
     cache_gb: float | None = None
     gather_weights: bool = True
