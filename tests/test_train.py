@@ -70,7 +70,7 @@ def test_training_from_python_is_the_same(tmp_path, model):
             optimizer=partial(adamw, learning_rate=1e-2, b2=0.99),
             minibatch_prompts=8,
         ),
-        Compute(dtype='float32', head_chunk=40, devices=jax.devices()[:1]),
+        Compute(dtype='float32', remat=None, head_chunk=40, devices=jax.devices()[:1]),
         Run(folder=str(tmp_path / 'python'), steps=2, evaluate_every=0, checkpoint_every=2),
     )
     assert without_times(read_metrics(tmp_path / 'python/metrics.jsonl')) == without_times(by_gin)
