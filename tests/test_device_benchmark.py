@@ -50,12 +50,12 @@ def test_offsets_of_segments(monkeypatch):
     rows begins, and how long it is. And a private function that goes: forward and backward pass are traced."""
     cudnn = pytest.importorskip('jax._src.cudnn.fused_attention_stablehlo')
     segments = jnp.array([[3, 3, 3, 1, 2, 2, 0, 0], [5] * 8, [1, 1, 2, 2, 3, 3, 3, 3]])
-    lengths, offsets, fits = segment_offsets(segments, max_segments=4)
+    lengths, offsets = segment_offsets(segments, max_segments=4)
     x = jnp.zeros((3, 8, 4, 16), jnp.bfloat16)
     lengths, _, offsets, _ = map(np.ravel, cudnn._fix_seqlen_offsets(lengths, lengths, offsets, offsets, x, x))
     np.testing.assert_array_equal(lengths[:9], [3, 1, 2, 2, 8, 2, 2, 4, 0])
     np.testing.assert_array_equal(offsets[:9] / (4 * 16), [0, 3, 4, 6, 8, 16, 18, 20, 24])
-    assert not lengths[8:].any() and fits.all() and not segment_offsets(segments, max_segments=3)[2][0]
+    assert not lengths[8:].any()
 
     monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91000)
     monkeypatch.setattr(cudnn, 'check_compute_capability', lambda capability: True)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmarks.measure import median_seconds, relative_distance
-from troll_jax.models.attention import packed_attention
+from troll_jax.models.attention import IMPLEMENTATIONS
 from troll_jax.models.decoder import DecoderConfig
 from troll_jax.models.layers import exact_products
 
@@ -23,8 +23,7 @@ def compare_attention(
     The kernels are XLA's, that of `config`, and if this is cuDNN's the same with offsets, from Hopper on. Rows are full
     of sequences of different lengths. Errors are those of the last row, relative to XLA's in float32.
     """
-    implement = lambda name: functools.partial(packed_attention, implementation=name)
-    kernels = {name: implement(name) for name in dict.fromkeys(('xla', config.attention))}
+    kernels = {name: IMPLEMENTATIONS[name] for name in dict.fromkeys(('xla', config.attention))}
     most = -(-length // SHORTEST)
     if config.attention == 'cudnn' and float(jax.devices()[0].compute_capability) >= 9:
         kernels['cudnn with offsets'] = functools.partial(cudnn_with_offsets, max_segments=most)
@@ -62,19 +61,18 @@ def cudnn_with_offsets(
 
     Args:
       segment_ids: [B, S] int32, in a row equal ids are adjacent; padding is a segment too.
-      max_segments: of a row: cuDNN's work space grows with it. The outputs of a row with more are NaN.
+      max_segments: of a row, at least as many as any has: cuDNN's work space grows with it.
     """
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
 
-    lengths, offsets, fits = segment_offsets(segment_ids, max_segments)
+    lengths, offsets = segment_offsets(segment_ids, max_segments)
     segments = {'q_seqlen': lengths, 'kv_seqlen': lengths, 'q_offsets': offsets, 'kv_offsets': offsets}
     scale, mask = q.shape[-1] ** -0.5, MaskType.PADDING_CAUSAL
-    out = dot_product_attention(q, k, v, **segments, scale=scale, mask_type=mask)
-    return jnp.where(fits[:, None, None, None], out, jnp.nan)
+    return dot_product_attention(q, k, v, **segments, scale=scale, mask_type=mask)
 
 
-def segment_offsets(segment_ids: jax.Array, max_segments: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Lengths [B, M] and offsets [B, M + 1] of a row's segments as JAX wants them, and whether M are enough [B].
+def segment_offsets(segment_ids: jax.Array, max_segments: int) -> tuple[jax.Array, jax.Array]:
+    """Lengths [B, M] and offsets [B, M + 1] of a row's segments as JAX wants them.
 
     Both are −1 after the last segment. The end of a row gets no offset: JAX would take it for the start of the next
     row's first segment.
@@ -84,4 +82,4 @@ def segment_offsets(segment_ids: jax.Array, max_segments: int) -> tuple[jax.Arra
     edges = jax.vmap(edges)(is_first).astype(jnp.int32)
     lengths = jnp.diff(edges)
     lengths, offsets = (jnp.where(lengths > 0, x, -1) for x in (lengths, edges[:, :-1]))
-    return lengths, jnp.pad(offsets, ((0, 0), (0, 1)), constant_values=-1), jnp.sum(is_first, axis=1) <= max_segments
+    return lengths, jnp.pad(offsets, ((0, 0), (0, 1)), constant_values=-1)
